@@ -1,0 +1,21 @@
+"""The one exception that means: the user asked for something that cannot be."""
+
+
+class UsageError(ValueError):
+    """A mistake in what the user gave: a name, a value, a file.
+
+    The message is one line that names the key or file and says what would be right.
+    The command-line programs print it and exit with status 2; every other exception is
+    a bug of ours and keeps its stack trace.
+    """
+
+
+def nearest(name: str, known) -> str:
+    """Returns ' (did you mean ...?)' with the nearest of `known`, or all of them if none is near."""
+    import difflib
+
+    known = [str(k) for k in known]
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    if close:
+        return f' (did you mean {close[0]!r}?)'
+    return f' (known: {", ".join(known)})'
