@@ -1,0 +1,100 @@
+"""What every command does alike: parse flags, and turn a user's mistake into one line.
+
+Exit status: 0 done (or stopped on request, to be continued), 1 the training diverged,
+2 something in the command line, the config or a file is not right.
+"""
+
+import inspect
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from nfnets_jax.errors import UsageError, nearest
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the command line and calls `main`, which reads `flags.FLAGS`."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            _fail(f'unexpected argument {argv[1]!r}: flags are written --name=value')
+        try:
+            main()
+        except UsageError as error:
+            _fail(str(error))
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        for argument in argv[1:]:
+            if argument.startswith('--config='):
+                _check_overrides(_load(argument.removeprefix('--config=')), argv)
+        return flags.FLAGS(argv)
+    except UsageError as error:
+        _fail(str(error))
+    except (flags.Error, TypeError, ValueError) as error:  # The value of some flag.
+        _fail(_one_line(error))
+
+
+def _load(config: str) -> ConfigDict:
+    """Runs a config file, given as 'path' or 'path:argument', as the flag will."""
+    path, colon, argument = config.partition(':')
+    if not os.path.isfile(path):
+        raise UsageError(f'--config={config}: there is no file {path}')
+    try:
+        get_config = runpy.run_path(path).get('get_config')
+        if get_config is None:
+            raise UsageError(f'--config={path} defines no function get_config()')
+        if colon and not inspect.signature(get_config).parameters:
+            raise UsageError(f'--config={config}: get_config() of {path} takes no argument')
+        return get_config(argument) if colon else get_config()
+    except UsageError as error:
+        raise UsageError(
+            f'--config={config}: {error}' if str(error)[:2] != '--' else error
+        ) from None
+    except Exception as error:
+        raise UsageError(
+            f'{_place(path, error)}: {type(error).__name__}: {_one_line(error)}'
+        ) from error
+
+
+def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
+    for argument in argv[1:]:
+        key = argument.partition('=')[0].removeprefix('--config.')
+        if argument.startswith('--config.') and key not in (known := _keys(config)):
+            raise UsageError(f'unknown key config.{key}{nearest(key, known)}')
+
+
+def _keys(config: ConfigDict, prefix: str = '') -> list[str]:
+    """All dotted keys of a config, those of the inner nodes included."""
+    keys = []
+    for key in config:
+        keys.append(prefix + key)
+        if isinstance(config[key], ConfigDict):
+            keys += _keys(config[key], f'{prefix}{key}.')
+    return keys
+
+
+def _place(path: str, error: Exception) -> str:
+    if isinstance(error, SyntaxError):
+        return f'{path}:{error.lineno}'
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if os.path.realpath(f.filename) == os.path.realpath(path)]
+    return f'{path}:{lines[-1]}' if lines else path
+
+
+def _one_line(error: Exception) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    return ' '.join(str(text).split())[:300] or type(error).__name__
+
+
+def _fail(message: str) -> None:
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)

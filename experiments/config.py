@@ -1,0 +1,101 @@
+"""The fields of an experiment, and what they may be.
+
+A file under configs/ starts from `default_config()` and changes what its result needs. Fields
+that a part of the library owns (model, data, augment, optimizer) are checked where that part
+reads them; what is left is checked here.
+"""
+
+from ml_collections import ConfigDict
+
+from nfnets_jax import augment, optimizers
+from nfnets_jax.errors import UsageError, nearest
+
+PRECISIONS = ('float32', 'bfloat16')
+
+
+def default_config() -> ConfigDict:
+    """Returns every field with its default; the NF-ResNet recipe at ImageNet size."""
+    return ConfigDict(
+        {
+            'seed': 0,
+            # The name in `list_models()`; every other field is an option of that model.
+            'model': {'name': 'NF-ResNet-50'},
+            'precision': 'float32',  # what to compute in: float32 | bfloat16
+            # The name of a source; every other field is an option of that source.
+            'data': {'name': 'digits'},
+            'augment': dict(augment.DEFAULTS),
+            'batch_size': 256,  # examples per step, over all devices of all processes
+            'duration': '90 epochs',  # durations: '500 steps', '30 epochs' or '10%' of this one
+            'optimizer': optimizers.default_config(),
+            'ema': 0.99999,  # the largest decay of the parameters' moving average; 0: no average
+            # rho 0: no SAM. ascent_fraction: the part of each device's batch for the ascent.
+            'sam': {'rho': 0.0, 'ascent_fraction': 1.0},
+            'log_every': '50 steps',
+            'eval': {'every': '5 epochs', 'batch_size': 256},
+            # Written every so often, and at the end; the best one is kept besides the newest.
+            'checkpoint': {'every': '5 epochs', 'keep': 3},
+            # Weights & Biases: off without a project.
+            'wandb': {'project': '', 'entity': '', 'name': '', 'mode': 'online'},
+        }
+    )
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a UsageError naming the first field that is unknown, missing or out of range."""
+    _check_fields(config, default_config())
+    _check_number(config, 'seed', low=0)
+    _check_number(config, 'batch_size', low=1)
+    _check_number(config, 'eval.batch_size', low=1)
+    _check_number(config, 'checkpoint.keep', low=1)
+    _check_number(config, 'ema', low=0, below=1)
+    _check_number(config, 'sam.rho', low=0)
+    if not 0 < config.sam.ascent_fraction <= 1:
+        raise UsageError(
+            f'config.sam.ascent_fraction={config.sam.ascent_fraction}: must be in (0, 1]'
+        )
+    if config.precision not in PRECISIONS:
+        raise UsageError(
+            f'config.precision={config.precision!r} is unknown'
+            f'{nearest(config.precision, PRECISIONS)}'
+        )
+
+
+# Fields whose inner keys depend on a name; their owner checks them.
+_OPEN = ('model', 'data', 'augment', 'optimizer')
+
+
+def _check_fields(config, known, prefix: str = '') -> None:
+    for key in config:
+        if key not in known:
+            raise UsageError(f'unknown key config.{prefix}{key}{nearest(key, known)}')
+    for key, default in known.items():
+        if key not in config:
+            raise UsageError(f'config.{prefix}{key} is missing (default: {default!r})')
+        value = config[key]
+        if isinstance(default, ConfigDict):
+            if not isinstance(value, ConfigDict):
+                raise UsageError(f'config.{prefix}{key}={value!r}: must hold fields')
+            if key not in _OPEN:
+                _check_fields(value, default, f'{prefix}{key}.')
+        elif not isinstance(value, _accepted(default)) or isinstance(value, bool):
+            raise UsageError(
+                f'config.{prefix}{key}={value!r}: must be like {default!r}, '
+                f'not {type(value).__name__}'
+            )
+
+
+def _accepted(default) -> tuple[type, ...]:
+    if isinstance(default, float):
+        return (float, int)
+    if isinstance(default, str):
+        return (str, int)  # a duration may be a number of steps
+    return (type(default),)
+
+
+def _check_number(config: ConfigDict, key: str, *, low: float, below: float | None = None) -> None:
+    value = config
+    for part in key.split('.'):
+        value = value[part]
+    if value < low or (below is not None and value >= below):
+        limit = '' if below is None else f' and below {below}'
+        raise UsageError(f'config.{key}={value}: must be at least {low}{limit}')

@@ -1,0 +1,111 @@
+"""How far a run is: a bar where the output is a terminal, a line now and then where it is not."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+from tqdm import tqdm
+
+# What is shown of the metrics, in this order.
+_SHOWN = {
+    'loss': 'loss {:.3f}',
+    'top1': 'top-1 {:.1%}',
+    'images_per_second': '{:,.0f} images/s',
+}
+
+
+class Progress(contextlib.AbstractContextManager):
+    """Shows step, loss, top-1, images/s and the time left.
+
+    Args:
+        total_steps: steps of the whole run.
+        start_step: steps done in earlier sessions.
+        stream: where to write; standard error by default.
+        active: False for the processes that keep silent.
+        interval: seconds between plain lines, except the first and the last.
+        clock: seconds since some moment.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        stream: TextIO | None = None,
+        active: bool = True,
+        interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._stream = sys.stderr if stream is None else stream
+        self._active = active
+        self._total = total_steps
+        self._interval = interval
+        self._clock = clock
+        self._begun: tuple[int, float] | None = None  # the first step seen, and when
+        self._pending: tuple[int, Mapping[str, float]] | None = None  # not yet shown
+        self._shown_at = -float('inf')
+        self._bar = None
+        if active and self._stream.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format='step {n_fmt}/{total_fmt} |{bar}| {desc}{remaining} left',
+            )
+
+    def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Tells that `step` steps are done.
+
+        Args:
+            step: steps done, those of earlier sessions included.
+            metrics: new ones, if any, as numbers; of them loss, top1 (a fraction) and
+                images_per_second are shown.
+        """
+        if not self._active:
+            return
+        if self._bar is not None:
+            if metrics:
+                self._bar.set_description_str(f'{_describe(metrics)}  ', refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = self._clock()
+        # Time is counted from the end of the first step, for that one was compiled first.
+        self._begun = self._begun or (step, now)
+        if metrics:
+            self._pending = (step, metrics)
+            if now - self._shown_at >= self._interval or step >= self._total:
+                self._show(now)
+
+    def say(self, line: str) -> None:
+        """Writes a line of its own, e.g. the result of an evaluation, above the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        elif self._active:
+            print(line, file=self._stream, flush=True)
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Shows where the run ended and leaves it on the screen."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._pending:
+            self._show(self._clock())
+
+    def _show(self, now: float) -> None:
+        step, metrics = self._pending
+        first_step, since = self._begun
+        line = f'step {step}/{self._total}  {_describe(metrics)}'
+        if first_step < step < self._total:
+            left = (self._total - step) * (now - since) / (step - first_step)
+            line += f'  {tqdm.format_interval(left)} left'
+        print(line, file=self._stream, flush=True)
+        self._pending, self._shown_at = None, now
+
+
+def _describe(metrics: Mapping[str, float]) -> str:
+    return '  '.join(form.format(metrics[name]) for name, form in _SHOWN.items() if name in metrics)

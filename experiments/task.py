@@ -1,0 +1,206 @@
+"""What a config describes and every command needs: the data, the model, its exact evaluation."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from experiments import config as experiment
+from experiments import window
+from nfnets_jax import augment, models, optimizers, parallel
+from nfnets_jax.data import pipeline, sources
+from nfnets_jax.errors import UsageError
+from nfnets_jax.schedules import num_steps
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """All that a run is, besides its config: what a checkpoint holds."""
+
+    step: jax.Array  # int32 scalar, updates done
+    params: hk.Params
+    state: hk.State  # batch norm's statistics; empty without
+    opt_state: PyTree
+    ema_params: hk.Params
+    ema_state: hk.State
+    window: dict[str, jax.Array]  # sums of metrics since the last line of the log
+
+    def variables(self) -> dict[str, tuple[hk.Params, hk.State]]:
+        """The networks to evaluate, by the prefix of their metrics; without EMA only 'test'."""
+        raw = {'test': (self.params, self.state)}
+        return raw | ({'test_ema': (self.ema_params, self.ema_state)} if self.ema_params else {})
+
+
+class Task(NamedTuple):
+    """What a config asks for, checked: nothing has been written or computed yet."""
+
+    config: ConfigDict
+    train_source: Any
+    test_source: Any
+    model: hk.TransformedWithState
+    optimizer: optimizers.Optimizer
+    augmentation: Callable  # (keys, images, labels) -> (normalised images, soft targets)
+    image_shape: tuple[int, int, int]
+    total_steps: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+
+def prepare(config: ConfigDict) -> Task:
+    """Opens the data and builds the model and the optimizer that a config describes.
+
+    Raises:
+      UsageError: naming the config key that is wrong.
+    """
+    experiment.check(config)
+    parallel.local_batch_size(config.batch_size)
+    train_source, test_source = (_open_source(config, split) for split in ('train', 'test'))
+    steps_per_epoch = len(train_source) / config.batch_size
+    if steps_per_epoch < 1:
+        raise UsageError(
+            f'config.batch_size={config.batch_size} is larger than {train_source.name}, '
+            f'which has {len(train_source)} examples'
+        )
+
+    def steps(key: str, duration: str | int, total: int | None) -> int:
+        return num_steps(
+            duration, steps_per_epoch=steps_per_epoch, total_steps=total, key=f'config.{key}'
+        )
+
+    total_steps = steps('duration', config.duration, None)
+    model = _build_model(config, len(train_source.class_names))
+    image_shape = train_source[0]['image'].shape
+    params, _ = jax.eval_shape(lambda: _init_variables(model, config.seed, image_shape))
+    optimizer = optimizers.create(
+        config.optimizer,
+        params,
+        batch_size=config.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        key='config.optimizer',
+    )
+    return Task(
+        config,
+        train_source,
+        test_source,
+        model,
+        optimizer,
+        augment.make_augment(config.augment, len(train_source.class_names), dtype=config.precision),
+        image_shape,
+        total_steps,
+        log_every=steps('log_every', config.log_every, total_steps),
+        eval_every=steps('eval.every', config.eval.every, total_steps),
+        checkpoint_every=steps('checkpoint.every', config.checkpoint.every, total_steps),
+    )
+
+
+def init_state(task: Task) -> TrainState:
+    """Returns the state before the first step, a function of the config's seed alone."""
+    params, state = _init_variables(task.model, task.config.seed, task.image_shape)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        state=state,
+        opt_state=task.optimizer.transformation.init(params),
+        # Copies: buffers that are donated to a training step must not be there twice.
+        ema_params=jax.tree.map(jnp.copy, params) if task.config.ema else {},
+        ema_state=jax.tree.map(jnp.copy, state) if task.config.ema else {},
+        window=window.empty(),
+    )
+
+
+def _open_source(config: ConfigDict, split: str):
+    options = config.data.to_dict()
+    return sources.open_source(options.pop('name'), split, **options)
+
+
+def _build_model(config: ConfigDict, num_classes: int) -> hk.TransformedWithState:
+    options = config.model.to_dict()
+    name = options.pop('name')
+
+    def forward(images, is_training):
+        return models.create_model(name, num_classes, **options)(images, is_training)
+
+    return hk.transform_with_state(forward)
+
+
+def _init_variables(
+    model: hk.TransformedWithState, seed: int, image_shape: tuple[int, int, int]
+) -> tuple[hk.Params, hk.State]:
+    return model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), True)
+
+
+def make_eval_step(task: Task) -> Callable:
+    """Returns a parallel function (variables by name, batch) -> sums of metrics by name."""
+
+    def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:
+        images = augment.normalise(batch['image'], dtype=task.config.precision)
+        labels, mask = batch['label'], batch['mask']
+
+        def sums(params, state):
+            outputs, _ = task.model.apply(params, state, None, images, False)
+            logits = outputs['logits']
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            _, ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+            hits = ranked == labels[:, None]
+            return {
+                'loss': jnp.sum(losses * mask),
+                'top1': jnp.sum(hits[:, 0] * mask),
+                'top5': jnp.sum(hits.any(axis=1) * mask),
+                'count': jnp.sum(mask),
+            }
+
+        totals = {name: sums(*pair) for name, pair in variables.items()}
+        return jax.lax.psum(totals, parallel.AXIS)
+
+    return parallel.parallelise(eval_step)
+
+
+def evaluate(task: Task, eval_step: Callable, variables: Mapping[str, tuple]) -> dict[str, float]:
+    """Evaluates on every test example exactly once.
+
+    Neither the batch size (here rounded up to a multiple of the devices) nor the number of
+    devices or processes has an influence on the result.
+
+    Args:
+      task: with the test data.
+      eval_step: from `make_eval_step`.
+      variables: by name, (params, state) placed by `parallel.replicate`.
+
+    Returns:
+      {'<name>/loss', '<name>/top1', '<name>/top5'}: means over all examples.
+    """
+    devices = jax.device_count()
+    batch_size = min(task.config.eval.batch_size, len(task.test_source))
+    batch_size = -(-batch_size // devices) * devices
+    batches = pipeline.eval_batches(
+        task.test_source,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    totals: dict[str, dict[str, float]] = {name: {} for name in variables}
+    with pipeline.Prefetch(batches, parallel.shard) as prefetched:
+        for batch in prefetched:
+            for name, sums in jax.device_get(eval_step(variables, batch)).items():
+                for key, value in sums.items():
+                    totals[name][key] = totals[name].get(key, 0.0) + float(value)
+    return {
+        f'{name}/{key}': sums[key] / sums['count']
+        for name, sums in totals.items()
+        for key in ('loss', 'top1', 'top5')
+    }
+
+
+def describe(results: Mapping[str, float]) -> str:
+    """Returns a line like 'test top-1 98.88 %, top-5 100.00 % (EMA 99.16 %, 100.00 %)'."""
+    line = f'test top-1 {results["test/top1"]:.2%}, top-5 {results["test/top5"]:.2%}'
+    if 'test_ema/top1' in results:
+        line += f' (EMA {results["test_ema/top1"]:.2%}, {results["test_ema/top5"]:.2%})'
+    return line

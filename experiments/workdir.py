@@ -1,0 +1,101 @@
+"""The directory of one run: claimed by one process, for one config, never overwritten."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from nfnets_jax.errors import UsageError
+
+# What may change when a run is continued, since the parameters it ends with do not depend on it.
+FREE_TO_CHANGE = ('log_every', 'eval', 'checkpoint', 'wandb')
+
+
+@contextlib.contextmanager
+def claimed(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[pathlib.Path]:
+    """Creates or re-opens a run's directory, and holds it against a second process.
+
+    Raises:
+      UsageError: it cannot be written, another process uses it, or it holds a run of
+        another config (the message names the keys that differ).
+    """
+    path = pathlib.Path(workdir)
+    _check_config(path, config)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / '.lock', 'a')  # noqa: SIM115, it is closed below
+    except OSError as error:
+        raise UsageError(f'--workdir={workdir} cannot be written: {error.strerror}') from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f'--workdir={workdir} is in use by another process: wait for it, or choose another'
+            ) from error
+        write_text(path / 'config.json', json.dumps(as_json(config), indent=2) + '\n')
+        yield path
+
+
+def load_config(workdir: str | os.PathLike) -> ConfigDict:
+    """Reads the config of the run in a directory.
+
+    Raises:
+      UsageError: there is no run, or its config.json cannot be read.
+    """
+    path = pathlib.Path(workdir) / 'config.json'
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UsageError(f'--workdir={workdir} holds no run: there is no {path}') from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f'{path} cannot be read: {error}') from error
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    beside = path.with_name(path.name + '.tmp')
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """A config as JSON keeps it: dicts, lists, strings, numbers."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _check_config(path: pathlib.Path, config: ConfigDict) -> None:
+    if path.exists() and not path.is_dir():
+        raise UsageError(f'--workdir={path} is a file: give a directory')
+    if not (path / 'config.json').exists():
+        if (path / 'checkpoints').exists():
+            raise UsageError(f'--workdir={path} holds checkpoints without a config.json')
+        return
+    there, here = flatten(as_json(load_config(path))), flatten(as_json(config))
+    differences = [
+        f'config.{key} is {there.get(key)!r} there and {here.get(key)!r} here'
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key) and key.split('.')[0] not in FREE_TO_CHANGE
+    ]
+    if differences:
+        more = f' (and {len(differences) - 1} more)' if len(differences) > 1 else ''
+        raise UsageError(
+            f'--workdir={path} holds another experiment: {differences[0]}{more}; '
+            'choose another directory'
+        )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f'{prefix}{key}.'))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,235 @@
+"""Where the metrics of a run go: metrics.jsonl, TensorBoard and, when asked for, Weights & Biases.
+
+A run that was killed and resumed leaves the same record as one that never stopped: what was
+written after the checkpoint it resumes from is dropped, for it will be written again. Hence a
+run writes what belongs to a step before it saves the checkpoint of that step.
+"""
+
+import json
+import math
+import os
+import pathlib
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from nfnets_jax.errors import UsageError, nearest
+
+METRICS_FILE = 'metrics.jsonl'
+_WANDB_ID_FILE = 'wandb_id'
+_WANDB_MODES = ('online', 'offline', 'disabled')
+
+Scalars = Mapping[str, float | int]
+
+
+class _Sink(Protocol):
+    """One place that scalars go to; every write is on its way to disk when it returns."""
+
+    def write(self, step: int, scalars: Scalars) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Writer:
+    """Writes scalars to every sink; from `open_writer`."""
+
+    def __init__(self, sinks: list[_Sink]):
+        self._sinks = sinks
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Records scalars at a step.
+
+        Args:
+            step: updates done so far.
+            scalars: name -> a number, or a NumPy or JAX array of one number.
+        """
+        if not self._sinks:
+            return
+        scalars = {name: _number(name, value) for name, value in scalars.items()}
+        for sink in self._sinks:
+            sink.write(int(step), scalars)
+
+    def close(self) -> None:
+        """Ends the record; what is written later is lost."""
+        while self._sinks:
+            self._sinks.pop().close()
+
+
+def open_writer(
+    workdir: str | os.PathLike,
+    *,
+    config: ConfigDict,
+    start_step: int = 0,
+    active: bool = True,
+) -> Writer:
+    """Opens the record of a run, new or continued.
+
+    Args:
+        workdir: the run's directory, which exists.
+        config: the whole config of the run; its field `wandb` holds project, entity, name, mode.
+        start_step: updates done so far. Later records are dropped, and at 0 all of them.
+        active: whether this process is the one that writes; any other gets a writer that
+            does nothing.
+
+    Raises:
+        UsageError: Weights & Biases cannot be used, or metrics.jsonl is damaged other than at
+            its end. Nothing has been dropped then.
+    """
+    if not active:
+        return Writer([])
+    workdir = pathlib.Path(workdir)
+    # What can fail comes first.
+    wandb = [_Wandb(workdir, config)] if config.wandb.project else []
+    return Writer([_JsonLines(workdir, start_step), _TensorBoard(workdir, start_step), *wandb])
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | int]]:
+    """Returns the lines of a run's metrics.jsonl, oldest first; a null is read as NaN.
+
+    A last line that a killed run left unfinished is not returned.
+
+    Raises:
+        UsageError: there is no such file, or it is damaged other than at its end.
+    """
+    path = pathlib.Path(workdir) / METRICS_FILE
+    if not path.exists():
+        raise UsageError(f'{path} does not exist: no run has written its metrics there')
+    return [
+        {name: math.nan if value is None else value for name, value in record.items()}
+        for _, record in _whole_lines(path)
+    ]
+
+
+def _number(name: str, value: Any) -> float | int:
+    number = np.asarray(value).item() if np.size(value) == 1 else None
+    if not isinstance(number, int | float):
+        raise TypeError(f'metric {name!r} is not one number: {value!r}')
+    return number
+
+
+def _whole_lines(path: pathlib.Path) -> list[tuple[bytes, dict]]:
+    """Returns each line as it stands with what it says, without an unfinished last one."""
+    *lines, _ = path.read_bytes().split(b'\n')  # what follows the last newline was cut off
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            int(record['step'])
+        except (ValueError, TypeError, KeyError):
+            raise UsageError(
+                f'{path}, line {number}, is not an object with a step: repair or remove it'
+            ) from None
+        parsed.append((line + b'\n', record))
+    return parsed
+
+
+class _JsonLines:
+    """metrics.jsonl: one object a line, with `step`; a number that is not finite is null.
+
+    JSON has no NaN and no infinity. Lines are appended and flushed one by one.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start_step: int):
+        path = workdir / METRICS_FILE
+        if path.exists():
+            kept = [raw for raw, record in _whole_lines(path) if 0 < start_step >= record['step']]
+            beside = path.with_name(path.name + '.tmp')
+            beside.write_bytes(b''.join(kept))
+            os.replace(beside, path)
+        self._file = path.open('a', encoding='utf-8')
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        finite = {name: x if math.isfinite(x) else None for name, x in scalars.items()}
+        self._file.write(json.dumps({'step': step, **finite}, allow_nan=False) + '\n')
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _TensorBoard:
+    """TensorBoard's event files, written without TensorFlow.
+
+    TensorBoard's own EventFileWriter imports TensorFlow where it is installed (seconds, and
+    pages of log) and loses up to two minutes of events to a kill; its record format alone
+    does not.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start_step: int):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        # TensorBoard reads the files of a directory in the order of their names.
+        serial = len(list(workdir.glob('events.out.tfevents.*')))
+        path = workdir / f'events.out.tfevents.{int(time.time()):010d}.{serial:04d}'
+        self._records = RecordWriter(path.open('xb'))
+        self._add(file_version='brain.Event:2')
+        # Tells TensorBoard to forget what earlier files hold from this step on.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(step=start_step + 1 if start_step else 0, session_log=start)
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        values = [self._summary.Value(tag=name, simple_value=x) for name, x in scalars.items()]
+        self._add(step=step, summary=self._summary(value=values))
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _add(self, **fields) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
+
+
+class _Wandb:
+    """A Weights & Biases run, continued under the same id.
+
+    Steps up to the last one recorded before a kill are there already; wandb ignores them when
+    they come again, and since a resumed run repeats itself exactly nothing is lost by that.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: ConfigDict):
+        try:
+            import wandb
+        except ImportError:
+            raise UsageError(
+                f'config.wandb.project={config.wandb.project!r} needs Weights & Biases: '
+                'pip install wandb'
+            ) from None
+        mode = config.wandb.mode
+        if mode not in _WANDB_MODES:
+            raise UsageError(f'config.wandb.mode={mode!r} is unknown{nearest(mode, _WANDB_MODES)}')
+        id_file = workdir / _WANDB_ID_FILE
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        try:
+            self._run = wandb.init(
+                project=config.wandb.project,
+                entity=config.wandb.entity or None,
+                name=config.wandb.name or None,
+                mode=mode,
+                id=id_file.read_text(),
+                resume='allow',
+                dir=str(workdir),
+                config=config.to_dict(),
+                allow_val_change=True,  # e.g. log_every, when a run is continued
+            )
+        except wandb.Error as error:
+            raise UsageError(
+                f'config.wandb.project={config.wandb.project!r}: {_first_line(error)} '
+                '(--config.wandb.mode=offline needs no account)'
+            ) from error
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
