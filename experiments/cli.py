@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from nfnets_jax.errors import UsageError, nearest
@@ -23,6 +23,7 @@ def run(main: Callable[[], None]) -> None:
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             _fail(f'unexpected argument {argv[1]!r}: flags are written --name=value')
+        logging.set_verbosity(logging.ERROR)  # Libraries narrate their work; we say what matters.
         try:
             main()
         except UsageError as error:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 _BLUE, _ORANGE, _GREEN, _PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
@@ -55,10 +54,10 @@ _PANELS = (
         '{:.1f}%',
         percent=True,
     ),
-    _Panel('Learning rate', (_Series('train/learning_rate', '', _PURPLE),), '{:.3g}'),
+    _Panel('Learning rate', (_Series('train/learning_rate', 'lr', _PURPLE),), '{:.3g}'),
     _Panel(
-        'Units clipped',
-        (_Series('train/clipped_fraction', 'mean', _BLUE, noisy=True),),
+        'Clipped fraction',
+        (_Series('train/clipped_fraction', 'clipped', _BLUE, noisy=True),),
         '{:.1f}%',
         percent=True,
     ),
@@ -68,33 +67,37 @@ _PANELS = (
 def draw_curves(
     metrics: Sequence[Mapping[str, float]], path: str | os.PathLike, *, title: str = ''
 ) -> None:
+    """Writes `curves` to a PNG file, whole or not at all."""
+    path = pathlib.Path(path)
+    beside = path.with_name(path.name + '.tmp')
+    curves(metrics, title=title).savefig(beside, format='png')
+    os.replace(beside, path)
+
+
+def curves(metrics: Sequence[Mapping[str, float]], *, title: str = '') -> Figure:
     """Draws loss, top-1, learning rate and clipped fraction over the steps of a run.
 
     Args:
         metrics: as from `writers.read_metrics`: each with `step` and some of the metrics;
             what is missing or not finite is left out.
-        path: the PNG file, written whole or not at all.
         title: stands above the panels.
     """
     figure = Figure(figsize=(12, 7.5), dpi=120, layout='constrained')
-    FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     if title:
         figure.suptitle(title, fontsize=15, fontweight='bold')
-    all_axes = figure.subplots(2, 2, sharex=True).flat
-    for axes, panel in zip(all_axes, _PANELS, strict=True):
+    all_axes = figure.subplots(2, 2, sharex=True)
+    for axes, panel in zip(all_axes.flat, _PANELS, strict=True):
         _draw_panel(axes, panel, metrics)
-    for axes in figure.axes[2:]:
+    for axes in all_axes[1]:
         axes.set_xlabel('step')
-    path = pathlib.Path(path)
-    beside = path.with_name(path.name + '.tmp')
-    figure.savefig(beside, format='png')
-    os.replace(beside, path)
+    return figure
 
 
 def _draw_panel(axes: Axes, panel: _Panel, metrics: Sequence[Mapping[str, float]]) -> None:
     axes.set_title(panel.title, loc='left', fontsize=12)
     axes.spines[['top', 'right']].set_visible(False)
+    axes.margins(x=0.02)
     axes.grid(axis='y', color='#dddddd', linewidth=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f'{step:,.0f}'))
@@ -133,43 +136,47 @@ def _points(
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Returns the mean over a window of a twentieth of the points, narrower towards the ends."""
+    """Returns the mean over a moving window of about a twentieth of the points."""
     half = max(1, len(values) // 40)
-    sums = np.concatenate([[0], np.cumsum(values)])
     centres = np.arange(len(values))
-    # As wide on either side, lest the curve be drawn towards the middle at its ends.
-    reach = np.minimum(np.minimum(centres, centres[::-1]), half)
-    return (sums[centres + reach + 1] - sums[centres - reach]) / (2 * reach + 1)
+    # As far back as ahead at the beginning, where curves are steep; but at the end only back,
+    # so that the last value, which is written out, is a mean as well.
+    back = np.minimum(centres, half)
+    ahead = np.minimum(back, centres[::-1])
+    sums = np.concatenate([[0], np.cumsum(values)])
+    return (sums[centres + ahead + 1] - sums[centres - back]) / (ahead + back + 1)
 
 
 def _scale_values(axes: Axes, panel: _Panel, values: np.ndarray) -> None:
     if panel.log and values.min() > 0 and values.max() > 10 * values.min():
         axes.set_yscale('log')
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+        axes.yaxis.set_minor_locator(NullLocator())
     elif panel.percent:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}%'))
         low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -2), min(max(high, low + 1), 102))
+        axes.set_ylim(max(low, -2), min(high, 102))
     else:
-        axes.set_ylim(bottom=min(0, values.min()))
+        low, high = min(0, values.min()), values.max()
+        axes.set_ylim(low, high + 0.05 * ((high - low) or 1))
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Writes each series' name and last value beside its end, moved apart where they would touch."""
+    """Writes each name and last value beside the end of its line, apart where they would touch."""
     to_axes = axes.transData + axes.transAxes.inverted()
     left = axes.get_xlim()[0]
     heights = np.array([to_axes.transform((left, value))[1] for value, _, _ in ends])
     order = np.argsort(heights)
     apart = 0.075
     placed = heights[order]
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + apart)
-    # Pushed up only, they would leave their lines behind: put each heap back around its middle.
-    placed -= np.mean(placed - heights[order])
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + apart)
+    for _ in range(100):
+        for i in range(1, len(placed)):
+            overlap = max(0, apart - (placed[i] - placed[i - 1]))
+            placed[i - 1 : i + 1] += (-overlap / 2, overlap / 2)
     for height, index in zip(placed, order, strict=True):
         _, text, colour = ends[index]
         axes.text(
-            1.015, height, text.strip(), color=colour, transform=axes.transAxes, va='center',
+            1.015, height, text, color=colour, transform=axes.transAxes, va='center',
             fontsize=10, fontweight='bold',
         )  # fmt: skip

@@ -22,6 +22,7 @@ PyTree = Any
 class TrainState(NamedTuple):
     """All that a run is, besides its config: what a checkpoint holds."""
 
+    seed: jax.Array  # int32 scalar, as data: runs that differ by it alone share a program
     step: jax.Array  # int32 scalar, updates done
     params: hk.Params
     state: hk.State  # batch norm's statistics; empty without
@@ -102,17 +103,23 @@ def prepare(config: ConfigDict) -> Task:
 
 def init_state(task: Task) -> TrainState:
     """Returns the state before the first step, a function of the config's seed alone."""
-    params, state = _init_variables(task.model, task.config.seed, task.image_shape)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        state=state,
-        opt_state=task.optimizer.transformation.init(params),
-        # Copies: buffers that are donated to a training step must not be there twice.
-        ema_params=jax.tree.map(jnp.copy, params) if task.config.ema else {},
-        ema_state=jax.tree.map(jnp.copy, state) if task.config.ema else {},
-        window=window.empty(),
-    )
+
+    @jax.jit  # One program, instead of one for each kind of leaf.
+    def init(seed: jax.Array) -> TrainState:
+        params, state = _init_variables(task.model, seed, task.image_shape)
+        ema_params, ema_state = (params, state) if task.config.ema else ({}, {})
+        return TrainState(
+            seed=seed,
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            state=state,
+            opt_state=task.optimizer.transformation.init(params),
+            ema_params=ema_params,
+            ema_state=ema_state,
+            window=window.empty(),
+        )
+
+    return init(jnp.int32(task.config.seed))
 
 
 def _open_source(config: ConfigDict, split: str):
@@ -131,7 +138,7 @@ def _build_model(config: ConfigDict, num_classes: int) -> hk.TransformedWithStat
 
 
 def _init_variables(
-    model: hk.TransformedWithState, seed: int, image_shape: tuple[int, int, int]
+    model: hk.TransformedWithState, seed: int | jax.Array, image_shape: tuple[int, int, int]
 ) -> tuple[hk.Params, hk.State]:
     return model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), True)
 

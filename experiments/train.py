@@ -63,19 +63,29 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], TrainState]:
         losses = optax.softmax_cross_entropy(outputs['logits'], batch['target'])
         return jnp.mean(losses), (state, outputs['logits'])
 
-    if config.sam.rho:
-        grad_fn = sam_value_and_grad(
-            loss_fn, config.sam.rho, ascent_fraction=config.sam.ascent_fraction, has_aux=True
+    def value_and_gradient(params, batch, state, key):
+        if not config.sam.rho:
+            (loss, (state, logits)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+                params, batch, state, key
+            )
+            return loss, state, logits, gradients
+        # Statistics are those of the parameters that are kept, so of the first of the two passes.
+        sam = sam_value_and_grad(
+            loss_fn,
+            config.sam.rho,
+            ascent_fraction=config.sam.ascent_fraction,
+            has_aux=True,
+            both_aux=True,
         )
-    else:
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, ((state, _), (_, logits))), gradients = sam(params, batch, state, key)
+        return loss, state, logits, gradients
 
     def train_step(s: TrainState, batch: dict) -> TrainState:
-        keys = augment.example_keys(config.seed, s.step, batch['position'])
+        keys = augment.example_keys(s.seed, s.step, batch['position'])
         images, targets = task.augmentation(keys, batch['image'], batch['label'])
         key = jax.random.fold_in(keys[0], _MODEL_STREAM)
 
-        (loss, (state, logits)), gradients = grad_fn(
+        loss, state, logits, gradients = value_and_gradient(
             s.params, {'image': images, 'target': targets}, s.state, key
         )
         gradients = jax.lax.pmean(gradients, parallel.AXIS)
@@ -93,11 +103,11 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], TrainState]:
 
         hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
         metrics = jax.lax.pmean({'loss': loss, 'top1': jnp.mean(hits)}, parallel.AXIS) | {
-            'gradient_norm': optax.global_norm(gradients),
+            'gradient_norm': optax.tree.norm(gradients),
             'clipped_fraction': optax.tree.get(opt_state, 'clipped_fraction', jnp.zeros(())),
         }
         sums = window.add(s.window, metrics, s.step, task.log_every)
-        return TrainState(s.step + 1, params, state, opt_state, ema_params, ema_state, sums)
+        return TrainState(s.seed, s.step + 1, params, state, opt_state, ema_params, ema_state, sums)
 
     return parallel.parallelise(train_step, donate_replicated=True)
 
@@ -168,8 +178,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> dict[str, Any]:
                 _assert_finite(state, checkpoints)
                 metrics = window.means(state.window) | clock.read()
                 metrics['learning_rate'] = float(task.optimizer.learning_rate(step - 1))
-                metrics = {f'train/{name}': value for name, value in metrics.items()}
-                writer.write(step, metrics)
+                writer.write(step, {f'train/{name}': value for name, value in metrics.items()})
             bar.update(step, metrics)
 
             if due(task.eval_every):

@@ -1,0 +1,291 @@
+"""Decoding, cropping and resizing on the host: one picture in, one array out.
+
+A transform is a function (image, rng) -> array [size, size, 3] of uint8 or float32, 0..255, where
+`image` is the bytes of an encoded picture or a uint8 array [H, W, 3], and `rng` a numpy Generator
+that only the random crop uses. `make_transform` returns the one of a name.
+"""
+
+import functools
+import io
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps
+
+from nfnets_jax.errors import UsageError
+
+MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; where Pillow, too, suspects a decompression bomb
+
+# No format that runs another program (EPS) or is not a picture of pixels.
+Image.init()
+_PILLOW_FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM')
+_ORIENTATION = 0x0112  # EXIF tag
+
+
+class PictureError(UsageError):
+    """A picture that cannot be read. Who knows its file adds the name."""
+
+
+def make_transform(mode: str, image_size: int) -> Callable:
+    """Returns the transform called `mode`, to square pictures of `image_size` pixels.
+
+    Args:
+        mode: 'random_crop' for training; 'crop_resize', 'resize_crop_32' (any number of pixels) or
+            'resize_crop_0.875' (any fraction) for evaluation.
+        image_size: pixels.
+
+    Raises:
+        UsageError: no such mode or size.
+    """
+    if image_size < 1:
+        raise UsageError(f'image_size={image_size}: must be positive')
+    if mode == 'random_crop':
+        return functools.partial(random_crop, size=image_size)
+    if mode == 'crop_resize':
+        return lambda image, rng: crop_resize(image, image_size)
+    if mode.startswith('resize_crop_'):
+        try:
+            resized = _resized_size(image_size, float(mode.removeprefix('resize_crop_')))
+        except ValueError:
+            pass
+        else:
+            return lambda image, rng: resize_crop(image, image_size, resized)
+    raise UsageError(
+        f'preprocessing {mode!r}: unknown (known: random_crop, crop_resize, resize_crop_PIXELS, '
+        'resize_crop_FRACTION)'
+    )
+
+
+def random_crop(
+    image: bytes | np.ndarray,
+    rng: np.random.Generator,
+    size: int,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Returns a random part of a picture at `size`, uint8 [size, size, 3]: the training crop.
+
+    Bicubic as OpenCV computes it (a = -3/4, no antialiasing), several times faster than `resize`.
+    Where the part of a JPEG is more than 2, 4 or 8 times too large, libjpeg decodes the picture at
+    that fraction of its size, which is both faster and free of aliasing.
+
+    Args:
+        area: range of the part's share of the picture.
+        aspect: range of the part's width / height.
+    """
+
+    def draw_box(height, width):
+        return random_box(rng, height, width, area, aspect) or centre_box(height, width, size)
+
+    if isinstance(image, np.ndarray) or not _has_rgb_jpeg(image):
+        pixels = decode(image)
+        return _resized_part(pixels, draw_box(*pixels.shape[:2]), size)
+    # The part is chosen in the picture as stored: no more than it needs is decoded, and only the
+    # small result has to be turned upright.
+    box = draw_box(*simplejpeg.decode_jpeg_header(image)[:2])
+    reduction = next((r for r in (8, 4, 2) if min(box[2:]) >= r * size), 1)
+    pixels = _decode_rgb_jpeg(image, reduction)
+    part = _resized_part(pixels, [round(x / reduction) for x in box], size)
+    return _turn(part, _jpeg_orientation(image))
+
+
+def _resized_part(pixels: np.ndarray, box: Sequence[int], size: int) -> np.ndarray:
+    top, left, rows, columns = box
+    part = pixels[top : top + rows, left : left + columns]
+    return cv2.resize(part, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def random_box(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    attempts: int = 10,
+) -> tuple[int, int, int, int] | None:
+    """Returns (top, left, rows, columns) of a random part of a picture, or None if none fits.
+
+    The distribution is that of TensorFlow's sample_distorted_bounding_box, which the published
+    networks were trained with: the aspect is uniform, then the height is uniform among those that
+    fit and have an area in range. Small parts are thus likelier than with a uniform area.
+    """
+    for _ in range(attempts):
+        ratio = rng.uniform(*aspect)
+        lowest, highest = (round((share * height * width / ratio) ** 0.5) for share in area)
+        highest = min(highest, height, int((width + 0.5) / ratio))
+        rows = int(rng.integers(min(lowest, highest), highest + 1))
+        columns = round(rows * ratio)
+        fits = 0 < rows <= height and 0 < columns <= width
+        if fits and area[0] <= rows * columns / (height * width) <= area[1]:
+            top = int(rng.integers(height - rows + 1))
+            left = int(rng.integers(width - columns + 1))
+            return top, left, rows, columns
+    return None
+
+
+def centre_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """Returns (top, left, rows, columns) of the central square: size / (size + 32) of what fits."""
+    side = max(1, int(np.float32(size / (size + 32)) * np.float32(min(height, width))))
+    return (height - side + 1) // 2, (width - side + 1) // 2, side, side
+
+
+def crop_resize(image: bytes | np.ndarray, size: int) -> np.ndarray:
+    """Returns the central square of a picture at `size`, float32 [size, size, 3], not clamped.
+
+    The published evaluation preprocessing, equal to it within rounding (see `resize`).
+    """
+    pixels = decode(image)
+    top, left, rows, columns = centre_box(*pixels.shape[:2], size)
+    return resize(pixels[top : top + rows, left : left + columns], (size, size))
+
+
+def resize_crop(image: bytes | np.ndarray, size: int, resized: int) -> np.ndarray:
+    """Returns the centre of a picture resized to a square of `resized` pixels, as `crop_resize`.
+
+    As published, the aspect is not kept.
+    """
+    start = (resized - size + 1) // 2
+    large = resize(decode(image), (resized, resized))
+    return large[start : start + size, start : start + size]
+
+
+def _resized_size(size: int, margin: float) -> int:
+    """Returns what to resize to before cropping: `margin` is pixels to add, or a share to keep."""
+    if not 0 < margin < float('inf'):
+        raise ValueError
+    return int(size + margin) if margin > 1 else int(size / margin)
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns `image` [H, W, C] at `size`, float32 and not clamped, as TensorFlow's bicubic does.
+
+    Keys' cubic convolution (a = -1/2) at half-pixel centres without antialiasing: every pixel is a
+    weighted sum of 4 x 4, and so the resize one of four rows, then one of four columns.
+    """
+    taps, weights = _bicubic(image.shape[0], size[0])
+    rows = np.einsum('ok,okwc->owc', weights, image[taps].astype(np.float32))
+    taps, weights = _bicubic(image.shape[1], size[1])
+    return np.einsum('ok,hokc->hoc', weights, rows[:, taps])
+
+
+@functools.lru_cache(maxsize=1024)
+def _bicubic(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns, for every output pixel of an axis, the four inputs it is made of and their weights.
+
+    Inputs outside the picture weigh nothing and the others sum to 1. Fractions are rounded to
+    1/1024, because TensorFlow looks its weights up in a table of that length.
+    """
+    centres = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+    first = np.floor(centres)
+    taps = first.astype(int)[:, None] + np.arange(-1, 3)
+    fraction = np.rint((centres - first) * 1024) / 1024
+    x = np.abs(fraction[:, None] - np.arange(-1, 3))
+    near = (1.5 * x - 2.5) * x**2 + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = np.where(x < 1, near, far) * ((taps >= 0) & (taps < size_in))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return taps.clip(0, size_in - 1), weights.astype(np.float32)
+
+
+def decode(image: bytes | np.ndarray) -> np.ndarray:
+    """Returns a picture's pixels, uint8 [H, W, 3]; an array is returned as it is.
+
+    What the bytes are is read from themselves. JPEG is decoded as TensorFlow does (libjpeg-turbo
+    with the fast DCT), all else by Pillow: grey and palette colours, CMYK and 16 bits become
+    RGB of 8 bits, transparent parts white, of an animation the first frame counts. The picture is
+    turned as its EXIF data say, which the authors' code does not.
+
+    Raises:
+        PictureError: not a picture, a damaged or truncated one, or one of more than MAX_PIXELS.
+    """
+    if isinstance(image, np.ndarray):
+        return image
+    if _has_rgb_jpeg(image):
+        return _turn(_decode_rgb_jpeg(image), _jpeg_orientation(image))
+    return _decode_with_pillow(image)
+
+
+def _has_rgb_jpeg(encoded: bytes) -> bool:
+    """Says whether libjpeg-turbo can decode the picture to RGB, as a look at its header tells."""
+    if not encoded.startswith(b'\xff\xd8'):
+        return False
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+    except ValueError:
+        return False  # Pillow shall say what is wrong
+    _check_size(height, width)
+    return colorspace in ('YCbCr', 'Gray', 'RGB')
+
+
+def _decode_rgb_jpeg(encoded: bytes, reduction: int = 1) -> np.ndarray:
+    try:
+        height, width = simplejpeg.decode_jpeg_header(encoded)[:2]
+        return simplejpeg.decode_jpeg(
+            encoded,
+            'RGB',
+            fastdct=True,
+            min_height=-(-height // reduction),
+            min_width=-(-width // reduction),
+            min_factor=reduction,
+        )
+    except ValueError:
+        # Strict: it also refuses what can be read in spite of, say, stray bytes. Pillow knows the
+        # difference to a truncated picture.
+        return _decode_with_pillow(encoded, upright=False)[::reduction, ::reduction]
+
+
+def _decode_with_pillow(encoded: bytes, upright: bool = True) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as picture:
+            _check_size(picture.height, picture.width)
+            picture.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture) if upright else picture))
+    except PictureError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        reason = 'not a picture' if isinstance(error, Image.UnidentifiedImageError) else error
+        raise PictureError(f'cannot be decoded: {reason}') from error
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith('I'):  # 16 bits, sometimes held in 32
+        grey = np.asarray(picture).clip(0, 2**16 - 1) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
+    if picture.mode == 'F':
+        raise PictureError('pictures of floating-point numbers have no known range')
+    if picture.has_transparency_data:
+        picture = picture.convert('RGBA')
+        white = Image.new('RGBA', picture.size, 'white')
+        return Image.alpha_composite(white, picture).convert('RGB')
+    return picture.convert('RGB')
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise PictureError(
+            f'{width}x{height} pixels are more than {MAX_PIXELS:,}; make the picture smaller'
+        )
+
+
+def _jpeg_orientation(encoded: bytes) -> int:
+    """Returns how the EXIF data say the picture is stored, 1 to 8; 1 (upright) if they do not."""
+    if b'Exif\0\0' not in encoded[: 2**16]:
+        return 1
+    try:
+        with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as picture:
+            return picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF data do not make a damaged picture
+        return 1
+
+
+def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Returns a picture stored in an EXIF `orientation` upright."""
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return image

@@ -1,0 +1,222 @@
+"""Where the pictures come from: random access to examples behind one small interface.
+
+A source is any object with
+
+    len(source)           the number of examples
+    source[i]             {'image': array or bytes, 'label': int}, for 0 <= i < len(source); the
+                          image is uint8 [H, W, 3], or the bytes of an encoded picture (JPEG, PNG,
+                          ...), which a transform of `nfnets_jax.data.preprocessing` decodes
+    source.where(i)       what to call example i in an error: its file, or its place in the arrays
+    source.class_names    tuple of str, label -> name
+    source.name           str
+
+Reading is thread-safe and has no order: shuffling, sharding and batching belong to the pipeline.
+"""
+
+import inspect
+import os
+import pathlib
+
+import numpy as np
+
+from nfnets_jax.data.preprocessing import PictureError, resize
+from nfnets_jax.errors import UsageError, nearest
+
+PICTURE_SUFFIXES = frozenset(
+    ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.pnm')
+)
+
+
+class ArraySource:
+    """Pictures and labels that lie in memory.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        labels: integers [N], each in [0, len(class_names)).
+        class_names: names of the classes; by default '0', '1', ... up to the largest label.
+        name: what to call the source in messages.
+    """
+
+    def __init__(self, images, labels, class_names=None, name: str = 'arrays'):
+        images, labels = np.asarray(images), np.asarray(labels)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise UsageError(
+                f'{name}: images must be uint8 [N, H, W, 3], '
+                f'not {images.dtype} {list(images.shape)}'
+            )
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
+            raise UsageError(
+                f'{name}: labels must be {len(images)} integers, one for each image, '
+                f'not {labels.dtype} {list(labels.shape)}'
+            )
+        if class_names is None:
+            class_names = map(str, range(labels.max(initial=-1) + 1))
+        self.images, self.labels, self.name = images, labels.astype(np.int32), name
+        self.class_names = tuple(class_names)
+        if labels.size and not 0 <= labels.min() <= labels.max() < len(self.class_names):
+            raise UsageError(
+                f'{name}: labels run from {labels.min()} to {labels.max()}, '
+                f'but there are {len(self.class_names)} classes'
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return {'image': self.images[index], 'label': int(self.labels[index])}
+
+    def where(self, index: int) -> str:
+        return f'{self.name}[{index}]'
+
+
+class Digits(ArraySource):
+    """The 1797 handwritten digits that scikit-learn carries (UCI, 8x8 pixels, values 0..16).
+
+    Scaled to 0..255, enlarged to `image_size` (bicubic) and repeated to three channels. The split
+    is fixed: of every class, in the order of the file, each fifth picture is a test picture, which
+    makes 1442 for training and 355 for testing.
+    """
+
+    def __init__(self, split: str, image_size: int = 16):
+        from sklearn.datasets import load_digits  # here: a slow import that only digits need
+
+        if image_size < 8:
+            raise UsageError(f'data.image_size={image_size}: digits are 8x8, give 8 or more')
+        digits = load_digits()
+        labels = digits.target
+        is_test = np.zeros(len(labels), bool)
+        for label in range(10):
+            is_test[np.flatnonzero(labels == label)[4::5]] = True
+        chosen = {'train': ~is_test, 'test': is_test}
+        if split not in chosen:
+            raise UsageError(f'digits have no split {split!r}{nearest(split, chosen)}')
+        grey = digits.images[chosen[split]].astype(np.float32) * (255 / 16)
+        large = np.stack([resize(image[..., None], (image_size, image_size)) for image in grey])
+        images = np.repeat(np.rint(large).clip(0, 255).astype(np.uint8), 3, axis=-1)
+        super().__init__(images, labels[chosen[split]], name=f'digits/{split}')
+
+
+class ImageFolder:
+    """A directory with one subdirectory of pictures for each class.
+
+    Labels number the class directories in the order of their names. Either `path/split/class/...`,
+    where the split 'test' may also be called 'val' or 'validation', or `path/class/...`, of which a
+    fixed share of every class, drawn by `split_seed`, is held out as 'test'.
+
+    Args:
+        split: 'train' or 'test'.
+        path: the directory.
+        test_fraction: share of every class held out, where the directories do not say.
+        split_seed: draws it.
+    """
+
+    def __init__(self, split: str, path, test_fraction: float = 0.2, split_seed: int = 0):
+        root = pathlib.Path(path).expanduser()
+        if not path or not root.is_dir():
+            raise UsageError(f'data.path={str(path)!r}: not a directory; give one with the classes')
+        if not 0 < test_fraction < 1:
+            raise UsageError(f'data.test_fraction={test_fraction}: must lie between 0 and 1')
+        if split_seed < 0:
+            raise UsageError(f'data.split_seed={split_seed}: must not be negative')
+        train, directory = _split_directories(root, split)
+        self.name = f'{root} ({split})'
+        self.class_names = tuple(path.name for path in _class_directories(train))
+        self._paths, self._labels = [], []
+        for class_directory in _class_directories(directory):
+            if class_directory.name not in self.class_names:
+                raise UsageError(
+                    f'{class_directory}: {train} has no class of that name'
+                    f'{nearest(class_directory.name, self.class_names)}'
+                )
+            label = self.class_names.index(class_directory.name)
+            paths = _pictures(class_directory)
+            if directory == root:
+                paths = _hold_out(paths, split, test_fraction, seed=(split_seed, label))
+            self._paths += paths
+            self._labels += [label] * len(paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            encoded = self._paths[index].read_bytes()
+        except OSError as error:
+            raise PictureError(f'cannot be read: {error.strerror}') from error
+        return {'image': encoded, 'label': self._labels[index]}
+
+    def where(self, index: int) -> str:
+        return str(self._paths[index])
+
+
+def _split_directories(root: pathlib.Path, split: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """Returns the directories that hold the training classes and those of `split`."""
+    names = {'train': ('train',), 'test': ('test', 'val', 'validation')}
+    if split not in names:
+        raise UsageError(f'a folder has no split {split!r}{nearest(split, names)}')
+    if not (root / 'train').is_dir():
+        return root, root
+    found = [root / name for name in names[split] if (root / name).is_dir()]
+    if not found:
+        raise UsageError(f'{root}: holds train/ but none of {", ".join(names[split])}')
+    return root / 'train', found[0]
+
+
+def _class_directories(root: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the subdirectories of `root` by name; hidden ones do not count."""
+    found = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
+    if not found:
+        raise UsageError(f'{root}: no class directories in it; give one directory per class')
+    return found
+
+
+def _pictures(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the pictures of one class, at any depth, in the order of their paths."""
+    found = sorted(
+        pathlib.Path(parent, name)
+        for parent, _, names in os.walk(directory, followlinks=True)
+        for name in names
+        if not name.startswith('.') and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
+    )
+    if not found:
+        raise UsageError(f'{directory}: no pictures in this class directory; fill it or remove it')
+    return found
+
+
+def _hold_out(paths: list, split: str, test_fraction: float, seed: tuple[int, int]) -> list:
+    """Returns the train or test part of one class's paths, in their order; neither is empty."""
+    if len(paths) < 2:
+        raise UsageError(f'{paths[0].parent}: one picture cannot be split in train and test')
+    held_out = min(max(1, round(test_fraction * len(paths))), len(paths) - 1)
+    drawn = np.argsort(np.random.Philox(key=list(seed)).random_raw(len(paths)))
+    chosen = drawn[:held_out] if split == 'test' else drawn[held_out:]
+    return [paths[i] for i in sorted(chosen)]
+
+
+SOURCES = {'digits': Digits, 'folder': ImageFolder}
+
+
+def open_source(name: str, split: str, **options):
+    """Opens a source by name.
+
+    Args:
+        name: a key of `SOURCES`.
+        split: 'train' or 'test'.
+        **options: what that source takes, e.g. image_size for digits, path for a folder.
+
+    Raises:
+        UsageError: unknown name, split or option, or data that is not there.
+    """
+    if name not in SOURCES:
+        raise UsageError(f'data.name={name!r}: no such data{nearest(name, SOURCES)}')
+    parameters = dict(inspect.signature(SOURCES[name]).parameters)
+    del parameters['split']
+    for option in options:
+        if option not in parameters:
+            raise UsageError(
+                f'data.{option}: not an option of {name!r}{nearest(option, parameters)}'
+            )
+    for option, parameter in parameters.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise UsageError(f'data.{option}: {name!r} needs it')
+    return SOURCES[name](split, **options)

@@ -1,0 +1,26 @@
+"""Every network of the two papers, its baselines, and the table that describes them."""
+
+from nfnets_jax.models.fixup_resnet import FixupResNet
+from nfnets_jax.models.nf_regnet import NFRegNet
+from nfnets_jax.models.nf_resnet import NFResNet
+from nfnets_jax.models.nfnet import NFNet
+from nfnets_jax.models.registry import create_model, model_options
+from nfnets_jax.models.resnet import ResNet
+from nfnets_jax.models.skipinit_resnet import SkipInitResNet
+from nfnets_jax.models.small_cnn import SmallCNN
+from nfnets_jax.models.variants import Variant, list_models, variant_info
+
+__all__ = [
+    'FixupResNet',
+    'NFNet',
+    'NFRegNet',
+    'NFResNet',
+    'ResNet',
+    'SkipInitResNet',
+    'SmallCNN',
+    'Variant',
+    'create_model',
+    'list_models',
+    'model_options',
+    'variant_info',
+]

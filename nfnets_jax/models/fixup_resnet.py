@@ -1,0 +1,131 @@
+"""FixUp ResNets: the unnormalised baseline of arXiv 1901.09321, as the NFNets authors ran it."""
+
+import math
+from typing import Any, Unpack
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from nfnets_jax import layers
+from nfnets_jax.models import options, residual, resnet_parts
+
+Array = jax.Array
+
+
+class FixupResNet(hk.Module):
+    """A post-activation ResNet with rescaled initial weights and scalar biases for a norm.
+
+    Args:
+      num_classes: size of the logits.
+      variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
+      activation: name in layers.activations; not scaled.
+      fc_init: standard deviation of the classifier's initial weights, or an initialiser.
+      remat: recompute blocks in the backward pass: less memory, more time.
+      **overrides: see options.Overrides.
+
+    Raises:
+      UsageError: an option no network could be built from.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        variant: str = '50',
+        *,
+        activation: str = 'relu',
+        fc_init: float | hk.initializers.Initializer = 0.0,
+        remat: bool = False,
+        name: str = 'FixUp_ResNet',
+        **overrides: Unpack[options.Overrides],
+    ):
+        super().__init__(name=name)
+        self.row = row = options.resolve('Fixup-ResNet', variant, overrides)
+        options.check('Fixup-ResNet', num_classes=num_classes)
+        self.remat = remat
+        self.activation = layers.get_activation(activation, scaled=False)
+        self.initial_conv = layers.Conv2D(
+            *resnet_parts.stem_shape(row), with_bias=False, name='initial_conv'
+        )
+        plans = resnet_parts.plan_resnet(row)
+        self.blocks = [
+            ResBlock(plan, resnet_parts.branch_shapes(row, plan), self.activation, len(plans))
+            for plan in plans
+        ]
+        self.fc = layers.Linear(num_classes, layers.initializer(fc_init, 'stddev'))
+
+    def __call__(
+        self, images: Array, is_training: bool, return_metrics: bool = False
+    ) -> dict[str, Any]:
+        """Classifies normalised images [N, H, W, 3]; see `create_model`."""
+        out = self.activation(_add_scalar(self.initial_conv(images), 'bias1'))
+        out = resnet_parts.stem_pool(self.row, out)
+        out, metrics = residual.run_blocks(
+            self.blocks, out, is_training, remat=self.remat, return_metrics=return_metrics
+        )
+
+        def classifier(pool: Array) -> Array:
+            return self.fc(_add_scalar(pool, 'bias2'))
+
+        return metrics | residual.classify(out, classifier, self.row.drop_rate, is_training)
+
+
+class ResBlock(hk.Module):
+    """activation(x + branch(x)), a scalar bias around every convolution and activation.
+
+    With m convolutions in each of L branches, the last starts at zero and the others at He's
+    variance scaled so that their product shrinks as 1 / sqrt(L): L^(-1 / (2m - 2)) each.
+    """
+
+    def __init__(
+        self,
+        plan: residual.BlockPlan,
+        branch: list[resnet_parts.ConvShape],
+        activation: layers.Activation,
+        num_blocks: int,
+        name: str | None = None,
+    ):
+        super().__init__(name=name)
+        self.plan, self.activation = plan, activation
+        depth_scale = num_blocks ** (-1 / (2 * len(branch) - 2))
+        self.convs = []
+        for i, (channels, kernel_size, stride) in enumerate(branch):
+            stddev = depth_scale * math.sqrt(2 / (channels * kernel_size**2))
+            is_last = i == len(branch) - 1
+            self.convs.append(
+                layers.Conv2D(
+                    channels,
+                    kernel_size,
+                    stride,
+                    with_bias=False,
+                    w_init=layers.initializer(0.0 if is_last else stddev, 'stddev'),
+                    name=f'conv{i}',
+                )
+            )
+        if plan.is_transition:
+            self.conv_shortcut = layers.Conv2D(
+                plan.out_channels,
+                1,
+                plan.stride,
+                with_bias=False,
+                w_init=hk.initializers.RandomNormal(math.sqrt(2 / plan.out_channels)),
+                name='conv_shortcut',
+            )
+
+    def __call__(self, x: Array, is_training: bool) -> tuple[Array, Array]:
+        """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
+        out = _add_scalar(x, 'bias1a')
+        shortcut = self.conv_shortcut(out) if self.plan.is_transition else out
+        out = self.convs[0](out)
+        for i, conv in enumerate(self.convs[1:], start=1):
+            out = self.activation(_add_scalar(out, f'bias{i}b'))
+            out = conv(_add_scalar(out, f'bias{i + 1}a'))
+        scale = hk.get_parameter('scale', (), jnp.float32, init=jnp.ones)
+        out = _add_scalar(out * scale.astype(out.dtype), f'bias{len(self.convs)}b')
+        branch = residual.drop_branch(out, self.plan, is_training)
+        return self.activation(shortcut + branch), out
+
+
+def _add_scalar(x: Array, name: str) -> Array:
+    """x plus the scalar parameter `name` of the module in whose method this is called."""
+    return x + hk.get_parameter(name, (), jnp.float32, init=jnp.zeros).astype(x.dtype)

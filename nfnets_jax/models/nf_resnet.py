@@ -1,0 +1,121 @@
+"""Normalizer-Free ResNets ("NF-ResNets", arXiv 2101.08692)."""
+
+from typing import Any, Unpack
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from nfnets_jax import layers
+from nfnets_jax.models import options, residual, resnet_parts
+
+Array = jax.Array
+
+
+class NFResNet(hk.Module):
+    """A pre-activation ResNet whose blocks keep the variance of the signal by construction.
+
+    Args:
+      num_classes: size of the logits.
+      variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
+      alpha: weight of the residual branch.
+      use_se: squeeze-and-excitation at the end of the branch.
+      se_ratio: its hidden width over its width.
+      activation: name in layers.nonlinearities.
+      skipinit_gain: initial value of the branch's learned gain, or an initialiser.
+      fc_init: standard deviation of the classifier's initial weights, or an initialiser.
+      remat: recompute blocks in the backward pass: less memory, more time.
+      **overrides: see options.Overrides.
+
+    Raises:
+      UsageError: an option no network could be built from.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        variant: str = '50',
+        *,
+        alpha: float = 0.2,
+        use_se: bool = False,
+        se_ratio: float = 0.25,
+        activation: str = 'relu',
+        skipinit_gain: float | hk.initializers.Initializer = 0.0,
+        fc_init: float | hk.initializers.Initializer = 0.01,
+        remat: bool = False,
+        name: str = 'NF_ResNet',
+        **overrides: Unpack[options.Overrides],
+    ):
+        super().__init__(name=name)
+        self.row = row = options.resolve('NF-ResNet', variant, overrides)
+        options.check('NF-ResNet', num_classes=num_classes, alpha=alpha, se_ratio=se_ratio)
+        self.remat = remat
+        self.activation = layers.get_activation(activation, scaled=True)
+        self.initial_conv = layers.ScaledWSConv2D(
+            *resnet_parts.stem_shape(row), name='initial_conv'
+        )
+        self.blocks = [
+            NFResBlock(
+                plan,
+                resnet_parts.branch_shapes(row, plan),
+                self.activation,
+                alpha=alpha,
+                se_ratio=se_ratio if use_se else None,
+                skipinit_gain=skipinit_gain,
+            )
+            for plan in resnet_parts.plan_resnet(row, alpha)
+        ]
+        self.fc = layers.Linear(num_classes, layers.initializer(fc_init, 'stddev'))
+
+    def __call__(
+        self, images: Array, is_training: bool, return_metrics: bool = False
+    ) -> dict[str, Any]:
+        """Classifies normalised images [N, H, W, 3]; see `create_model`."""
+        out = resnet_parts.stem_pool(self.row, self.initial_conv(images))
+        out, metrics = residual.run_blocks(
+            self.blocks, out, is_training, remat=self.remat, return_metrics=return_metrics
+        )
+        features = self.activation(out)
+        return metrics | residual.classify(features, self.fc, self.row.drop_rate, is_training)
+
+
+class NFResBlock(hk.Module):
+    """x + alpha * gain * branch(beta * activation(x)), without normalisation.
+
+    SkipInit ResNets are made of the same blocks with plain convolutions and alpha = 1.
+    """
+
+    def __init__(
+        self,
+        plan: residual.BlockPlan,
+        branch: list[resnet_parts.ConvShape],
+        activation: layers.Activation,
+        *,
+        conv: type[layers.ScaledWSConv2D] | type[layers.Conv2D] = layers.ScaledWSConv2D,
+        alpha: float = 0.2,
+        beta: float | None = None,
+        se_ratio: float | None = None,
+        skipinit_gain: float | hk.initializers.Initializer = 0.0,
+        name: str | None = None,
+    ):
+        super().__init__(name=name)
+        self.plan, self.alpha, self.activation = plan, alpha, activation
+        self.beta = plan.beta if beta is None else beta
+        self.skipinit_gain = layers.initializer(skipinit_gain, 'constant')
+        self.convs = [conv(*shape, name=f'conv{i}') for i, shape in enumerate(branch)]
+        if plan.is_transition:
+            self.conv_shortcut = conv(plan.out_channels, 1, plan.stride, name='conv_shortcut')
+        self.se = layers.SqueezeExcite(plan.out_channels, se_ratio) if se_ratio else None
+
+    def __call__(self, x: Array, is_training: bool) -> tuple[Array, Array]:
+        """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
+        out = self.activation(x) * self.beta
+        shortcut = self.conv_shortcut(out) if self.plan.is_transition else x
+        out = self.convs[0](out)
+        for conv in self.convs[1:]:
+            out = conv(self.activation(out))
+        if self.se:
+            out = 2 * self.se(out) * out
+        gain = hk.get_parameter('skip_gain', (), jnp.float32, init=self.skipinit_gain)
+        branch = residual.drop_branch(out, self.plan, is_training)
+        return shortcut + branch * (gain * self.alpha).astype(branch.dtype), out

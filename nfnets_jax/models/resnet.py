@@ -1,0 +1,181 @@
+"""The batch-normalised ResNets that Normalizer-Free ones are compared with."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Unpack
+
+import haiku as hk
+import jax
+
+from nfnets_jax import layers
+from nfnets_jax.models import options, residual, resnet_parts
+
+Array = jax.Array
+# norm(x, is_training, test_local_stats)
+Norm = Callable[[Array, bool, bool], Array]
+
+
+class ResNet(hk.Module):
+    """A ResNet with batch normalisation, pre-activation (arXiv 1603.05027) by default.
+
+    Args:
+      num_classes: size of the logits.
+      variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
+      preactivation: False for the order of arXiv 1512.03385, activation after the addition.
+      norm: 'batch', or 'none' for the same network with normalisation removed and biases added.
+      bn_decay_rate: of the running statistics.
+      cross_replica_axis: name of the mapped axis over which batch statistics are averaged; None
+        keeps them to each device's own batch.
+      use_se: squeeze-and-excitation at the end of the branch.
+      se_ratio: its hidden width over its width.
+      activation: name in layers.activations; not scaled.
+      fc_init: standard deviation of the classifier's initial weights, or an initialiser.
+      remat: recompute blocks in the backward pass: less memory, more time.
+      **overrides: see options.Overrides.
+
+    Raises:
+      UsageError: an option no network could be built from.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        variant: str = '50',
+        *,
+        preactivation: bool = True,
+        norm: Literal['batch', 'none'] = 'batch',
+        bn_decay_rate: float = 0.9,
+        cross_replica_axis: str | None = None,
+        use_se: bool = False,
+        se_ratio: float = 0.25,
+        activation: str = 'relu',
+        fc_init: float | hk.initializers.Initializer = 0.0,
+        remat: bool = False,
+        name: str = 'ResNet',
+        **overrides: Unpack[options.Overrides],
+    ):
+        super().__init__(name=name)
+        self.row = row = options.resolve('ResNet', variant, overrides)
+        options.check(
+            'ResNet',
+            num_classes=num_classes,
+            norm=norm,
+            bn_decay_rate=bn_decay_rate,
+            se_ratio=se_ratio,
+        )
+        self.preactivation, self.remat = preactivation, remat
+        self.activation = layers.get_activation(activation, scaled=False)
+
+        def make_norm(name: str) -> Norm:
+            if norm == 'none':
+                return _no_norm
+            return layers.BatchNorm(bn_decay_rate, cross_replica_axis=cross_replica_axis, name=name)
+
+        # A normalisation's offset makes the bias before it idle.
+        conv = functools.partial(layers.Conv2D, with_bias=norm == 'none')
+        self.initial_conv = conv(*resnet_parts.stem_shape(row), name='initial_conv')
+        if not preactivation:
+            self.initial_bn = make_norm('initial_bn')
+        block = ResBlockV2 if preactivation else ResBlockV1
+        self.blocks = [
+            block(
+                plan,
+                resnet_parts.branch_shapes(row, plan),
+                self.activation,
+                conv,
+                make_norm,
+                se_ratio=se_ratio if use_se else None,
+            )
+            for plan in resnet_parts.plan_resnet(row)
+        ]
+        if preactivation:
+            self.final_bn = make_norm('final_bn')
+        self.fc = layers.Linear(num_classes, layers.initializer(fc_init, 'stddev'))
+
+    def __call__(
+        self,
+        images: Array,
+        is_training: bool,
+        return_metrics: bool = False,
+        test_local_stats: bool = False,
+    ) -> dict[str, Any]:
+        """Classifies normalised images [N, H, W, 3]; see `create_model`.
+
+        test_local_stats evaluates with the statistics of the batch itself.
+        """
+        out = self.initial_conv(images)
+        if not self.preactivation:
+            out = self.activation(self.initial_bn(out, is_training, test_local_stats))
+        out = resnet_parts.stem_pool(self.row, out)
+        out, metrics = residual.run_blocks(
+            self.blocks,
+            out,
+            is_training,
+            test_local_stats,
+            remat=self.remat,
+            return_metrics=return_metrics,
+        )
+        if self.preactivation:
+            out = self.activation(self.final_bn(out, is_training, test_local_stats))
+        return metrics | residual.classify(out, self.fc, self.row.drop_rate, is_training)
+
+
+class ResBlockV2(hk.Module):
+    """x + branch(x), normalisation and activation before each convolution."""
+
+    def __init__(
+        self,
+        plan: residual.BlockPlan,
+        branch: list[resnet_parts.ConvShape],
+        activation: layers.Activation,
+        conv: Callable[..., layers.Conv2D],
+        make_norm: Callable[[str], Norm],
+        *,
+        se_ratio: float | None = None,
+        name: str | None = None,
+    ):
+        super().__init__(name=name)
+        self.plan, self.activation, self.make_norm = plan, activation, make_norm
+        self.norms = [make_norm(f'bn{i}') for i in range(len(branch))]
+        self.convs = [conv(*shape, name=f'conv{i}') for i, shape in enumerate(branch)]
+        if plan.is_transition:
+            self.conv_shortcut = conv(plan.out_channels, 1, plan.stride, name='conv_shortcut')
+        self.se = layers.SqueezeExcite(plan.out_channels, se_ratio) if se_ratio else None
+
+    def __call__(
+        self, x: Array, is_training: bool, test_local_stats: bool
+    ) -> tuple[Array, Array]:
+        """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
+        out = self.activation(self.norms[0](x, is_training, test_local_stats))
+        shortcut = self.conv_shortcut(out) if self.plan.is_transition else x
+        out = self.convs[0](out)
+        for norm, conv in zip(self.norms[1:], self.convs[1:], strict=True):
+            out = conv(self.activation(norm(out, is_training, test_local_stats)))
+        if self.se:
+            out = self.se(out) * out
+        return shortcut + residual.drop_branch(out, self.plan, is_training), out
+
+
+class ResBlockV1(ResBlockV2):
+    """activation(x + branch(x)), normalisation after each convolution."""
+
+    def __call__(
+        self, x: Array, is_training: bool, test_local_stats: bool
+    ) -> tuple[Array, Array]:
+        """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
+        shortcut = x
+        if self.plan.is_transition:
+            shortcut_norm = self.make_norm('shortcut_bn')
+            shortcut = shortcut_norm(self.conv_shortcut(x), is_training, test_local_stats)
+        out = x
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            out = norm(conv(self.activation(out) if i else out), is_training, test_local_stats)
+        if self.se:
+            out = self.se(out) * out
+        branch = residual.drop_branch(out, self.plan, is_training)
+        return self.activation(shortcut + branch), out
+
+
+def _no_norm(x: Array, is_training: bool, test_local_stats: bool) -> Array:
+    del is_training, test_local_stats
+    return x

@@ -1,0 +1,77 @@
+"""SkipInit ResNets: the unnormalised baseline of arXiv 2002.10444, as the NFNets authors ran it."""
+
+from typing import Any, Unpack
+
+import haiku as hk
+import jax
+
+from nfnets_jax import layers
+from nfnets_jax.models import options, residual, resnet_parts
+from nfnets_jax.models.nf_resnet import NFResBlock
+
+Array = jax.Array
+
+
+class SkipInitResNet(hk.Module):
+    """A pre-activation ResNet with a zero-initialised gain on every branch in place of a norm.
+
+    Unlike in NFResNet weights are not standardised, activations are not scaled, and what a block
+    receives is not divided by its expected standard deviation.
+
+    Args:
+      num_classes: size of the logits.
+      variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
+      activation: name in layers.activations; not scaled.
+      skipinit_gain: initial value of the branch's learned gain, or an initialiser.
+      fc_init: standard deviation of the classifier's initial weights, or an initialiser.
+      remat: recompute blocks in the backward pass: less memory, more time.
+      **overrides: see options.Overrides.
+
+    Raises:
+      UsageError: an option no network could be built from.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        variant: str = '50',
+        *,
+        activation: str = 'relu',
+        skipinit_gain: float | hk.initializers.Initializer = 0.0,
+        fc_init: float | hk.initializers.Initializer = 0.0,
+        remat: bool = False,
+        name: str = 'SkipInit_ResNet',
+        **overrides: Unpack[options.Overrides],
+    ):
+        super().__init__(name=name)
+        self.row = row = options.resolve('SkipInit-ResNet', variant, overrides)
+        options.check('SkipInit-ResNet', num_classes=num_classes)
+        self.remat = remat
+        self.activation = layers.get_activation(activation, scaled=False)
+        self.initial_conv = layers.Conv2D(
+            *resnet_parts.stem_shape(row), with_bias=False, name='initial_conv'
+        )
+        self.blocks = [
+            NFResBlock(
+                plan,
+                resnet_parts.branch_shapes(row, plan),
+                self.activation,
+                conv=layers.Conv2D,
+                alpha=1.0,
+                beta=1.0,
+                skipinit_gain=skipinit_gain,
+            )
+            for plan in resnet_parts.plan_resnet(row)
+        ]
+        self.fc = layers.Linear(num_classes, layers.initializer(fc_init, 'stddev'))
+
+    def __call__(
+        self, images: Array, is_training: bool, return_metrics: bool = False
+    ) -> dict[str, Any]:
+        """Classifies normalised images [N, H, W, 3]; see `create_model`."""
+        out = resnet_parts.stem_pool(self.row, self.initial_conv(images))
+        out, metrics = residual.run_blocks(
+            self.blocks, out, is_training, remat=self.remat, return_metrics=return_metrics
+        )
+        features = self.activation(out)
+        return metrics | residual.classify(features, self.fc, self.row.drop_rate, is_training)

@@ -1,0 +1,176 @@
+"""Every published network as data: one row per name, read by models, configs and evaluation.
+
+Sizes, depths and rates: the two papers and the authors' code. Accuracies: ImageNet top-1 and
+top-5 in percent, single crop at `test_size`, from the papers' tables as noted in `source`.
+"""
+
+import dataclasses
+from typing import Literal
+
+from nfnets_jax.errors import UsageError, nearest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What tells one network of a family from another, and how it was trained and tested.
+
+    Attributes:
+      family: name of the family, 'NFNet'.
+      variant: name within the family, 'F0'.
+      widths: output channels of each stage, before the width multiplier.
+      depths: residual blocks of each stage.
+      train_size: side in pixels of the pictures it is trained on.
+      test_size: side in pixels of the pictures it is tested on.
+      width: default width multiplier.
+      block: residual branch of the ResNets, 1x1-3x3-1x1 or 3x3-3x3.
+      stem: 'imagenet' reduces the picture before the first block, 'small' keeps its size.
+      drop_rate: dropout before the classifier.
+      stochdepth_rate: stochastic depth in the published recipe.
+      randaugment: magnitude in the published recipe (4 layers), None without RandAugment.
+      top1, top5: published ImageNet accuracies, None where there are none.
+      source: where they are published.
+    """
+
+    family: str
+    variant: str
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    train_size: int
+    test_size: int
+    width: float = 1.0
+    block: Literal['bottleneck', 'basic'] = 'bottleneck'
+    stem: Literal['imagenet', 'small'] = 'imagenet'
+    drop_rate: float = 0.0
+    stochdepth_rate: float = 0.0
+    randaugment: int | None = None
+    top1: float | None = None
+    top5: float | None = None
+    source: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f'{self.family}-{self.variant}' if self.variant else self.family
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Output channels of each stage, the width multiplier applied."""
+        return tuple(int(width * self.width) for width in self.widths)
+
+
+def _nfnets():
+    table = '2102.06171'
+    with_sam = f'{table}, with SAM'
+    rows = [  # train, test, drop, RandAugment, top-1, top-5
+        (192, 256, 0.2, 5, 83.6, 96.8, table),
+        (224, 320, 0.3, 10, 84.7, 97.1, table),
+        (256, 352, 0.4, 10, 85.1, 97.3, table),
+        (320, 416, 0.4, 15, 85.7, 97.5, table),
+        (384, 512, 0.5, 15, 85.9, 97.6, table),
+        (416, 544, 0.5, 15, 86.0, 97.6, table),
+        (448, 576, 0.5, 15, 86.5, 97.9, with_sam),
+        (480, 608, 0.5, 15, None, None, None),
+    ]
+    for plus, widths in (('', (256, 512, 1536, 1536)), ('+', (384, 768, 2048, 2048))):
+        for level, (train, test, drop, magnitude, top1, top5, source) in enumerate(rows):
+            yield Variant(
+                family='NFNet',
+                variant=f'F{level}{plus}',
+                widths=widths,
+                depths=tuple((level + 1) * depth for depth in (1, 2, 6, 3)),
+                train_size=train,
+                test_size=test,
+                drop_rate=drop,
+                stochdepth_rate=0.25,
+                randaugment=magnitude,
+                top1=None if plus else top1,
+                top5=None if plus else top5,
+                source=None if plus else source,
+            )
+
+
+def _nf_regnets():
+    rows = [
+        ((48, 104, 208, 440), (1, 3, 6, 6), 192, 224, 0.2),
+        ((48, 104, 208, 440), (2, 4, 7, 7), 224, 256, 0.2),
+        ((56, 112, 232, 488), (2, 4, 8, 8), 240, 272, 0.3),
+        ((56, 128, 248, 528), (2, 5, 9, 9), 288, 320, 0.3),
+        ((64, 144, 288, 616), (2, 6, 11, 11), 320, 384, 0.4),
+        ((80, 168, 336, 704), (3, 7, 14, 14), 384, 456, 0.4),
+        ((88, 184, 376, 792), (3, 8, 16, 16), 448, 528, 0.5),
+        ((96, 208, 416, 880), (4, 10, 19, 19), 512, 600, 0.5),
+        ((104, 232, 456, 968), (4, 11, 22, 22), 600, 672, 0.5),
+    ]
+    for level, (widths, depths, train, test, drop) in enumerate(rows):
+        yield Variant(
+            family='NF-RegNet',
+            variant=f'B{level}',
+            widths=widths,
+            depths=depths,
+            train_size=train,
+            test_size=test,
+            width=0.75,
+            drop_rate=drop,
+            stochdepth_rate=0.1,
+        )
+
+
+def _resnets(family: str, small: bool):
+    if small:  # The CIFAR networks of arXiv 1512.03385, section 4.2: 6n + 2 layers.
+        for layers in (8, 14, 20, 32, 44, 56, 110):
+            yield Variant(
+                family=family,
+                variant=str(layers),
+                widths=(16, 32, 64),
+                depths=((layers - 2) // 6,) * 3,
+                train_size=32,
+                test_size=32,
+                block='basic',
+                stem='small',
+            )
+    for layers, depths in {
+        50: (3, 4, 6, 3),
+        101: (3, 4, 23, 3),
+        152: (3, 8, 36, 3),
+        200: (3, 24, 36, 3),
+        288: (24, 24, 24, 24),
+        600: (50, 50, 50, 50),
+    }.items():
+        yield Variant(
+            family=family,
+            variant=str(layers),
+            widths=(64, 128, 256, 512),
+            depths=depths,
+            train_size=224,
+            test_size=224,
+            width=4.0,
+        )
+
+
+VARIANTS: dict[str, Variant] = {
+    row.name: row
+    for row in (
+        *_nfnets(),
+        *_nf_regnets(),
+        *_resnets('NF-ResNet', small=True),
+        *_resnets('ResNet', small=True),
+        *_resnets('SkipInit-ResNet', small=True),
+        *_resnets('Fixup-ResNet', small=True),
+        Variant(family='SmallCNN', variant='', widths=(), depths=(), train_size=32, test_size=32),
+    )
+}
+
+
+def list_models() -> list[str]:
+    """Returns the names that `create_model` and `variant_info` know, families together."""
+    return list(VARIANTS)
+
+
+def variant_info(name: str) -> Variant:
+    """Returns the data of a model, `variant_info('NFNet-F0').train_size`.
+
+    Raises:
+      UsageError: no model has that name.
+    """
+    if name not in VARIANTS:
+        raise UsageError(f'model: unknown {name!r}{nearest(name, VARIANTS)}')
+    return VARIANTS[name]

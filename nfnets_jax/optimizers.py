@@ -1,0 +1,342 @@
+"""From a config to an optax chain: clip -> weight decay -> momentum -> learning rate; and the EMA.
+
+The order is the authors' (arXiv 2102.06171 and its code): the gradient, already averaged over
+devices, is clipped; weight decay is then added INTO it, so that decay is never clipped but does
+go through momentum; Nesterov momentum; the learning rate last.
+
+Which parameters are clipped, decayed or frozen is data: an ordered list of rules over parameter
+names, the first match deciding. Each parameter has exactly one rule, and each rule at least one
+parameter, so that a misspelt pattern cannot silently train another model than the one meant.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nfnets_jax import schedules
+from nfnets_jax.agc import adaptive_grad_clip
+from nfnets_jax.errors import UsageError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """How the parameters whose whole name, 'module/name', matches a pattern are trained."""
+
+    match: str  # a regular expression
+    clip: bool = True
+    decay: bool = True
+    freeze: bool = False  # neither trained, clipped nor decayed, and no optimizer memory
+    lr_scale: float = 1.0  # multiplies the learning rate
+
+
+class Optimizer(NamedTuple):
+    """What training needs: the update rule, and its learning rate to look at."""
+
+    transformation: optax.GradientTransformation
+    learning_rate: schedules.Schedule
+    groups: dict[str, Group]  # parameter name -> the rule that decides for it
+
+
+# The published groups. In every family a weight is called 'w', whereas gains, biases, skip gains
+# and batch norm's scale and offset have other names; and the classifier is the one linear layer
+# directly under the model (a squeeze-excite's has its block in between).
+PUBLISHED_GROUPS = (
+    {'match': r'[^/]+/~/linear/w', 'clip': False},
+    {'match': r'.*/w'},
+    {'match': r'.*', 'decay': False},
+)
+
+
+def default_config() -> dict:
+    """Returns every field of an optimizer's config, with the published value where there is one."""
+    return {
+        'name': 'sgd',  # sgd | adam (decay into the gradient) | adamw (decoupled decay)
+        'learning_rate': 0.1,
+        'scale_lr_by_batch': True,  # learning_rate is for a batch of 256
+        'schedule': schedules.default_config(),
+        'momentum': 0.9,  # sgd
+        'nesterov': True,  # sgd
+        'b1': 0.9,  # adam, adamw
+        'b2': 0.999,  # adam, adamw
+        'eps': 1e-8,  # adam, adamw
+        'weight_decay': 2e-5,
+        'clip': {
+            'name': 'agc',  # agc | global_norm | leaf_norm | none
+            'clipping': 0.01,  # agc: of the unit's weight norm; the others: the largest norm
+            'eps': 1e-3,  # agc: the least weight norm
+        },
+        'groups': PUBLISHED_GROUPS,  # fields as in Group
+    }
+
+
+def create(
+    config: Mapping,
+    params: optax.Params,
+    *,
+    batch_size: int,
+    steps_per_epoch: float,
+    total_steps: int,
+    key: str = 'optimizer',
+) -> Optimizer:
+    """Returns the optimizer that a config describes.
+
+    Args:
+        config: fields as in `default_config`, all present.
+        params: the model's parameters, or their shapes.
+        batch_size: examples per step over all devices.
+        steps_per_epoch: optimizer steps in one epoch; may be fractional.
+        total_steps: steps of the whole training.
+        key: the config's own key, for messages.
+
+    Returns:
+        A transformation of f32 gradients that are already averaged over devices; it needs
+        `params` in `update`. The fraction of clipped units is in its state,
+        `optax.tree.get(opt_state, 'clipped_fraction')`, unless nothing is clipped.
+
+    Raises:
+        UsageError: naming the field that is wrong.
+    """
+    _check(config, key)
+    groups = assign_groups(config['groups'], params, key=f'{key}.groups')
+    trained = [group for group in groups.values() if not group.freeze]
+    if not trained:
+        raise UsageError(f'{key}.groups freezes every parameter')
+    if config['clip']['name'] != 'none' and not any(group.clip for group in trained):
+        raise UsageError(
+            f'{key}.clip.name={config["clip"]["name"]!r} clips nothing: {key}.groups exempts or '
+            "freezes every parameter; say 'none'"
+        )
+
+    def marked(field: str) -> Callable[[optax.Params], optax.Params]:
+        # A function of the tree, for in the place of frozen parameters optax puts empty nodes.
+        return lambda tree: jax.tree.map_with_path(
+            lambda path, _: getattr(groups[_name(path)], field), tree
+        )
+
+    peak = config['learning_rate']
+    if config['scale_lr_by_batch']:
+        peak *= batch_size / 256
+    learning_rate = schedules.create(
+        config['schedule'],
+        peak,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        key=f'{key}.schedule',
+    )
+    clip = _clip(config['clip'], marked('clip'))
+    decay = optax.add_decayed_weights(config['weight_decay'], marked('decay'))
+    adam = optax.scale_by_adam(config['b1'], config['b2'], config['eps'])
+    match config['name']:
+        case 'sgd':
+            # Without momentum there is nothing to remember.
+            momentum, nesterov = config['momentum'], config['nesterov']
+            direction = optax.trace(momentum, nesterov) if momentum else optax.identity()
+            steps = (clip, decay, direction)
+        case 'adam':
+            steps = (clip, decay, adam)
+        case 'adamw':
+            steps = (clip, adam, decay)
+    transformation = optax.chain(
+        *steps,
+        _scale_leaves(marked('lr_scale')),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    if len(trained) < len(groups):
+        transformation = optax.partition(
+            {'trained': transformation, 'frozen': optax.set_to_zero()},
+            lambda tree: jax.tree.map(
+                lambda freeze: 'frozen' if freeze else 'trained', marked('freeze')(tree)
+            ),
+        )
+    return Optimizer(transformation, learning_rate, groups)
+
+
+def assign_groups(
+    rules: Iterable[Mapping], params: optax.Params, *, key: str = 'groups'
+) -> dict[str, Group]:
+    """Returns for each parameter, by name, the first rule whose pattern matches its whole name.
+
+    Raises:
+        UsageError: if a rule is malformed or decides for no parameter, or if a parameter
+            has no rule.
+    """
+    rules = [_parse_rule(rule, f'{key}[{i}]') for i, rule in enumerate(rules)]
+    names = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    groups = {}
+    for i, rule in enumerate(rules):
+        matched = [name for name in names if re.fullmatch(rule.match, name)]
+        if not matched:
+            raise UsageError(
+                f'{key}[{i}].match={rule.match!r} matches no parameter of this model; '
+                f'it must match a whole name, like {names[0]!r}'
+            )
+        decided = {name: rule for name in matched if name not in groups}
+        if not decided:
+            raise UsageError(
+                f'{key}[{i}].match={rule.match!r} has no effect: earlier rules match all of its '
+                f'{len(matched)} parameters; move it up or leave it out'
+            )
+        groups |= decided
+    if missing := [name for name in names if name not in groups]:
+        raise UsageError(
+            f'{key}: no rule matches the parameter {missing[0]!r} '
+            f"({len(missing)} in all); a last rule with match='.*' covers the rest"
+        )
+    return {name: groups[name] for name in names}
+
+
+def ema_decay(step: jax.typing.ArrayLike, max_decay: float = 0.99999) -> jax.Array:
+    """Returns the decay of the parameters' moving average after update `step` (from 0).
+
+    min(max_decay, (1 + t) / (10 + t)): early on the average forgets fast, so that it is not
+    dragged down by the initialisation.
+    """
+    t = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(max_decay, (1 + t) / (10 + t))
+
+
+def ema_update(ema: optax.Params, new: optax.Params, decay: jax.typing.ArrayLike) -> optax.Params:
+    """Returns decay * ema + (1 - decay) * new, leaf by leaf; what is not a float is taken anew.
+
+    Written as a step towards `new`, so that an average of equal values stays that value.
+    """
+
+    def leaf(old, new):
+        if not jnp.issubdtype(old.dtype, jnp.floating):
+            return new  # e.g. the counters of batch norm's own averages
+        return old + ((1 - decay) * (new.astype(old.dtype) - old)).astype(old.dtype)
+
+    return jax.tree.map(leaf, ema, new)
+
+
+class ClipByNormState(NamedTuple):
+    clipped_fraction: jax.Array  # f32, of the norms looked at in the last update
+
+
+def clip_by_norm(max_norm: float, *, per_leaf: bool) -> optax.GradientTransformation:
+    """Scales gradients down to at most `max_norm`: all together, or each leaf by itself.
+
+    Args:
+        max_norm: the largest Euclidean norm that passes unchanged.
+        per_leaf: each leaf has its own norm, instead of one norm over all leaves.
+
+    Returns:
+        A transformation whose state holds `clipped_fraction`: of the leaves if `per_leaf`,
+        else 0 or 1.
+    """
+
+    def init(params):
+        del params
+        return ClipByNormState(jnp.zeros((), jnp.float32))
+
+    def update(updates, state, params=None):
+        del state, params
+        leaves, structure = jax.tree.flatten(updates)
+        squares = jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves])
+        norms = jnp.sqrt(squares if per_leaf else jnp.sum(squares, keepdims=True))
+        clipped = norms > max_norm
+        scales = jnp.where(clipped, max_norm / norms, 1)
+        scales = jnp.broadcast_to(scales, squares.shape)
+        leaves = [
+            leaf * scale.astype(leaf.dtype) for leaf, scale in zip(leaves, scales, strict=True)
+        ]
+        return structure.unflatten(leaves), ClipByNormState(jnp.mean(clipped, dtype=jnp.float32))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _clip(config: Mapping, mask) -> optax.GradientTransformation:
+    match config['name']:
+        case 'agc':
+            return adaptive_grad_clip(config['clipping'], config['eps'], mask=mask)
+        case 'global_norm' | 'leaf_norm':
+            per_leaf = config['name'] == 'leaf_norm'
+            return optax.masked(clip_by_norm(config['clipping'], per_leaf=per_leaf), mask)
+        case 'none':
+            return optax.identity()
+
+
+def _scale_leaves(factors: Callable[[optax.Params], optax.Params]):
+    """Multiplies each leaf by its own constant."""
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors(updates)))
+
+
+def _name(path) -> str:
+    """Returns 'module/name', as parameters are called in rules and in the published weights."""
+    return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _parse_rule(rule: Mapping, key: str) -> Group:
+    """Returns the rule, or raises UsageError naming what is wrong with it."""
+    if not hasattr(rule, 'keys'):
+        raise UsageError(f'{key}={rule!r}: give a rule like {PUBLISHED_GROUPS[0]!r}')
+    fields = {field.name: field.type for field in dataclasses.fields(Group)}
+    for name, value in rule.items():
+        if name not in fields:
+            raise UsageError(f'{key}.{name} is unknown{nearest(name, fields)}')
+        if fields[name] is bool and not isinstance(value, bool):
+            raise UsageError(f'{key}.{name}={value!r}: it must be True or False')
+    if not isinstance(rule.get('match'), str):
+        raise UsageError(f"{key}.match is missing: give a regular expression, like '.*/w'")
+    group = Group(**rule)
+    try:
+        re.compile(group.match)
+    except re.error as error:
+        raise UsageError(
+            f'{key}.match={group.match!r} is not a regular expression: {error}'
+        ) from None
+    _check_number(group.lr_scale, f'{key}.lr_scale')
+    return group
+
+
+def _check(config: Mapping, key: str) -> None:
+    """Raises UsageError at the first field that is unknown, missing or has an impossible value."""
+    _check_fields(config, default_config(), key)
+    _check_choice(config['name'], f'{key}.name', ('sgd', 'adam', 'adamw'))
+    _check_choice(
+        config['clip']['name'], f'{key}.clip.name', ('agc', 'global_norm', 'leaf_norm', 'none')
+    )
+    for field in ('learning_rate', 'weight_decay'):
+        _check_number(config[field], f'{key}.{field}')
+    for field in ('momentum', 'b1', 'b2'):
+        _check_number(config[field], f'{key}.{field}', below=1)
+    _check_number(config['eps'], f'{key}.eps', positive=True)
+    for field in ('clipping', 'eps'):
+        _check_number(config['clip'][field], f'{key}.clip.{field}', positive=True)
+
+
+def _check_fields(config: Mapping, known: Mapping, key: str) -> None:
+    for field in config:
+        if field not in known:
+            raise UsageError(f'{key}.{field} is unknown{nearest(field, known)}')
+    for field, default in known.items():
+        if field not in config:
+            raise UsageError(f'{key}.{field} is missing (default: {default!r})')
+        value = config[field]
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise UsageError(f'{key}.{field}={value!r}: it must be True or False')
+        if isinstance(default, dict):
+            if not hasattr(value, 'keys'):
+                raise UsageError(f'{key}.{field}={value!r}: it must hold fields, like {default!r}')
+            _check_fields(value, default, f'{key}.{field}')
+
+
+def _check_choice(value: str, key: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise UsageError(f'{key}={value!r} is unknown{nearest(value, choices)}')
+
+
+def _check_number(
+    value: float, key: str, *, positive: bool = False, below: float = math.inf
+) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 <= value < below) or (positive and value == 0):
+        limits = 'above 0' if positive else 'at least 0'
+        limits += f' and below {below}' if below < math.inf else ''
+        raise UsageError(f'{key}={value!r}: it must be a number {limits}')

@@ -1,0 +1,183 @@
+"""How long things last, and how the learning rate moves meanwhile.
+
+A duration is what people write in a config ('5 epochs'); a schedule is a pure function
+step -> value. Both count optimizer steps from 0, and step i uses the schedule at i: with a
+warm-up the first update is therefore multiplied by zero, as in the authors' training.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from nfnets_jax.errors import UsageError, nearest
+
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+
+_DURATION = re.compile(r'(?P<amount>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?P<unit>[a-z]*|%)', re.IGNORECASE)
+_UNITS = {'': 'steps', 'step': 'steps', 'steps': 'steps', 'epoch': 'epochs', 'epochs': 'epochs'}
+
+
+def num_steps(
+    duration: int | str,
+    *,
+    steps_per_epoch: float,
+    total_steps: int | None = None,
+    key: str = 'duration',
+    minimum: int = 1,
+) -> int:
+    """Returns a duration in optimizer steps.
+
+    Args:
+        duration: a number of steps (500, '500', '500 steps'), of epochs ('30 epochs', '2.5
+            epochs') or a part of the whole training ('10%'). The result is rounded to the
+            nearest step.
+        steps_per_epoch: optimizer steps in one epoch; may be fractional.
+        total_steps: steps of the whole training; None where a percentage has no meaning.
+        key: the config key the duration came from, for messages.
+        minimum: the fewest steps allowed, e.g. 0 for a warm-up that may be absent.
+
+    Raises:
+        UsageError: if the duration cannot be read, or is shorter than `minimum`.
+    """
+    amount, unit = _parse(duration, key)
+    if unit == '%':
+        if total_steps is None:
+            raise UsageError(
+                f"{key}={duration!r}: give it in steps or epochs, '%' has no meaning here"
+            )
+        steps = amount / 100 * total_steps
+    elif unit == 'epochs':
+        steps = amount * steps_per_epoch
+    elif amount == int(amount):
+        steps = amount
+    else:
+        raise UsageError(f'{key}={duration!r}: a number of steps must be whole')
+    steps = round(steps)
+    if amount < 0 or steps < minimum:
+        raise UsageError(f'{key}={duration!r} is {steps} steps: it must be at least {minimum}')
+    return steps
+
+
+def _parse(duration: int | str, key: str) -> tuple[float, str]:
+    """Returns the amount and its unit: 'steps', 'epochs' or '%'."""
+    if isinstance(duration, int) and not isinstance(duration, bool):
+        return duration, 'steps'
+    match = _DURATION.fullmatch(duration.strip()) if isinstance(duration, str) else None
+    if match is None:
+        raise UsageError(
+            f"{key}={duration!r}: give a duration like '500 steps', '30 epochs' or '10%'"
+        )
+    unit = match['unit'].lower()
+    if unit != '%' and unit not in _UNITS:
+        raise UsageError(
+            f'{key}={duration!r}: unknown unit {match["unit"]!r}'
+            f'{nearest(unit, ("steps", "epochs", "%"))}'
+        )
+    return float(match['amount']), _UNITS.get(unit, unit)
+
+
+def warmup_cosine(peak: float, *, total_steps: int, warmup_steps: int = 0) -> Schedule:
+    """Rises linearly from 0 to `peak`, then falls along half a cosine to 0 at `total_steps`.
+
+    The schedule of both papers (arXiv 2101.08692; arXiv 2102.06171, section 5). It stays 0
+    after `total_steps`.
+    """
+
+    def cosine(step):
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * peak * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+
+    return _warm_up(cosine, peak, warmup_steps)
+
+
+def constant(value: float, *, warmup_steps: int = 0) -> Schedule:
+    """Stays at `value`, after an optional linear rise from 0."""
+    return _warm_up(lambda step: jnp.full_like(step, value), value, warmup_steps)
+
+
+def step_decay(
+    peak: float, *, boundaries: Sequence[int], factor: float, warmup_steps: int = 0
+) -> Schedule:
+    """Starts at `peak` and is multiplied by `factor` from each boundary on.
+
+    The boundaries are steps counted from the start of training, the warm-up included.
+    """
+
+    def decayed(step):
+        passed = sum((step >= boundary).astype(step.dtype) for boundary in boundaries)
+        return peak * jnp.power(factor, jnp.asarray(passed, step.dtype))
+
+    return _warm_up(decayed, peak, warmup_steps)
+
+
+def _warm_up(schedule: Schedule, peak: float, warmup_steps: int) -> Schedule:
+    """Replaces the first `warmup_steps` values by a linear rise from 0 towards `peak`."""
+
+    def warmed_up(step):
+        step = jnp.asarray(step, jnp.float32)
+        rise = peak * step / max(1, warmup_steps)
+        return jnp.where(step < warmup_steps, rise, schedule(step))
+
+    return warmed_up
+
+
+def default_config() -> dict:
+    """Returns every field of a schedule's config with its default."""
+    return {
+        'name': 'cosine',  # cosine | constant | step
+        'warmup': '0 steps',  # linear from 0; any duration
+        'boundaries': ('30%', '60%', '80%'),  # step: the learning rate falls here
+        'factor': 0.1,  # step: by this factor
+    }
+
+
+def create(
+    config, peak: float, *, steps_per_epoch: float, total_steps: int, key: str = 'schedule'
+) -> Schedule:
+    """Returns the schedule that a config describes.
+
+    Args:
+        config: fields as in `default_config`.
+        peak: the value after the warm-up, before any decay.
+        steps_per_epoch: optimizer steps in one epoch; may be fractional.
+        total_steps: steps of the whole training.
+        key: the config's own key, for messages.
+
+    Raises:
+        UsageError: naming the field that is wrong.
+    """
+
+    def in_steps(duration, field, minimum):
+        steps = num_steps(
+            duration,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+            key=f'{key}.{field}',
+            minimum=minimum,
+        )
+        if steps > total_steps:
+            raise UsageError(
+                f'{key}.{field}={duration!r} is {steps} steps, '
+                f'longer than the whole training ({total_steps})'
+            )
+        return steps
+
+    warmup_steps = in_steps(config['warmup'], 'warmup', minimum=0)
+    match config['name']:
+        case 'cosine':
+            return warmup_cosine(peak, total_steps=total_steps, warmup_steps=warmup_steps)
+        case 'constant':
+            return constant(peak, warmup_steps=warmup_steps)
+        case 'step':
+            factor = config['factor']
+            if not (math.isfinite(factor) and factor > 0):
+                raise UsageError(f'{key}.factor={factor}: it must be positive')
+            boundaries = [in_steps(b, 'boundaries', minimum=1) for b in config['boundaries']]
+            return step_decay(peak, boundaries=boundaries, factor=factor, warmup_steps=warmup_steps)
+    raise UsageError(
+        f'{key}.name={config["name"]!r} is unknown'
+        f'{nearest(config["name"], ("cosine", "constant", "step"))}'
+    )

@@ -1,0 +1,172 @@
+"""Which axes of a parameter make up one unit: ready rules for adaptive gradient clipping.
+
+A unit is what the paper clips on its own: an output channel of a convolution, an output feature of
+a linear layer, the whole of a bias or gain. A rule is a function `(path, leaf) -> axes` that
+returns the axes to take the norm over, so all axes *but* the output's:
+
+* `path` is the leaf's place in the tree, `'NFNet/~/linear/w'`: its keys joined by `/`;
+* `leaf` is a `jax.ShapeDtypeStruct`, with `shape`, `ndim`, `size` and `dtype` but no values;
+* the axes are an int, a tuple of ints (negative ones count from the end), or None for `by_rank`.
+
+Every rule here sees a leaf with at most one axis longer than 1 as a vector, as the paper's code
+does: one unit, whatever its rank (Equinox stores a convolution's bias as [C, 1, 1]).
+
+Layouts and the rule that is right for them:
+
+| parameters of | kernels | rule |
+|---|---|---|
+| Haiku, Flax: linear, convolution (grouped, depthwise) | IO, WIO, HWIO, DHWIO | `hwio` |
+| Equinox (also transposed convolutions), PyTorch order | OI, OIW, OIHW, OIDHW | `oihw` |
+| `haiku.Conv2DTranspose`; Flax `ConvTranspose(transpose_kernel=True)` | HWOI | `hwoi` |
+| Flax `MultiHeadAttention` | [in, heads, size], [heads, size, out] | `flax_attention` |
+| Flax `DenseGeneral`, `Einsum` | inputs..., outputs... | `dense_general(inputs)` |
+| layers stacked by scan or vmap | L, ... | `stacked(rule)` |
+
+A group of a grouped convolution is a range of output channels, so its units are the channels of
+the plain layout. The exception is PyTorch's grouped *transposed* convolution, [I, O/groups, H, W]:
+its unit is a slice of both leading axes, which no set of axes describes; reshape it to
+[groups, I/groups, O/groups, H, W] and reduce over (1, 3, 4).
+
+A tree that mixes layouts takes a rule of one's own, for instance
+
+    def axes(path, leaf):
+        rule = unit_axes.stacked(unit_axes.hwio) if 'blocks/' in path else unit_axes.hwio
+        return rule(path, leaf)
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+Axes = int | Sequence[int] | None
+Rule = Callable[[str, jax.ShapeDtypeStruct], Axes]
+
+
+def _is_vector(leaf: jax.ShapeDtypeStruct) -> bool:
+    return sum(size != 1 for size in leaf.shape) <= 1
+
+
+def by_rank(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """The rule of `optax.adaptive_grad_clip`, and what `axis=None` stands for.
+
+    All axes of scalars and vectors, axis 0 at ranks 2 and 3, all but the last at ranks 4 and 5.
+    At rank 3 that fits an attention kernel [in, heads, size], and *not* the kernel of a 1-D
+    convolution, WIO, which wants `hwio`.
+
+    Raises:
+      ValueError: for rank 6 and above, where the rank does not tell the layout.
+    """
+    if _is_vector(leaf):
+        return tuple(range(leaf.ndim))
+    if leaf.ndim > 5:
+        raise ValueError(
+            f'{path}: the rank of shape {leaf.shape} does not tell which axes are a unit; '
+            'give them: axis=unit_axes.hwio, other axes, or a function (path, leaf) -> axes'
+        )
+    return (0,) if leaf.ndim <= 3 else tuple(range(leaf.ndim - 1))
+
+
+def hwio(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """Output channel last (Haiku, Flax; any number of spatial axes): all axes but the last."""
+    del path
+    return tuple(range(leaf.ndim if _is_vector(leaf) else leaf.ndim - 1))
+
+
+def oihw(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """Output channel first (Equinox, PyTorch order): all axes but the first."""
+    del path
+    return tuple(range(0 if _is_vector(leaf) else 1, leaf.ndim))
+
+
+def hwoi(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """Output channel last but one (Haiku's transposed convolutions): all axes but that."""
+    del path
+    if _is_vector(leaf):
+        return tuple(range(leaf.ndim))
+    return tuple(axis for axis in range(leaf.ndim) if axis != leaf.ndim - 2)
+
+
+def per_tensor(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """The whole leaf is one unit: the layer-wise clipping the paper compares with (appendix D)."""
+    del path
+    return tuple(range(leaf.ndim))
+
+
+def dense_general(inputs: int) -> Rule:
+    """A rule for kernels of `inputs` input axes followed by any number of output axes.
+
+    Biases, which have output axes only, do not tell their rank apart from a kernel's: leave them to
+    another rule, by their path.
+    """
+    if inputs < 1:
+        raise ValueError(f'dense_general: inputs must be at least 1, got {inputs}')
+
+    def rule(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        if leaf.ndim < inputs:
+            raise ValueError(f'{path}: shape {leaf.shape} has fewer than {inputs} input axes')
+        return tuple(range(inputs))
+
+    return rule
+
+
+def flax_attention(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """Flax's `MultiHeadAttention` (Linen and NNX), by its names; every other leaf as `hwio`.
+
+    query, key and value kernels [in, heads, size]: one unit per head and feature. Their biases
+    [heads, size]: one unit. The out kernel [heads, size, out]: one unit per output feature.
+    """
+    names = path.split('/')
+    for module, name in zip(names, names[1:], strict=False):
+        if module in ('query', 'key', 'value'):
+            if name == 'kernel':
+                return (0,)
+            if name == 'bias':
+                return per_tensor(path, leaf)
+    return hwio(path, leaf)
+
+
+def stacked(rule: Rule, axes: int = 1) -> Rule:
+    """`rule` for leaves of layers stacked along `axes` leading axes, which are never reduced.
+
+    `jax.lax.scan` over layers, `jax.vmap` of an initialiser, `flax.nnx.scan` and
+    `equinox.filter_vmap` make such leaves. Each layer is then clipped as if it stood alone.
+    """
+    if axes < 1:
+        raise ValueError(f'stacked: axes must be at least 1, got {axes}')
+
+    def stacked_rule(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        if leaf.ndim < axes:
+            raise ValueError(f'{path}: shape {leaf.shape} has fewer than {axes} stacked axes')
+        layer = jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype)
+        return tuple(axis + axes for axis in normalize(path, layer, rule(path, layer)))
+
+    return stacked_rule
+
+
+def normalize(path: str, leaf: jax.ShapeDtypeStruct, axes: Axes) -> tuple[int, ...]:
+    """Returns the axes as a sorted tuple of non-negative ints; None becomes `by_rank`'s.
+
+    Raises:
+      ValueError: an axis is no int, out of range or named twice; the message begins with `path`.
+    """
+    if axes is None:
+        return by_rank(path, leaf)
+    try:
+        chosen = [operator.index(axis) for axis in (axes if np.iterable(axes) else (axes,))]
+    except TypeError:
+        raise ValueError(
+            f'{path}: axes must be ints known before tracing, got {axes!r} (with '
+            "optax.inject_hyperparams pass static_args=('axis',))"
+        ) from None
+    outside = [axis for axis in chosen if not -leaf.ndim <= axis < leaf.ndim]
+    if outside:
+        raise ValueError(
+            f'{path}: axis {outside[0]} is out of range for shape {leaf.shape}; give a function '
+            '(path, leaf) -> axes, such as unit_axes.hwio, or leave the leaf out with mask'
+        )
+    positive = sorted(axis % leaf.ndim for axis in chosen)
+    if len(set(positive)) < len(positive):
+        raise ValueError(f'{path}: axes {tuple(chosen)} name an axis of shape {leaf.shape} twice')
+    return tuple(positive)

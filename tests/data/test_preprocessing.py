@@ -1,0 +1,312 @@
+import io
+import pathlib
+import zlib
+
+import numpy as np
+import pytest
+import sklearn.datasets
+from PIL import Image, ImageOps
+
+from nfnets_jax.data import preprocessing
+from nfnets_jax.data.pipeline import eval_batches, train_batches
+from nfnets_jax.data.preprocessing import PictureError, decode, make_transform
+from nfnets_jax.data.sources import ImageFolder
+from nfnets_jax.errors import UsageError
+
+PICTURES = pathlib.Path(sklearn.datasets.__file__).parent / 'images'
+GOLDEN = np.load(pathlib.Path(__file__).parent.parent / 'golden' / 'eval_preprocessing.npz')
+
+
+@pytest.fixture(scope='module')
+def flower():
+    return (PICTURES / 'flower.jpg').read_bytes()
+
+
+@pytest.fixture(scope='module')
+def smooth():
+    """A picture without detail, which every codec keeps: RGB, 24 x 32 pixels."""
+    y, x = np.mgrid[:24, :32]
+    return Image.fromarray(np.stack([8 * x, 10 * y, 255 - 4 * x - 4 * y], axis=-1).astype(np.uint8))
+
+
+def encode(picture, format, **options):
+    stream = io.BytesIO()
+    picture.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize('mode', ['crop_resize', 'resize_crop_32'])
+@pytest.mark.parametrize('number', [0, 1])
+def test_evaluation_equals_the_published_preprocessing(mode, number):
+    encoded = (PICTURES / str(GOLDEN['files'][number])).read_bytes()
+    small = make_transform(mode, 64)(encoded, None)
+    np.testing.assert_allclose(small, GOLDEN[f'{number}_{mode}_64'], atol=1e-3)
+    large = make_transform(mode, 256)(encoded, None)
+    np.testing.assert_allclose(large.mean((0, 1)), GOLDEN[f'{number}_{mode}_256_mean'], atol=2e-3)
+    np.testing.assert_allclose(large[100], GOLDEN[f'{number}_{mode}_256_row100'], atol=1e-3)
+
+
+def test_resize_crop_takes_pixels_or_a_fraction(flower):
+    pixels, fraction = (
+        make_transform('resize_crop_32', 224),
+        make_transform('resize_crop_0.875', 224),
+    )
+    np.testing.assert_array_equal(pixels(flower, None), fraction(flower, None))
+    whole = make_transform('resize_crop_1', 40)(flower, None)
+    np.testing.assert_array_equal(whole, preprocessing.resize(decode(flower), (40, 40)))
+
+
+def test_resize_keeps_what_cubics_keep():
+    """Constants everywhere; away from the border also straight lines."""
+    ramp = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None], (20, 7, 3))
+    np.testing.assert_allclose(
+        preprocessing.resize(np.full((5, 7, 3), 9, np.uint8), (8, 3)), 9, rtol=1e-6
+    )
+    doubled = preprocessing.resize(ramp, (40, 7))
+    expected = (np.arange(40) + 0.5) / 2 - 0.5
+    np.testing.assert_allclose(doubled[4:-4, 3, 0], expected[4:-4], atol=1e-5)
+    np.testing.assert_array_equal(preprocessing.resize(ramp, (20, 7)), ramp)
+
+
+@pytest.mark.parametrize('size', [16, 64, 300, 500])
+def test_random_crop_is_uint8_of_its_size_and_follows_the_generator(flower, size):
+    transform = make_transform('random_crop', size)
+    first = transform(flower, rng(0))
+    assert first.shape == (size, size, 3)
+    assert first.dtype == np.uint8
+    np.testing.assert_array_equal(first, transform(flower, rng(0)))
+    assert (first != transform(flower, rng(1))).any()
+
+
+def test_random_crop_shows_a_part_of_the_picture(flower):
+    pixels = decode(flower)
+    top, left, rows, columns = preprocessing.random_box(
+        rng(3), *pixels.shape[:2], (0.08, 1), (3 / 4, 4 / 3)
+    )
+    part = Image.fromarray(pixels[top : top + rows, left : left + columns])
+    part = part.resize((100, 100), Image.Resampling.BICUBIC)
+    crop = preprocessing.random_crop(pixels, rng(3), 100)
+    assert np.abs(crop.astype(float) - part).mean() < 5
+
+
+def test_a_small_crop_is_decoded_smaller_and_shows_the_same_part(flower):
+    """It is nearer to the average of the pixels than a crop of them all, which aliases."""
+    pixels = decode(flower)
+    for seed in range(5):
+        top, left, rows, columns = preprocessing.random_box(
+            rng(seed), *pixels.shape[:2], (0.5, 1), (3 / 4, 4 / 3)
+        )
+        part = Image.fromarray(pixels[top : top + rows, left : left + columns])
+        part = part.resize((24, 24), Image.Resampling.BOX)
+        small, whole = (
+            np.abs(
+                preprocessing.random_crop(image, rng(seed), 24, area=(0.5, 1))
+                - np.array(part, float)
+            )
+            for image in (flower, pixels)
+        )
+        assert small.mean() < whole.mean()
+        assert small.mean() < 9
+
+
+def test_random_boxes_have_the_promised_shapes():
+    height, width = 300, 400
+    boxes = [
+        preprocessing.random_box(rng(seed), height, width, (0.08, 1), (3 / 4, 4 / 3))
+        for seed in range(2000)
+    ]
+    assert None not in boxes
+    top, left, rows, columns = np.transpose(boxes)
+    assert min(top.min(), left.min()) >= 0
+    assert (top + rows).max() <= height
+    assert (left + columns).max() <= width
+    area = rows * columns / (height * width)
+    assert 0.08 <= area.min() < 0.1
+    assert 0.95 < area.max() <= 1
+    ratio = columns / rows
+    assert 0.74 < ratio.min() < 0.76
+    assert 1.31 < ratio.max() < 1.35
+    np.testing.assert_allclose(ratio.mean(), (3 / 4 + 4 / 3) / 2, atol=0.02)
+
+
+def test_random_crop_falls_back_to_the_centre():
+    stripe = rng().integers(0, 256, (2, 500, 3), dtype=np.uint8)
+    assert preprocessing.random_box(rng(), 2, 500, (0.08, 1), (3 / 4, 4 / 3)) is None
+    crop = preprocessing.random_crop(stripe, rng(), 8)
+    top, left, rows, columns = preprocessing.centre_box(2, 500, 8)
+    assert (rows, columns) == (1, 1)
+    assert (crop == stripe[top, left]).all()
+
+
+@pytest.mark.parametrize('mode', ['random_crop', 'crop_resize', 'resize_crop_32'])
+@pytest.mark.parametrize('height_width', [(1, 1), (1, 40), (40, 1), (3, 2)])
+def test_tiny_pictures(mode, height_width):
+    picture = Image.new('RGB', height_width[::-1], (10, 200, 30))
+    for format in ('PNG', 'JPEG'):
+        out = make_transform(mode, 32)(encode(picture, format), rng())
+        np.testing.assert_allclose(out - np.array([10.0, 200, 30]), 0, atol=4)
+
+
+@pytest.mark.parametrize('format', ['PNG', 'BMP', 'TIFF', 'PPM', 'GIF', 'WEBP', 'JPEG'])
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_formats(smooth, format, mode):
+    picture = smooth.convert(mode)
+    pixels = decode(encode(picture, format))
+    assert pixels.dtype == np.uint8
+    difference = pixels.astype(float) - np.asarray(picture.convert('RGB'))
+    assert np.abs(difference).mean() < (10 if format == 'GIF' and mode == 'RGB' else 3)
+
+
+def test_cmyk_jpeg(smooth):
+    pixels = decode(encode(smooth.convert('CMYK'), 'JPEG', quality=95))
+    assert np.abs(pixels.astype(float) - np.asarray(smooth)).mean() < 5
+
+
+def test_sixteen_bits():
+    values = np.linspace(0, 65535, 12 * 8).reshape(8, 12).astype(np.uint16)
+    for format in ('PNG', 'TIFF'):
+        pixels = decode(encode(Image.fromarray(values), format))
+        np.testing.assert_array_equal(pixels, np.repeat((values >> 8)[..., None], 3, axis=-1))
+
+
+def test_transparent_parts_become_white():
+    picture = Image.new('RGBA', (4, 2), (200, 100, 0, 255))
+    picture.putpixel((0, 0), (0, 0, 0, 0))
+    for variant in (picture, picture.quantize()):
+        pixels = decode(encode(variant, 'PNG'))
+        assert pixels[0, 0].tolist() == [255, 255, 255]
+        assert pixels[1, 3].tolist() == [200, 100, 0]
+
+
+def test_the_first_frame_of_an_animation_counts():
+    frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
+    for format in ('GIF', 'WEBP', 'PNG', 'TIFF'):
+        pixels = decode(encode(frames[0], format, save_all=True, append_images=frames[1:]))
+        assert pixels.shape == (8, 8, 3)
+        assert np.abs(pixels - np.array([255.0, 0, 0])).max() < 5
+
+
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_exif_orientation(smooth, format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = encode(smooth, format, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert('RGB'))
+    pixels = decode(encoded)
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels.astype(float) - expected).mean() < 2
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_random_crop_turns_the_part_of_a_jpeg(smooth, orientation):
+    """Equal to the crop of the picture as stored, turned by Pillow."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(preprocessing.random_crop(encode(smooth, 'JPEG'), rng(), 8))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(encode(stored, 'PNG', exif=exif))))
+    crop = preprocessing.random_crop(encode(smooth, 'JPEG', exif=exif), rng(), 8)
+    np.testing.assert_array_equal(crop, upright)
+
+
+def test_a_jpeg_with_stray_bytes_is_read(smooth):
+    encoded = encode(smooth, 'JPEG')
+    table = encoded.index(b'\xff\xdb')
+    stray = encoded[:table] + b'\0\0\0' + encoded[table:]
+    np.testing.assert_allclose(decode(stray).astype(float), decode(encoded), atol=8)
+
+
+def test_a_png_in_jpegs_clothes_is_read(tmp_path, smooth):
+    (tmp_path / 'train' / 'cat').mkdir(parents=True)
+    (tmp_path / 'train' / 'cat' / 'a.jpg').write_bytes(encode(smooth, 'PNG'))
+    source = ImageFolder('train', tmp_path)
+    np.testing.assert_array_equal(decode(source[0]['image']), smooth)
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda encoded: b'',
+        lambda encoded: b'not a picture',
+        lambda encoded: encoded[:4],
+        lambda encoded: encoded[:200],
+        lambda encoded: encoded[: len(encoded) // 2],
+        lambda encoded: encoded[:2] + bytes(len(encoded) - 2),
+    ],
+)
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'GIF', 'WEBP', 'TIFF', 'BMP'])
+def test_damaged_pictures_are_picture_errors(smooth, damage, format):
+    encoded = encode(smooth.resize((320, 240)), format)
+    for mode in ('crop_resize', 'random_crop'):
+        with pytest.raises(PictureError, match='cannot be decoded'):
+            make_transform(mode, 16)(damage(encoded), rng())
+
+
+def test_mutated_pictures_never_do_worse_than_a_picture_error(smooth):
+    random = rng()
+    for format in ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'PPM'):
+        encoded = np.frombuffer(encode(smooth, format), np.uint8)
+        for _ in range(150):
+            mutated = encoded.copy()
+            places = random.integers(0, len(encoded), random.integers(1, 10))
+            mutated[places] = random.integers(0, 256, len(places))
+            try:
+                pixels = make_transform('random_crop', 16)(mutated.tobytes(), random)
+            except PictureError:
+                continue
+            assert pixels.shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize('format', ['JPEG', 'PNG'])
+def test_a_huge_picture_is_refused_by_its_header(format):
+    encoded = bytearray(encode(Image.new('RGB', (16, 16)), format))
+    if format == 'PNG':
+        encoded[16:24] = (20_000).to_bytes(4) * 2
+        encoded[29:33] = zlib.crc32(encoded[12:29]).to_bytes(4)
+    else:
+        size = encoded.index(b'\xff\xc0') + 5
+        encoded[size : size + 4] = (20_000).to_bytes(2) * 2
+    for mode in ('crop_resize', 'random_crop'):
+        with pytest.raises(PictureError, match='pixels'):
+            make_transform(mode, 16)(bytes(encoded), rng())
+
+
+def test_floating_point_pictures_are_refused():
+    picture = Image.fromarray(np.zeros((4, 4), np.float32))
+    with pytest.raises(PictureError, match='floating-point'):
+        decode(encode(picture, 'TIFF'))
+
+
+def test_the_pipeline_names_the_bad_file(tmp_path, smooth):
+    directory = tmp_path / 'train' / 'cat'
+    directory.mkdir(parents=True)
+    for name in 'abc':
+        (directory / f'{name}.jpg').write_bytes(encode(smooth, 'JPEG'))
+    source = ImageFolder('train', tmp_path)
+    batch = next(
+        train_batches(source, batch_size=3, seed=0, transform=make_transform('random_crop', 8))
+    )
+    assert batch['image'].shape == (3, 8, 8, 3)
+    (directory / 'b.jpg').write_bytes(b'text')
+    batches = eval_batches(source, batch_size=3, transform=make_transform('crop_resize', 8))
+    with pytest.raises(PictureError, match=r'cat/b\.jpg: cannot be decoded: not a picture'):
+        next(batches)
+
+
+@pytest.mark.parametrize(
+    ('mode', 'size', 'match'),
+    [
+        ('crop', 8, "preprocessing 'crop': unknown .known: random_crop"),
+        ('resize_crop_', 8, "'resize_crop_': unknown"),
+        ('resize_crop_-1', 8, "'resize_crop_-1': unknown"),
+        ('resize_crop_nan', 8, "'resize_crop_nan': unknown"),
+        ('crop_resize', 0, 'image_size=0'),
+    ],
+)
+def test_unknown_modes_and_sizes(mode, size, match):
+    with pytest.raises(UsageError, match=match):
+        make_transform(mode, size)

@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+
+from nfnets_jax.data.preprocessing import PictureError
+from nfnets_jax.data.sources import ArraySource, Digits, ImageFolder, open_source
+from nfnets_jax.errors import UsageError
+
+
+def make_folder(root, classes, pictures=5):
+    """Writes `pictures` files into every class directory; each holds its own path."""
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(pictures):
+            (root / name / f'{i}.jpg').write_text(f'{name}/{i}')
+
+
+def test_digits_are_split_once_and_for_all():
+    train, test = Digits('train'), Digits('test')
+    assert (len(train), len(test)) == (1442, 355)
+    assert train.class_names == tuple('0123456789')
+    shares = np.bincount(test.labels) / (np.bincount(train.labels) + np.bincount(test.labels))
+    np.testing.assert_allclose(shares, 0.2, atol=0.005)
+    seen = {image.tobytes() for image in train.images}
+    assert not any(image.tobytes() in seen for image in test.images)
+
+
+def test_digits_keep_their_picture_when_enlarged():
+    small, large = Digits('test', image_size=8), Digits('test', image_size=32)
+    assert large[0]['image'].shape == (32, 32, 3)
+    assert large[0]['image'].dtype == np.uint8
+    assert small.images.max() == 255
+    assert small.images.min() == 0
+    blocks = large.images.astype(float).reshape(-1, 8, 4, 8, 4, 3).mean((2, 4))
+    assert np.corrcoef(blocks.ravel(), small.images.ravel())[0, 1] > 0.98
+
+
+def test_array_source_returns_what_it_was_given():
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    source = ArraySource(images, [1, 0], ('cat', 'dog'))
+    assert len(source) == 2
+    np.testing.assert_array_equal(source[1]['image'], images[1])
+    assert source.class_names[source[0]['label']] == 'dog'
+    assert ArraySource(images, [0, 2]).class_names == ('0', '1', '2')
+
+
+@pytest.mark.parametrize(
+    ('images', 'labels', 'match'),
+    [
+        (np.zeros((2, 4, 4, 3)), [0, 1], r'images must be uint8 \[N, H, W, 3\], not float64'),
+        (np.zeros((2, 4, 4), np.uint8), [0, 1], r'not uint8 \[2, 4, 4\]'),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0], 'labels must be 2 integers'),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0.0, 1.0], 'labels must be 2 integers'),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0, 2], 'from 0 to 2, but there are 2 classes'),
+        (np.zeros((2, 4, 4, 3), np.uint8), [-1, 1], 'from -1 to 1'),
+    ],
+)
+def test_array_source_refuses_what_does_not_fit(images, labels, match):
+    with pytest.raises(UsageError, match=match):
+        ArraySource(images, labels, ('a', 'b'))
+
+
+def test_image_folder_with_split_directories(tmp_path):
+    make_folder(tmp_path / 'train', ['dog', 'cat', '.cache'], pictures=3)
+    make_folder(tmp_path / 'val', ['dog'], pictures=2)
+    (tmp_path / 'train' / 'cat' / 'notes.txt').write_text('not a picture')
+    train, test = ImageFolder('train', tmp_path), ImageFolder('test', tmp_path)
+    assert train.class_names == test.class_names == ('cat', 'dog')
+    assert [train[i]['image'] for i in range(len(train))] == [
+        f'{name}/{i}'.encode() for name in ('cat', 'dog') for i in range(3)
+    ]
+    assert [test[i]['label'] for i in range(len(test))] == [1, 1]
+    assert train.where(4) == str(tmp_path / 'train' / 'dog' / '1.jpg')
+
+
+def test_image_folder_draws_its_own_split(tmp_path):
+    make_folder(tmp_path, ['a', 'b', 'c'], pictures=10)
+
+    def files(split, seed):
+        source = ImageFolder(split, tmp_path, test_fraction=0.3, split_seed=seed)
+        return [source.where(i) for i in range(len(source))]
+
+    train, test = files('train', 0), files('test', 0)
+    assert len(test) == 9
+    assert sorted(train + test) == sorted(map(str, tmp_path.glob('*/*.jpg')))
+    assert test == files('test', 0)
+    assert test != files('test', 1)
+
+
+def test_image_folder_names_what_is_wrong(tmp_path):
+    with pytest.raises(UsageError, match=r"data\.path='': not a directory"):
+        ImageFolder('train', '')
+    with pytest.raises(UsageError, match=r'nowhere.*not a directory'):
+        ImageFolder('train', tmp_path / 'nowhere')
+    with pytest.raises(UsageError, match='no class directories'):
+        ImageFolder('train', tmp_path)
+    make_folder(tmp_path / 'train', ['cat', 'dog'])
+    with pytest.raises(UsageError, match=r"no split 'tset' \(did you mean 'test'\?\)"):
+        ImageFolder('tset', tmp_path)
+    with pytest.raises(UsageError, match='none of test, val, validation'):
+        ImageFolder('test', tmp_path)
+    make_folder(tmp_path / 'test', ['dogs'])
+    with pytest.raises(UsageError, match=r"dogs: .*did you mean 'dog'"):
+        ImageFolder('test', tmp_path)
+    (tmp_path / 'train' / 'empty').mkdir()
+    with pytest.raises(UsageError, match=r'train/empty: no pictures'):
+        ImageFolder('train', tmp_path)
+
+
+def test_image_folder_cannot_split_one_picture(tmp_path):
+    make_folder(tmp_path, ['many', 'one'])
+    for i in range(1, 5):
+        (tmp_path / 'one' / f'{i}.jpg').unlink()
+    with pytest.raises(UsageError, match=r'one: one picture cannot be split'):
+        ImageFolder('train', tmp_path)
+
+
+def test_a_file_that_disappears_is_a_picture_error(tmp_path):
+    make_folder(tmp_path / 'train', ['cat'])
+    source = ImageFolder('train', tmp_path)
+    (tmp_path / 'train' / 'cat' / '2.jpg').unlink()
+    with pytest.raises(PictureError, match='cannot be read: No such file'):
+        source[2]
+
+
+def test_open_source(tmp_path):
+    assert open_source('digits', 'train', image_size=8)[0]['image'].shape == (8, 8, 3)
+    make_folder(tmp_path / 'train', ['cat'])
+    assert open_source('folder', 'train', path=tmp_path).class_names == ('cat',)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'options', 'match'),
+    [
+        (('digit', 'train'), {}, r"data\.name='digit': .*did you mean 'digits'"),
+        (('digits', 'tset'), {}, "did you mean 'test'"),
+        (('digits', 'train'), {'imagesize': 16}, r"data\.imagesize: .*did you mean 'image_size'"),
+        (('digits', 'train'), {'image_size': 4}, 'give 8 or more'),
+        (('folder', 'train'), {}, r"data\.path: 'folder' needs it"),
+        (('folder', 'train'), {'path': '.', 'test_fraction': 2}, r'data\.test_fraction=2'),
+        (('folder', 'train'), {'path': '.', 'split_seed': -1}, r'data\.split_seed=-1'),
+    ],
+)
+def test_open_source_names_what_is_wrong(arguments, options, match):
+    with pytest.raises(UsageError, match=match):
+        open_source(*arguments, **options)

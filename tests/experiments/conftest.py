@@ -1,0 +1,73 @@
+"""A training run small enough for a test: two seconds once it is compiled."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from experiments.config import default_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def tiny_config(**changes) -> ConfigDict:
+    """Six steps of a narrow NF-ResNet-8 on 8x8 digits; `changes` are dotted keys, `a__b=1`."""
+    config = default_config()
+    config.model = {'name': 'NF-ResNet-8', 'width': 0.5}
+    config.data = {'name': 'digits', 'image_size': 8}
+    config.augment.shift = 1
+    config.batch_size = 64
+    config.duration = '6 steps'
+    config.log_every = '2 steps'
+    config.eval.every = '3 steps'
+    config.eval.batch_size = 100
+    config.checkpoint.every = '3 steps'
+    for key, value in changes.items():
+        *nodes, field = key.split('__')
+        node = config
+        for name in nodes:
+            node = node[name]
+        with node.ignore_type():
+            node[field] = value
+    return config
+
+
+@pytest.fixture
+def tiny():
+    return tiny_config
+
+
+CONFIG_FILE = """
+from tests.experiments.conftest import tiny_config
+def get_config():
+    return tiny_config()
+"""
+
+
+@pytest.fixture(scope='session')
+def command(tmp_path_factory):
+    """A function that starts `python -m experiments.NAME`, with --config for the tiny run."""
+    file = tmp_path_factory.mktemp('config') / 'tiny.py'
+    file.write_text(CONFIG_FILE)
+
+    def start(name, *arguments, devices=4, **options):
+        if name == 'train':
+            arguments = (f'--config={file}', *arguments)
+        return subprocess.Popen(
+            [sys.executable, '-m', f'experiments.{name}', *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                'PYTHONPATH': str(ROOT),
+                'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+            },
+            **options,
+        )
+
+    return start

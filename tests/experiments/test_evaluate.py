@@ -1,0 +1,110 @@
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from experiments import task, workdir, writers
+from experiments.evaluate import evaluate
+from experiments.train import train
+from nfnets_jax import augment, parallel
+from nfnets_jax.checkpoints import Checkpoints
+from nfnets_jax.errors import UsageError
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    from tests.experiments.conftest import tiny_config
+
+    directory = tmp_path_factory.mktemp('runs') / 'run'
+    config = tiny_config(optimizer__learning_rate=2.0, optimizer__clip__clipping=0.1)
+    return directory, train(config, directory)['final']
+
+
+@pytest.mark.parametrize('batch_size', [None, 7, 356, 10_000])
+def test_the_figures_are_those_of_training_whatever_the_batch_size(run, batch_size):
+    directory, final = run
+    results = evaluate(directory, batch_size=batch_size)
+    assert results.pop('step') == 6
+    for name, value in results.items():
+        exact = 'top' in name or batch_size is None
+        assert value == final[name] if exact else pytest.approx(final[name], rel=1e-5)
+
+
+def test_the_figures_are_right(run):
+    """Against the plain forward pass over all test pictures at once, in numpy."""
+    directory, final = run
+    setting = task.prepare(workdir.load_config(directory))
+    like = jax.eval_shape(lambda: task.init_state(setting))
+    state = Checkpoints(directory / 'checkpoints', read_only=True).restore(6, like)
+    source = setting.test_source
+    images = augment.normalise(np.stack([source[i]['image'] for i in range(len(source))]))
+    labels = np.array([source[i]['label'] for i in range(len(source))])
+    outputs, _ = setting.model.apply(state.ema_params, state.ema_state, None, images, False)
+    logits = np.asarray(outputs['logits'], np.float64)
+    ranked = np.argsort(-logits, axis=1)
+    assert final['test_ema/top1'] == np.mean(ranked[:, 0] == labels)
+    assert final['test_ema/top5'] == np.mean(np.any(ranked[:, :5] == labels[:, None], axis=1))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    assert final['test_ema/loss'] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_the_best_and_a_given_checkpoint(run):
+    directory, _ = run
+    at_step_3 = evaluate(directory, '3')
+    told = next(line for line in writers.read_metrics(directory) if 'test/top1' in line)
+    assert at_step_3 == told
+    best = evaluate(directory, 'best')
+    assert best['test_ema/top1'] == max(
+        line['test_ema/top1'] for line in writers.read_metrics(directory) if 'test/top1' in line
+    )
+
+
+def test_the_command_prints_it(run, command):
+    directory, final = run
+    process = command('evaluate', f'--workdir={directory}', '--json', devices=1)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    printed = json.loads(out)
+    assert printed['test/top1'] == final['test/top1']
+    assert printed['test_ema/top5'] == final['test_ema/top5']
+
+
+def test_evaluation_changes_nothing(run):
+    directory, _ = run
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob('*')}
+    evaluate(directory)
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob('*')} == before
+
+
+def test_mistakes(run, tmp_path):
+    directory, _ = run
+    with pytest.raises(UsageError, match=r'--checkpoint=4: there are latest, best, 3, 6'):
+        evaluate(directory, '4')
+    with pytest.raises(UsageError, match='holds no run'):
+        evaluate(tmp_path)
+    (tmp_path / 'config.json').write_text((directory / 'config.json').read_text())
+    with pytest.raises(UsageError, match='holds no checkpoint yet'):
+        evaluate(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_one_line(tiny, tmp_path):
+    train(tiny(duration=2, ema=0.0), tmp_path / 'run')
+    (tmp_path / 'run' / 'checkpoints' / '2' / 'state' / '_METADATA').unlink()
+    with pytest.raises(UsageError, match=r'checkpoint 2 of .* is damaged .*--checkpoint=STEP'):
+        evaluate(tmp_path / 'run')
+
+
+def test_the_sums_ignore_padding(run):
+    directory, _ = run
+    setting = task.prepare(workdir.load_config(directory))
+    step = task.make_eval_step(setting)
+    variables = parallel.replicate(task.init_state(setting).variables())
+    example = setting.test_source[0]
+    batch = {
+        'image': np.stack([example['image']] * 8),
+        'label': np.full(8, example['label'], np.int32),
+        'mask': np.array([1, 1, 1, 0, 0, 0, 0, 0], np.float32),
+    }
+    assert float(step(variables, parallel.shard(batch))['test']['count']) == 3

@@ -1,0 +1,276 @@
+import json
+import os
+import re
+import signal
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from experiments import task, workdir, writers
+from experiments.train import DivergedError, train
+from nfnets_jax.checkpoints import Checkpoints
+from nfnets_jax.errors import UsageError
+
+
+def final_state(directory):
+    """The training state that a run ended with."""
+    setting = task.prepare(workdir.load_config(directory))
+    like = jax.eval_shape(lambda: task.init_state(setting))
+    checkpoints = Checkpoints(f'{directory}/checkpoints', read_only=True)
+    try:
+        return checkpoints.restore(setting.total_steps, like)
+    finally:
+        checkpoints.close()
+
+
+def timeless(directory):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    clocked = {'train/images_per_second', 'train/data_wait'}
+    return [
+        {name: value for name, value in line.items() if name not in clocked}
+        for line in writers.read_metrics(directory)
+    ]
+
+
+def assert_same_run(directory, other):
+    chex.assert_trees_all_equal(final_state(directory), final_state(other))
+    assert timeless(directory) == timeless(other)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A run that was never stopped, and its summary."""
+    from tests.experiments.conftest import tiny_config
+
+    directory = tmp_path_factory.mktemp('runs') / 'whole'
+    return directory, train(tiny_config(), directory)
+
+
+def test_a_run_leaves_what_the_contract_names(whole):
+    directory, summary = whole
+    assert {'config.json', 'metrics.jsonl', 'curves.png', 'summary.json', 'checkpoints'} <= set(
+        os.listdir(directory)
+    )
+    assert any(name.startswith('events.out.tfevents') for name in os.listdir(directory))
+    assert json.loads((directory / 'summary.json').read_text()) == summary
+    assert summary['step'] == 6
+    assert summary['final']['test/top1'] == writers.read_metrics(directory)[-1]['test/top1']
+    assert set(summary['versions']) >= {'jax', 'optax', 'dm-haiku', 'python'}
+    assert summary['images_per_second'] > 0
+
+
+def test_metrics_are_told_when_they_are_due(whole):
+    lines = timeless(whole[0])
+    assert [line['step'] for line in lines if 'train/loss' in line] == [2, 4, 6]
+    assert [line['step'] for line in lines if 'test/loss' in line] == [3, 6]
+    first = lines[0]
+    assert first['train/loss'] == pytest.approx(np.log(10), abs=0.1), 'the classifier starts small'
+    assert {'train/top1', 'train/learning_rate', 'train/clipped_fraction'} <= set(first)
+    assert {'test/top5', 'test_ema/loss', 'test_ema/top1'} <= set(lines[1] | lines[2])
+
+
+def test_a_finished_run_is_not_run_again(whole):
+    directory, summary = whole
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob('*') if path.is_file()}
+    config = workdir.load_config(directory)
+    assert train(config, directory) == summary
+    del before[directory / 'config.json']
+    assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(whole, tiny, tmp_path):
+    train(tiny(), tmp_path / 'again')
+    assert_same_run(whole[0], tmp_path / 'again')
+    train(tiny(seed=1), tmp_path / 'other')
+    assert timeless(whole[0]) != timeless(tmp_path / 'other')
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'precision': 'bfloat16'},
+        {'ema': 0.0},
+        {'sam__rho': 0.05, 'sam__ascent_fraction': 0.5},
+        {'optimizer__name': 'adam', 'optimizer__clip__name': 'global_norm'},
+        {'model': {'name': 'ResNet-8', 'width': 0.5, 'cross_replica_axis': 'devices'}},
+        {'model': {'name': 'ResNet-8', 'width': 0.5}},
+    ],
+    ids=['bfloat16', 'no_ema', 'sam', 'adam', 'batchnorm', 'batchnorm_per_device'],
+)
+def test_every_way_to_train(tiny, tmp_path, changes):
+    config = tiny(duration=2, eval__every=2, checkpoint__every=2, **changes)
+    summary = train(config, tmp_path / 'run')
+    assert np.isfinite(summary['final']['test/loss'])
+    state = final_state(tmp_path / 'run')
+    chex.assert_tree_all_finite(state)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype('float32')}
+    assert bool(state.ema_params) == bool(config.ema)
+
+
+def test_devices_share_the_work_without_changing_it(whole, command, tmp_path):
+    process = command('train', f'--workdir={tmp_path}/run', devices=1)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    chex.assert_trees_all_close(
+        final_state(whole[0]).params, final_state(tmp_path / 'run').params, rtol=1e-4, atol=1e-5
+    )
+    ours, theirs = (writers.read_metrics(d)[-1] for d in (whole[0], tmp_path / 'run'))
+    assert ours['test/loss'] == pytest.approx(theirs['test/loss'], rel=1e-4)
+
+
+LONGER = (
+    '--config.duration=200',
+    '--config.checkpoint.every=10',
+    '--config.eval.every=50',
+    '--config.optimizer.learning_rate=2',
+    '--config.optimizer.clip.clipping=0.04',
+)
+
+
+@pytest.fixture(scope='module')
+def longer(command, tmp_path_factory):
+    """A run of 200 steps that was never stopped."""
+    directory = tmp_path_factory.mktemp('runs') / 'longer'
+    process = command('train', f'--workdir={directory}', *LONGER)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return directory
+
+
+def test_it_learns(longer):
+    assert writers.read_metrics(longer)[-1]['test/top1'] > 0.5
+
+
+def wait_for(process, condition):
+    """Returns once the condition holds or the process has ended."""
+    deadline = time.monotonic() + 300
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def newest_step(directory):
+    names = os.listdir(directory / 'checkpoints') if (directory / 'checkpoints').exists() else []
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def test_killed_at_any_moment_it_ends_where_the_uninterrupted_run_does(command, longer, tmp_path):
+    directory = tmp_path / 'run'
+    writing = re.compile(r'\d+.*tmp')
+
+    def being_written():
+        return newest_step(directory) > 50 and any(map(writing.fullmatch, os.listdir(checkpoints)))
+
+    checkpoints = directory / 'checkpoints'
+    killed_at = []
+    for moment in (
+        (directory / 'config.json').exists,  # before the first step
+        lambda: newest_step(directory) >= 20,
+        being_written,  # in the middle of writing a checkpoint
+        lambda: newest_step(directory) >= 130,
+    ):
+        process = command('train', f'--workdir={directory}', *LONGER)
+        wait_for(process, moment)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, 'it was still running'
+        killed_at.append(newest_step(directory))
+    assert killed_at == sorted(killed_at)
+    process = command('train', f'--workdir={directory}', *LONGER)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert f'resuming {directory} at step {killed_at[-1]}' in err
+    assert_same_run(directory, longer)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_can_go_on(command, longer, tmp_path, number):
+    directory = tmp_path / 'run'
+    process = command('train', f'--workdir={directory}', *LONGER)
+    wait_for(process, lambda: newest_step(directory) >= 10)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    stopped_at = int(re.search(r'stopped; step (\d+) is saved', err)[1])
+    assert newest_step(directory) == stopped_at < 200
+    process = command('train', f'--workdir={directory}', *LONGER)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert_same_run(directory, longer)
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_left_behind(whole, tiny, tmp_path, capsys):
+    train(tiny(), tmp_path / 'run')
+    (tmp_path / 'run' / 'summary.json').unlink()
+    (tmp_path / 'run' / 'checkpoints' / '6' / 'state' / '_METADATA').write_text('{')
+    train(tiny(), tmp_path / 'run')
+    said = capsys.readouterr().err
+    assert 'damaged-6 is damaged' in said
+    assert 'at step 3 of 6' in said
+    assert (tmp_path / 'run' / 'checkpoints' / 'damaged-6').is_dir()
+    assert_same_run(whole[0], tmp_path / 'run')
+
+
+def test_divergence_stops_with_the_step_and_the_last_good_checkpoint(tiny, tmp_path):
+    config = tiny(
+        optimizer__learning_rate=1e30,
+        optimizer__clip__name='none',
+        optimizer__schedule__name='constant',
+        optimizer__schedule__warmup='4 steps',
+        checkpoint__every=1,
+    )
+    with pytest.raises(DivergedError, match=r'not finite at step (\d+); .*step (\d+)\. Try') as e:
+        train(config, tmp_path / 'run')
+    bad, good = map(int, re.search(r'at step (\d+); .*step (\d+)\.', str(e.value)).groups())
+    assert newest_step(tmp_path / 'run') == good == bad - 1
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'model__name': 'NF-ResNet-9'}, r"'NF-ResNet-9' \(did you mean 'NF-ResNet-"),
+        ({'model__widht': 2}, r"unknown option 'widht' \(did you mean 'width'"),
+        ({'data__name': 'digit'}, r"data.name='digit'.*'digits'"),
+        ({'data__image_size': 4}, r'image_size=4'),
+        ({'augment__shift': -1}, r'augment.shift=-1'),
+        ({'batch_size': 0}, r'config.batch_size=0: must be at least 1'),
+        ({'batch_size': -8}, r'config.batch_size=-8: must be at least 1'),
+        ({'batch_size': 66}, r'config.batch_size=66 is not divisible by the 4 devices'),
+        ({'batch_size': 4000}, r'batch_size=4000 is larger than digits/train, which has 1442'),
+        ({'batch_size': '64'}, r"config.batch_size='64': must be like 256, not str"),
+        ({'duration': '-3 epochs'}, r"config.duration='-3 epochs'"),
+        ({'duration': '3 parsecs'}, r"config.duration='3 parsecs': unknown unit 'parsecs'"),
+        ({'duration': '10%'}, r"config.duration='10%'"),
+        ({'eval__every': 0}, r'config.eval.every=0'),
+        ({'checkpoint__keep': 0}, r'config.checkpoint.keep=0: must be at least 1'),
+        ({'checkpoint': 5}, r'config.checkpoint=5: must hold fields'),
+        ({'seed': -1}, r'config.seed=-1: must be at least 0'),
+        ({'ema': 1.0}, r'config.ema=1.0: must be at least 0 and below 1'),
+        ({'precision': 'float16'}, r"config.precision='float16' is unknown"),
+        ({'sam__rho': -0.1}, r'config.sam.rho=-0.1'),
+        ({'sam__ascent_fraction': 0.0}, r'config.sam.ascent_fraction=0.0'),
+        ({'sam__roh': 1.0}, r"unknown key config.sam.roh \(did you mean 'rho'"),
+        ({'sed': 1}, r"unknown key config.sed \(did you mean 'seed'"),
+        ({'optimizer__learning_rate': -1.0}, r'config.optimizer.learning_rate=-1.0'),
+        ({'optimizer__lr': 1.0}, r'config.optimizer.lr is unknown'),
+        ({'optimizer__clip__name': 'agx'}, r"config.optimizer.clip.name='agx'.*'agc'"),
+        ({'optimizer__groups': ({'match': 'x'},)}, r"config.optimizer.groups\[0\].match='x'"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_told_in_one_line_before_anything_is_written(tiny, tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message) as error:
+        train(tiny(**changes), tmp_path / 'run')
+    assert '\n' not in str(error.value)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_missing_field_is_named(tiny, tmp_path):
+    config = tiny().to_dict()
+    del config['ema']
+    with pytest.raises(UsageError, match='config.ema is missing'):
+        train(ConfigDict(config), tmp_path / 'run')

@@ -1,0 +1,41 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import window
+
+STEP = {'loss': 2.0, 'top1': 0.5, 'gradient_norm': 1.0, 'clipped_fraction': 0.25}
+
+
+def run(losses, every=4, start=None, first=0, **metrics):
+    sums = window.empty() if start is None else start
+    for step, loss in enumerate(losses, start=first):
+        values = {name: jnp.float32(x) for name, x in {**STEP, **metrics, 'loss': loss}.items()}
+        sums = window.add(sums, values, jnp.int32(step), every)
+    return sums
+
+
+def test_means_are_over_the_window():
+    means = window.means(run([1.0, 2.0, 6.0]))
+    assert means == {'loss': 3.0, 'top1': 0.5, 'gradient_norm': 1.0, 'clipped_fraction': 0.25}
+
+
+def test_a_new_window_begins_every_so_often():
+    assert window.means(run([9, 9, 9, 9, 1.0, 2.0]))['loss'] == 1.5
+
+
+def test_a_window_goes_on_after_a_checkpoint():
+    half = run([1.0, 2.0])
+    saved = {name: np.asarray(value) for name, value in half.items()}
+    assert window.means(run([3.0, 6.0], start=saved, first=2))['loss'] == 3.0
+
+
+def test_nothing_yet_is_zero():
+    assert window.means(window.empty())['loss'] == 0
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_the_first_step_that_is_not_finite_is_remembered_for_good(bad):
+    assert window.first_nonfinite(run([1.0] * 6)) is None
+    assert window.first_nonfinite(run([1.0, bad, 1.0, bad, 1.0, 1.0])) == 2
+    assert window.first_nonfinite(run([1.0], gradient_norm=bad)) == 1

@@ -1,0 +1,86 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from experiments import workdir
+from nfnets_jax.errors import UsageError
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = {'seed': 0, 'groups': ({'match': 'a'}, {'match': 'b'}), 'eval': {'every': '1 epochs'}}
+
+
+def config(**changes):
+    return ConfigDict({**CONFIG, **changes})
+
+
+def claim(path, **changes):
+    with workdir.claimed(path, config(**changes)) as claimed:
+        return claimed
+
+
+def test_the_config_is_kept_and_the_directory_can_be_claimed_again(tmp_path):
+    path = tmp_path / 'a' / 'b'
+    assert claim(path) == path
+    assert workdir.load_config(path).to_dict() == json.loads(json.dumps(CONFIG))
+    assert claim(path) == path
+
+
+def test_another_experiment_is_refused_by_the_key_that_differs(tmp_path):
+    claim(tmp_path)
+    with pytest.raises(UsageError, match=r'config.seed is 0 there and 1 here; choose another'):
+        claim(tmp_path, seed=1)
+    with pytest.raises(UsageError, match=r'config.extra is None there and 2 here \(and 1 more\)'):
+        claim(tmp_path, seed=1, extra=2)
+    assert workdir.load_config(tmp_path).seed == 0
+
+
+def test_what_the_result_does_not_depend_on_may_change(tmp_path):
+    claim(tmp_path)
+    claim(tmp_path, eval={'every': '2 epochs'})
+    assert workdir.load_config(tmp_path).eval.every == '2 epochs'
+
+
+def test_a_second_process_is_refused(tmp_path):
+    program = (
+        'import sys; from ml_collections import ConfigDict; from experiments import workdir\n'
+        'with workdir.claimed(sys.argv[1], ConfigDict({})): print("mine")'
+    )
+    with workdir.claimed(tmp_path, ConfigDict({})):
+        other = subprocess.run(
+            [sys.executable, '-c', program, tmp_path],
+            capture_output=True,
+            text=True,
+            env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        )
+        assert 'in use by another process' in other.stderr
+    with workdir.claimed(tmp_path, ConfigDict({})):
+        pass
+
+
+@pytest.mark.parametrize('place', ['file', 'file/below', '/proc/nowhere'])
+def test_a_place_that_cannot_be_written(tmp_path, place):
+    (tmp_path / 'file').write_text('mine')
+    with pytest.raises(UsageError, match='is a file|cannot be written'):
+        claim(tmp_path / place)
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_checkpoints_of_an_unknown_config_are_not_taken_over(tmp_path):
+    (tmp_path / 'checkpoints').mkdir()
+    with pytest.raises(UsageError, match='without a config.json'):
+        claim(tmp_path)
+
+
+def test_no_run_and_a_damaged_config(tmp_path):
+    with pytest.raises(UsageError, match='holds no run'):
+        workdir.load_config(tmp_path / 'nothing')
+    (tmp_path / 'config.json').write_text('{"seed": 0')
+    with pytest.raises(UsageError, match=r'config.json cannot be read'):
+        workdir.load_config(tmp_path)
+    with pytest.raises(UsageError, match=r'config.json cannot be read'):
+        claim(tmp_path)

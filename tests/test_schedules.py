@@ -1,0 +1,134 @@
+import math
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from nfnets_jax import schedules
+from nfnets_jax.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ('duration', 'steps'),
+    [
+        (500, 500),
+        ('500', 500),
+        ('500 steps', 500),
+        ('1 step', 1),
+        ('30 epochs', 300),
+        ('2.5 epochs', 25),
+        ('.25 epochs', 2),  # 2.5 rounds to even
+        ('1 Epoch', 10),
+        ('10%', 20),
+        ('0.7 %', 1),
+        (' 7 steps ', 7),
+    ],
+)
+def test_durations(duration, steps):
+    assert schedules.num_steps(duration, steps_per_epoch=10, total_steps=200) == steps
+
+
+@pytest.mark.parametrize(
+    ('duration', 'message'),
+    [
+        (0, 'at least 1'),
+        (-3, 'at least 1'),
+        ('-1 epochs', 'at least 1'),
+        ('-0.01 epochs', 'at least 1'),
+        ('0.01 epochs', 'is 0 steps'),
+        ('0%', 'at least 1'),
+        ('2.5 steps', 'whole'),
+        ('3 epoches', "did you mean 'epochs'"),
+        ('3 furlongs', 'unknown unit'),
+        ('soon', 'like'),
+        ('', 'like'),
+        ('nan epochs', 'like'),
+        (2.0, 'like'),
+        (True, 'like'),
+        (None, 'like'),
+    ],
+)
+def test_bad_durations_name_their_key(duration, message):
+    with pytest.raises(UsageError, match=message) as error:
+        schedules.num_steps(duration, steps_per_epoch=10, total_steps=200, key='train.length')
+    assert str(error.value).startswith('train.length=')
+    assert '\n' not in str(error.value)
+
+
+def test_percent_needs_a_whole():
+    with pytest.raises(UsageError, match='no meaning'):
+        schedules.num_steps('10%', steps_per_epoch=10)
+
+
+def test_absent_warmup_is_allowed_but_not_a_negative_one():
+    assert schedules.num_steps(0, steps_per_epoch=10, minimum=0) == 0
+    with pytest.raises(UsageError, match='at least 0'):
+        schedules.num_steps('-0.01 epochs', steps_per_epoch=10, minimum=0)
+
+
+def test_warmup_cosine_by_value():
+    schedule = schedules.warmup_cosine(0.05, total_steps=6, warmup_steps=2)
+    expected = [0, 0.025, 0.05, 0.025 * (1 + math.cos(math.pi / 4)), 0.025]
+    expected += [0.025 * (1 - math.cos(math.pi / 4)), 0, 0]
+    chex.assert_trees_all_close([float(schedule(i)) for i in range(8)], expected, atol=1e-8)
+
+
+def test_cosine_without_warmup_starts_at_the_peak():
+    schedule = schedules.warmup_cosine(2.0, total_steps=10)
+    chex.assert_trees_all_close(
+        [float(schedule(i)) for i in (0, 5, 10)], [2.0, 1.0, 0.0], atol=1e-6
+    )
+
+
+def test_warmup_for_the_whole_training_is_finite():
+    schedule = schedules.warmup_cosine(1.0, total_steps=4, warmup_steps=4)
+    assert [float(schedule(i)) for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_constant_by_value():
+    schedule = schedules.constant(0.5, warmup_steps=2)
+    assert [float(schedule(i)) for i in (0, 1, 2, 1000)] == [0, 0.25, 0.5, 0.5]
+    assert float(schedules.constant(0.5)(0)) == 0.5
+
+
+def test_step_decay_by_value():
+    schedule = schedules.step_decay(1.0, boundaries=(4, 6), factor=0.5, warmup_steps=2)
+    values = [float(schedule(i)) for i in range(8)]
+    assert values == [0, 0.5, 1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize('name', ['cosine', 'constant', 'step'])
+def test_schedules_agree_inside_and_outside_of_jit(name):
+    config = schedules.default_config() | {'name': name, 'warmup': '10%'}
+    schedule = schedules.create(config, 0.1, steps_per_epoch=10, total_steps=100)
+    steps = np.arange(101)
+    inside = jax.jit(jax.vmap(schedule))(steps)
+    chex.assert_type(inside, np.float32)
+    outside = np.stack([schedule(int(step)) for step in steps])
+    chex.assert_trees_all_close(inside, outside, rtol=1e-5, atol=1e-9)
+    assert inside[0] == 0
+    assert inside[10] == np.float32(0.1)
+
+
+def test_create_reads_durations():
+    config = {'name': 'step', 'warmup': '1 epoch', 'boundaries': ('50%', '8 epochs'), 'factor': 0.1}
+    schedule = schedules.create(config, 1.0, steps_per_epoch=10, total_steps=100)
+    values = [float(schedule(i)) for i in (5, 10, 49, 50, 79, 80)]
+    chex.assert_trees_all_close(values, [0.5, 1.0, 1.0, 0.1, 0.1, 0.01], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'name': 'cosinus'}, r"schedule\.name='cosinus'.*did you mean 'cosine'"),
+        ({'warmup': '11 epochs'}, r"schedule\.warmup='11 epochs' is 110 steps, longer than .*100"),
+        ({'warmup': -1}, r'schedule\.warmup=-1'),
+        ({'name': 'step', 'factor': 0.0}, r'schedule\.factor=0\.0'),
+        ({'name': 'step', 'boundaries': ('5 parsecs',)}, r"schedule\.boundaries='5 parsecs'"),
+    ],
+)
+def test_create_names_the_wrong_field(change, message):
+    config = schedules.default_config() | change
+    with pytest.raises(UsageError, match=message):
+        schedules.create(config, 0.1, steps_per_epoch=10, total_steps=100)
