@@ -12,18 +12,10 @@ import jax
 from absl import flags
 
 from experiments import cli, task, workdir
+from experiments.task import describe
 from nfnets_jax import parallel
 from nfnets_jax.checkpoints import Checkpoints, DamagedCheckpointError
 from nfnets_jax.errors import UsageError
-
-_WORKDIR = flags.DEFINE_string('workdir', None, 'The directory of the run.', required=True)
-_CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', 'latest', "Which one: 'latest', 'best', or the step of one that is kept."
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    'batch_size', None, 'Examples at a time; by default as in training.', lower_bound=1
-)
-_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object, all metrics in it.')
 
 
 def evaluate(directory: str, checkpoint: str = 'latest', batch_size: int | None = None) -> dict:
@@ -64,13 +56,18 @@ def _restore(directory: str, checkpoint: str, like: task.TrainState) -> tuple[in
 
 
 def main() -> None:
-    results = evaluate(_WORKDIR.value, _CHECKPOINT.value, _BATCH_SIZE.value)
-    print(
-        json.dumps(results)
-        if _JSON.value
-        else f'step {results["step"]:,}: {task.describe(results)}'
-    )
+    args = flags.FLAGS
+    results = evaluate(args.workdir, args.checkpoint, args.batch_size)
+    print(json.dumps(results) if args.json else f'step {results["step"]:,}: {describe(results)}')
 
 
 if __name__ == '__main__':
+    flags.DEFINE_string('workdir', None, 'The directory of the run.', required=True)
+    flags.DEFINE_string(
+        'checkpoint', 'latest', "Which one: 'latest', 'best', or the step of one that is kept."
+    )
+    flags.DEFINE_integer(
+        'batch_size', None, 'Examples at a time; by default as in training.', lower_bound=1
+    )
+    flags.DEFINE_bool('json', False, 'Print one JSON object, all metrics in it.')
     cli.run(main)

@@ -34,12 +34,14 @@ from experiments.task import (
     Task,
     TrainState,
     describe,
+    describe_weights,
     evaluate,
     init_state,
+    load_weights,
     make_eval_step,
     prepare,
 )
-from nfnets_jax import augment, optimizers, parallel
+from nfnets_jax import augment, optimizers, parallel, pretrained
 from nfnets_jax.checkpoints import Checkpoints
 from nfnets_jax.data import pipeline
 from nfnets_jax.sam import sam_value_and_grad
@@ -136,15 +138,21 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> dict[str, Any]:
       DivergedError: the loss or gradient is not finite; nothing has been saved since.
     """
     task = prepare(config)
+    weights = None
+    if config.init.weights:
+        *weights, report = load_weights(task)
+        _say(f'{config.init.weights}: {report}')
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(workdir.claimed(directory, config))
         stop = stack.enter_context(_stop_on_signals())
+        metadata = pretrained.encode_metadata(describe_weights(task))
+        workdir.write_text(path / 'model.json', metadata + '\n')
 
         # Where were we?
         checkpoints = Checkpoints(path / 'checkpoints', keep=config.checkpoint.keep)
         stack.callback(checkpoints.close)
         newest = checkpoints.latest(jax.eval_shape(lambda: init_state(task)), on_damage=_say)
-        step, state = newest or (0, init_state(task))
+        step, state = newest or (0, init_state(task, weights))
         summary_file = path / 'summary.json'
         if step == task.total_steps and summary_file.exists():
             _say(f'{path} is complete')
@@ -238,6 +246,7 @@ def _open_batches(task: Task, start_step: int) -> pipeline.Prefetch:
     batches = pipeline.train_batches(
         task.train_source,
         batch_size=task.config.batch_size,
+        transform=task.pictures.train_transform,
         seed=task.config.seed,
         start_step=start_step,
         process_index=process,
@@ -305,19 +314,17 @@ continue:     a stopped run continues with the same command; to train for longer
 """
 
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'What to train.', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything about the run is kept.')
-flags.mark_flags_as_required(['config', 'workdir'])
-
-
 def main() -> None:
     try:
-        summary = train(_CONFIG.value, _WORKDIR.value)
+        summary = train(flags.FLAGS.config, flags.FLAGS.workdir)
     except DivergedError as error:
         _say(f'stopped: {error}')
         sys.exit(1)
-    print(_farewell(summary, _WORKDIR.value))
+    print(_farewell(summary, flags.FLAGS.workdir))
 
 
 if __name__ == '__main__':
+    config_flags.DEFINE_config_file('config', None, 'What to train.', lock_config=True)
+    flags.DEFINE_string('workdir', None, 'Where everything about the run is kept.')
+    flags.mark_flags_as_required(['config', 'workdir'])
     cli.run(main)
