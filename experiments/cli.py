@@ -17,15 +17,18 @@ from ml_collections import ConfigDict
 from nfnets_jax.errors import UsageError, nearest
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the command line and calls `main`, which reads `flags.FLAGS`."""
+def run(main: Callable[..., None], *, positional: bool = False) -> None:
+    """Parses the command line and calls `main`, which reads `flags.FLAGS`.
+
+    If `positional`, `main` takes what is on the command line besides flags, a list of strings.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
+        if len(argv) > 1 and not positional:
             _fail(f'unexpected argument {argv[1]!r}: flags are written --name=value')
         logging.set_verbosity(logging.ERROR)  # Libraries narrate their work; we say what matters.
         try:
-            main()
+            main(argv[1:]) if positional else main()
         except UsageError as error:
             _fail(str(error))
 

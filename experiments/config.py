@@ -20,6 +20,9 @@ def default_config() -> ConfigDict:
             'seed': 0,
             # The name in `list_models()`; every other field is an option of that model.
             'model': {'name': 'NF-ResNet-50'},
+            # Weights to start from, as nfnets_jax.load_pretrained reads them; '': random ones. The
+            # classifier starts anew if new_head, and always where the number of classes differs.
+            'init': {'weights': '', 'new_head': False},
             'precision': 'float32',  # what to compute in: float32 | bfloat16
             # The name of a source; every other field is an option of that source.
             'data': {'name': 'digits'},
@@ -77,7 +80,9 @@ def _check_fields(config, known, prefix: str = '') -> None:
                 raise UsageError(f'config.{prefix}{key}={value!r}: must hold fields')
             if key not in _OPEN:
                 _check_fields(value, default, f'{prefix}{key}.')
-        elif not isinstance(value, _accepted(default)) or isinstance(value, bool):
+        elif not isinstance(value, _accepted(default)) or (
+            isinstance(value, bool) != isinstance(default, bool)
+        ):
             raise UsageError(
                 f'config.{prefix}{key}={value!r}: must be like {default!r}, '
                 f'not {type(value).__name__}'

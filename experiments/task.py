@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from experiments import config as experiment
 from experiments import window
-from nfnets_jax import augment, models, optimizers, parallel
-from nfnets_jax.data import pipeline, sources
+from experiments.data import Pictures, open_data
+from nfnets_jax import augment, models, optimizers, parallel, pretrained
+from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError
 from nfnets_jax.schedules import num_steps
 
@@ -43,10 +44,10 @@ class Task(NamedTuple):
     config: ConfigDict
     train_source: Any
     test_source: Any
+    pictures: Pictures
     model: hk.TransformedWithState
     optimizer: optimizers.Optimizer
     augmentation: Callable  # (keys, images, labels) -> (normalised images, soft targets)
-    image_shape: tuple[int, int, int]
     total_steps: int
     log_every: int
     eval_every: int
@@ -61,7 +62,8 @@ def prepare(config: ConfigDict) -> Task:
     """
     experiment.check(config)
     parallel.local_batch_size(config.batch_size)
-    train_source, test_source = (_open_source(config, split) for split in ('train', 'test'))
+    train_source, test_source, pictures = open_data(config)
+    num_classes = len(train_source.class_names)
     steps_per_epoch = len(train_source) / config.batch_size
     if steps_per_epoch < 1:
         raise UsageError(
@@ -75,9 +77,8 @@ def prepare(config: ConfigDict) -> Task:
         )
 
     total_steps = steps('duration', config.duration, None)
-    model = _build_model(config, len(train_source.class_names))
-    image_shape = train_source[0]['image'].shape
-    params, _ = jax.eval_shape(lambda: _init_variables(model, config.seed, image_shape))
+    model = _build_model(config, num_classes)
+    params, _ = jax.eval_shape(lambda: _init_variables(model, config.seed, pictures.shape))
     optimizer = optimizers.create(
         config.optimizer,
         params,
@@ -90,10 +91,10 @@ def prepare(config: ConfigDict) -> Task:
         config,
         train_source,
         test_source,
+        pictures,
         model,
         optimizer,
-        augment.make_augment(config.augment, len(train_source.class_names), dtype=config.precision),
-        image_shape,
+        augment.make_augment(config.augment, num_classes, dtype=config.precision),
         total_steps,
         log_every=steps('log_every', config.log_every, total_steps),
         eval_every=steps('eval.every', config.eval.every, total_steps),
@@ -101,12 +102,12 @@ def prepare(config: ConfigDict) -> Task:
     )
 
 
-def init_state(task: Task) -> TrainState:
-    """Returns the state before the first step, a function of the config's seed alone."""
+def init_state(task: Task, weights: tuple[hk.Params, hk.State] | None = None) -> TrainState:
+    """Returns the state before the first step: a function of the config's seed, and `weights`."""
 
     @jax.jit  # One program, instead of one for each kind of leaf.
-    def init(seed: jax.Array) -> TrainState:
-        params, state = _init_variables(task.model, seed, task.image_shape)
+    def init(seed: jax.Array, weights: tuple[hk.Params, hk.State] | None) -> TrainState:
+        params, state = weights or _init_variables(task.model, seed, task.pictures.shape)
         ema_params, ema_state = (params, state) if task.config.ema else ({}, {})
         return TrainState(
             seed=seed,
@@ -119,12 +120,60 @@ def init_state(task: Task) -> TrainState:
             window=window.empty(),
         )
 
-    return init(jnp.int32(task.config.seed))
+    return init(jnp.int32(task.config.seed), weights)
 
 
-def _open_source(config: ConfigDict, split: str):
-    options = config.data.to_dict()
-    return sources.open_source(options.pop('name'), split, **options)
+def load_weights(task: Task) -> tuple[hk.Params, hk.State, pretrained.Report]:
+    """Reads what `config.init.weights` names, for `init_state`; a new head is random.
+
+    Raises:
+      UsageError: they cannot be read, or are those of another network.
+    """
+    path, options = task.config.init.weights, task.config.model
+    weights = pretrained.load_pretrained(path)
+    if weights.metadata.model not in (None, options.name):
+        raise UsageError(
+            f'config.init.weights={path}: weights of {weights.metadata.model}, but '
+            f'config.model.name={options.name!r}'
+        )
+    for option, value in weights.metadata.options.items():
+        here = options.get(option)
+        here = list(here) if isinstance(here, tuple) else here
+        if option not in _FREE_OPTIONS and here != value:
+            raise UsageError(
+                f'config.model.{option}={here!r}: config.init.weights={path} are of '
+                f'a network with {value!r}'
+            )
+    variables = jax.jit(_init_variables, static_argnums=(0, 2))(
+        task.model, task.config.seed, task.pictures.shape
+    )
+    *variables, report = pretrained.fit_weights(
+        weights, *variables, new_head=task.config.init.new_head
+    )
+    if not report.fits:
+        raise UsageError(f'config.init.weights={path} do not fit {options.name}: {report}')
+    return *variables, report
+
+
+# Options of a model that weights trained with another value fit all the same.
+_FREE_OPTIONS = (
+    *('drop_rate', 'stochdepth_rate', 'bn_decay_rate'),
+    *('fc_init', 'skipinit_gain', 'remat'),
+)
+
+
+def describe_weights(task: Task) -> pretrained.Metadata:
+    """Returns what one must know to use the weights of a run: its model.json."""
+    options, classes = task.config.model.to_dict(), task.train_source.class_names
+    return pretrained.Metadata(
+        model=options.pop('name'),
+        options=options,
+        num_classes=len(classes),
+        class_names=tuple(classes),
+        train_size=task.pictures.shape[0],
+        test_size=task.pictures.test_size,
+        eval_mode=task.pictures.test_mode,
+    )
 
 
 def _build_model(config: ConfigDict, num_classes: int) -> hk.TransformedWithState:
@@ -189,6 +238,7 @@ def evaluate(task: Task, eval_step: Callable, variables: Mapping[str, tuple]) ->
     batches = pipeline.eval_batches(
         task.test_source,
         batch_size=batch_size,
+        transform=task.pictures.test_transform,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

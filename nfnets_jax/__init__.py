@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         create_model,
         list_models,
     )
+    from nfnets_jax.pretrained import load_pretrained
     from nfnets_jax.sam import sam_value_and_grad
 
 __version__ = '0.1.0'
@@ -35,6 +36,7 @@ _HOME = {
     'ResNet': 'models',
     'SkipInitResNet': 'models',
     'FixupResNet': 'models',
+    'load_pretrained': 'pretrained',
 }
 
 __all__ = [*sorted(_HOME), '__version__']

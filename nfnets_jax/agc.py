@@ -14,13 +14,12 @@ Without Normalization", https://arxiv.org/abs/2102.06171, section 4.1, equation 
 0.333
 """
 
-import collections
 import functools
 import inspect
 import math
 import os.path
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,9 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from nfnets_jax import unit_axes as unit_axes
+import nfnets_jax.unit_axes as unit_axes
+
+__all__ = ['AdaptiveGradClipState', 'adaptive_grad_clip', 'describe_clipping', 'unit_axes']
 
 PyTree = Any
 Scalar = float | jax.Array
@@ -58,7 +59,7 @@ class _Leaf(NamedTuple):
     path: str
     group: str
     shape: tuple[int, ...]  # of the whole leaf, also where a device holds a part
-    clipping: Scalar | None  # None: not clipped
+    clipping: Any  # a number, Python's or JAX's; None: not clipped
     axes: tuple[int, ...] = ()
     sum_over: tuple[str, ...] = ()  # the mesh axes that split `axes`
     split_by: tuple[str, ...] = ()  # the mesh axes that split the other axes, so the units
@@ -112,25 +113,33 @@ def adaptive_grad_clip(
         the mesh lacks; at `update`: `params` are missing or not like the gradients. What concerns a
         leaf names it by its path.
     """
-    schedule = clipping if _is_schedule(clipping) else None
+    scheduled = _is_schedule(clipping)
     if not callable(clipping):
         _check_not_negative('clipping', clipping)
     _check_not_negative('eps', eps)
 
     def init(params: PyTree) -> AdaptiveGradClipState:
-        leaves = _plan(params, 0.0 if schedule else clipping, axis, mask, specs)
-        zero = jnp.zeros((), jnp.float32)
-        groups = {leaf.group: zero for leaf in leaves if leaf.clipping is not None}
-        return AdaptiveGradClipState(zero, groups, jnp.zeros((), jnp.int32) if schedule else None)
+        leaves = _plan(params, _at_step(clipping, 0), axis, mask, specs)
+        # Each zero is a buffer of its own, for states that are donated.
+        return AdaptiveGradClipState(
+            clipped_fraction=jnp.zeros((), jnp.float32),
+            clipped_fraction_by_group={
+                leaf.group: jnp.zeros((), jnp.float32)
+                for leaf in leaves
+                if leaf.clipping is not None
+            },
+            step=jnp.zeros((), jnp.int32) if scheduled else None,
+        )
 
     def update(
         updates: PyTree, state: AdaptiveGradClipState, params: PyTree | None = None
     ) -> tuple[PyTree, AdaptiveGradClipState]:
         if params is None:
             raise ValueError('adaptive_grad_clip needs params: tx.update(grads, state, params)')
-        step = state.step if schedule else None
-        leaves = _plan(params, schedule(step) if schedule else clipping, axis, mask, specs)
-        weights, treedef = jax.tree.flatten(params, is_leaf=_is_absent)
+        step = state.step if scheduled else None
+        leaves = _plan(params, _at_step(clipping, step), axis, mask, specs)
+        treedef: Any = jax.tree.structure(params, is_leaf=_is_absent)
+        weights = treedef.flatten_up_to(params)
         grads = treedef.flatten_up_to(updates)
         _check_alike(leaves, grads, weights)
 
@@ -176,8 +185,7 @@ def describe_clipping(
     head    (16, 10)       -              -         -  head
     17 units in 2 of 3 leaves: gradient norm <= clipping * max(parameter norm, 0.001)
     """
-    step = 0 if _is_schedule(clipping) else None
-    leaves = _plan(params, clipping(step) if step == 0 else clipping, axis, mask, None)
+    leaves = _plan(params, _at_step(clipping, 0), axis, mask, None)
     rows = [('leaf', 'shape', 'norm over', 'units', 'clipping', 'group')]
     for leaf in leaves:
         if leaf.clipping is None:
@@ -191,7 +199,7 @@ def describe_clipping(
         print('  '.join(f'{cell:{side}{width}}' for cell, width, side in cells).rstrip())
     clipped = [leaf for leaf in leaves if leaf.clipping is not None]
     units = sum(leaf.units for leaf in clipped)
-    when = '' if step is None else ', clipping as at step 0'
+    when = ', clipping as at step 0' if _is_schedule(clipping) else ''
     print(
         f'{units} units in {len(clipped)} of {len(leaves)} leaves: '
         f'gradient norm <= clipping * max(parameter norm, {eps:g}){when}'
@@ -243,23 +251,27 @@ def _unit_norms(
     if not arrays:
         return []
     sums = [_sum_of_squares(x, a, 1) for x, a in zip(arrays, axes, strict=True)]
-    wrong = []
+    scales = []
     for total, floor in zip(sums, floors, strict=True):
         smallest = _smallest(total.dtype)
-        wrong.append(jnp.isinf(total) | ((total < smallest) & (floor < smallest**0.5)))
+        # Powers of 2 that bring the squares of what was too large, or too small, to the middle of
+        # the range: 2**-80 and 2**80 in float32.
+        power = 2.0 ** (jnp.finfo(total.dtype).maxexp * 5 // 8)
+        up = jnp.where((total < smallest) & (floor < smallest**0.5), power, 1)
+        scales.append(jnp.where(jnp.isinf(total), 1 / power, up).astype(total.dtype))
 
     def second_pass() -> list[jax.Array]:
-        norms = []
-        for x, a, total, lost in zip(arrays, axes, sums, wrong, strict=True):
-            # A power of 2 that brings the squares of what was too large, or too small, to the
-            # middle of the range: 2**-80 or 2**80 in float32.
-            power = 2.0 ** (jnp.finfo(total.dtype).maxexp * 5 // 8)
-            scale = jnp.where(jnp.isinf(total), 1 / power, power).astype(total.dtype)
-            norms.append(jnp.where(lost, _sqrt(_sum_of_squares(x, a, scale)) / scale, _sqrt(total)))
-        return norms
+        again = []
+        for x, a, total, scale in zip(arrays, axes, sums, scales, strict=True):
+            # XLA turns (x * scale) * (x * scale) into (x * x) * (scale * scale) where it finds
+            # one of them constant.
+            x, factor = jax.lax.optimization_barrier((x, scale))
+            again.append(jnp.where(scale == 1, total, _sum_of_squares(x, a, factor)))
+        return again
 
-    any_wrong = jnp.any(jnp.concatenate([lost.ravel() for lost in wrong]))
-    return jax.lax.cond(any_wrong, second_pass, lambda: [_sqrt(total) for total in sums])
+    any_lost = functools.reduce(jnp.logical_or, [jnp.any(s != 1) for s in _joined(scales)])
+    sums = jax.lax.cond(any_lost, second_pass, lambda: sums)
+    return [_sqrt(total) / scale for total, scale in zip(sums, scales, strict=True)]
 
 
 def _smallest(dtype: Any) -> float:
@@ -292,18 +304,28 @@ def _fractions(
     groups: Sequence[str], leaves: Sequence[_Leaf], over: Sequence[jax.Array]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the share of units that are over the bound, of all and by group."""
-    flags = collections.defaultdict(list)
     units = dict.fromkeys(groups, 0)
+    alike: dict[tuple[str, tuple[str, ...]], list[jax.Array]] = {}
     for leaf, leaf_over in zip(leaves, over, strict=True):
-        flags[leaf.group, leaf.split_by].append(leaf_over.ravel())
         units[leaf.group] += leaf.units
+        alike.setdefault((leaf.group, leaf.split_by), []).append(leaf_over)
     counts = {group: jnp.zeros((), jnp.float32) for group in units}
-    for (group, names), group_flags in flags.items():
-        count = jnp.sum(jnp.concatenate(group_flags), dtype=jnp.float32)
-        counts[group] += jax.lax.psum(count, names) if names else count
+    for (group, names), flags in alike.items():
+        for joined in _joined(flags):
+            count = jnp.sum(joined, dtype=jnp.float32)
+            counts[group] += jax.lax.psum(count, names) if names else count
     by_group = {group: count / max(units[group], 1) for group, count in counts.items()}
     total = sum(counts.values(), jnp.zeros((), jnp.float32)) / max(sum(units.values()), 1)
     return total, by_group
+
+
+def _joined(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns the arrays' elements in one vector per sharding: few operations on many arrays."""
+    alike: dict[Any, list[jax.Array]] = {}
+    for x in arrays:
+        vector = x.ravel()
+        alike.setdefault(jax.typeof(vector).sharding, []).append(vector)
+    return [jnp.concatenate(vectors) for vectors in alike.values()]
 
 
 def _plan(
@@ -412,6 +434,11 @@ def _is_schedule(clipping: Scalar | optax.Schedule | PerLeaf) -> bool:
             f'float; got a function of {len(required)} required arguments'
         )
     return len(required) == 1
+
+
+def _at_step(clipping: Scalar | optax.Schedule | PerLeaf, step: Any) -> Any:
+    """Returns a schedule's value at `step`; what is no schedule as it is."""
+    return cast(optax.Schedule, clipping)(step) if _is_schedule(clipping) else clipping
 
 
 def _check_not_negative(name: str, value: Scalar) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nfnets_jax import randaugment
 from nfnets_jax.errors import UsageError, nearest
 
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -19,6 +20,15 @@ DEFAULTS = {
     'flip': False,  # mirror left-right, every second picture
     'shift': 0,  # crop at up to this many pixels off, in both directions
     'shift_fill': 'constant',  # what lies outside: 'constant' (black), 'edge' or 'reflect'
+    # Mix each picture and its label with its neighbour's: MixUp and CutMix by weights of
+    # Beta(alpha, alpha), off at 0 (published: 0.2 and 1). With both, one half of the batch each.
+    'mixup': 0.0,
+    'cutmix': 0.0,
+    'mix_first': True,  # before RandAugment or AutoAugment (as published), or after
+    'randaugment_layers': 0,  # operations on each picture; published: 4
+    'randaugment_magnitude': 10.0,  # published: 10 for NFNet-F0 to F2, 15 for larger ones
+    'autoaugment': False,  # ImageNet's policy v0, instead of RandAugment
+    'erasing': 0.0,  # probability of blanking a random part of a picture
     'label_smoothing': 0.0,
 }
 _FILLS = ('constant', 'edge', 'reflect')
@@ -60,6 +70,97 @@ def random_shift_crop(
         return jax.lax.dynamic_slice(image, (top, left, 0), images.shape[1:])
 
     return jax.vmap(crop)(keys, padded)
+
+
+def mix_neighbours(
+    keys: jax.Array, images: jax.Array, targets: jax.Array, mixup: float, cutmix: float
+) -> tuple[jax.Array, jax.Array]:
+    """Mixes each picture with its neighbour, and their targets in the same proportion.
+
+    The neighbour of example i is i ^ 1 (0 and 1, 2 and 3, ...), which lies on the same device; each
+    of the two draws its own weight. MixUp (arXiv 1710.09412) averages the pictures; CutMix
+    (1905.04899) pastes a box of the neighbour, of a share drawn like MixUp's weight, centred
+    anywhere and cut off at the border. With both, every second pair is for CutMix.
+
+    Args:
+        keys: [N], one for each example.
+        images: [N, H, W, C]; N is even, and a multiple of 4 for both kinds.
+        targets: float32 [N, classes].
+        mixup, cutmix: the alpha of each kind's Beta(alpha, alpha); 0: not of this kind.
+
+    Returns:
+        images, float32, and targets.
+
+    Raises:
+        UsageError: another N.
+    """
+    count, height, width = images.shape[:3]
+    multiple = 4 if mixup and cutmix else 2
+    if count % multiple:
+        raise UsageError(
+            f'augment.mixup and augment.cutmix need a multiple of {multiple} examples on each '
+            f'device, not {count}'
+        )
+
+    def average(key):
+        weight = jax.random.beta(key, mixup, mixup)
+        return jnp.full((height, width), weight), weight
+
+    def paste(key):
+        share_key, *place_keys = jax.random.split(key, 3)
+        side = jnp.sqrt(1 - jax.random.beta(share_key, cutmix, cutmix))
+        covers = []
+        for place_key, size in zip(place_keys, (height, width), strict=True):
+            half = (side * size).astype(int) // 2
+            centre = jax.random.randint(place_key, (), 0, size)
+            covers.append((centre - half <= jnp.arange(size)) & (jnp.arange(size) < centre + half))
+        own = 1.0 - jnp.outer(*covers)
+        return own, own.mean()
+
+    own, weight = jax.vmap(average if mixup else paste)(keys)
+    if mixup and cutmix:
+        pasted = jnp.arange(count) // 2 % 2 == 1
+        boxes, weights = jax.vmap(paste)(keys)
+        own = jnp.where(pasted[:, None, None], boxes, own)
+        weight = jnp.where(pasted, weights, weight)
+
+    def with_neighbour(x, weight):
+        neighbour = x.reshape(count // 2, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
+        return weight * x + (1 - weight) * neighbour
+
+    images = with_neighbour(images.astype(jnp.float32), own[..., None])
+    return images, with_neighbour(targets, weight[:, None])
+
+
+def random_erasing(keys: jax.Array, images: jax.Array, probability: float) -> jax.Array:
+    """Blanks a random box of some pictures, with zeros: the mean, where they are normalised.
+
+    As published (arXiv 1708.04896, variant RE-M): 2 to 40 % of the area, height / width uniform in
+    0.3 to 3.3, anywhere inside the picture. Of ten attempts the first box that fits is taken.
+
+    Args:
+        keys: [N], one for each picture.
+        images: [N, H, W, C].
+        probability: of each picture's being touched.
+    """
+    height, width = images.shape[1:3]
+
+    def erase(key, image):
+        keys = jax.random.split(key, 5)
+        share = jax.random.uniform(keys[1], (10,), minval=0.02, maxval=0.4)
+        aspect = jax.random.uniform(keys[2], (10,), minval=0.3, maxval=1 / 0.3)
+        rows = jnp.sqrt(share * height * width * aspect).astype(int)
+        columns = jnp.sqrt(share * height * width / aspect).astype(int)
+        fits = (rows <= height) & (columns <= width)
+        first = jnp.argmax(fits)
+        rows, columns = rows[first], columns[first]
+        y = jnp.arange(height)[:, None] - jax.random.randint(keys[3], (), 0, height - rows + 1)
+        x = jnp.arange(width) - jax.random.randint(keys[4], (), 0, width - columns + 1)
+        inside = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)
+        inside &= fits[first] & jax.random.bernoulli(keys[0], probability)
+        return jnp.where(inside[..., None], 0, image)
+
+    return jax.vmap(erase)(keys, images)
 
 
 def normalise(
@@ -104,16 +205,35 @@ def make_augment(
         UsageError: an unknown key or a value out of range.
     """
     options = _checked(config)
+    mixing = options['mixup'], options['cutmix']
+
+    def distort(keys, images):
+        layers, magnitude = options['randaugment_layers'], options['randaugment_magnitude']
+        if not (layers or options['autoaugment']):
+            return images
+        whole = jnp.rint(images).astype(jnp.uint8)
+        if options['autoaugment']:
+            return randaugment.autoaugment(keys, whole)
+        return randaugment.randaugment(keys, whole, layers, magnitude)
 
     def augment(keys, images, labels):
+        targets = soft_labels(labels, num_classes, options['label_smoothing'])
         if options['flip']:
             images = random_flip(_own(keys, 0), images)
         if options['shift']:
             images = random_shift_crop(
                 _own(keys, 1), images, options['shift'], options['shift_fill']
             )
-        targets = soft_labels(labels, num_classes, options['label_smoothing'])
-        return normalise(images, mean, std, dtype), targets
+        if not options['mix_first']:
+            images = distort(_own(keys, 3), images)
+        if any(mixing):
+            images, targets = mix_neighbours(_own(keys, 2), images, targets, *mixing)
+        if options['mix_first']:
+            images = distort(_own(keys, 3), images)
+        images = normalise(images, mean, std, dtype)
+        if options['erasing']:
+            images = random_erasing(_own(keys, 4), images, options['erasing'])
+        return images, targets
 
     return augment
 
@@ -129,15 +249,30 @@ def _checked(config: Mapping) -> dict:
         if key not in DEFAULTS:
             raise UsageError(f'augment.{key}: no such option{nearest(key, DEFAULTS)}')
     options = DEFAULTS | dict(config)
-    if not isinstance(options['flip'], bool):
-        raise UsageError(f'augment.flip={options["flip"]!r}: must be True or False')
-    if not isinstance(options['shift'], int) or options['shift'] < 0:
-        raise UsageError(f'augment.shift={options["shift"]!r}: must be pixels, an integer >= 0')
+    for key in ('flip', 'mix_first', 'autoaugment'):
+        if not isinstance(options[key], bool):
+            raise UsageError(f'augment.{key}={options[key]!r}: must be True or False')
+    for key, unit in (('shift', 'pixels'), ('randaugment_layers', 'operations')):
+        if not _is_number(options[key], int) or options[key] < 0:
+            raise UsageError(f'augment.{key}={options[key]!r}: must be {unit}, an integer >= 0')
+    for key in ('mixup', 'cutmix', 'randaugment_magnitude'):
+        if not _is_number(options[key]) or not 0 <= options[key] < float('inf'):
+            raise UsageError(f'augment.{key}={options[key]!r}: must be a number >= 0')
+    if not _is_number(options['erasing']) or not 0 <= options['erasing'] <= 1:
+        raise UsageError(f'augment.erasing={options["erasing"]!r}: must be in [0, 1]')
+    if not _is_number(options['label_smoothing']) or not 0 <= options['label_smoothing'] < 1:
+        raise UsageError(
+            f'augment.label_smoothing={options["label_smoothing"]!r}: must be in [0, 1)'
+        )
     if options['shift_fill'] not in _FILLS:
         raise UsageError(
             f'augment.shift_fill={options["shift_fill"]!r}: unknown'
             f'{nearest(options["shift_fill"], _FILLS)}'
         )
-    if not 0 <= options['label_smoothing'] < 1:
-        raise UsageError(f'augment.label_smoothing={options["label_smoothing"]}: must be in [0, 1)')
+    if options['autoaugment'] and options['randaugment_layers']:
+        raise UsageError('augment.autoaugment=True: set augment.randaugment_layers=0 with it')
     return options
+
+
+def _is_number(value, types=(int, float)) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)

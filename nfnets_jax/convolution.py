@@ -7,7 +7,8 @@ has that platform's form.
 """
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,52 +20,92 @@ Padding = Literal['SAME', 'VALID']
 def conv2d(
     x: Array, w: Array, stride: int = 1, *, groups: int = 1, padding: Padding = 'SAME'
 ) -> Array:
-    """Convolves [N, H, W, in] with [K, K, in / groups, out] -> [N, H', W', out]."""
-    options = {'stride': stride, 'groups': groups, 'padding': padding}
-    if w.shape[:2] == (1, 1) and groups == 1:
-        form = pointwise
-    elif groups > 1:
-        form = split
-    else:
-        return plain(x, w, **options)
+    """Convolves [N, H, W, in] with [K, K, in / groups, out] -> [N, H', W', out].
+
+    Reverse-mode differentiable any number of times. Where another form than XLA's own is at hand
+    (groups > 1 or K = 1) jax.jvp applies to its gradient only, not to itself.
+    """
+    shape = ConvShape(stride, groups, padding)
+    if groups > 1:
+        return _per_platform(split, shape, x, w)
+    if w.shape[:2] == (1, 1):
+        return _per_platform(pointwise, shape, x, w)
+    return plain(shape, x, w)
+
+
+class ConvShape(NamedTuple):
+    """What of a convolution is not an array."""
+
+    stride: int
+    groups: int
+    padding: Padding
+
+
+# Forward and backward pass ask for the platform on their own. Left to differentiation, the
+# backward pass of a jitted function would receive the answer as an argument, XLA would meet the
+# convolutions inside a conditional, and run them twenty times slower on the CPU.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _per_platform(cpu_form: Callable[..., Array], shape: ConvShape, x: Array, w: Array) -> Array:
     return jax.lax.platform_dependent(
-        x, w, cpu=functools.partial(form, **options), default=functools.partial(plain, **options)
+        x,
+        w,
+        cpu=functools.partial(cpu_form, shape),
+        default=functools.partial(plain, shape),
     )
 
 
-def plain(x: Array, w: Array, *, stride: int, groups: int, padding: Padding) -> Array:
+def _forward(cpu_form, shape, x, w):
+    return _per_platform(cpu_form, shape, x, w), (x, w)
+
+
+def _backward(cpu_form, shape, residuals, cotangent):
+    def gradients(form, x, w, cotangent):
+        return jax.vjp(functools.partial(form, shape), x, w)[1](cotangent)
+
+    return jax.lax.platform_dependent(
+        *residuals,
+        cotangent,
+        cpu=functools.partial(gradients, cpu_form),
+        default=functools.partial(gradients, plain),
+    )
+
+
+_per_platform.defvjp(_forward, _backward)
+
+
+def plain(shape: ConvShape, x: Array, w: Array) -> Array:
     """The convolution as XLA knows it."""
     return jax.lax.conv_general_dilated(
         x,
         w,
-        (stride, stride),
-        padding,
+        (shape.stride, shape.stride),
+        shape.padding,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        feature_group_count=groups,
+        feature_group_count=shape.groups,
     )
 
 
-def pointwise(x: Array, w: Array, *, stride: int, groups: int, padding: Padding) -> Array:
+def pointwise(shape: ConvShape, x: Array, w: Array) -> Array:
     """A 1x1 convolution as a matrix product; it needs no padding."""
-    del groups, padding
-    return x[:, ::stride, ::stride] @ w[0, 0]
+    return x[:, :: shape.stride, :: shape.stride] @ w[0, 0]
 
 
-def split(x: Array, w: Array, *, stride: int, groups: int, padding: Padding) -> Array:
+def split(shape: ConvShape, x: Array, w: Array) -> Array:
     """A grouped convolution as dense ones over one group, or several narrow groups, each.
 
     Narrow groups are merged up to CHUNK channels, with zeros for weights between them: a
     convolution over 8 channels leaves the machine idle anyway, and one for each of 43 groups, or
     of 204, takes longer to compile than a network is worth.
     """
-    inputs, outputs = w.shape[2], w.shape[3] // groups
-    merged = max(1, min(groups, CHUNK // inputs))
+    inputs, outputs = w.shape[2], w.shape[3] // shape.groups
+    dense = shape._replace(groups=1)
+    merged = max(1, CHUNK // inputs)
     parts = []
-    for first in range(0, groups, merged):
-        last = min(first + merged, groups)
+    for first in range(0, shape.groups, merged):
+        last = min(first + merged, shape.groups)
         x_part = x[..., first * inputs : last * inputs]
         w_part = _block_diagonal(w[..., first * outputs : last * outputs], last - first)
-        parts.append(plain(x_part, w_part, stride=stride, groups=1, padding=padding))
+        parts.append(plain(dense, x_part, w_part))
     return jnp.concatenate(parts, axis=-1)
 
 

@@ -6,6 +6,7 @@ those of the published weights.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -114,6 +115,11 @@ def standardize(weight: Array, gain: Array, eps: float = 1e-4) -> Array:
     return weight * scale - mean * scale
 
 
+def _fan_in_init(shape: Sequence[int], dtype) -> Array:
+    """Haiku's default, which the published baselines use: stddev 1 / sqrt(fan-in), cut at two."""
+    return hk.initializers.TruncatedNormal(math.prod(shape[:-1]) ** -0.5)(shape, dtype)
+
+
 class Conv2D(hk.Module):
     """A plain convolution, NHWC by HWIO: parameters `w` and, with_bias, `b`."""
 
@@ -135,8 +141,7 @@ class Conv2D(hk.Module):
         self.groups = 1
         self.padding = padding
         self.with_bias = with_bias
-        # The default of hk.Conv2D, which the published baselines use.
-        self.w_init = w_init or hk.initializers.VarianceScaling(1.0, 'fan_in', 'truncated_normal')
+        self.w_init = w_init or _fan_in_init
 
     def __call__(self, x: Array) -> Array:
         """[N, H, W, in] -> [N, H', W', out] in the dtype of x."""
@@ -198,8 +203,7 @@ class Linear(hk.Module):
     ):
         super().__init__(name=name)
         self.output_size = output_size
-        # The default of hk.Linear.
-        self.w_init = w_init or hk.initializers.VarianceScaling(1.0, 'fan_in', 'truncated_normal')
+        self.w_init = w_init or _fan_in_init
 
     def __call__(self, x: Array) -> Array:
         """[..., in] -> [..., out] in the dtype of x."""
@@ -279,6 +283,8 @@ class BatchNorm(hk.Module):
         scale = hk.get_parameter('scale', shape, jnp.float32, init=jnp.ones)
         offset = hk.get_parameter('offset', shape, jnp.float32, init=jnp.zeros)
         x32 = x.astype(jnp.float32)
+        # There are no running statistics yet while the parameters are made.
+        is_training = is_training or hk.running_init()
         if is_training or test_local_stats:
             axes = tuple(range(x.ndim - 1))
             # Not E[x^2] - E[x]^2: what float32 loses there turns the sign of activations that a

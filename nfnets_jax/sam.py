@@ -89,11 +89,12 @@ def sam_value_and_grad(
 
     @functools.wraps(value_and_grad)
     def sam(params: PyTree, batch: PyTree, *args: Any, **kwargs: Any) -> Any:
-        radius = rho
-        if callable(rho):
-            if 'step' not in kwargs:
-                raise ValueError('rho is a schedule: pass the step too, as the keyword step=...')
+        if not callable(rho):
+            radius = rho
+        elif 'step' in kwargs:
             radius = rho(kwargs.pop('step'))
+        else:
+            raise ValueError('rho is a schedule: pass the step too, as the keyword step=...')
         first, ascent = value_and_grad(params, _head(batch, ascent_fraction), *args, **kwargs)
         if axis_name is not None:
             ascent = jax.lax.pmean(ascent, axis_name)
@@ -134,9 +135,9 @@ def _climb(params: PyTree, grads: PyTree, rho: Scalar, adaptive: bool) -> PyTree
         ascent = jax.tree.map(jnp.multiply, sizes, ascent)
 
     # Scaled by the largest element, squares cannot leave the range of the dtype.
-    leaves = [leaf for leaf in jax.tree.leaves(ascent) if leaf.size]
-    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf)) for leaf in leaves], 0.0)
-    scale = jnp.where(largest > 0, largest, 1)
+    peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(ascent)]
+    largest = jnp.max(jnp.asarray(peaks), initial=0)
+    scale = jnp.where(largest == 0, 1, largest)
     ascent = jax.tree.map(lambda leaf: leaf / scale, ascent)
     square = sum(jnp.sum(jnp.abs(leaf) ** 2) for leaf in jax.tree.leaves(ascent))
     step = jnp.where(square == 0, 0, rho / jnp.sqrt(jnp.where(square == 0, 1, square)))

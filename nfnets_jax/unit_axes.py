@@ -19,7 +19,7 @@ Layouts and the rule that is right for them:
 | Equinox (also transposed convolutions), PyTorch order | OI, OIW, OIHW, OIDHW | `oihw` |
 | `haiku.Conv2DTranspose`; Flax `ConvTranspose(transpose_kernel=True)` | HWOI | `hwoi` |
 | Flax `MultiHeadAttention` | [in, heads, size], [heads, size, out] | `flax_attention` |
-| Flax `DenseGeneral`, `Einsum` | inputs..., outputs... | `dense_general(inputs)` |
+| Flax `DenseGeneral` | inputs..., outputs... | `dense_general(inputs)` |
 | layers stacked by scan or vmap | L, ... | `stacked(rule)` |
 
 A group of a grouped convolution is a range of output channels, so its units are the channels of
@@ -27,11 +27,24 @@ the plain layout. The exception is PyTorch's grouped *transposed* convolution, [
 its unit is a slice of both leading axes, which no set of axes describes; reshape it to
 [groups, I/groups, O/groups, H, W] and reduce over (1, 3, 4).
 
-A tree that mixes layouts takes a rule of one's own, for instance
+A tree that mixes layouts takes a rule of one's own:
 
-    def axes(path, leaf):
-        rule = unit_axes.stacked(unit_axes.hwio) if 'blocks/' in path else unit_axes.hwio
-        return rule(path, leaf)
+>>> from nfnets_jax import describe_clipping, unit_axes
+>>> def axes(path, leaf):
+...     rule = unit_axes.stacked(unit_axes.hwio) if path.startswith('blocks/') else unit_axes.hwio
+...     return rule(path, leaf)
+>>> shapes = {'blocks': {'w': (6, 3, 3, 8, 8), 'b': (6, 8)}, 'stem': {'w': (3, 3, 3, 8), 'b': (8,)}}
+>>> params = {
+...     module: {name: jax.ShapeDtypeStruct(shape, 'float32') for name, shape in leaves.items()}
+...     for module, leaves in shapes.items()
+... }
+>>> describe_clipping(params, axis=axes)
+leaf      shape            norm over  units  clipping  group
+blocks/b  (6, 8)           (1,)           6      0.01  blocks
+blocks/w  (6, 3, 3, 8, 8)  (1, 2, 3)     48      0.01  blocks
+stem/b    (8,)             (0,)           1      0.01  stem
+stem/w    (3, 3, 3, 8)     (0, 1, 2)      8      0.01  stem
+63 units in 4 of 4 leaves: gradient norm <= clipping * max(parameter norm, 0.001)
 """
 
 import operator
@@ -45,7 +58,7 @@ Rule = Callable[[str, jax.ShapeDtypeStruct], Axes]
 
 
 def _is_vector(leaf: jax.ShapeDtypeStruct) -> bool:
-    return sum(size != 1 for size in leaf.shape) <= 1
+    return bool(sum(size != 1 for size in leaf.shape) <= 1)
 
 
 def by_rank(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:

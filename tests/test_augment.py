@@ -103,9 +103,191 @@ def test_operations_do_not_share_random_numbers(images):
     assert {0, 1, 2} == set(left[same]) == set(left[~same])
 
 
+@pytest.mark.parametrize(
+    ('config', 'match'),
+    [
+        ({'flips': True}, r"augment\.flips: .*did you mean 'flip'"),
+        ({'flip': 1}, r'augment\.flip=1'),
+        ({'shift': -1}, r'augment\.shift=-1'),
+        ({'shift': 0.5}, r'augment\.shift=0\.5'),
+        ({'shift_fill': 'reflekt'}, "did you mean 'reflect'"),
+        ({'label_smoothing': 1.0}, r'augment\.label_smoothing=1\.0'),
+        ({'mixup': -0.2}, r'augment\.mixup=-0\.2'),
+        ({'cutmix': True}, r'augment\.cutmix=True'),
+        ({'mix_first': 0}, r'augment\.mix_first=0'),
+        ({'randaugment_layers': 1.5}, r'augment\.randaugment_layers=1\.5'),
+        ({'randaugment_magnitude': float('nan')}, r'augment\.randaugment_magnitude=nan'),
+        ({'erasing': 1.5}, r'augment\.erasing=1\.5'),
+        ({'autoaugment': True, 'randaugment_layers': 2}, 'augment.randaugment_layers=0'),
+    ],
+)
+def test_bad_options_are_named(config, match):
+    with pytest.raises(UsageError, match=match):
+        augment.make_augment(config, 10)
+
+
+PUBLISHED = {
+    'flip': True,
+    'mixup': 0.2,
+    'cutmix': 1.0,
+    'randaugment_layers': 2,
+    'label_smoothing': 0.1,
+}
+labels = np.arange(N) * 7 % 10
+
+
+def one_hot(x):
+    return np.eye(10, dtype=np.float32)[x]
+
+
+def mixed(images, mixup, cutmix, step=0):
+    """Images of one value make their own share readable, in the picture and in the target."""
+    images, targets = augment.mix_neighbours(
+        keys(step), images, jax.nn.one_hot(labels, 10), mixup, cutmix
+    )
+    return np.asarray(images), np.asarray(targets)
+
+
+def shares(images):
+    """Returns the own share of every pixel, as mixing images 0, 255, 0, 255, ... shows it."""
+    own = np.where(np.arange(N) % 2, 255, 0)
+    return np.where(own[:, None, None], images[..., 0] / 255, 1 - images[..., 0] / 255)
+
+
+BLACK_AND_WHITE = np.zeros((N, 16, 12, 3), np.uint8)
+BLACK_AND_WHITE[1::2] = 255
+
+
+@pytest.mark.parametrize('kinds', [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)])
+def test_targets_are_mixed_as_the_pictures_are(kinds):
+    """The slow formula: a target is one-hot labels, weighted by the pixels of each picture."""
+    images, targets = mixed(BLACK_AND_WHITE, *kinds)
+    own = shares(images).mean((1, 2))
+    for i in range(N):
+        expected = own[i] * one_hot(labels[i]) + (1 - own[i]) * one_hot(labels[i ^ 1])
+        np.testing.assert_allclose(targets[i], expected, atol=1e-6)
+    np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
+
+
+def test_mixing_kinds_share_the_batch():
+    images, _ = mixed(BLACK_AND_WHITE, 0.2, 1.0)
+    own = shares(images)
+    is_box = np.isin(own, (0, 1)).all((1, 2))
+    np.testing.assert_array_equal(is_box[2::4] & is_box[3::4], True)
+    assert not is_box[0::4].all()
+    spread = own.max((1, 2)) - own.min((1, 2))
+    np.testing.assert_array_equal(spread.reshape(-1, 4)[:, :2], 0)
+    assert (spread.reshape(-1, 4)[:, 2:] > 0).mean() > 0.8
+
+
+def test_cutmix_pastes_one_box():
+    own = shares(mixed(BLACK_AND_WHITE, 0.0, 1.0)[0])
+    for picture in own:
+        rows, columns = (picture == 0).any(1), (picture == 0).any(0)
+        np.testing.assert_array_equal(picture == 0, np.outer(rows, columns))
+        for line in (rows, columns):
+            assert (np.diff(np.flatnonzero(line)) == 1).all()
+
+
+def test_weights_follow_their_distributions():
+    images = np.zeros((4096, 8, 8, 3), np.uint8)
+    many = keys(positions=range(4096))
+    targets = jax.nn.one_hot(jnp.arange(4096) % 2, 2)
+    mix = jax.jit(augment.mix_neighbours, static_argnums=(3, 4))
+    for alpha, variance in ((0.2, 0.25 / 1.4), (1.0, 1 / 12)):
+        _, mixed_targets = mix(many, images, targets, alpha, 0.0)
+        own = (mixed_targets * targets).sum(-1)
+        np.testing.assert_allclose(own.mean(), 0.5, atol=0.03)
+        np.testing.assert_allclose(own.var(), variance, rtol=0.06)
+        assert abs(np.corrcoef(own[::2], own[1::2])[0, 1]) < 0.06  # each draws its own
+
+
+@pytest.mark.parametrize(('kinds', 'count'), [((0.2, 1.0), 6), ((0.2, 0.0), 5), ((0.0, 1.0), 3)])
+def test_mixing_needs_whole_groups(kinds, count):
+    with pytest.raises(UsageError, match=f'not {count}'):
+        augment.mix_neighbours(
+            keys(positions=range(count)), BLACK_AND_WHITE[:count], one_hot(labels[:count]), *kinds
+        )
+
+
+def test_smoothed_and_mixed_targets_are_exact():
+    apply = augment.make_augment({'mixup': 0.2, 'cutmix': 1.0, 'label_smoothing': 0.1}, 10)
+    images, targets = apply(keys(), BLACK_AND_WHITE, labels)
+    own = shares(np.asarray(images) * augment.IMAGENET_STD + augment.IMAGENET_MEAN).mean((1, 2))
+    hard = own[:, None] * one_hot(labels) + (1 - own)[:, None] * one_hot(
+        labels.reshape(-1, 2)[:, ::-1].ravel()
+    )
+    np.testing.assert_allclose(targets, 0.9 * hard + 0.01, atol=1e-5)
+    np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
+
+
+def test_erasing_blanks_one_box_of_the_published_size():
+    images = np.ones((2000, 40, 60, 3), np.float32)
+    erase = jax.jit(augment.random_erasing, static_argnums=2)
+    erased = np.asarray(erase(keys(positions=range(2000)), images, 0.5))
+    blank = erased[..., 0] == 0
+    assert set(np.unique(erased)) == {0, 1}
+    touched = blank.any((1, 2))
+    assert abs(touched.mean() - 0.5) < 0.04
+    rows, columns = blank.any(2)[touched], blank.any(1)[touched]
+    np.testing.assert_array_equal(blank[touched], rows[:, :, None] & columns[:, None, :])
+    share = blank[touched].mean((1, 2))
+    assert 0.01 < share.min() < 0.04
+    assert 0.3 < share.max() <= 0.4
+    assert (blank.mean(0) > 0).all()  # every place, the corners as well
+
+
+@pytest.mark.parametrize('mix_first', [True, False])
+def test_the_order_of_mixing_and_distorting(mix_first, monkeypatch):
+    """Distortion is replaced by a threshold, which tells what it was given."""
+    monkeypatch.setattr(
+        augment.randaugment,
+        'randaugment',
+        lambda keys, images, *_: jnp.where(images > 127, 255, 0).astype(jnp.uint8),
+    )
+    config = {'mixup': 1.0, 'randaugment_layers': 1, 'mix_first': mix_first}
+    grey = np.where(BLACK_AND_WHITE > 0, 160, 10).astype(np.uint8)
+    apply = augment.make_augment(config, 10, mean=(0, 0, 0), std=(1, 1, 1))
+    images, _ = apply(keys(), grey, labels)
+    assert np.isin(images, (0, 255)).all() == mix_first
+
+
+def run(config, images, step=7):
+    apply = augment.make_augment(config, 10, dtype=jnp.bfloat16)
+    return jax.jit(lambda step: apply(keys(step), images, labels))(jnp.int32(step))
+
+
+ALONE = [{key: value} for key, value in PUBLISHED.items()]
+
+
+@pytest.mark.parametrize('config', [*ALONE, {'shift': 2}, {'erasing': 1.0}], ids=lambda c: [*c][0])
+def test_every_option_alone_does_something(images, config):
+    out, plain = run(config, images), run({}, images)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, plain)
+    chex.assert_tree_all_finite(out)
+    assert (out[0] != plain[0]).any() or (out[1] != plain[1]).any()
+
+
+EVERYTHING = {'shift': 2, 'erasing': 0.5, 'cutmix': 1.0, 'mix_first': False, 'autoaugment': True}
+
+
+@pytest.mark.parametrize('config', [PUBLISHED, EVERYTHING], ids=['published', 'everything else'])
+def test_examples_depend_on_their_group_of_four_alone(images, config):
+    """Whatever else is in the batch: so neither on the batch's size nor on the devices."""
+    apply = jax.jit(augment.make_augment(config, 10, dtype=jnp.bfloat16))
+    groups = np.random.default_rng(0).permutation(N // 4)
+    order = (4 * groups[:, None] + np.arange(4)).ravel()
+    whole = apply(keys(), images, labels)
+    chex.assert_tree_all_finite(whole)
+    chex.assert_trees_all_equal(
+        apply(keys()[order], images[order], labels[order]), jax.tree.map(lambda x: x[order], whole)
+    )
+    assert (whole[0] != apply(keys(step=1), images, labels)[0]).any((1, 2, 3)).mean() > 0.9
+
+
 def test_the_number_of_devices_changes_nothing(images):
-    apply = augment.make_augment({'flip': True, 'shift': 2}, 10)
-    labels = jnp.arange(N, dtype=jnp.int32) % 10
+    config = {'flip': True, 'shift': 2, 'mixup': 0.2, 'cutmix': 1.0}
+    apply = augment.make_augment(config, 10)
 
     def on_shard(step, images, labels):
         first = jax.lax.axis_index('devices') * len(images)
@@ -116,19 +298,3 @@ def test_the_number_of_devices_changes_nothing(images):
     spread = jax.pmap(on_shard, axis_name='devices', in_axes=(None, 0, 0))(jnp.int32(7), *shards)
     spread = jax.tree.map(lambda x: np.asarray(x).reshape(N, *x.shape[2:]), spread)
     chex.assert_trees_all_equal(whole, spread)
-
-
-@pytest.mark.parametrize(
-    ('config', 'match'),
-    [
-        ({'flips': True}, r"augment\.flips: .*did you mean 'flip'"),
-        ({'flip': 1}, r'augment\.flip=1'),
-        ({'shift': -1}, r'augment\.shift=-1'),
-        ({'shift': 0.5}, r'augment\.shift=0\.5'),
-        ({'shift_fill': 'reflekt'}, "did you mean 'reflect'"),
-        ({'label_smoothing': 1.0}, r'augment\.label_smoothing=1\.0'),
-    ],
-)
-def test_bad_options_are_named(config, match):
-    with pytest.raises(UsageError, match=match):
-        augment.make_augment(config, 10)

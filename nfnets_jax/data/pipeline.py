@@ -14,6 +14,7 @@ import concurrent.futures
 import functools
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -41,6 +42,36 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(random_bits(_ORDER, seed, epoch).random_raw(size))
 
 
+class BadPictures:
+    """The examples that could not be read so far, and how many of them may be skipped.
+
+    Args:
+        limit: `config.data.skip_bad`: different examples to skip; one more is an error. With 0 the
+            first is.
+
+    `len(bad)` counts them, for the log. Threads that read ahead may count one some steps early.
+    """
+
+    def __init__(self, limit: int = 0):
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+            raise UsageError(f'data.skip_bad={limit!r}: must be an integer >= 0')
+        self._limit, self._indices, self._lock = limit, set(), threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def add(self, index: int, error: PictureError) -> None:
+        """Counts an example; raises `error` if it is one too many."""
+        with self._lock:
+            if index not in self._indices and len(self._indices) >= self._limit:
+                if not self._limit:
+                    raise error
+                raise PictureError(
+                    f'{error}; {self._limit} others were skipped, as data.skip_bad allows'
+                ) from error
+            self._indices.add(index)
+
+
 def train_batches(
     source,
     *,
@@ -51,11 +82,14 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int | None = None,
+    bad: BadPictures | None = None,
 ) -> Iterator[dict]:
     """Returns the endless iterator of this process's training batches.
 
     Every epoch is a new shuffle of all examples and holds each of them once; a batch may straddle
-    two epochs.
+    two epochs. Where an example is skipped because it cannot be read, the one that follows in that
+    epoch's order stands in its place, transformed by the random numbers of the place: nothing else
+    in the stream changes.
 
     Args:
         source: see `nfnets_jax.data.sources`.
@@ -68,6 +102,7 @@ def train_batches(
         process_count: processes that share every batch.
         num_threads: threads that read and transform; by default one for each core, or none where
             there is no transform (copying memory gains nothing from them).
+        bad: counts and limits the examples that are skipped; by default none may be.
 
     Returns:
         Iterator, with `close()`, of {'image': uint8 [b, H, W, 3], 'label': int32 [b]}, where
@@ -86,10 +121,18 @@ def train_batches(
         raise UsageError(f'seed={seed}: must not be negative')
     order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, size, seed))
 
+    bad = BadPictures() if bad is None else bad
+
     def example(position: int) -> dict:
         epoch, place = divmod(position, size)
-        rng = transform and np.random.Generator(random_bits(_TRANSFORM, seed, position))
-        return _read(source, int(order(epoch)[place]), transform, rng)
+        for following in range(size):
+            index = int(order(epoch)[(place + following) % size])
+            rng = transform and np.random.Generator(random_bits(_TRANSFORM, seed, position))
+            try:
+                return _read(source, index, transform, rng)
+            except PictureError as error:
+                bad.add(index, error)
+        raise UsageError(f'{source.name}: not one example can be read')
 
     steps = range(start_step, sys.maxsize // max(batch_size, 1))
     return _batches(
@@ -105,15 +148,16 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int | None = None,
+    bad: BadPictures | None = None,
 ) -> Iterator[dict]:
     """Returns the iterator of this process's evaluation batches: every example exactly once.
 
     Every process gets the same number of batches, all of one shape, and together they are the whole
-    source in its order. Where examples run out, the last one stands in with mask 0.
+    source in its order. Where examples run out, or one is skipped, another stands in with mask 0.
 
     Args:
         transform: (image, None) -> [H, W, 3], or None.
-        source, batch_size, process_index, process_count, num_threads: as in `train_batches`.
+        source, batch_size, process_index, process_count, num_threads, bad: as in `train_batches`.
 
     Returns:
         Iterator of {'image': [b, H, W, 3], 'label': int32 [b], 'mask': float32 [b], 1 where real}.
@@ -125,9 +169,17 @@ def eval_batches(
     if not size:
         raise UsageError(f'{source.name} has no examples to evaluate')
 
+    bad = BadPictures() if bad is None else bad
+
     def example(position: int) -> dict:
-        real = position < size
-        return _read(source, min(position, size - 1), transform) | {'mask': np.float32(real)}
+        for other in range(position, position + size):
+            try:
+                read = _read(source, other % size, transform)
+            except PictureError as error:
+                bad.add(other % size, error)
+            else:
+                return read | {'mask': np.float32(other == position < size)}
+        raise UsageError(f'{source.name}: not one example can be read')
 
     steps = range(-(-size // max(batch_size, 1)))
     return _batches(
@@ -188,6 +240,10 @@ def _read(source, index: int, transform: Callable | None, rng=None) -> dict:
     """Returns one example, its image transformed; a bad picture is named in the error."""
     try:
         example = source[index]
+        if not 0 <= example['label'] < len(source.class_names):
+            raise PictureError(
+                f'its label, {example["label"]}, is not one of {len(source.class_names)} classes'
+            )
         image = transform(example['image'], rng) if transform else example['image']
     except PictureError as error:
         raise PictureError(f'{source.where(index)}: {error} (example {index})') from error

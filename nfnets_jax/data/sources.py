@@ -20,6 +20,7 @@ import pathlib
 import numpy as np
 
 from nfnets_jax.data.preprocessing import PictureError, resize
+from nfnets_jax.data.tfds_source import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
 
 PICTURE_SUFFIXES = frozenset(
@@ -193,7 +194,7 @@ def _hold_out(paths: list, split: str, test_fraction: float, seed: tuple[int, in
     return [paths[i] for i in sorted(chosen)]
 
 
-SOURCES = {'digits': Digits, 'folder': ImageFolder}
+SOURCES = {'digits': Digits, 'folder': ImageFolder, 'tfds': TfdsSource}
 
 
 def open_source(name: str, split: str, **options):
@@ -202,7 +203,8 @@ def open_source(name: str, split: str, **options):
     Args:
         name: a key of `SOURCES`.
         split: 'train' or 'test'.
-        **options: what that source takes, e.g. image_size for digits, path for a folder.
+        **options: what that source takes, e.g. image_size for digits, path for a folder,
+            dataset for tfds.
 
     Raises:
         UsageError: unknown name, split or option, or data that is not there.

@@ -1,5 +1,6 @@
 """Every network of the two papers, its baselines, and the table that describes them."""
 
+from nfnets_jax.models.cost import Cost, model_cost
 from nfnets_jax.models.fixup_resnet import FixupResNet
 from nfnets_jax.models.nf_regnet import NFRegNet
 from nfnets_jax.models.nf_resnet import NFResNet
@@ -11,6 +12,7 @@ from nfnets_jax.models.small_cnn import SmallCNN
 from nfnets_jax.models.variants import Variant, list_models, variant_info
 
 __all__ = [
+    'Cost',
     'FixupResNet',
     'NFNet',
     'NFRegNet',
@@ -21,6 +23,7 @@ __all__ = [
     'Variant',
     'create_model',
     'list_models',
+    'model_cost',
     'model_options',
     'variant_info',
 ]

@@ -142,9 +142,7 @@ class ResBlockV2(hk.Module):
             self.conv_shortcut = conv(plan.out_channels, 1, plan.stride, name='conv_shortcut')
         self.se = layers.SqueezeExcite(plan.out_channels, se_ratio) if se_ratio else None
 
-    def __call__(
-        self, x: Array, is_training: bool, test_local_stats: bool
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, is_training: bool, test_local_stats: bool) -> tuple[Array, Array]:
         """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
         out = self.activation(self.norms[0](x, is_training, test_local_stats))
         shortcut = self.conv_shortcut(out) if self.plan.is_transition else x
@@ -159,9 +157,7 @@ class ResBlockV2(hk.Module):
 class ResBlockV1(ResBlockV2):
     """activation(x + branch(x)), normalisation after each convolution."""
 
-    def __call__(
-        self, x: Array, is_training: bool, test_local_stats: bool
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, is_training: bool, test_local_stats: bool) -> tuple[Array, Array]:
         """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
         shortcut = x
         if self.plan.is_transition:

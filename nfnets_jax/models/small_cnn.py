@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import haiku as hk
 import jax
-import jax.numpy as jnp
 
 from nfnets_jax import layers
 from nfnets_jax.models import options, residual

@@ -8,7 +8,13 @@ import chex
 import numpy as np
 import pytest
 
-from nfnets_jax.data.pipeline import Prefetch, epoch_order, eval_batches, train_batches
+from nfnets_jax.data.pipeline import (
+    BadPictures,
+    Prefetch,
+    epoch_order,
+    eval_batches,
+    train_batches,
+)
 from nfnets_jax.data.preprocessing import PictureError
 from nfnets_jax.data.sources import ArraySource
 from nfnets_jax.errors import UsageError
@@ -131,6 +137,81 @@ def test_a_bad_picture_stops_the_run_with_its_name(source):
 
     with pytest.raises(UsageError, match=r'arrays\[50\]: not a picture \(example 50\)'):
         list(eval_batches(source, batch_size=8, transform=fail_on_50))
+
+
+def fail_on(*bad):
+    def transform(image, rng):
+        if image[0, 0, 0] in bad:
+            raise PictureError('not a picture')
+        return image if rng is None else add_noise(image, rng)
+
+    return transform
+
+
+@pytest.mark.parametrize('num_threads', [0, 3])
+def test_a_skipped_picture_changes_nothing_else(source, num_threads):
+    arguments = {'batch_size': 40, 'seed': 1, 'num_threads': num_threads}
+    whole = take(train_batches(source, **arguments, transform=add_noise), 8)
+    bad = BadPictures(3)
+    skipped = take(train_batches(source, **arguments, transform=fail_on(5, 6), bad=bad), 8)
+    assert len(bad) == 2
+    stream, expected = labels(skipped), labels(whole)
+    was_bad = np.isin(expected, (5, 6))
+    assert was_bad.sum() >= 4
+    np.testing.assert_array_equal(stream[~was_bad], expected[~was_bad])
+    images, before = (np.concatenate([b['image'] for b in bs]) for bs in (skipped, whole))
+    np.testing.assert_array_equal(images[~was_bad], before[~was_bad])
+    for place in np.flatnonzero(was_bad):  # the next one of that epoch that can be read
+        epoch = epoch_order(SIZE, seed=1, epoch=place // SIZE)
+        following = [i for i in np.roll(epoch, -(place % SIZE)) if i not in (5, 6)]
+        assert stream[place] == following[0]
+    resumed = take(
+        train_batches(
+            source, **arguments, transform=fail_on(5, 6), bad=BadPictures(2), start_step=4
+        ),
+        4,
+    )
+    chex.assert_trees_all_equal(resumed, skipped[4:])
+
+
+def test_one_bad_picture_too_many_stops_the_run(source):
+    bad = BadPictures(2)
+    batches = train_batches(source, batch_size=100, seed=0, transform=fail_on(5, 6, 7), bad=bad)
+    with pytest.raises(UsageError, match=r'arrays\[\d\]: not a picture .*; 2 others were skipped'):
+        next(batches)
+    assert len(bad) == 2
+
+
+def test_evaluation_leaves_out_what_is_skipped(source):
+    bad = BadPictures(9)
+    batches = list(eval_batches(source, batch_size=40, transform=fail_on(0, 50, 100), bad=bad))
+    assert len(bad) == 3
+    seen = np.concatenate([batch['label'][batch['mask'] == 1] for batch in batches])
+    assert sorted(seen) == sorted(set(range(SIZE)) - {0, 50, 100})
+
+
+def test_nothing_readable_is_an_error_not_a_hang(source):
+    for batches in (
+        train_batches(
+            source, batch_size=8, seed=0, transform=fail_on(*range(SIZE)), bad=BadPictures(SIZE)
+        ),
+        eval_batches(source, batch_size=8, transform=fail_on(*range(SIZE)), bad=BadPictures(SIZE)),
+    ):
+        with pytest.raises(UsageError, match='not one example'):
+            next(batches)
+
+
+def test_a_label_out_of_range_is_a_bad_example():
+    source = ArraySource(np.zeros((4, 2, 2, 3), np.uint8), np.arange(4))
+    source.labels[2] = -1
+    with pytest.raises(PictureError, match=r'arrays\[2\]: its label, -1, is not one of 4 classes'):
+        next(eval_batches(source, batch_size=4))
+
+
+@pytest.mark.parametrize('limit', [-1, 1.5, True])
+def test_bad_limits(limit):
+    with pytest.raises(UsageError, match='data.skip_bad='):
+        BadPictures(limit)
 
 
 def test_images_of_different_sizes_are_refused(source):

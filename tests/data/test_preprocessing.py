@@ -1,5 +1,6 @@
 import io
 import pathlib
+import signal
 import zlib
 
 import numpy as np
@@ -246,19 +247,61 @@ def test_damaged_pictures_are_picture_errors(smooth, damage, format):
             make_transform(mode, 16)(damage(encoded), rng())
 
 
-def test_mutated_pictures_never_do_worse_than_a_picture_error(smooth):
+def mutations(encoded, rng, count):
+    """Yields damaged copies of a file: some bytes replaced, a part lost, doubled or zeroed."""
+    for _ in range(count):
+        mutated = bytearray(encoded)
+        for place in rng.integers(0, len(mutated), rng.integers(1, 10)):
+            mutated[place] = rng.integers(256)
+        start, stop = sorted(rng.integers(0, len(mutated), 2))
+        part = mutated[start:stop]
+        match rng.integers(6):
+            case 0:
+                mutated[start:stop] = b''
+            case 1:
+                mutated[start:start] = part
+            case 2:
+                mutated[start:stop] = bytes(len(part))
+        yield bytes(mutated)
+
+
+def read_or_refuse(encoded, rng):
+    """Returns whether the picture was read; anything but that and a PictureError is a failure."""
+    try:
+        pixels = make_transform('random_crop', 16)(encoded, rng)
+    except PictureError:
+        return False
+    assert (pixels.shape, pixels.dtype) == ((16, 16, 3), np.uint8)
+    return True
+
+
+FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'PPM', 'TIFF')
+
+
+@pytest.mark.filterwarnings('ignore')  # Pillow's, about the damage
+@pytest.mark.parametrize('format', FORMATS)
+def test_mutated_pictures_never_do_worse_than_a_picture_error(smooth, format):
     random = rng()
-    for format in ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'PPM'):
-        encoded = np.frombuffer(encode(smooth, format), np.uint8)
-        for _ in range(150):
-            mutated = encoded.copy()
-            places = random.integers(0, len(encoded), random.integers(1, 10))
-            mutated[places] = random.integers(0, 256, len(places))
-            try:
-                pixels = make_transform('random_crop', 16)(mutated.tobytes(), random)
-            except PictureError:
-                continue
-            assert pixels.shape == (16, 16, 3)
+    read = [read_or_refuse(x, random) for x in mutations(encode(smooth, format), random, 100)]
+    assert 0 < sum(read) < 100
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')  # Pillow's, about the damage
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK', 'P', 'RGBA'])
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'GIF', 'WEBP', 'TIFF'])
+def test_ten_thousand_mutated_pictures(format, mode):
+    """No crash, no hang: one that takes 10 seconds would end the tests."""
+    picture = Image.open(PICTURES / 'flower.jpg').resize((160, 120)).convert(mode)
+    try:
+        encoded = encode(picture, format)
+    except (OSError, ValueError):
+        pytest.skip(f'{format} has no {mode}')
+    random = rng(1)
+    for mutated in mutations(encoded, random, 600):
+        signal.alarm(10)
+        read_or_refuse(mutated, random)
+    signal.alarm(0)
 
 
 @pytest.mark.parametrize('format', ['JPEG', 'PNG'])

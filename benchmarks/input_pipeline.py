@@ -1,0 +1,203 @@
+"""Measures the training input: pictures from disk to uint8 batches, and its peers beside it.
+
+    python -m benchmarks.input_pipeline --pictures=DIR [--tensorflow=PYTHON] [--rounds=3]
+
+`--pictures` holds JPEGs, at any depth. Every row reads the same files in random order, crops them
+at random (8 to 100 % of the area), resizes to 224 pixels and flips, with as many threads as there
+are cores. On a machine that others use, look at the CPU time. Peers:
+
+    pillow   torchvision's way: Pillow decodes the whole picture, crops and resizes (bilinear)
+    tf.data  the NFNets' way: decode_and_crop_jpeg, bicubic resize to float32. Run by the Python
+             that --tensorflow names, where TensorFlow is installed
+
+Rows take turns, each in a process of its own, which also tells its memory and the time to its first
+batch; printed is the best of the rounds.
+'augment' is the published on-device augmentation on this machine's device.
+"""
+
+import concurrent.futures
+import itertools
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+
+SIZE, BATCH_SIZE = 224, 128
+
+
+def main() -> None:
+    arguments = dict(argument.removeprefix('--').split('=', 1) for argument in sys.argv[1:])
+    if 'row' in arguments:
+        print(json.dumps(measure(**arguments)))
+        return
+    python = dict.fromkeys(('nfnets_jax', 'pillow', 'overhead', 'augment'), sys.executable)
+    if 'tensorflow' in arguments:
+        python['tf.data'] = arguments.pop('tensorflow')
+    results = {row: [] for row in python}
+    for _ in range(int(arguments.pop('rounds', 3))):
+        for row, interpreter in python.items():
+            command = [interpreter, __file__, f'--row={row}']
+            command += [f'--{key}={value}' for key, value in arguments.items()]
+            environment = os.environ | {'PYTHONPATH': os.getcwd()}
+            result = subprocess.run(command, env=environment, check=True, capture_output=True)
+            results[row].append(json.loads(result.stdout.splitlines()[-1]))
+    print(f'{"":12}{"images/s":>10}{"CPU ms/image":>14}{"first batch s":>15}{"MB":>7}')
+    for row, rounds in results.items():
+        rate, cpu, first, memory = zip(*(round.values() for round in rounds), strict=True)
+        print(f'{row:12}{max(rate):10.0f}{min(cpu):14.3f}{min(first):15.2f}{min(memory):7.0f}')
+
+
+def measure(row: str, pictures: str, batches: str = '16', threads: str = '') -> dict:
+    """Returns images per second, CPU milliseconds an image, seconds to the first batch, and MB."""
+    paths = sorted(str(path) for path in pathlib.Path(pictures).rglob('*.JP*G'))
+    paths += sorted(str(path) for path in pathlib.Path(pictures).rglob('*.jp*g'))
+    if not paths:
+        sys.exit(f'--pictures={pictures}: no JPEGs in it')
+    stream = _ROWS[row](paths * (1 + BATCH_SIZE // len(paths)), int(threads or os.cpu_count()))
+    begun = time.perf_counter()
+    next(stream)
+    first = time.perf_counter() - begun
+    next(stream)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in itertools.islice(stream, int(batches)):
+        pass
+    images = int(batches) * BATCH_SIZE
+    return {
+        'rate': images / (time.perf_counter() - wall),
+        'cpu': (time.process_time() - cpu) / images * 1000,
+        'first': first,
+        'memory': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+class Files:
+    """A source of encoded pictures, as `nfnets_jax.data.sources` describes it."""
+
+    name, class_names = 'files', ('picture',)
+
+    def __init__(self, paths):
+        self._paths = paths
+
+    def __len__(self):
+        return len(self._paths)
+
+    def __getitem__(self, index):
+        return {'image': pathlib.Path(self._paths[index]).read_bytes(), 'label': 0}
+
+
+def ours(paths, threads):
+    """Bytes to uint8; the flip is the device's."""
+    from nfnets_jax.data.pipeline import train_batches
+    from nfnets_jax.data.preprocessing import make_transform
+
+    transform = make_transform('random_crop', SIZE)
+    return train_batches(
+        Files(paths), batch_size=BATCH_SIZE, seed=0, transform=transform, num_threads=threads
+    )
+
+
+def overhead(paths, threads):
+    """The pipeline around a transform that does nothing: what it costs besides the pictures."""
+    import numpy as np
+
+    from nfnets_jax.data.pipeline import train_batches
+
+    nothing = np.zeros((2, 2, 3), np.uint8)
+    return train_batches(
+        Files(paths),
+        batch_size=BATCH_SIZE,
+        seed=0,
+        transform=lambda image, rng: nothing,
+        num_threads=threads,
+    )
+
+
+def pillow(paths, threads):
+    """Decodes whole pictures in a pool of threads; no order is kept between epochs."""
+    import random
+
+    import numpy as np
+    from PIL import Image
+
+    from nfnets_jax.data.preprocessing import random_box
+
+    rng = np.random.default_rng(0)
+
+    def read(path):
+        picture = Image.open(path).convert('RGB')
+        box = random_box(rng, *picture.size[::-1], (0.08, 1), (3 / 4, 4 / 3))
+        top, left, rows, columns = box or (0, 0, *picture.size[::-1])
+        picture = picture.resize(
+            (SIZE, SIZE), Image.Resampling.BILINEAR, (left, top, left + columns, top + rows)
+        )
+        return np.asarray(picture)[:, :: random.choice((1, -1))]
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        while True:
+            yield np.stack(list(pool.map(read, random.sample(paths, BATCH_SIZE))))
+
+
+def tf_data(paths, threads):
+    """As `nfnets` of deepmind-research feeds its networks, from files instead of TFRecords."""
+    import tensorflow as tf
+
+    def read(path):
+        encoded = tf.io.read_file(path)
+        begin, size, _ = tf.image.sample_distorted_bounding_box(
+            tf.image.extract_jpeg_shape(encoded),
+            tf.zeros([1, 0, 4]),
+            min_object_covered=0,
+            aspect_ratio_range=(3 / 4, 4 / 3),
+            area_range=(0.08, 1.0),
+            max_attempts=10,
+            use_image_if_no_bounding_boxes=True,
+        )
+        window = tf.stack([begin[0], begin[1], size[0], size[1]])
+        image = tf.image.decode_and_crop_jpeg(encoded, window, channels=3)
+        image = tf.image.random_flip_left_right(image)
+        image = tf.image.resize(image, (SIZE, SIZE), tf.image.ResizeMethod.BICUBIC)
+        return (image - 120.0) / 58.0
+
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    options.deterministic = False
+    data = tf.data.Dataset.from_tensor_slices(paths).with_options(options)
+    data = data.repeat().shuffle(10 * BATCH_SIZE).map(read, tf.data.AUTOTUNE)
+    return data.batch(BATCH_SIZE).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+
+
+def augmentation(paths, threads):
+    """The published recipe on the device: flip, MixUp and CutMix, RandAugment, normalise."""
+    del threads
+    import jax
+    import jax.numpy as jnp
+
+    from nfnets_jax import augment
+
+    batch = next(ours(paths, os.cpu_count()))
+    config = {'flip': True, 'mixup': 0.2, 'cutmix': 1.0, 'randaugment_layers': 4}
+    apply = augment.make_augment(config, 1000, dtype=jnp.bfloat16)
+
+    @jax.jit
+    def step(number, images, labels):
+        return apply(augment.example_keys(0, number, jnp.arange(BATCH_SIZE)), images, labels)
+
+    images, labels = jax.device_put((batch['image'], batch['label']))
+    for number in itertools.count():
+        yield jax.block_until_ready(step(number, images, labels))
+
+
+_ROWS = {
+    'nfnets_jax': ours,
+    'pillow': pillow,
+    'tf.data': tf_data,
+    'overhead': overhead,
+    'augment': augmentation,
+}
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,74 @@
+"""Measures the gradient of SAM against the plain gradient, by the fraction of the batch that climbs.
+
+    python -m benchmarks.sam [--model=NF-ResNet-50] [--batch=20] [--image-size=64] [--repeats=5]
+
+The ascent costs its fraction of a plain gradient, and what one pass over the parameters costs.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import optax
+
+import nfnets_jax
+
+FRACTIONS = (0.2, 0.5, 1.0)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--model', default='NF-ResNet-50')
+    parser.add_argument('--batch', type=int, default=20)
+    parser.add_argument('--image-size', type=int, default=64)
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--json', help='where to write the table as JSON')
+    args = parser.parse_args(argv)
+
+    net = hk.transform_with_state(
+        lambda images: nfnets_jax.create_model(args.model, 1000)(images, True)['logits']
+    )
+    batch = {
+        'image': jax.random.normal(
+            jax.random.key(0), (args.batch, args.image_size, args.image_size, 3)
+        ),
+        'label': jnp.arange(args.batch),
+    }
+    params, state = jax.jit(net.init)(jax.random.key(1), batch['image'])
+
+    def loss_fn(params, batch, key):
+        logits, _ = net.apply(params, state, key, batch['image'])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']).mean()
+
+    key = jax.random.key(2)
+    sam = functools.partial(nfnets_jax.sam_value_and_grad, loss_fn, 0.05)
+    steps = {'plain': jax.value_and_grad(loss_fn)}
+    steps |= {f'SAM, ascent on {f:.0%}': sam(ascent_fraction=f) for f in FRACTIONS}
+    steps = {name: jax.jit(f).lower(params, batch, key).compile() for name, f in steps.items()}
+
+    times = {name: [] for name in steps}
+    for _ in range(args.repeats + 1):  # In turns; the first turn is not counted.
+        for name, step in steps.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step(params, batch, key))
+            times[name].append(1e3 * (time.perf_counter() - start))
+    medians = {name: statistics.median(t[1:]) for name, t in times.items()}
+    print(f'{args.model}, {args.batch} x {args.image_size} px, {jax.devices()[0].device_kind}')
+    print(f'{"":22} {"ms":>8} {"median":>8} {"x plain":>8}')
+    for name, median in medians.items():
+        print(
+            f'{name:22} {min(times[name][1:]):8.1f} {median:8.1f} {median / medians["plain"]:8.2f}'
+        )
+    if args.json:
+        about = vars(args) | {'device': jax.devices()[0].device_kind, 'jax': jax.__version__}
+        with open(args.json, 'w') as file:
+            json.dump(about | {'median_ms': medians}, file, indent=2)
+
+
+if __name__ == '__main__':
+    main()

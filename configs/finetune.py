@@ -1,0 +1,92 @@
+"""Fine-tunes a network on your own pictures: one directory for each class.
+
+    python -m experiments.train --workdir=runs/mine \\
+        --config=configs/finetune.py:weights=F0_haiku.npz,data=PATH_TO_FOLDERS
+
+Arguments, separated by commas:
+  data     a directory with train/CLASS/PICTURE and test/CLASS/PICTURE, or with CLASS/PICTURE, of
+           which a fifth is then held out for testing. Needed.
+  weights  what `nfnets_jax.load_pretrained` reads: the authors' file, timm's, .safetensors, or the
+           directory of a run. Without it training starts from random weights.
+  model    the model's name; not needed where the weights tell.
+  freeze   a regular expression for the names of parameters that keep their value, like
+           freeze=.*/stem_conv./.*; freeze=body trains the new head only.
+
+The recipe is the one the papers fine-tune from JFT with: 15,000 steps of 2048 pictures, learning
+rate 0.1 after 5,000 steps of warm-up and then along a cosine, moving average 0.9999. NFNets with
+SAM (rho 0.05), weight decay 1e-5, dropout 0.25 and stochastic depth 0.1; ResNets with none of them.
+A small data set wants less: --config.duration='500 steps' --config.batch_size=256; the warm-up
+stays a third of the duration. docs/pretrained.md has an example with its figures.
+"""
+
+from experiments.config import default_config
+from nfnets_jax import models
+from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.optimizers import PUBLISHED_GROUPS
+from nfnets_jax.pretrained import Metadata, load_pretrained
+
+_ARGUMENTS = ('data', 'weights', 'model', 'freeze')
+# Of the published groups, what remains if only the classifier is trained.
+_HEAD_ONLY = (
+    {'match': r'[^/]+/~/linear/w', 'clip': False},
+    {'match': r'[^/]+/~/linear/b', 'decay': False},
+    {'match': r'.*', 'freeze': True},
+)
+
+
+def get_config(arguments: str = ''):
+    given = _parse(arguments)
+    if not given.get('data'):
+        raise UsageError(
+            'finetune.py needs data: --config=configs/finetune.py:data=PATH_TO_FOLDERS'
+        )
+    weights, metadata = given.get('weights', ''), Metadata(model=given.get('model'))
+    if weights:
+        metadata = load_pretrained(weights, metadata.model).metadata
+    name = metadata.model
+    if name is None:
+        raise UsageError('finetune.py needs model=NAME where no weights tell it')
+    published = models.variant_info(name)
+
+    config = default_config()
+    config.model = {'name': name, **metadata.options}
+    config.init = {'weights': weights, 'new_head': True}
+    config.data = {
+        'name': 'folder',
+        'path': given['data'],
+        'image_size': metadata.train_size or published.train_size,
+        'test_image_size': metadata.test_size or published.test_size,
+        'test_mode': metadata.eval_mode,
+    }
+    config.augment.flip = True
+    config.batch_size = 2048
+    config.duration = '15000 steps'
+    config.ema = 0.9999
+    optimizer = config.optimizer
+    optimizer.learning_rate = 0.1
+    optimizer.scale_lr_by_batch = False
+    optimizer.schedule.warmup = '33.3%'
+    is_nfnet = published.family == 'NFNet'
+    config.sam.rho = 0.05 if is_nfnet else 0.0
+    optimizer.weight_decay = 1e-5 if is_nfnet else 0.0
+    if 'drop_rate' in models.model_options(name):
+        config.model.drop_rate = 0.25 if is_nfnet else 0.0
+        config.model.stochdepth_rate = 0.1 if is_nfnet else 0.0
+    if pattern := given.get('freeze'):
+        frozen = {'match': pattern, 'freeze': True}
+        optimizer.groups = _HEAD_ONLY if pattern == 'body' else (frozen, *PUBLISHED_GROUPS)
+    config.eval.every = config.checkpoint.every = '10%'
+    config.log_every = '1%'
+    return config
+
+
+def _parse(arguments: str) -> dict[str, str]:
+    given = {}
+    for argument in filter(None, arguments.split(',')):
+        key, equals, value = argument.partition('=')
+        if key not in _ARGUMENTS or not equals:
+            raise UsageError(
+                f'finetune.py takes key=value, not {argument!r}{nearest(key, _ARGUMENTS)}'
+            )
+        given[key] = value
+    return given

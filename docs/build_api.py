@@ -1,0 +1,28 @@
+"""Builds the API documentation from the docstrings: `python docs/build_api.py`, or `make docs`.
+
+Writes HTML to docs/api/. Each module of the package is given by name: the names that
+nfnets_jax/__init__.py imports on first use are documented where they are defined.
+"""
+
+import pathlib
+import pkgutil
+import sys
+
+import pdoc
+import pdoc.render
+
+DOCS = pathlib.Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+
+import nfnets_jax  # noqa: E402
+
+
+def main(output=DOCS / 'api'):
+    modules = pkgutil.iter_modules(nfnets_jax.__path__, 'nfnets_jax.')
+    pdoc.render.configure(docformat='google', show_source=False, footer_text=nfnets_jax.__version__)
+    pdoc.pdoc(*(module.name for module in modules), output_directory=pathlib.Path(output))
+    print(f'open {output}/index.html')
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,67 @@
+"""The data of a run: its two splits, and how their pictures come to one size.
+
+Sources that hold encoded pictures of any size take three more options in `config.data`: image_size
+and test_image_size, in pixels (by default those the model is published with), and test_mode, the
+evaluation preprocessing. Where a source's pictures have one size they are left as they are, unless
+one of these options is given.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from nfnets_jax import models
+from nfnets_jax.data import sources
+from nfnets_jax.data.preprocessing import make_transform
+from nfnets_jax.errors import UsageError
+
+_OPTIONS = ('image_size', 'test_image_size', 'test_mode')
+_AS_IT_IS = 'resize_crop_1.0'  # the whole picture: what evaluation on equal pictures amounts to
+
+
+class Pictures(NamedTuple):
+    """How pictures come to one size.
+
+    Attributes:
+      shape: height, width and channels in training.
+      test_size: side in evaluation, in pixels.
+      test_mode: preprocessing for evaluation, a mode of `make_transform`.
+      train_transform, test_transform: (image, rng) -> [H, W, 3]; None where nothing is to be done.
+    """
+
+    shape: tuple[int, int, int]
+    test_size: int
+    test_mode: str
+    train_transform: Callable | None = None
+    test_transform: Callable | None = None
+
+
+def open_data(config: ConfigDict) -> tuple[Any, Any, Pictures]:
+    """Opens the training and the test split of the data that a config describes.
+
+    Raises:
+      UsageError: naming the option that is wrong, or the data that are not there.
+    """
+    options = config.data.to_dict()
+    name = options.pop('name')
+    # A source that makes its pictures itself (digits) has an image_size of its own.
+    own = inspect.signature(sources.SOURCES[name]).parameters if name in sources.SOURCES else ()
+    given = {key: options.pop(key) for key in _OPTIONS if key in options and key not in own}
+    train, test = (sources.open_source(name, split, **options) for split in ('train', 'test'))
+    image = train[0]['image']
+    if not (isinstance(image, bytes) or given):
+        return train, test, Pictures(image.shape, image.shape[0], _AS_IT_IS)
+    published = models.variant_info(config.model.name)
+    size = _pixels('image_size', given.get('image_size', published.train_size))
+    test_size = _pixels('test_image_size', given.get('test_image_size', published.test_size))
+    test_mode = given.get('test_mode', 'crop_resize')
+    transforms = make_transform('random_crop', size), make_transform(test_mode, test_size)
+    return train, test, Pictures((size, size, 3), test_size, test_mode, *transforms)
+
+
+def _pixels(key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UsageError(f'config.data.{key}={value!r}: must be pixels, an integer above 0')
+    return value

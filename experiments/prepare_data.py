@@ -1,0 +1,191 @@
+"""Prepares a data set of tensorflow_datasets, so that training can read it at random.
+
+    python -m experiments.prepare_data --dataset=cifar10 --data_dir=~/tensorflow_datasets
+
+It downloads what can be downloaded and writes ArrayRecord files; TensorFlow is not needed. A data
+set that is there as TFRecords is converted, beside them. Stopped half-way, run it again: finished
+downloads and converted files are kept, and nothing unfinished is ever taken for whole, because a
+data set counts as prepared only once its dataset_info.json says so, which is written last.
+"""
+
+import io
+import os
+import pathlib
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import tqdm
+from absl import flags
+from PIL import Image
+
+from experiments import cli
+from nfnets_jax.data.tfds_source import DEFAULT_DATA_DIR, open_builder
+from nfnets_jax.errors import UsageError
+
+_IMAGENET_ARCHIVES = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
+
+
+def prepare(dataset: str, data_dir: str) -> pathlib.Path:
+    """Puts a data set in place as ArrayRecord files, unless it is there.
+
+    Args:
+        dataset: its name in tensorflow_datasets, e.g. 'cifar10'.
+        data_dir: where the prepared data sets are.
+
+    Returns:
+        The directory that holds it.
+
+    Raises:
+        UsageError: no such data set; archives, disk space or a network connection are missing.
+    """
+    builder = open_builder(dataset, data_dir)
+    formats = {f.value for f in builder.info.available_file_formats()}
+    directory = pathlib.Path(builder.data_dir)
+    if builder.info.splits and 'array_record' in formats:
+        return directory
+    try:
+        if builder.info.splits and 'tfrecord' in formats:
+            _convert(builder)
+        else:
+            _download_and_prepare(builder)
+    except OSError as error:
+        raise UsageError(
+            f'{dataset} is not prepared: {error.strerror or error} ({directory}); '
+            'the same command continues'
+        ) from error
+    return directory
+
+
+def _download_and_prepare(builder) -> None:
+    import tensorflow_datasets as tfds
+
+    root = pathlib.Path(builder.data_dir_root)
+    manual = root / 'downloads' / 'manual'
+    if builder.name == 'imagenet2012':
+        missing = [name for name in _IMAGENET_ARCHIVES if not (manual / name).exists()]
+        if missing:
+            raise UsageError(
+                f'imagenet2012 needs {" and ".join(missing)} in {manual}: download them by hand '
+                'from https://image-net.org/download-images (148 GB; as much again is written)'
+            )
+    _check_space(builder, root)
+    _without_tensorflow(builder)
+    config = tfds.download.DownloadConfig(manual_dir=str(manual), try_download_gcs=False)
+    try:
+        builder.download_and_prepare(file_format='array_record', download_config=config)
+    except OSError:
+        raise
+    except AssertionError as error:  # how builders ask for files that are to be fetched by hand
+        raise UsageError(f'{builder.name}: {" ".join(str(error).split())[:400]}') from error
+    except Exception as error:
+        if 'download' in type(error).__name__.lower() or 'request' in type(error).__module__:
+            reason = ' '.join(str(error).split())[:200]
+            raise UsageError(
+                f'{builder.name}: cannot be downloaded ({reason}); the same command continues'
+            ) from error
+        raise
+
+
+def _check_space(builder, root: pathlib.Path) -> None:
+    """Raises a UsageError where the disk is clearly too small; TFDS knows the size of most sets."""
+    needed = int(builder.info.download_size or 0) + int(builder.info.dataset_size or 0)
+    there = next(path for path in (root, *root.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UsageError(
+            f'{builder.name} needs {needed / 1e9:.1f} GB in {root}, where {free / 1e9:.1f} GB are '
+            'free: make room or choose another --data_dir'
+        )
+
+
+def _without_tensorflow(builder) -> None:
+    """Makes a builder hand TFDS encoded pictures, for which it needs no TensorFlow.
+
+    TFDS encodes arrays by TensorFlow, and by it turns ImageNet's 22 CMYK pictures and its PNG into
+    RGB JPEGs. We encode arrays as PNG ourselves, and our decoder reads CMYK and PNG.
+    """
+    if not hasattr(builder, '_generate_examples'):
+        return
+    generate = builder._generate_examples
+    builder._generate_examples = lambda *args, **kwargs: _encoded(generate(*args, **kwargs))
+    if hasattr(builder, '_fix_image'):
+        builder._fix_image = lambda name, image: image
+
+
+def _encoded(examples: Iterable[tuple]) -> Iterator[tuple]:
+    for key, example in examples:
+        yield key, {name: _encode(value) for name, value in example.items()}
+
+
+def _encode(value):
+    """Returns an image array as a PNG file, anything else as it is."""
+    if not (isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3):
+        return value
+    stream = io.BytesIO()
+    Image.fromarray(value[..., 0] if value.shape[-1] == 1 else value).save(stream, 'PNG')
+    stream.seek(0)
+    return stream
+
+
+def _convert(builder) -> None:
+    """Copies every TFRecord file of a data set to an ArrayRecord file beside it."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.core import dataset_info, file_adapters
+
+    directory = pathlib.Path(builder.data_dir)
+    files = [
+        (pathlib.Path(path), count)
+        for split in builder.info.splits.values()
+        for path, count in zip(split.filepaths, split.shard_lengths, strict=True)
+    ]
+    for path, count in tqdm.tqdm(files, unit='file', desc=f'converting {builder.info.full_name}'):
+        target = path.with_name(path.name.replace('.tfrecord-', '.array_record-'))
+        if target.exists():  # it has its name only since it is whole
+            continue
+        beside = target.with_name(f'.{target.name}.tmp')
+        writer = ArrayRecordWriter(str(beside), 'group_size:1')  # one: read at random
+        written = 0
+        for record in read_tfrecords(path):
+            writer.write(record)
+            written += 1
+        writer.close()
+        if written != count:
+            raise UsageError(f'{path}: holds {written} records instead of {count}; replace it')
+        os.replace(beside, target)
+    proto = dataset_info.read_proto_from_builder_dir(directory)
+    proto.alternative_file_formats.append(file_adapters.FileFormat.ARRAY_RECORD.value)
+    new = directory / 'new'
+    new.mkdir(exist_ok=True)
+    dataset_info.write_dataset_info_proto(proto, dataset_info_dir=new)
+    os.replace(new / 'dataset_info.json', directory / 'dataset_info.json')
+    new.rmdir()
+
+
+def read_tfrecords(path: str | os.PathLike) -> Iterator[bytes]:
+    """Yields the records of a TFRecord file: each lies between its length and checksums.
+
+    The checksums are not compared. A truncated file raises a UsageError.
+    """
+    with open(path, 'rb') as file:
+        while header := file.read(12):
+            length = struct.unpack('<Q', header[:8])[0] if len(header) == 12 else 0
+            record = file.read(length)
+            if len(header) < 12 or len(record) < length or len(file.read(4)) < 4:
+                raise UsageError(f'{path}: truncated; replace it')
+            yield record
+
+
+def _main() -> None:
+    directory = prepare(_DATASET.value, _DATA_DIR.value)
+    print(
+        f'{_DATASET.value} is prepared in {directory}; train with --config.data.name=tfds '
+        f'--config.data.dataset={_DATASET.value} --config.data.data_dir={_DATA_DIR.value}'
+    )
+
+
+if __name__ == '__main__':
+    _DATASET = flags.DEFINE_string('dataset', None, 'Its name in TFDS.', required=True)
+    _DATA_DIR = flags.DEFINE_string('data_dir', DEFAULT_DATA_DIR, 'Where prepared data sets are.')
+    cli.run(_main)

@@ -1,0 +1,153 @@
+"""TensorFlow Datasets without TensorFlow: ArrayRecord files, read at random."""
+
+import pathlib
+
+from nfnets_jax.data.preprocessing import PictureError
+from nfnets_jax.errors import UsageError, nearest
+
+# How the papers split ImageNet; the first 10,000 training pictures are for choosing.
+_PAPER_SPLITS = {
+    'imagenet2012': {
+        'TRAIN': 'train[10000:]',
+        'VALID': 'train[:10000]',
+        'TRAIN_AND_VALID': 'train',
+        'TEST': 'validation',
+    }
+}
+DEFAULT_DATA_DIR = '~/tensorflow_datasets'
+
+
+class TfdsSource:
+    """A data set of tensorflow_datasets that `experiments.prepare_data` has put in place.
+
+    Args:
+        split: 'train' or 'test'.
+        dataset: its name, e.g. 'cifar10' or 'imagenet2012'; with a config or version if need be
+            ('cifar10_corrupted/fog_3', 'cifar10:3.0.2').
+        data_dir: where the prepared data sets are.
+        train_split, test_split: which examples those are, as TFDS writes it ('train[:90%]',
+            'train[10000:]', 'train+test'); for imagenet2012 also 'TRAIN', 'VALID',
+            'TRAIN_AND_VALID' and 'TEST'. By default for testing 'test', or 'validation' where
+            there is no test split or, as in ImageNet, none with labels.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        dataset: str,
+        data_dir: str = DEFAULT_DATA_DIR,
+        train_split: str = 'train',
+        test_split: str = '',
+    ):
+        splits = {'train': train_split, 'test': test_split}
+        if split not in splits:
+            raise UsageError(f'data sets of TFDS have no split {split!r}{nearest(split, splits)}')
+        builder = open_builder(dataset, data_dir)
+        self._image, self._label = _image_and_label(builder.info)
+        expression = splits[split] or _default_test_split(builder.info)
+        self.name = f'{dataset}/{expression}'
+        self.class_names = tuple(builder.info.features[self._label].names)
+        try:
+            self._records = _open_records(
+                builder, f'data.{split}_split', expression, self._image, data_dir
+            )
+            self[0], self[len(self) - 1]
+        except PictureError as error:
+            raise UsageError(
+                f'data.dataset={dataset!r}: files are missing or damaged in {builder.data_dir} '
+                f'({str(error)[:200]}); remove it and run {_prepare_command(builder, data_dir)}'
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            example = self._records[index]
+            if not example[self._image]:
+                raise ValueError('an empty record')
+        except (OSError, ValueError, RuntimeError) as error:  # the reader raises any of them
+            raise PictureError(f'cannot be read: {" ".join(str(error).split())}') from error
+        return {'image': bytes(example[self._image]), 'label': int(example[self._label])}
+
+    def where(self, index: int) -> str:
+        return f'{self.name}[{index}]'
+
+
+def open_builder(dataset: str, data_dir: str):
+    """Returns TFDS's builder of a data set, which may be prepared or not.
+
+    A data set whose code is not part of TFDS is found if it is prepared.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    import tensorflow_datasets as tfds  # here: a slow import that only such data need
+
+    root = str(pathlib.Path(data_dir).expanduser()) if '://' not in data_dir else data_dir
+    try:
+        builder = tfds.builder(dataset, data_dir=root)
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        name = dataset.split('/')[0].split(':')[0]
+        reason = ' '.join(str(error).split()) if name in known else f'unknown{nearest(name, known)}'
+        raise UsageError(f'data.dataset={dataset!r}: {reason[:300]}') from error
+    # What is prepared is read as it describes itself: only so are all its file formats known.
+    return tfds.builder_from_directory(builder.data_dir) if builder.info.splits else builder
+
+
+def _image_and_label(info) -> tuple[str, str]:
+    """Returns the names of the picture and the class among a data set's features."""
+    import tensorflow_datasets as tfds
+
+    features = dict(info.features.items())
+    kinds = (tfds.features.Image, tfds.features.ClassLabel)
+    found = [[k for k, f in features.items() if isinstance(f, kind)] for kind in kinds]
+    if info.supervised_keys and all(k in found[i] for i, k in enumerate(info.supervised_keys[:2])):
+        return info.supervised_keys[:2]
+    if any(len(names) != 1 for names in found):
+        raise UsageError(
+            f'data.dataset={info.name!r}: not one picture and one class in each example, '
+            f'but {", ".join(features)}'
+        )
+    return found[0][0], found[1][0]
+
+
+def _default_test_split(info) -> str:
+    if 'test' in info.splits and info.name not in _PAPER_SPLITS:
+        return 'test'
+    return 'validation'
+
+
+def _open_records(builder, key: str, expression: str, image: str, data_dir: str):
+    """Opens the records of a split, or raises the UsageError that says why not and what to do."""
+    import tensorflow_datasets as tfds
+
+    name, info = builder.info.full_name, builder.info
+    prepare = _prepare_command(builder, data_dir)
+    if not info.splits:
+        raise UsageError(f'data.dataset={name!r}: not found in {data_dir}; run {prepare}')
+    if 'array_record' not in {f.value for f in info.available_file_formats()}:
+        raise UsageError(
+            f'data.dataset={name!r}: prepared as {info.file_format.value}, which cannot be read '
+            f'without TensorFlow; convert it with {prepare}'
+        )
+    aliases = _PAPER_SPLITS.get(builder.name, {})
+    try:
+        records = builder.as_data_source(
+            split=aliases.get(expression, expression),
+            decoders={image: tfds.decode.SkipDecoding()},
+            file_format='array_record',
+        )
+    except (ValueError, KeyError, AssertionError) as error:
+        known = [*aliases, *info.splits]
+        raise UsageError(
+            f'{key}={expression!r}: no examples in {name}{nearest(expression, known)}'
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise PictureError(f'cannot be opened: {" ".join(str(error).split())}') from error
+    return records
+
+
+def _prepare_command(builder, data_dir: str) -> str:
+    return f'python -m experiments.prepare_data --dataset={builder.name} --data_dir={data_dir}'

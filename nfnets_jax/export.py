@@ -1,0 +1,113 @@
+"""Weights as programs that run without this package: StableHLO, and ONNX.
+
+In both the scaled weight standardisation is gone: a convolution's standardised weight does not
+depend on the picture, so it is computed once and the network has plain convolutions. Programs map
+pixels, float32 [batch, size, size, 3] on a scale of 0..255 as `make_transform` returns them, to
+logits, float32 [batch, classes]; the normalisation is inside, the batch size is free.
+"""
+
+import functools
+from collections.abc import Callable
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nfnets_jax import augment, convolution, layers, pretrained
+from nfnets_jax.errors import UsageError
+
+PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
+
+
+def fold_standardization(params: hk.Params) -> hk.Params:
+    """Replaces 'w' and 'gain' of every standardised convolution by the weight they make."""
+    return {
+        module: {'w': np.asarray(layers.standardize(p['w'], p['gain'])), 'bias': p['bias']}
+        if 'gain' in p
+        else p
+        for module, p in params.items()
+    }
+
+
+def make_classifier(
+    weights: pretrained.Weights, conv2d: Callable[..., jax.Array] = convolution.conv2d
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function pixels -> logits in float32, of folded weights.
+
+    Args:
+      weights: with the model's name in their metadata.
+      conv2d: computes all convolutions; takes what `convolution.conv2d` takes.
+    """
+    metadata = weights.metadata
+    model, params = pretrained.network(metadata), fold_standardization(weights.params)
+    interceptor = functools.partial(_convolve_folded, conv2d)
+
+    def classify(pixels: jax.Array) -> jax.Array:
+        images = augment.normalise(pixels, metadata.mean, metadata.std)
+        with hk.intercept_methods(interceptor):
+            outputs, _ = model.apply(params, weights.state, None, images, False)
+        return outputs['logits']
+
+    return classify
+
+
+def to_stablehlo(weights: pretrained.Weights) -> bytes:
+    """Returns the program for `jax.export.deserialize(program).call(pixels)`, weights included.
+
+    It runs on every platform of `PLATFORMS`, in the form that is fastest there.
+
+    Raises:
+      UsageError: the metadata do not say which model, or at which size.
+    """
+    pixels = jax.ShapeDtypeStruct(
+        jax.export.symbolic_shape(f'batch, {_size(weights)}, {_size(weights)}, 3'), jnp.float32
+    )
+    classify = jax.jit(make_classifier(weights))
+    return bytes(jax.export.export(classify, platforms=PLATFORMS)(pixels).serialize())
+
+
+def to_onnx(weights: pretrained.Weights) -> bytes:
+    """Returns an ONNX model with input 'pixels' and output 'logits', as a serialised ModelProto.
+
+    Raises:
+      UsageError: jax2onnx is not installed, or as `to_stablehlo`.
+    """
+    try:
+        import jax2onnx
+    except ImportError as error:
+        raise UsageError(f'ONNX needs jax2onnx: pip install "nfnets_jax[onnx]" ({error})') from None
+    size = _size(weights)
+    classify = make_classifier(weights, _conv2d_as_onnx_knows_it)
+    model = jax2onnx.to_onnx(
+        classify,
+        inputs=[('batch', size, size, 3)],
+        input_names=['pixels'],
+        output_names=['logits'],
+    )
+    return model.SerializeToString()
+
+
+def _convolve_folded(conv2d, next_call, args, kwargs, context):
+    """What a convolution does once its weight is standardised; a Haiku method interceptor."""
+    conv = context.module
+    is_convolution = isinstance(conv, layers.ScaledWSConv2D | layers.Conv2D)
+    if not is_convolution or context.method_name != '__call__':
+        return next_call(*args, **kwargs)
+    (x,) = args
+    shape = (conv.kernel_size,) * 2 + (x.shape[-1] // conv.groups, conv.output_channels)
+    w = hk.get_parameter('w', shape, init=jnp.zeros)
+    out = conv2d(x, w, stride=conv.stride, groups=conv.groups, padding=conv.padding)
+    if isinstance(conv, layers.ScaledWSConv2D):
+        return out + hk.get_parameter('bias', shape[-1:], init=jnp.zeros)
+    return out + hk.get_parameter('b', shape[-1:], init=jnp.zeros) if conv.with_bias else out
+
+
+def _conv2d_as_onnx_knows_it(x, w, *, stride, groups, padding):
+    return convolution.plain(convolution.ConvShape(stride, groups, padding), x, w)
+
+
+def _size(weights: pretrained.Weights) -> int:
+    if weights.metadata.test_size is None:
+        raise UsageError('the weights do not say for which size of pictures they are')
+    return weights.metadata.test_size

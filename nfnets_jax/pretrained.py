@@ -1,0 +1,359 @@
+"""Published weights, and our own: reading, recognising, writing, and fitting them to a model.
+
+weights = nfnets_jax.load_pretrained('F0_haiku.npz')
+params, state, report = pretrained.fit_weights(weights, params, state)
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nfnets_jax import augment, convert_timm, models, weight_files
+from nfnets_jax.errors import UsageError, nearest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What one must know to use weights; None where the file does not say and nothing tells.
+
+    Attributes:
+      model: name in `list_models()`.
+      options: of `create_model`, besides the name and the number of classes.
+      num_classes: size of the logits.
+      class_names: of the logits in their order; empty where unknown.
+      train_size, test_size: side of the pictures in pixels.
+      eval_mode: how a picture becomes `test_size` pixels, a mode of `make_transform`.
+      mean, std: of the normalisation, three values on a scale of 0..255.
+    """
+
+    model: str | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    num_classes: int | None = None
+    class_names: tuple[str, ...] = ()
+    train_size: int | None = None
+    test_size: int | None = None
+    eval_mode: str = 'crop_resize'
+    mean: tuple[float, ...] = augment.IMAGENET_MEAN
+    std: tuple[float, ...] = augment.IMAGENET_STD
+
+
+class Weights(NamedTuple):
+    """Parameters and state as Haiku trees of float32 numpy arrays, and what they are for.
+
+    Attributes:
+      added: names of parameters that the file does not hold and its format implies.
+    """
+
+    params: hk.Params
+    state: hk.State
+    metadata: Metadata
+    added: tuple[str, ...] = ()
+
+
+class Report(NamedTuple):
+    """What `fit_weights` did, every parameter by its name ('module/name') in exactly one place."""
+
+    matched: tuple[str, ...]  # taken from the weights
+    new_head: tuple[str, ...]  # of the classifier, left as they were
+    missing: tuple[str, ...]  # the weights do not have them; left as they were
+    unexpected: tuple[str, ...]  # the model does not have them; not used
+    wrong_shape: tuple[str, ...]  # left as they were
+
+    @property
+    def fits(self) -> bool:
+        """Whether all weights were used and, but for a new head, all parameters were set."""
+        return not (self.missing or self.unexpected or self.wrong_shape)
+
+    def __str__(self) -> str:
+        """One line: how many of each, and the first of those that do not fit."""
+        parts = [f'{len(self.matched)} parameters matched']
+        for name in ('new_head', 'missing', 'unexpected', 'wrong_shape'):
+            if found := getattr(self, name):
+                example = '' if name == 'new_head' else f', like {found[0]}'
+                parts.append(f'{len(found)} {name.replace("_", " ")}{example}')
+        return '; '.join(parts)
+
+
+def load_pretrained(
+    path: str | os.PathLike,
+    model: str | None = None,
+    *,
+    checkpoint: str | int = 'latest',
+    ema: bool = True,
+) -> Weights:
+    """Reads weights of any kind this project knows, executing nothing that is in the file.
+
+    Kinds, told apart by content: the authors' released pickles of {module: {name: array}}
+    (F0_haiku.npz), plain .npz with 'module/name' keys, .safetensors written by `save_weights`,
+    timm's state dicts (.safetensors, .pth) of dm_nfnet_*, nf_resnet50 and nf_regnet_*, and the
+    directory of a training run.
+
+    Args:
+      path: a file, or the workdir of a run.
+      model: name in `list_models()`, to be told if the weights are of another.
+      checkpoint: of a run: 'latest', 'best' or a step.
+      ema: of a run: the moving average of the parameters, where there is one.
+
+    Returns:
+      Weights; `metadata.model` is None if the parameters are those of no known model.
+
+    Raises:
+      UsageError: naming the file and what is wrong with it.
+    """
+    if model is not None:
+        models.variant_info(model)
+    if os.path.isdir(path):
+        weights = _load_run(pathlib.Path(path), str(checkpoint), ema)
+    else:
+        weights = _load_file(path)
+    if model not in (None, weights.metadata.model):
+        found = weights.metadata.model
+        problem = f'are those of {found}' if found else _misfit(weights, model)
+        raise UsageError(f'{path} does not hold weights of {model}: they {problem}')
+    return weights
+
+
+def save_weights(path: str | os.PathLike, weights: Weights) -> None:
+    """Writes .safetensors that `load_pretrained` reads: 'params/...' and 'state/...', metadata.
+
+    Raises:
+      UsageError: it cannot be written.
+    """
+    arrays = _named(weights.params, weights.state)
+    weight_files.write_safetensors(path, arrays, {_METADATA_KEY: encode_metadata(weights.metadata)})
+
+
+def fit_weights(
+    weights: Weights, params: hk.Params, state: hk.State, *, new_head: bool = False
+) -> tuple[hk.Params, hk.State, Report]:
+    """Puts weights into a model's parameters and state, name by name.
+
+    Args:
+      weights: from `load_pretrained`.
+      params, state: of the model, as initialised.
+      new_head: keep the classifier as it is initialised even where the weights' would fit. Where
+        the number of classes differs it is kept in any case.
+
+    Returns:
+      (params, state, report). Nothing is raised for what does not fit: see `Report.fits`.
+    """
+    head = _head(params)
+    target, source = _named(params, state), _named(weights.params, weights.state)
+    found: dict[str, list[str]] = {kind: [] for kind in Report._fields}
+    for name, leaf in target.items():
+        bare = name.partition('/')[2]
+        in_head = bare.rpartition('/')[0] == head
+        if name not in source:
+            kind = 'missing'
+        elif np.shape(source[name]) == np.shape(leaf) and not (in_head and new_head):
+            kind = 'matched'
+            target[name] = np.asarray(source[name], leaf.dtype)
+        else:
+            kind = 'new_head' if in_head else 'wrong_shape'
+        found[kind].append(bare)
+    found['unexpected'] = [name.partition('/')[2] for name in source if name not in target]
+    report = Report(**{kind: tuple(names) for kind, names in found.items()})
+    return *_split(target), report
+
+
+def network(metadata: Metadata) -> hk.TransformedWithState:
+    """Returns the model that weights are for: apply(params, state, key, images, is_training).
+
+    Raises:
+      UsageError: the metadata do not say which.
+    """
+    if metadata.model is None:
+        raise UsageError('the weights do not say which model they are of: give its name')
+
+    def forward(images, is_training):
+        network = models.create_model(metadata.model, metadata.num_classes, **metadata.options)
+        return network(images, is_training)
+
+    return hk.transform_with_state(forward)
+
+
+def variable_shapes(metadata: Metadata) -> tuple[hk.Params, hk.State]:
+    """Returns the shapes and dtypes of a model's parameters and state."""
+    init = network(metadata).init
+    return jax.eval_shape(lambda: init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), True))
+
+
+def flatten(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """{'module': {'name': leaf}} -> {'module/name': leaf}, as weights are named in files."""
+    return {
+        f'{module}/{name}': leaf for module, leaves in tree.items() for name, leaf in leaves.items()
+    }
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{'module/name': leaf} -> {'module': {'name': leaf}}."""
+    tree: dict[str, dict[str, Any]] = {}
+    for path, leaf in leaves.items():
+        module, _, name = path.rpartition('/')
+        tree.setdefault(module, {})[name] = leaf
+    return tree
+
+
+def encode_metadata(metadata: Metadata) -> str:
+    """Returns JSON, as .safetensors files and the directories of runs (model.json) hold it."""
+    return json.dumps(dataclasses.asdict(metadata))
+
+
+def decode_metadata(text: str, path: str | os.PathLike) -> Metadata:
+    """Reads what `encode_metadata` wrote.
+
+    Raises:
+      UsageError: naming `path` and the field that is wrong.
+    """
+    try:
+        values = json.loads(text)
+        known = {field.name for field in dataclasses.fields(Metadata)}
+        if unknown := sorted(values.keys() - known):
+            raise UsageError(f'{path}: unknown metadata {unknown[0]!r}{nearest(unknown[0], known)}')
+        values |= {
+            key: tuple(values[key]) for key in ('class_names', 'mean', 'std') if key in values
+        }
+        return Metadata(**values)
+    except (AttributeError, TypeError, json.JSONDecodeError) as error:
+        raise UsageError(f'{path}: its metadata cannot be read: {error}') from error
+
+
+def _load_file(path: str | os.PathLike) -> Weights:
+    arrays, text = weight_files.read(path)
+    if not arrays:
+        raise UsageError(f'{path} holds no arrays')
+    options, added = {}, ()
+    if convert_timm.is_timm(arrays):
+        try:
+            arrays, options, added = convert_timm.convert(arrays)
+        except UsageError as error:
+            raise UsageError(f'{path}: {error}') from error
+    params, state = _split(_normalise(arrays))
+    if _METADATA_KEY not in text:
+        return Weights(params, state, _recognise(params, options), added)
+    weights = Weights(params, state, decode_metadata(text[_METADATA_KEY], path))
+    if weights.metadata.model is not None and not (report := _report(weights)).fits:
+        raise UsageError(f'{path} does not fit {weights.metadata.model}: {report}')
+    return weights
+
+
+def _load_run(directory: pathlib.Path, checkpoint: str, ema: bool) -> Weights:
+    from nfnets_jax.checkpoints import Checkpoints, DamagedCheckpointError  # needs Orbax
+
+    try:
+        text = (directory / 'model.json').read_text()
+    except OSError as error:
+        raise UsageError(f'{directory} holds no run: there is no {error.filename}') from error
+    checkpoints = Checkpoints(directory / 'checkpoints', read_only=True)
+    try:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UsageError(f'{directory} holds no checkpoint yet')
+        known = {'latest': steps[-1], 'best': checkpoints.best(), **{str(s): s for s in steps}}
+        if known.get(checkpoint) is None:
+            there = ', '.join(map(str, steps))
+            raise UsageError(f'checkpoint {checkpoint!r}: {directory} has latest, best, {there}')
+        tree = checkpoints.read(known[checkpoint])
+    except DamagedCheckpointError as error:
+        raise UsageError(
+            f'checkpoint {known[checkpoint]} of {directory} is damaged: {error}'
+        ) from error
+    finally:
+        checkpoints.close()
+    prefix = 'ema_' if ema and tree['ema_params'] else ''
+    params, state = tree[f'{prefix}params'], tree[f'{prefix}state']
+    return Weights(params, state, decode_metadata(text, directory / 'model.json'))
+
+
+_METADATA_KEY = 'nfnets_jax'
+# Modules whose leaves are state, in files that do not say: batch norm's running statistics.
+_STATE_MODULE = re.compile(r'.*/(mean|var)_ema')
+
+
+def _normalise(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sorts the arrays of a file into 'params/...' and 'state/...'; floats become float32."""
+    normalised = {}
+    for name, array in arrays.items():
+        if name.partition('/')[0] not in ('params', 'state'):
+            module = name.rpartition('/')[0]
+            name = f'{"state" if _STATE_MODULE.fullmatch(module) else "params"}/{name}'
+        normalised[name] = array if array.dtype.kind in 'iu' else array.astype(np.float32)
+    return normalised
+
+
+def _split(named: Mapping[str, Any]) -> tuple[hk.Params, hk.State]:
+    """The inverse of `_named`."""
+    trees: dict[str, dict[str, Any]] = {'params': {}, 'state': {}}
+    for path, leaf in named.items():
+        kind, _, name = path.partition('/')
+        trees[kind][name] = leaf
+    return unflatten(trees['params']), unflatten(trees['state'])
+
+
+def _named(params: hk.Params, state: hk.State) -> dict[str, Any]:
+    """Returns all leaves by name: 'params/module/name', 'state/module/name'."""
+    return {f'params/{name}': leaf for name, leaf in flatten(params).items()} | {
+        f'state/{name}': leaf for name, leaf in flatten(state).items()
+    }
+
+
+def _head(params: hk.Params) -> str | None:
+    """Returns the classifier's module: the last linear layer directly under the model."""
+    linears = [
+        (int(match[1] or 0), module)
+        for module in params
+        if (match := re.fullmatch(r'[^/]+/~/linear(?:_(\d+))?', module))
+    ]
+    return max(linears)[1] if linears else None
+
+
+def _report(weights: Weights) -> Report:
+    return fit_weights(weights, *variable_shapes(weights.metadata))[2]
+
+
+def _misfit(weights: Weights, model: str) -> str:
+    """Says how the weights of an unknown model differ from a known one."""
+    num_classes = _num_classes(weights.params) or 1
+    metadata = Metadata(model=model, num_classes=num_classes)
+    return f'do not fit it: {_report(weights._replace(metadata=metadata))}'
+
+
+def _num_classes(params: hk.Params) -> int | None:
+    head = _head(params)
+    return int(params[head]['w'].shape[-1]) if head and 'w' in params[head] else None
+
+
+def _recognise(params: hk.Params, options: Mapping[str, Any]) -> Metadata:
+    """Returns the metadata of the model whose parameters these are, by their names and shapes."""
+    num_classes = _num_classes(params)
+    if num_classes is None:
+        return Metadata()
+    has_se = any('squeeze_excite' in module for module in params)
+    blocks = {m[0] for m in map(re.compile(r'[^/]+/~/\w*block\w*').match, params) if m}
+    root = next(iter(params)).partition('/')[0].replace('_', '-').lower()
+    for name in models.list_models():
+        row = models.variant_info(name)
+        if row.family.lower() != root or sum(row.depths) != len(blocks):
+            continue
+        with_se = {'use_se': True} if has_se and 'use_se' in models.model_options(name) else {}
+        metadata = Metadata(
+            model=name,
+            options=dict(options) | with_se,
+            num_classes=num_classes,
+            train_size=row.train_size,
+            test_size=row.test_size,
+        )
+        # Files of parameters alone are common: batch norm's statistics may be missing.
+        shapes, _ = variable_shapes(metadata)
+        if fit_weights(Weights(params, {}, metadata), shapes, {})[2].fits:
+            return metadata
+    return Metadata(num_classes=num_classes)

@@ -1,0 +1,130 @@
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from experiments import prepare_data
+from nfnets_jax.data import tfds_source
+from nfnets_jax.data.preprocessing import decode
+from nfnets_jax.data.sources import open_source
+from nfnets_jax.errors import UsageError
+
+
+class TinyPictures(tfds.core.GeneratorBasedBuilder):
+    """Twenty training and six test pictures, each of one value: its number."""
+
+    VERSION = tfds.core.Version('1.0.0')
+
+    def _info(self):
+        features = {
+            'image': tfds.features.Image(shape=(8, 8, 3)),
+            'label': tfds.features.ClassLabel(names=['ape', 'bee', 'cat']),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {'train': self._generate_examples(0, 20), 'test': self._generate_examples(20, 26)}
+
+    def _generate_examples(self, start, stop):
+        for i in range(start, stop):
+            yield i, {'image': np.full((8, 8, 3), i, np.uint8), 'label': i % 3}
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    data_dir = str(tmp_path_factory.mktemp('tfds'))
+    prepare_data.prepare('tiny_pictures', data_dir)
+    return data_dir
+
+
+def values(source):
+    return [int(decode(source[i]['image'])[0, 0, 0]) for i in range(len(source))]
+
+
+def open_tiny(data_dir, split='train', **options):
+    return open_source('tfds', split, dataset='tiny_pictures', data_dir=data_dir, **options)
+
+
+def test_splits_hold_every_picture_once(prepared):
+    train, test = open_tiny(prepared), open_tiny(prepared, 'test')
+    assert sorted(values(train) + values(test)) == list(range(26))
+    assert (len(train), len(test)) == (20, 6)
+    assert train.class_names == ('ape', 'bee', 'cat')
+    assert [train[i]['label'] for i in range(20)] == [value % 3 for value in values(train)]
+    assert isinstance(train[0]['image'], bytes)
+    assert train.where(3) == 'tiny_pictures/train[3]'
+
+
+def test_split_expressions(prepared):
+    whole = values(open_tiny(prepared))
+    assert values(open_tiny(prepared, train_split='train[5:]')) == whole[5:]
+    assert values(open_tiny(prepared, 'test', test_split='train[:25%]')) == whole[:5]
+    both = open_tiny(prepared, train_split='train+test')
+    assert sorted(values(both)) == list(range(26))
+
+
+@pytest.mark.parametrize(
+    ('options', 'match'),
+    [
+        ({'train_split': 'trian'}, r"data\.train_split='trian': .*did you mean 'train'"),
+        ({'train_split': 'train[5'}, r"data\.train_split='train\[5'"),
+        ({'train_split': 'train[20:]'}, 'no examples'),
+        ({'data_dir': 'nowhere'}, r'run python -m experiments\.prepare_data --dataset=tiny_p'),
+        ({'dataset': 'cifar1'}, r"data\.dataset='cifar1': unknown \(did you mean 'cifar10'"),
+        ({'dataset': 'imagenet2012'}, 'not found in .* run python -m experiments.prepare_data'),
+    ],
+)
+def test_mistakes_are_named(prepared, options, match):
+    with pytest.raises(UsageError, match=match):
+        open_source(
+            'tfds', 'train', **({'dataset': 'tiny_pictures', 'data_dir': prepared} | options)
+        )
+
+
+def test_files_that_disappear(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    (file,) = tmp_path.glob('tiny_pictures/*/*train*')
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UsageError, match=r'missing or damaged .* run python'):
+        open_tiny(str(tmp_path))
+    file.unlink()
+    with pytest.raises(UsageError, match=r'missing or damaged .* run python'):
+        open_tiny(str(tmp_path))
+
+
+class Imagenet2012(TinyPictures):
+    """Stands in for ImageNet: as many splits of as many examples as the arithmetic needs."""
+
+    name = 'imagenet_like'
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {
+            'train': self._generate_examples(0, 20),
+            'validation': self._generate_examples(20, 24),
+        }
+
+
+def test_the_splits_of_the_paper(tmp_path, monkeypatch):
+    """TRAIN and VALID share TFDS's train split (at 10,000; here at 5), TEST is its validation."""
+    published = tfds_source._PAPER_SPLITS['imagenet2012']
+    assert published['TRAIN'] == 'train[10000:]'
+    assert published['VALID'] == 'train[:10000]'
+    small = {name: split.replace('10000', '5') for name, split in published.items()}
+    monkeypatch.setattr(tfds_source, '_PAPER_SPLITS', {'imagenet_like': small})
+    prepare_data.prepare('imagenet_like', str(tmp_path))
+
+    def opened(split, **options):
+        return values(
+            open_source('tfds', split, dataset='imagenet_like', data_dir=str(tmp_path), **options)
+        )
+
+    train, valid = (opened('train', train_split=name) for name in ('TRAIN', 'VALID'))
+    assert (len(train), len(valid)) == (15, 5)
+    assert sorted(train + valid) == list(range(20))
+    assert opened('train', train_split='TRAIN_AND_VALID') == valid + train
+    assert opened('test') == opened('test', test_split='TEST')
+    assert sorted(opened('test')) == [20, 21, 22, 23]

@@ -1,0 +1,161 @@
+"""Fine-tuning: the recipe, the pretrained body, the new head, and what may stay frozen."""
+
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import finetune
+from experiments import evaluate, task, train
+from nfnets_jax import load_pretrained, pretrained
+from nfnets_jax.errors import UsageError
+
+HEAD = 'NF_ResNet/~/linear'
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of ten pictures of unequal sizes, dark ones and light ones."""
+    rng = np.random.RandomState(0)
+    for name, low in (('dark', 0), ('light', 128)):
+        directory = tmp_path / 'pictures' / name
+        directory.mkdir(parents=True)
+        for i in range(10):
+            pixels = rng.randint(low, low + 128, (20 + i, 30, 3), np.uint8)
+            Image.fromarray(pixels).save(directory / f'{i}.png')
+    return tmp_path / 'pictures'
+
+
+@pytest.fixture
+def weights(tmp_path):
+    metadata = pretrained.Metadata(
+        model='NF-ResNet-8',
+        options={'widths': (8, 8), 'depths': (1, 1)},
+        num_classes=5,
+        train_size=12,
+        test_size=16,
+        eval_mode='resize_crop_4',
+    )
+    rng = np.random.RandomState(0)
+
+    def fill(leaf):
+        return rng.standard_normal(leaf.shape).astype(np.float32)
+
+    shapes = pretrained.variable_shapes(metadata)
+    path = tmp_path / 'w.safetensors'
+    pretrained.save_weights(path, pretrained.Weights(*jax.tree.map(fill, shapes), metadata))
+    return path
+
+
+def small(arguments: str):
+    config = finetune.get_config(arguments)
+    config.batch_size = 8
+    config.duration = '4 steps'
+    config.eval = {'every': '4 steps', 'batch_size': 8}
+    config.checkpoint = {'every': '4 steps', 'keep': 1}
+    config.log_every = '2 steps'
+    return config
+
+
+def test_nfnets_have_the_papers_recipe():
+    config = finetune.get_config('model=NFNet-F1,data=there')
+    assert config.sam.rho == 0.05
+    assert config.optimizer.weight_decay == 1e-5
+    assert config.model.to_dict() == {
+        'name': 'NFNet-F1',
+        'drop_rate': 0.25,
+        'stochdepth_rate': 0.1,
+    }
+    assert (config.data.image_size, config.data.test_image_size) == (224, 320)
+    assert (config.duration, config.batch_size, config.ema) == ('15000 steps', 2048, 0.9999)
+    assert (config.optimizer.learning_rate, config.optimizer.scale_lr_by_batch) == (0.1, False)
+
+
+def test_resnets_have_it_without_regularisation():
+    config = finetune.get_config('model=NF-ResNet-50,data=there')
+    assert config.sam.rho == 0
+    assert config.optimizer.weight_decay == 0
+    assert (config.model.drop_rate, config.model.stochdepth_rate) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'problem'),
+    [
+        ('', 'needs data'),
+        ('data=x', 'needs model'),
+        ('data=x,modell=NFNet-F0', "did you mean 'model'"),
+        ('data=x,model', 'key=value'),
+        ('data=x,model=NFNet-G0', "did you mean 'NFNet-F0'"),
+        ('data=x,weights=absent.npz', r'absent\.npz: No such file'),
+    ],
+)
+def test_wrong_arguments_are_told(arguments, problem):
+    with pytest.raises(UsageError, match=problem):
+        finetune.get_config(arguments)
+
+
+def test_training_starts_from_the_weights_and_a_new_head(weights, folder):
+    setting = task.prepare(small(f'weights={weights},data={folder}'))
+    assert setting.pictures.shape == (12, 12, 3)
+    assert (setting.pictures.test_size, setting.pictures.test_mode) == (16, 'resize_crop_4')
+    params, state, report = task.load_weights(setting)
+    assert set(report.new_head) == {f'{HEAD}/w', f'{HEAD}/b'}
+    started = task.init_state(setting, (params, state))
+    source = load_pretrained(weights).params
+    random = task.init_state(setting).params
+    for module in source:
+        chex.assert_trees_all_equal(started.params[module], params[module])
+        expected = random[module] if module == HEAD else source[module]
+        chex.assert_trees_all_close(started.params[module], expected, rtol=1e-6)
+    chex.assert_trees_all_equal(started.ema_params, started.params)
+
+
+def test_a_frozen_body_stays_and_the_run_knows_what_it_is(weights, folder, tmp_path, capsys):
+    config = small(f'weights={weights},data={folder},freeze=body')
+    train.train(config, tmp_path / 'run')
+    assert 'parameters matched; 2 new head' in capsys.readouterr().err
+    source, tuned = load_pretrained(weights), load_pretrained(tmp_path / 'run', ema=False)
+    for module in source.params:
+        if module != HEAD:
+            chex.assert_trees_all_equal(tuned.params[module], source.params[module])
+    assert tuned.params[HEAD]['w'].shape == (8, 2)
+    assert np.abs(tuned.params[HEAD]['b']).max() > 0  # it was 0
+    assert tuned.metadata.class_names == ('dark', 'light')
+    assert (tuned.metadata.test_size, tuned.metadata.eval_mode) == (16, 'resize_crop_4')
+    # Evaluation needs the weights no more.
+    weights.unlink()
+    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    results = evaluate.evaluate(tmp_path / 'run')
+    assert results['test/loss'] == pytest.approx(summary['final']['test/loss'], rel=1e-6)
+
+
+def test_a_pattern_freezes_what_it_matches(weights, folder):
+    config = small(f'weights={weights},data={folder},freeze=.*/initial_conv/.*')
+    groups = task.prepare(config).optimizer.groups
+    frozen = {name for name, group in groups.items() if group.freeze}
+    assert frozen == {f'NF_ResNet/~/initial_conv/{leaf}' for leaf in ('w', 'gain', 'bias')}
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'problem'),
+    [
+        ('name', 'NF-ResNet-14', r'weights of NF-ResNet-8, but config\.model\.name'),
+        ('depths', (1, 2), r'config\.model\.depths=\[1, 2\]: .* a network with \[1, 1\]'),
+    ],
+)
+def test_weights_of_another_network_are_refused(key, value, problem, weights, folder):
+    config = small(f'weights={weights},data={folder}')
+    with config.model.ignore_type():
+        config.model[key] = value
+    with pytest.raises(UsageError, match=problem):
+        task.load_weights(task.prepare(config))
+
+
+def test_a_class_without_pictures_is_named_and_nothing_written(weights, folder, tmp_path):
+    (folder / 'none').mkdir()
+    with pytest.raises(UsageError, match=r'none: no pictures in this class directory'):
+        train.train(small(f'weights={weights},data={folder}'), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()

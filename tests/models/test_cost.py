@@ -1,0 +1,61 @@
+import json
+import pathlib
+
+import haiku as hk
+import jax
+import pytest
+
+from nfnets_jax import models
+
+SIZES = json.loads(
+    (pathlib.Path(__file__).parent.parent / 'golden' / 'model_sizes.json').read_text()
+)
+# One of each kind, among them a test size that strides do not divide; the rest take a minute.
+QUICK = {'NFNet-F0', 'NFNet-F0+', 'NF-RegNet-B0', 'NF-RegNet-B2', 'NF-ResNet50', 'ResNet50'}
+
+
+@pytest.mark.parametrize(
+    'listed', [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SIZES]
+)
+def test_parameters_and_macs_are_the_published_ones(listed):
+    name = listed.replace('ResNet', 'ResNet-')
+    cost, published = models.model_cost(name), SIZES[listed]
+    assert cost.parameters == published['params']
+    assert models.variant_info(name).test_size == published['test_size']
+    if published['macs_at_test_size'] is not None:
+        assert cost.macs(published['test_size']) == published['macs_at_test_size']
+
+
+def test_every_published_size_is_in_the_list():
+    assert {name.replace('ResNet', 'ResNet-') for name in SIZES} <= set(models.list_models())
+
+
+@pytest.mark.parametrize(
+    ('name', 'overrides', 'parameters'),
+    [
+        # arXiv 1512.03385 counts 0.27 M for its ResNet-20, the report 272 k.
+        ('ResNet-20', {}, 272_282),
+        ('ResNet-20', {'preactivation': False}, 272_474),
+        ('ResNet-20', {'norm': 'none'}, 271_690),
+        ('NF-ResNet-20', {}, 272_483),
+        ('SmallCNN', {'norm': 'none'}, 37_322),
+    ],
+)
+def test_small_networks(name, overrides, parameters):
+    assert models.model_cost(name, 10, **overrides).parameters == parameters
+
+
+def test_small_cnn_counts_as_the_report_does_with_running_statistics():
+    network = hk.transform_with_state(lambda x: models.SmallCNN(10)(x, True))
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), 'float32')
+    params, state = jax.eval_shape(network.init, jax.random.key(0), image)
+    means_and_variances = [leaves['average'].size for leaves in state.values()]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert parameters + sum(means_and_variances) == 37_834
+
+
+def test_macs_by_hand():
+    cost = models.model_cost('SmallCNN', 10)
+    convolutions = 9 * 32 * (30**2 * 3 + 28**2 * 32 + 12**2 * 32 + 10**2 * 32)
+    linears = 32 * 128 + 128 * 32 + 32 * 10
+    assert cost.macs(32) == convolutions + linears

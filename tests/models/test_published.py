@@ -1,0 +1,117 @@
+"""The networks are the published ones: names, shapes, outputs, losses and gradients.
+
+tests/golden holds values computed with the authors' own code in float32. Parameters follow one
+rule (see `reference_weights`), the input is RandomState(0), the labels are 1 and 2; dropout and
+stochastic depth are off.
+"""
+
+import json
+import pathlib
+import zlib
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nfnets_jax import models
+
+GOLDEN = pathlib.Path(__file__).parent.parent / 'golden'
+SLOW = {'NFNet-F0+', 'NF-RegNet-B0', 'SkipInit-ResNet-50', 'Fixup-ResNet-50'}
+
+
+def build(golden_name, num_classes=1000, **overrides):
+    name = golden_name.removesuffix('-SE')
+    if golden_name.endswith('-SE'):
+        overrides['use_se'] = True
+    return hk.transform_with_state(
+        lambda images, is_training: models.create_model(name, num_classes, **overrides)(
+            images, is_training
+        )
+    )
+
+
+def abstract_params(network, size=32):
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.eval_shape(lambda rng, x: network.init(rng, x, True), jax.random.key(0), images)
+
+
+def reference_weights(params):
+    """Fills a tree of shapes by the rule the golden values were computed with."""
+
+    def fill(module, name, shape):
+        seed = zlib.crc32(f'{module}/{name}'.encode())
+        r = np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+        if name in ('gain', 'scale', 'skip_gain'):
+            return 1 + np.float32(0.1) * r
+        if len(shape) > 1:
+            return r / np.float32(np.sqrt(np.prod(shape[:-1])))
+        return np.float32(0.1) * r
+
+    return {
+        module: {name: fill(module, name, leaf.shape) for name, leaf in leaves.items()}
+        for module, leaves in params.items()
+    }
+
+
+def norms(tree):
+    """Per-leaf norms in float64, {'module:name': norm}."""
+    return {
+        f'{module}:{name}': np.linalg.norm(np.asarray(leaf, np.float64))
+        for module, leaves in tree.items()
+        for name, leaf in leaves.items()
+    }
+
+
+def assert_close(got, want, rtol=1e-4):
+    """|got - want| <= rtol * max |want|: relative to the array, as logits cross zero."""
+    np.testing.assert_allclose(got, want, rtol=0, atol=rtol * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    'path', sorted((GOLDEN / 'param_trees').glob('*.json')), ids=lambda p: p.stem
+)
+def test_names_and_shapes(path):
+    params, _ = abstract_params(build(path.stem))
+    shapes = {m: {n: list(p.shape) for n, p in leaves.items()} for m, leaves in params.items()}
+    assert shapes == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(path.stem, marks=pytest.mark.slow if path.stem in SLOW else ())
+        for path in sorted(GOLDEN.glob('*Net-*.npz'))
+        if not path.stem.startswith(('timm', 'trajectory'))
+    ],
+)
+def test_outputs_loss_and_gradients(name):
+    golden = np.load(GOLDEN / f'{name}.npz')
+    size = int(golden['image_size'])
+    images = np.random.RandomState(0).standard_normal((2, size, size, 3)).astype(np.float32)
+    labels = jnp.array([1, 2])
+    rates = {'drop_rate': 0.0, 'stochdepth_rate': 0.0}
+    network = build(name, **rates)
+    params, state = abstract_params(network, size)
+    params = reference_weights(params)
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+
+    def loss_fn(params):
+        logits = network.apply(params, state, None, images, True)[0]['logits']
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), logits
+
+    (loss, logits), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
+    assert_close(logits, golden['logits_train'])
+    assert_close(loss, golden['loss'])
+    want = dict(zip(golden['grad_names'].tolist(), golden['grad_norms'].tolist(), strict=True))
+    got = norms(grads)
+    assert got.keys() == want.keys()
+    np.testing.assert_allclose([got[k] for k in want], list(want.values()), rtol=1e-4)
+    if 'logits_eval' in golden:  # Not for batch normalisation, which has no statistics yet.
+        evaluate = jax.jit(lambda params: network.apply(params, state, None, images, False)[0])
+        evaluated = evaluate(params)
+        assert_close(evaluated['logits'], golden['logits_eval'])
+        assert_close(evaluated['pool'], golden['pool_eval'])

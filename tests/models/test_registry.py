@@ -1,0 +1,83 @@
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import pytest
+
+import nfnets_jax
+from nfnets_jax import models
+from nfnets_jax.errors import UsageError
+
+
+def make(name, num_classes=10, **overrides):
+    """Constructs the model, and calls nothing."""
+    return hk.transform(lambda: models.create_model(name, num_classes, **overrides) and None).init(
+        None
+    )
+
+
+def test_every_listed_model_can_be_made():
+    for name in models.list_models():
+        make(name)
+
+
+def test_names():
+    names = models.list_models()
+    assert len(names) == len(set(names))
+    for name in ('NFNet-F7+', 'NF-RegNet-B8', 'NF-ResNet-50', 'ResNet-600', 'NF-ResNet-110'):
+        assert name in names
+    assert all(models.variant_info(name).name == name for name in names)
+
+
+def test_variant_info():
+    row = models.variant_info('NFNet-F5')
+    assert (row.train_size, row.test_size, row.drop_rate, row.randaugment) == (416, 544, 0.5, 15)
+    assert (row.top1, row.top5, row.depths) == (86.0, 97.6, (6, 12, 36, 18))
+    assert models.variant_info('NFNet-F5+').channels == (384, 768, 2048, 2048)
+    assert models.variant_info('NF-RegNet-B0').channels == (36, 78, 156, 330)
+
+
+@pytest.mark.parametrize(
+    ('name', 'overrides', 'message'),
+    [
+        ('NFNet-F9', {}, r"model: unknown 'NFNet-F9' \(did you mean 'NFNet-F\d'\?\)"),
+        ('NFNet-F0', {'dropout': 0.1}, r"NFNet-F0: unknown option 'dropout' \(did you mean 'drop_"),
+        ('NFNet-F0', {'num_classes': 0}, 'NFNet num_classes: must be a positive integer, not 0'),
+        ('NFNet-F0', {'drop_rate': 1.5}, r'NFNet drop_rate: must be a number in \[0, 1\), not 1.5'),
+        ('NFNet-F0', {'alpha': -0.2}, 'NFNet alpha: must be a positive number, not -0.2'),
+        ('NFNet-F0', {'depths': (1, 0, 1, 1)}, 'NFNet depths: must be positive integers, one a'),
+        ('NFNet-F0', {'depths': (1, 1)}, 'NFNet depths: must have one entry a stage, 4 as widths'),
+        ('NFNet-F0', {'group_size': 1024}, 'group_size: must be at most the 128 channels'),
+        ('NFNet-F0', {'final_conv_mult': None}, 'final_conv_ch: must be a positive integer, not N'),
+        ('NFNet-F0', {'activation': 'rellu'}, "activation: unknown 'rellu' .*'relu'"),
+        ('NF-ResNet-50', {'stem': 'tiny'}, "stem: must be 'imagenet' or 'small', not 'tiny'"),
+        ('NF-ResNet-50', {'width': '4'}, "width: must be a positive number, not '4'"),
+        ('ResNet-20', {'norm': 'layer'}, "ResNet norm: must be 'batch' or 'none', not 'layer'"),
+        ('SmallCNN', {'width': 2}, "SmallCNN: unknown option 'width'"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(name, overrides, message):
+    with pytest.raises(UsageError, match=message) as error:
+        make(name, **overrides)
+    assert '\n' not in str(error.value)
+
+
+def test_classes_name_their_mistakes_too():
+    with pytest.raises(UsageError, match=r"NFNet variant: unknown 'G0' \(did you mean 'F0'"):
+        hk.transform(lambda: models.NFNet(10, variant='G0')).init(None)
+    with pytest.raises(UsageError, match="NFNet: unknown option 'depth'"):
+        hk.transform(lambda: models.NFNet(10, depth=(1, 1, 1, 1))).init(None)
+
+
+def test_class_and_name_make_the_same_network():
+    def shapes(make):
+        network = hk.transform_with_state(lambda x: make()(x, False))
+        image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+        return jax.eval_shape(network.init, jax.random.key(0), image)
+
+    by_class = shapes(lambda: nfnets_jax.NFNet(5, variant='F0', use_two_convs=False))
+    by_name = shapes(lambda: nfnets_jax.create_model('NFNet-F0', 5, use_two_convs=False))
+    assert by_class == by_name
+
+
+def test_none_is_the_variants_own_value():
+    assert make('NF-ResNet-50', width=None, drop_rate=None, stem=None) == {}

@@ -1,0 +1,122 @@
+"""What holds for every family, on networks shrunk to a few channels."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nfnets_jax import models
+
+STAGES = {'widths': (16, 32), 'depths': (1, 2)}
+RATES = {'drop_rate': 0.5, 'stochdepth_rate': 0.5}
+BN = {'cross_replica_axis': 'devices'}
+# name: (listed name, options, whether training is random)
+ZOO = {
+    'NFNet': ('NFNet-F0', STAGES | RATES | {'group_size': 4}, True),
+    'NFNet, one conv': (
+        'NFNet-F0',
+        STAGES | {'group_size': 4, 'use_two_convs': False, 'big_width': False, 'stem': 'small'}
+        | {'final_conv_mult': None, 'final_conv_ch': 24, 'stochdepth_rate': 0.5},
+        True,
+    ),
+    'NF-RegNet': ('NF-RegNet-B0', STAGES | RATES | {'group_size': 4}, True),
+    'NF-ResNet': ('NF-ResNet-50', STAGES | RATES | {'width': 1, 'use_se': True}, True),
+    'NF-ResNet, basic': ('NF-ResNet-8', STAGES, False),
+    'ResNet': ('ResNet-50', STAGES | RATES | BN | {'width': 1, 'use_se': True}, True),
+    'ResNet, post-activation': ('ResNet-8', STAGES | BN | {'preactivation': False}, False),
+    'ResNet, no norm': ('ResNet-8', STAGES | {'norm': 'none'}, False),
+    'SkipInit': ('SkipInit-ResNet-50', STAGES | RATES | {'width': 1}, True),
+    'Fixup': ('Fixup-ResNet-50', STAGES | RATES | {'width': 1}, True),
+    'Fixup, basic': ('Fixup-ResNet-8', STAGES, False),
+    'SmallCNN': ('SmallCNN', BN, False),
+    'SmallCNN, no norm': ('SmallCNN', {'norm': 'none'}, False),
+}  # fmt: skip
+CLASSES, SIZE, BATCH = 7, 24, 8
+
+
+class Network(NamedTuple):
+    init: Callable
+    apply: Callable
+    is_random: bool
+
+
+@pytest.fixture(params=ZOO.values(), ids=ZOO)
+def network(request):
+    name, options, is_random = request.param
+    if name != 'SmallCNN':
+        options = {'drop_rate': 0.0, 'stochdepth_rate': 0.0} | options
+    transformed = hk.transform_with_state(
+        lambda images, is_training: models.create_model(name, CLASSES, **options)(
+            images, is_training
+        )
+    )
+    return Network(*transformed, is_random)
+
+
+def images(seed=0):
+    return np.random.RandomState(seed).standard_normal((BATCH, SIZE, SIZE, 3)).astype(np.float32)
+
+
+def test_training(network, random_variables):
+    params, state = random_variables(network, images(), True)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype('float32')}
+
+    @functools.partial(jax.pmap, axis_name='devices', in_axes=(None, 0, None), out_axes=None)
+    def train(params, images, key):
+        def loss(params):
+            out, new_state = network.apply(params, state, key, images, True)
+            return jnp.mean(jnp.square(out['logits'] - 1)), new_state
+
+        (loss, new_state), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return jax.lax.pmean((loss, new_state, grads), 'devices')
+
+    def on(devices, seed=1):
+        shards = images().reshape(devices, BATCH // devices, SIZE, SIZE, 3)
+        return train(params, shards, jax.random.key(seed))
+
+    loss, new_state, grads = on(1)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.all(np.isfinite(grad)), path
+        assert np.any(grad != 0), path
+    assert on(1)[0] == loss
+    assert (on(1, seed=2)[0] != loss) == network.is_random
+    if not network.is_random:  # Else each device draws noise of its own.
+        assert_close((loss, new_state, grads), on(4), 1e-3)
+
+
+def test_evaluation(network, random_variables):
+    params, state = random_variables(network, images(), True)
+    # No key: nothing may be random.
+    evaluate = jax.jit(lambda images: network.apply(params, state, None, images, False))
+    out, same_state = evaluate(images())
+    assert (out['logits'].shape, out['logits'].dtype) == ((BATCH, CLASSES), jnp.float32)
+    assert (out['pool'].shape[0], out['pool'].ndim) == (BATCH, 2)
+    jax.tree.map(np.testing.assert_array_equal, same_state, state)
+    # One picture does not change what another gets.
+    changed = images()
+    changed[0] = images(1)[0]
+    np.testing.assert_array_equal(evaluate(changed)[0]['logits'][1:], out['logits'][1:])
+    assert np.any(evaluate(changed)[0]['logits'][0] != out['logits'][0])
+
+    low, _ = evaluate(images().astype(jnp.bfloat16))
+    assert low['logits'].dtype == jnp.float32
+    assert_close(low['logits'], out['logits'], 0.05)
+    made, _ = jax.eval_shape(
+        lambda x: network.init(jax.random.key(0), x, True), images().astype(jnp.bfloat16)
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {np.dtype('float32')}
+
+
+def assert_close(got, want, tolerance):
+    """Equal up to `tolerance` of each array's largest entry (of rounding, where that is all)."""
+
+    def check(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-4))
+
+    jax.tree.map(check, got, want)

@@ -1,0 +1,142 @@
+"""Exported programs compute what the model computes, without this package and its normal form."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import chex
+import haiku as hk
+import jax
+import numpy as np
+import pytest
+
+from nfnets_jax import augment, create_model, export, pretrained
+from nfnets_jax.errors import UsageError
+from nfnets_jax.pretrained import Metadata, Weights
+
+MODELS = [
+    ('NF-ResNet-8', {'widths': (8, 16), 'depths': (1, 1), 'use_se': True}),
+    ('NFNet-F0', {'widths': (32, 32), 'depths': (1, 1), 'group_size': 8}),
+    ('NF-RegNet-B0', {'widths': (16, 32), 'depths': (1, 1), 'width': 1.0}),
+    ('ResNet-8', {'widths': (8, 16), 'depths': (1, 1)}),
+]
+
+
+def trained(name: str, options: dict, size: int = 16) -> Weights:
+    """Weights a little away from their initial values, where half of the network would be 0."""
+    metadata = Metadata(model=name, num_classes=5, options=options, test_size=size)
+    network = pretrained.network(metadata)
+    variables = jax.jit(network.init, static_argnums=2)(
+        jax.random.key(0), np.zeros((1, size, size, 3), np.float32), True
+    )
+    rng = np.random.RandomState(0)
+
+    def move(x):
+        return np.asarray(x + 0.2 * rng.uniform(size=x.shape), x.dtype)
+
+    return Weights(*jax.tree.map(move, variables), metadata)
+
+
+def pixels(batch: int, size: int = 16) -> np.ndarray:
+    return np.random.RandomState(1).uniform(0, 255, (batch, size, size, 3)).astype(np.float32)
+
+
+def expected_logits(weights: Weights, pixels: np.ndarray) -> np.ndarray:
+    metadata = weights.metadata
+    network = hk.transform_with_state(
+        lambda images: create_model(metadata.model, 5, **metadata.options)(images, False)
+    )
+    images = augment.normalise(pixels, metadata.mean, metadata.std)
+    return jax.jit(network.apply)(weights.params, weights.state, None, images)[0]['logits']
+
+
+@pytest.mark.parametrize(('name', 'options'), MODELS)
+def test_the_program_gives_the_models_logits(name, options):
+    weights = trained(name, options)
+    program = jax.export.deserialize(bytearray(export.to_stablehlo(weights)))
+    x = pixels(3)
+    expected = expected_logits(weights, x)
+    assert np.abs(expected).max() > 0.1
+    chex.assert_trees_all_close(program.call(x), expected, rtol=1e-5, atol=1e-5)
+    assert set(program.platforms) == set(export.PLATFORMS)
+
+
+def test_the_batch_size_is_free():
+    weights = trained(*MODELS[0])
+    program = jax.export.deserialize(bytearray(export.to_stablehlo(weights)))
+    x = pixels(5)
+    logits = program.call(x)
+    assert logits.shape == (5, 5)
+    chex.assert_trees_all_close(program.call(x[:1]), logits[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_standardised_once_and_not_in_the_program():
+    weights = trained(*MODELS[0])
+    program = jax.export.deserialize(bytearray(export.to_stablehlo(weights))).mlir_module()
+    assert 'rsqrt' not in program
+    assert 'stablehlo.convolution' in program
+    folded = export.fold_standardization(weights.params)
+    w = folded['NF_ResNet/~/initial_conv']['w']
+    gain = weights.params['NF_ResNet/~/initial_conv']['gain']
+    np.testing.assert_allclose(w.mean((0, 1, 2)), 0, atol=1e-6)
+    np.testing.assert_allclose(w.var((0, 1, 2)) * 27, gain**2, rtol=1e-5)
+
+
+def test_the_normalisation_of_the_weights_is_in_the_program():
+    weights = trained(*MODELS[0])
+    other = weights._replace(
+        metadata=dataclasses.replace(weights.metadata, mean=(0.0,) * 3, std=(255.0,) * 3)
+    )
+    x = pixels(2)
+    logits = export.make_classifier(other)(x)
+    chex.assert_trees_all_close(logits, expected_logits(other, x), rtol=1e-5, atol=1e-5)
+    assert np.abs(logits - expected_logits(weights, x)).max() > 1e-3
+
+
+RUN = """
+import json, sys
+import jax
+from jax import export
+program = export.deserialize(bytearray(open('program', 'rb').read()))
+logits = program.call(jax.numpy.full((2, 16, 16, 3), 100.0))
+assert not [name for name in sys.modules if 'haiku' in name or 'nfnets' in name]
+print(json.dumps(logits.tolist()))
+"""
+
+
+def test_the_program_runs_without_this_package(tmp_path):
+    weights = trained(*MODELS[0])
+    (tmp_path / 'program').write_bytes(export.to_stablehlo(weights))
+    done = subprocess.run(
+        [sys.executable, '-c', RUN], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    x = np.full((2, 16, 16, 3), 100, np.float32)
+    expected = expected_logits(weights, x)
+    chex.assert_trees_all_close(np.array(json.loads(done.stdout)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('name', 'options'), MODELS)
+def test_onnx_gives_the_models_logits_at_any_batch_size(name, options):
+    pytest.importorskip('jax2onnx', reason='an optional extra')
+    onnxruntime = pytest.importorskip('onnxruntime', reason='an optional extra')
+    weights = trained(name, options)
+    session = onnxruntime.InferenceSession(export.to_onnx(weights))
+    x = pixels(3)
+    expected = expected_logits(weights, x)
+    for batch in (1, 3):
+        (logits,) = session.run(['logits'], {'pixels': x[:batch]})
+        np.testing.assert_allclose(logits, expected[:batch], rtol=1e-4, atol=1e-4)
+
+
+def test_without_jax2onnx_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'jax2onnx', None)
+    with pytest.raises(UsageError, match='pip install'):
+        export.to_onnx(trained(*MODELS[0]))
+
+
+def test_weights_must_say_for_which_size_they_are():
+    weights = trained(*MODELS[0])
+    metadata = dataclasses.replace(weights.metadata, test_size=None)
+    with pytest.raises(UsageError, match='size of pictures'):
+        export.to_stablehlo(weights._replace(metadata=metadata))
