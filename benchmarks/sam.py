@@ -1,4 +1,4 @@
-"""Measures the gradient of SAM against the plain gradient, by the fraction of the batch that climbs.
+"""Measures the gradient of SAM against the plain gradient, by the share of the batch that climbs.
 
     python -m benchmarks.sam [--model=NF-ResNet-50] [--batch=20] [--image-size=64] [--repeats=5]
 

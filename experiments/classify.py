@@ -24,13 +24,6 @@ from nfnets_jax.data.preprocessing import PictureError, make_transform
 from nfnets_jax.data.sources import PICTURE_SUFFIXES
 from nfnets_jax.errors import UsageError
 
-_WEIGHTS = flags.DEFINE_string(
-    'weights', None, 'A file of weights, or the directory of a run.', required=True
-)
-_TOP = flags.DEFINE_integer('top', 5, 'How many classes to name.', lower_bound=1)
-_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a line for each picture.')
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Pictures at a time.', lower_bound=1)
-
 
 class Guess(NamedTuple):
     label: int  # the class's place in the logits
@@ -102,18 +95,19 @@ def describe(path: pathlib.Path, guesses: list[Guess]) -> str:
 
 
 def main(paths: list[str]) -> None:
+    args = flags.FLAGS
     if not paths:
         raise UsageError('name pictures, or directories of pictures')
-    weights = pretrained.load_pretrained(_WEIGHTS.value)
+    weights = pretrained.load_pretrained(args.weights)
     if weights.metadata.model is None:
-        raise UsageError(f'{_WEIGHTS.value}: these are the parameters of no known model')
+        raise UsageError(f'{args.weights}: these are the parameters of no known model')
     pictures = list(find_pictures(paths))
     unreadable = 0
-    for path, result in classify(weights, pictures, _TOP.value, _BATCH_SIZE.value):
+    for path, result in classify(weights, pictures, args.top, args.batch_size):
         if isinstance(result, str):
             unreadable += 1
             print(f'{path}: {result}', file=sys.stderr)
-        elif _JSON.value:
+        elif args.json:
             guesses = [guess._asdict() for guess in result]
             print(json.dumps({'picture': str(path), 'classes': guesses}), flush=True)
         else:
@@ -123,4 +117,10 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == '__main__':
+    flags.DEFINE_string(
+        'weights', None, 'A file of weights, or the directory of a run.', required=True
+    )
+    flags.DEFINE_integer('top', 5, 'How many classes to name.', lower_bound=1)
+    flags.DEFINE_bool('json', False, 'Print one JSON object a line for each picture.')
+    flags.DEFINE_integer('batch_size', 16, 'Pictures at a time.', lower_bound=1)
     cli.run(main, positional=True)

@@ -22,16 +22,6 @@ from nfnets_jax.errors import UsageError, nearest
 
 FORMATS = ('.safetensors', '.stablehlo', '.onnx')
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'A run to take the weights from.')
-_WEIGHTS = flags.DEFINE_string('weights', None, 'Or a file: see nfnets_jax.load_pretrained.')
-_CHECKPOINT = flags.DEFINE_string('checkpoint', 'latest', "Of a run: 'latest', 'best', a step.")
-_EMA = flags.DEFINE_bool('ema', True, 'Of a run: the moving average, where there is one.')
-_MODEL = flags.DEFINE_string('model', None, 'To be told if it is another.')
-_OUT = flags.DEFINE_string('out', None, f'The file to write: {", ".join(FORMATS)}.', required=True)
-_SIZE = flags.DEFINE_integer('test_size', None, 'Pixels, instead of the published.', lower_bound=1)
-_MODE = flags.DEFINE_string('eval_mode', None, 'Preprocessing, instead of the published.')
-_CLASSES = flags.DEFINE_string('classes', None, 'A file with the name of each class, one a line.')
-
 
 def export_weights(weights: pretrained.Weights, out: pathlib.Path) -> None:
     """Writes weights as the suffix of `out` says.
@@ -73,21 +63,22 @@ def read_class_names(path: str) -> tuple[str, ...]:
 
 
 def main() -> None:
-    if (_WORKDIR.value is None) == (_WEIGHTS.value is None):
+    args = flags.FLAGS
+    if (args.workdir is None) == (args.weights is None):
         raise UsageError('give one of --workdir and --weights')
     weights = pretrained.load_pretrained(
-        _WORKDIR.value or _WEIGHTS.value,
-        _MODEL.value,
-        checkpoint=_CHECKPOINT.value,
-        ema=_EMA.value,
+        args.workdir or args.weights,
+        args.model,
+        checkpoint=args.checkpoint,
+        ema=args.ema,
     )
     metadata = override(
         weights.metadata,
-        test_size=_SIZE.value,
-        eval_mode=_MODE.value,
-        class_names=read_class_names(_CLASSES.value) if _CLASSES.value else None,
+        test_size=args.test_size,
+        eval_mode=args.eval_mode,
+        class_names=read_class_names(args.classes) if args.classes else None,
     )
-    out = pathlib.Path(_OUT.value)
+    out = pathlib.Path(args.out)
     export_weights(weights._replace(metadata=metadata), out)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
     print(
@@ -97,4 +88,13 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    flags.DEFINE_string('workdir', None, 'A run to take the weights from.')
+    flags.DEFINE_string('weights', None, 'Or a file: see nfnets_jax.load_pretrained.')
+    flags.DEFINE_string('checkpoint', 'latest', "Of a run: 'latest', 'best', a step.")
+    flags.DEFINE_bool('ema', True, 'Of a run: the moving average, where there is one.')
+    flags.DEFINE_string('model', None, 'To be told if it is another.')
+    flags.DEFINE_string('out', None, f'The file to write: {", ".join(FORMATS)}.', required=True)
+    flags.DEFINE_integer('test_size', None, 'Pixels, instead of the published.', lower_bound=1)
+    flags.DEFINE_string('eval_mode', None, 'Preprocessing, instead of the published.')
+    flags.DEFINE_string('classes', None, 'A file with the name of each class, one a line.')
     cli.run(main)

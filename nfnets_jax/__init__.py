@@ -6,7 +6,7 @@ Names are imported on first use, so that `import nfnets_jax.agc` needs jax and o
 import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # For readers of types; `__getattr__` does the same when a name is used.
     from nfnets_jax.agc import adaptive_grad_clip, describe_clipping, unit_axes
     from nfnets_jax.models import (
         FixupResNet,
@@ -23,30 +23,37 @@ if TYPE_CHECKING:
 
 __version__ = '0.1.0'
 
+__all__ = [
+    'FixupResNet',
+    'NFNet',
+    'NFRegNet',
+    'NFResNet',
+    'ResNet',
+    'SkipInitResNet',
+    'adaptive_grad_clip',
+    'create_model',
+    'describe_clipping',
+    'list_models',
+    'load_pretrained',
+    'sam_value_and_grad',
+    'unit_axes',
+]
+
 _HOME = {
     'adaptive_grad_clip': 'agc',
     'describe_clipping': 'agc',
     'unit_axes': 'agc',
     'sam_value_and_grad': 'sam',
-    'create_model': 'models',
-    'list_models': 'models',
-    'NFNet': 'models',
-    'NFResNet': 'models',
-    'NFRegNet': 'models',
-    'ResNet': 'models',
-    'SkipInitResNet': 'models',
-    'FixupResNet': 'models',
     'load_pretrained': 'pretrained',
 }
 
-__all__ = [*sorted(_HOME), '__version__']
-
 
 def __getattr__(name: str):
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(importlib.import_module(f'{__name__}.{_HOME[name]}'), name)
+    module = importlib.import_module(f'{__name__}.{_HOME.get(name, "models")}')
+    return getattr(module, name)
 
 
 def __dir__():
-    return __all__
+    return [*__all__, '__version__']

@@ -251,32 +251,31 @@ def _unit_norms(
     if not arrays:
         return []
     sums = [_sum_of_squares(x, a, 1) for x, a in zip(arrays, axes, strict=True)]
-    scales = []
-    for total, floor in zip(sums, floors, strict=True):
-        smallest = _smallest(total.dtype)
-        # Powers of 2 that bring the squares of what was too large, or too small, to the middle of
-        # the range: 2**-80 and 2**80 in float32.
-        power = 2.0 ** (jnp.finfo(total.dtype).maxexp * 5 // 8)
-        up = jnp.where((total < smallest) & (floor < smallest**0.5), power, 1)
-        scales.append(jnp.where(jnp.isinf(total), 1 / power, up).astype(total.dtype))
 
     def second_pass() -> list[jax.Array]:
         again = []
-        for x, a, total, scale in zip(arrays, axes, sums, scales, strict=True):
+        for x, a, total, floor in zip(arrays, axes, sums, floors, strict=True):
+            scale = _rescaling(total, floor)
             # XLA turns (x * scale) * (x * scale) into (x * x) * (scale * scale) where it finds
             # one of them constant.
             x, factor = jax.lax.optimization_barrier((x, scale))
             again.append(jnp.where(scale == 1, total, _sum_of_squares(x, a, factor)))
         return again
 
+    scales = [_rescaling(total, floor) for total, floor in zip(sums, floors, strict=True)]
     any_lost = functools.reduce(jnp.logical_or, [jnp.any(s != 1) for s in _joined(scales)])
     sums = jax.lax.cond(any_lost, second_pass, lambda: sums)
     return [_sqrt(total) / scale for total, scale in zip(sums, scales, strict=True)]
 
 
-def _smallest(dtype: Any) -> float:
-    """The least sum of squares to trust: what underflowed on the way is a rounding error of it."""
-    return float(jnp.finfo(dtype).tiny) * 2.0**56
+def _rescaling(total: jax.Array, floor: Scalar) -> jax.Array:
+    """The factor at which numbers with this sum of squares have one to trust; 1 if they have."""
+    # Powers of 2 that bring the squares to the middle of the range: 2**-80 and 2**80 in float32.
+    power = 2.0 ** (jnp.finfo(total.dtype).maxexp * 5 // 8)
+    # What underflowed on the way to a sum above this is a rounding error of it.
+    smallest = float(jnp.finfo(total.dtype).tiny) * 2.0**56
+    up = jnp.where((total < smallest) & (floor < smallest**0.5), power, 1)
+    return jnp.where(jnp.isinf(total), 1 / power, up).astype(total.dtype)
 
 
 def _sum_of_squares(x: jax.Array, axes: tuple[int, ...], scale: jax.typing.ArrayLike) -> jax.Array:

@@ -103,12 +103,12 @@ def mix_neighbours(
         )
 
     def average(key):
-        weight = jax.random.beta(key, mixup, mixup)
+        weight = _symmetric_beta(key, mixup)
         return jnp.full((height, width), weight), weight
 
     def paste(key):
         share_key, *place_keys = jax.random.split(key, 3)
-        side = jnp.sqrt(1 - jax.random.beta(share_key, cutmix, cutmix))
+        side = jnp.sqrt(1 - _symmetric_beta(share_key, cutmix))
         covers = []
         for place_key, size in zip(place_keys, (height, width), strict=True):
             half = (side * size).astype(int) // 2
@@ -130,6 +130,12 @@ def mix_neighbours(
 
     images = with_neighbour(images.astype(jnp.float32), own[..., None])
     return images, with_neighbour(targets, weight[:, None])
+
+
+def _symmetric_beta(key: jax.Array, alpha: float) -> jax.Array:
+    if alpha == 1:  # uniform, and at no cost
+        return jax.random.uniform(key)
+    return jax.random.beta(key, alpha, alpha)
 
 
 def random_erasing(keys: jax.Array, images: jax.Array, probability: float) -> jax.Array:

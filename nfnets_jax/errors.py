@@ -1,5 +1,8 @@
 """The one exception that means: the user asked for something that cannot be."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UsageError(ValueError):
     """A mistake in what the user gave: a name, a value, a file.
@@ -10,12 +13,10 @@ class UsageError(ValueError):
     """
 
 
-def nearest(name: str, known) -> str:
-    """Returns ' (did you mean ...?)' with the nearest of `known`, or all of them if none is near."""
-    import difflib
-
-    known = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+def nearest(name: object, known: Iterable[object]) -> str:
+    """Returns ' (did you mean ...?)' with the nearest of `known`, or names them all."""
+    names = [str(k) for k in known]
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     if close:
         return f' (did you mean {close[0]!r}?)'
-    return f' (known: {", ".join(known)})'
+    return f' (known: {", ".join(names)})'

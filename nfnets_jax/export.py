@@ -55,7 +55,7 @@ def make_classifier(
 def to_stablehlo(weights: pretrained.Weights) -> bytes:
     """Returns the program for `jax.export.deserialize(program).call(pixels)`, weights included.
 
-    It runs on every platform of `PLATFORMS`, in the form that is fastest there.
+    It is lowered for every platform of `PLATFORMS`, in the form that is fastest there.
 
     Raises:
       UsageError: the metadata do not say which model, or at which size.

@@ -140,11 +140,12 @@ def one_hot(x):
     return np.eye(10, dtype=np.float32)[x]
 
 
-def mixed(images, mixup, cutmix, step=0):
+mix = jax.jit(augment.mix_neighbours, static_argnums=(3, 4))
+
+
+def mixed(images, mixup, cutmix):
     """Images of one value make their own share readable, in the picture and in the target."""
-    images, targets = augment.mix_neighbours(
-        keys(step), images, jax.nn.one_hot(labels, 10), mixup, cutmix
-    )
+    images, targets = mix(keys(), images, one_hot(labels), mixup, cutmix)
     return np.asarray(images), np.asarray(targets)
 
 
@@ -193,7 +194,6 @@ def test_weights_follow_their_distributions():
     images = np.zeros((4096, 8, 8, 3), np.uint8)
     many = keys(positions=range(4096))
     targets = jax.nn.one_hot(jnp.arange(4096) % 2, 2)
-    mix = jax.jit(augment.mix_neighbours, static_argnums=(3, 4))
     for alpha, variance in ((0.2, 0.25 / 1.4), (1.0, 1 / 12)):
         _, mixed_targets = mix(many, images, targets, alpha, 0.0)
         own = (mixed_targets * targets).sum(-1)
@@ -211,8 +211,8 @@ def test_mixing_needs_whole_groups(kinds, count):
 
 
 def test_smoothed_and_mixed_targets_are_exact():
-    apply = augment.make_augment({'mixup': 0.2, 'cutmix': 1.0, 'label_smoothing': 0.1}, 10)
-    images, targets = apply(keys(), BLACK_AND_WHITE, labels)
+    apply = augment.make_augment({'mixup': 1.0, 'cutmix': 1.0, 'label_smoothing': 0.1}, 10)
+    images, targets = jax.jit(apply)(keys(), BLACK_AND_WHITE, labels)
     own = shares(np.asarray(images) * augment.IMAGENET_STD + augment.IMAGENET_MEAN).mean((1, 2))
     hard = own[:, None] * one_hot(labels) + (1 - own)[:, None] * one_hot(
         labels.reshape(-1, 2)[:, ::-1].ravel()
@@ -222,13 +222,13 @@ def test_smoothed_and_mixed_targets_are_exact():
 
 
 def test_erasing_blanks_one_box_of_the_published_size():
-    images = np.ones((2000, 40, 60, 3), np.float32)
+    images = np.ones((800, 20, 30, 3), np.float32)
     erase = jax.jit(augment.random_erasing, static_argnums=2)
-    erased = np.asarray(erase(keys(positions=range(2000)), images, 0.5))
+    erased = np.asarray(erase(keys(positions=range(800)), images, 0.5))
     blank = erased[..., 0] == 0
     assert set(np.unique(erased)) == {0, 1}
     touched = blank.any((1, 2))
-    assert abs(touched.mean() - 0.5) < 0.04
+    assert abs(touched.mean() - 0.5) < 0.06
     rows, columns = blank.any(2)[touched], blank.any(1)[touched]
     np.testing.assert_array_equal(blank[touched], rows[:, :, None] & columns[:, None, :])
     share = blank[touched].mean((1, 2))
@@ -257,10 +257,10 @@ def run(config, images, step=7):
     return jax.jit(lambda step: apply(keys(step), images, labels))(jnp.int32(step))
 
 
-ALONE = [{key: value} for key, value in PUBLISHED.items()]
+ALONE = [{'flip': True}, {'shift': 2}, {'cutmix': 1.0}, {'mixup': 1.0}, {'label_smoothing': 0.1}]
 
 
-@pytest.mark.parametrize('config', [*ALONE, {'shift': 2}, {'erasing': 1.0}], ids=lambda c: [*c][0])
+@pytest.mark.parametrize('config', ALONE, ids=lambda config: next(iter(config)))
 def test_every_option_alone_does_something(images, config):
     out, plain = run(config, images), run({}, images)
     chex.assert_trees_all_equal_shapes_and_dtypes(out, plain)
@@ -286,7 +286,7 @@ def test_examples_depend_on_their_group_of_four_alone(images, config):
 
 
 def test_the_number_of_devices_changes_nothing(images):
-    config = {'flip': True, 'shift': 2, 'mixup': 0.2, 'cutmix': 1.0}
+    config = {'flip': True, 'shift': 2, 'mixup': 1.0, 'cutmix': 1.0}
     apply = augment.make_augment(config, 10)
 
     def on_shard(step, images, labels):

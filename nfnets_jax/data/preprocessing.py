@@ -82,8 +82,8 @@ def random_crop(
     if isinstance(image, np.ndarray) or not _has_rgb_jpeg(image):
         pixels = decode(image)
         return _resized_part(pixels, draw_box(*pixels.shape[:2]), size)
-    # The part is chosen in the picture as stored: no more than it needs is decoded, and only the
-    # small result has to be turned upright.
+    # The part is chosen in the picture as stored: it tells how finely to decode, and only the small
+    # result has to be turned upright.
     box = draw_box(*simplejpeg.decode_jpeg_header(image)[:2])
     reduction = next((r for r in (8, 4, 2) if min(box[2:]) >= r * size), 1)
     pixels = _decode_rgb_jpeg(image, reduction)

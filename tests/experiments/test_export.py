@@ -28,7 +28,7 @@ def weights():
 
 
 def test_a_run_exports_as_a_file_that_says_all(tiny, command, tmp_path):
-    train.train(tiny(duration='3 steps'), tmp_path / 'run')
+    train.train(tiny(), tmp_path / 'run')
     out = tmp_path / 'digits.safetensors'
     process = command('export', f'--workdir={tmp_path}/run', f'--out={out}', devices=1)
     stdout, stderr = process.communicate(timeout=120)
@@ -78,7 +78,7 @@ def test_metadata_can_be_put_right(weights, tmp_path):
     ('arguments', 'problem'),
     [
         ([], 'give one of --workdir and --weights'),
-        (['--weights=absent.npz'], 'absent.npz: No such file'),
+        (['--weights=absent.npz'], 'absent.npz: No such file or directory'),
         (['--weights=a', '--workdir=b'], 'give one of --workdir and --weights'),
     ],
 )

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from nfnets_jax import models
+from nfnets_jax import models, optimizers, schedules
 
 GOLDEN = pathlib.Path(__file__).parent.parent / 'golden'
 SLOW = {'NFNet-F0+', 'NF-RegNet-B0', 'SkipInit-ResNet-50', 'Fixup-ResNet-50'}
@@ -115,3 +115,43 @@ def test_outputs_loss_and_gradients(name):
         evaluated = evaluate(params)
         assert_close(evaluated['logits'], golden['logits_eval'])
         assert_close(evaluated['pool'], golden['pool_eval'])
+
+
+@pytest.mark.slow
+def test_trajectory_of_sgd_with_agc():
+    """Six steps of F0 at 64 pixels with the published optimizer and parameter groups."""
+    golden = np.load(GOLDEN / 'trajectory-NFNet-F0.npz')
+    random = np.random.RandomState(1)
+    images = random.standard_normal((6, 4, 64, 64, 3)).astype(np.float32)
+    labels = random.randint(0, 10, (6, 4))
+    network = build('NFNet-F0', 10, drop_rate=0.0, stochdepth_rate=0.0)
+    params = reference_weights(abstract_params(network, 64)[0])
+    config = optimizers.default_config() | {
+        'learning_rate': 0.05,
+        'scale_lr_by_batch': False,
+        'schedule': schedules.default_config() | {'warmup': '2 steps'},
+    }
+    optimizer = optimizers.create(
+        config, params, batch_size=4, steps_per_epoch=6, total_steps=6
+    ).transformation
+
+    @jax.jit
+    def step(params, opt_state, images, labels):
+        def loss_fn(params):
+            logits = network.apply(params, {}, None, images, True)[0]['logits']
+            targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1)
+            return optax.softmax_cross_entropy(logits, targets).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    opt_state, losses = optimizer.init(params), []
+    for batch in zip(images, labels, strict=True):
+        params, opt_state, loss = step(params, opt_state, *batch)
+        losses.append(float(loss))
+    np.testing.assert_allclose(losses, golden['losses'], rtol=1e-4)
+    want = dict(zip(golden['param_names'].tolist(), golden['param_norms'].tolist(), strict=True))
+    got = norms(params)
+    assert got.keys() == want.keys()
+    np.testing.assert_allclose([got[k] for k in want], list(want.values()), rtol=1e-4)

@@ -1,0 +1,53 @@
+"""Prints every model: what it costs, at which sizes it is trained and tested, what it reached.
+
+    python -m experiments.models [--models=NFNet] [--num_classes=1000]
+
+GMACs are billions of multiply-accumulates for one picture of the test size. Top-1 and top-5 are
+the published ImageNet accuracies in percent, with the paper they stand in; a dash means that
+none is known to this table, not that there is none.
+"""
+
+from collections.abc import Iterator
+
+from absl import flags
+
+from experiments import cli
+from nfnets_jax import models
+from nfnets_jax.errors import UsageError
+
+HEADER = (
+    f'{"model":<20} {"parameters":>12} {"GMACs":>8} {"train":>6} {"test":>5}'
+    f' {"top-1":>6} {"top-5":>6}  source'
+)
+
+
+def row(name: str, num_classes: int) -> str:
+    """Returns the line of one model."""
+    info = models.variant_info(name)
+    cost = models.model_cost(name, num_classes)
+    top1, top5 = ('-' if top is None else f'{top:.1f}' for top in (info.top1, info.top5))
+    return (
+        f'{name:<20} {cost.parameters:12,} {cost.macs(info.test_size) / 1e9:8.2f}'
+        f' {info.train_size:6} {info.test_size:5} {top1:>6} {top5:>6}  {info.source or "-"}'
+    )
+
+
+def table(contains: str, num_classes: int) -> Iterator[str]:
+    """Yields the lines of the table, for models whose name contains a text."""
+    names = [name for name in models.list_models() if contains in name]
+    if not names:
+        raise UsageError(f'--models={contains}: no model has that in its name')
+    yield HEADER
+    for name in names:
+        yield row(name, num_classes)
+
+
+def main() -> None:
+    for line in table(flags.FLAGS.models, flags.FLAGS.num_classes):
+        print(line, flush=True)
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('models', '', 'Only models whose name contains this.')
+    flags.DEFINE_integer('num_classes', 1000, 'Classes of the classifier.', lower_bound=1)
+    cli.run(main)

@@ -1,0 +1,113 @@
+"""Draws how the signal travels through a network at initialisation, block by block.
+
+    python -m experiments.signal_propagation --model=NF-ResNet-50
+        [--against=ResNet-50] [--size=224] [--batch_size=4] [--seed=0] [--gain=1]
+        [--out=signal_propagation.png]
+
+Three panels, as in the signal propagation plots of arXiv 2101.08692 (section 3): the squared mean
+of a channel, averaged over channels; the variance of a channel, averaged likewise; the variance of
+each residual branch before it is scaled and added. Input: Gaussian noise. Learned gains on
+residual branches, which start at zero and would leave nothing to see, are set to --gain.
+"""
+
+import pathlib
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from experiments import cli
+from nfnets_jax import models
+from nfnets_jax.errors import UsageError
+
+_PANELS = (
+    ('avg_sq_mean', 'Squared channel mean'),
+    ('avg_var', 'Channel variance'),
+    ('res_avg_var', 'Variance of the residual branch'),
+)
+# Okabe and Ito's colours, which stay apart for colour-blind readers.
+_COLOURS = ('#0072B2', '#D55E00')
+
+
+def counterpart(name: str) -> str:
+    """Returns the batch-normalised ResNet to compare a model with: as deep, or ResNet-50."""
+    row = models.variant_info(name)
+    resnet = f'ResNet-{row.variant}'
+    return resnet if resnet in models.list_models() else 'ResNet-50'
+
+
+def measure(
+    name: str, *, size: int, batch_size: int, seed: int = 0, gain: float = 1.0
+) -> dict[str, np.ndarray]:
+    """Returns `layers.signal_metrics` of a model in training mode with freshly drawn weights."""
+    if models.variant_info(name).family == 'SmallCNN':
+        raise UsageError(f'model: {name} has no residual blocks to measure')
+    network = hk.transform_with_state(
+        lambda x: models.create_model(name, 10, drop_rate=0.0, stochdepth_rate=0.0)(
+            x, True, return_metrics=True
+        )
+    )
+    key_x, key_w = jax.random.split(jax.random.key(seed))
+    images = jax.random.normal(key_x, (batch_size, size, size, 3))
+    params, state = jax.jit(network.init)(key_w, images)
+    params = hk.data_structures.map(
+        lambda module, leaf, value: jnp.full_like(value, gain) if leaf == 'skip_gain' else value,
+        params,
+    )
+    out, _ = jax.jit(network.apply)(params, state, None, images)
+    return jax.device_get(out['signal'])
+
+
+def draw(signals: dict[str, dict[str, np.ndarray]]) -> Figure:
+    """Returns the figure for {model name: its signal metrics}."""
+    figure = Figure(figsize=(13, 4), layout='constrained')
+    for axes, (metric, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+        for (name, signal), colour in zip(signals.items(), _COLOURS, strict=False):
+            # Branches belong to blocks 1, 2, ...; activations begin with the stem, at 0.
+            first = int(metric == 'res_avg_var')
+            blocks = np.arange(len(signal[metric])) + first
+            axes.plot(blocks, signal[metric], color=colour, marker='o', markersize=3, label=name)
+        axes.set_title(title)
+        axes.set_xlabel('block (0: stem)' if not first else 'block')
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        values = np.concatenate([signal[metric] for signal in signals.values()])
+        if values.min() > 0 and values.max() > 20 * values.min():
+            axes.set_yscale('log')
+        else:
+            axes.set_ylim(bottom=0)
+        axes.spines[['top', 'right']].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    figure.suptitle('Signal propagation at initialisation')
+    return figure
+
+
+def main() -> None:
+    args = flags.FLAGS
+    out = pathlib.Path(args.out)
+    if not out.parent.is_dir():
+        raise UsageError(f'--out: there is no directory {out.parent}')
+    size = args.size or models.variant_info(args.model).train_size
+    signals = {
+        name: measure(name, size=size, batch_size=args.batch_size, seed=args.seed, gain=args.gain)
+        for name in dict.fromkeys([args.model, args.against or counterpart(args.model)])
+    }
+    draw(signals).savefig(out, dpi=120)
+    for name, signal in signals.items():
+        print(f'{name}: channel variance', *(f'{value:.2f}' for value in signal['avg_var']))
+    print(f'wrote {out}')
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('model', 'NF-ResNet-50', 'Model to draw.')
+    flags.DEFINE_string('against', None, 'Model to compare with, instead of a ResNet as deep.')
+    flags.DEFINE_integer('size', None, 'Pixels, instead of what it is trained on.', lower_bound=1)
+    flags.DEFINE_integer('batch_size', 4, 'Samples the statistics are over.', lower_bound=1)
+    flags.DEFINE_integer('seed', 0, 'Seed of the weights and the input.')
+    flags.DEFINE_float('gain', 1.0, 'Value of the gains on residual branches.')
+    flags.DEFINE_string('out', 'signal_propagation.png', 'The picture to write.')
+    cli.run(main)
