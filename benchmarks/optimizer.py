@@ -6,7 +6,8 @@ The three take turns in one process, compiled with donated parameters and state.
 read the parameters, the gradient and the momentum and write two of them back: 5 passes, the floor.
 AGC must know the norms of a unit before it can scale its first number, so that what does not stay
 in a cache between is read twice: 2 passes more. XLA's count of bytes takes every operation's
-operands as read from memory, cached or not.
+operands as read from memory, cached or not. `CPU ms` is the time on the host's processors, all of
+them together: on a CPU it is the figure to compare when other programs run beside.
 """
 
 import argparse
@@ -80,11 +81,13 @@ def main(argv=None):
     copy_gb = 4e-9 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
     runs = {name: prepare(name, shapes) for name in CHAINS}
     times = {name: [] for name in CHAINS}
-    for _ in range(args.repeats + 1):
+    cpu_times = {name: [] for name in CHAINS}
+    for _ in range(args.repeats + 1):  # In turns; the first turn is not counted.
         for name, (step, arguments, _) in runs.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             arguments[:2] = jax.block_until_ready(step(*arguments))
             times[name].append(1e3 * (time.perf_counter() - start))
+            cpu_times[name].append(1e3 * (time.process_time() - cpu_start))
 
     rows = {}
     for name, (_, arguments, facts) in runs.items():
@@ -92,6 +95,7 @@ def main(argv=None):
         rows[name] = facts | {
             'ms': best,
             'median_ms': statistics.median(times[name][1:]),
+            'cpu_ms': statistics.median(cpu_times[name][1:]),
             'floor_gb': CHAINS[name][1] * copy_gb,
             'gb_per_s': CHAINS[name][1] * copy_gb / best * 1e3,
             'times_sgd': best / min(times['momentum SGD'][1:]),
@@ -101,13 +105,13 @@ def main(argv=None):
     device = jax.devices()[0]
     print(f'{args.model}, {copy_gb / 4:.3f}e9 parameters, float32, {device.device_kind}')
     print(
-        f'{"":30} {"ms":>7} {"median":>7} {"x SGD":>6} {"floor":>6} '
+        f'{"":30} {"ms":>7} {"median":>7} {"x SGD":>6} {"floor":>6} {"CPU ms":>6} '
         f'{"GB":>5} {"GB/s":>5} {"XLA GB":>6} {"scratch MB":>10} {"compile s":>9}'
     )
     for name, row in rows.items():
         print(
             f'{name:30} {row["ms"]:7.1f} {row["median_ms"]:7.1f} {row["times_sgd"]:6.2f} '
-            f'{row["times_sgd_floor"]:6.2f} {row["floor_gb"]:5.2f} {row["gb_per_s"]:5.1f} '
+            f'{row["times_sgd_floor"]:6.2f} {row["cpu_ms"]:6.0f} {row["floor_gb"]:5.2f} {row["gb_per_s"]:5.1f} '
             f'{row["xla_gb"]:6.2f} {row["scratch_mb"]:10.1f} {row["compile_s"]:9.1f}'
         )
     if args.json:

@@ -21,7 +21,7 @@ def get_config(variant: str = 'nf'):
         raise UsageError(f'no variant {variant!r}{nearest(variant, VARIANTS)}')
     config = default_config()
     config.model = {'name': 'NF-ResNet-8'}
-    config.data = {'name': 'digits', 'image_size': 16}
+    config.data.image_size = 16
     config.augment.shift = 2
     config.augment.label_smoothing = 0.1
     config.batch_size = 64

@@ -24,8 +24,10 @@ def default_config() -> ConfigDict:
             # classifier starts anew if new_head, and always where the number of classes differs.
             'init': {'weights': '', 'new_head': False},
             'precision': 'float32',  # what to compute in: float32 | bfloat16
-            # The name of a source; every other field is an option of that source.
-            'data': {'name': 'digits'},
+            # The name of a source; every other field but these two is an option of that source.
+            # skip_bad: how many pictures that cannot be read to skip, before it is an error.
+            # on_device: keep the whole training set on the devices, if it is small.
+            'data': {'name': 'digits', 'skip_bad': 0, 'on_device': False},
             'augment': dict(augment.DEFAULTS),
             'batch_size': 256,  # examples per step, over all devices of all processes
             'duration': '90 epochs',  # durations: '500 steps', '30 epochs' or '10%' of this one

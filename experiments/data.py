@@ -17,6 +17,7 @@ from nfnets_jax.data import sources
 from nfnets_jax.data.preprocessing import make_transform
 from nfnets_jax.errors import UsageError
 
+RUNNER_OPTIONS = ('skip_bad', 'on_device')  # of config.data, for any source: see task.Task
 _OPTIONS = ('image_size', 'test_image_size', 'test_mode')
 _AS_IT_IS = 'resize_crop_1.0'  # the whole picture: what evaluation on equal pictures amounts to
 
@@ -46,6 +47,8 @@ def open_data(config: ConfigDict) -> tuple[Any, Any, Pictures]:
     """
     options = config.data.to_dict()
     name = options.pop('name')
+    for key in RUNNER_OPTIONS:
+        options.pop(key, None)
     # A source that makes its pictures itself (digits) has an image_size of its own.
     own = inspect.signature(sources.SOURCES[name]).parameters if name in sources.SOURCES else ()
     given = {key: options.pop(key) for key in _OPTIONS if key in options and key not in own}

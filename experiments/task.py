@@ -48,6 +48,8 @@ class Task(NamedTuple):
     model: hk.TransformedWithState
     optimizer: optimizers.Optimizer
     augmentation: Callable  # (keys, images, labels) -> (normalised images, soft targets)
+    on_device: bool  # whether the training pictures live on the devices
+    skip_bad: int  # pictures that cannot be read to skip
     total_steps: int
     log_every: int
     eval_every: int
@@ -64,6 +66,8 @@ def prepare(config: ConfigDict) -> Task:
     parallel.local_batch_size(config.batch_size)
     train_source, test_source, pictures = open_data(config)
     num_classes = len(train_source.class_names)
+    skip_bad = config.data.get('skip_bad', 0)
+    pipeline.BadPictures(skip_bad)  # It knows what it can be.
     steps_per_epoch = len(train_source) / config.batch_size
     if steps_per_epoch < 1:
         raise UsageError(
@@ -94,7 +98,9 @@ def prepare(config: ConfigDict) -> Task:
         pictures,
         model,
         optimizer,
-        augment.make_augment(config.augment, num_classes, dtype=config.precision),
+        _make_augmentation(config, num_classes, pictures),
+        _is_on_device(config, pictures),
+        skip_bad,
         total_steps,
         log_every=steps('log_every', config.log_every, total_steps),
         eval_every=steps('eval.every', config.eval.every, total_steps),
@@ -186,6 +192,29 @@ def _build_model(config: ConfigDict, num_classes: int) -> hk.TransformedWithStat
     return hk.transform_with_state(forward)
 
 
+def _make_augmentation(config: ConfigDict, num_classes: int, pictures: Pictures) -> Callable:
+    augmentation = augment.make_augment(config.augment, num_classes, dtype=config.precision)
+    rows = config.batch_size // jax.device_count()
+    # It can refuse a number of rows: let it do so now.
+    jax.eval_shape(
+        augmentation,
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
+        jax.ShapeDtypeStruct((rows, *pictures.shape), jnp.uint8),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
+    return augmentation
+
+
+def _is_on_device(config: ConfigDict, pictures: Pictures) -> bool:
+    on_device = config.data.get('on_device', False)
+    if on_device and pictures.train_transform is not None:
+        raise UsageError(
+            f'config.data.on_device=True: the pictures of {config.data.name!r} are cropped at '
+            'random on the host; leave it False'
+        )
+    return on_device
+
+
 def _init_variables(
     model: hk.TransformedWithState, seed: int | jax.Array, image_shape: tuple[int, int, int]
 ) -> tuple[hk.Params, hk.State]:
@@ -239,6 +268,7 @@ def evaluate(task: Task, eval_step: Callable, variables: Mapping[str, tuple]) ->
         task.test_source,
         batch_size=batch_size,
         transform=task.pictures.test_transform,
+        bad=pipeline.BadPictures(task.skip_bad),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

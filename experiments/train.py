@@ -43,7 +43,7 @@ from experiments.task import (
 )
 from nfnets_jax import augment, optimizers, parallel, pretrained
 from nfnets_jax.checkpoints import Checkpoints
-from nfnets_jax.data import pipeline
+from nfnets_jax.data import pipeline, resident
 from nfnets_jax.sam import sam_value_and_grad
 
 
@@ -83,6 +83,8 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], TrainState]:
         return loss, state, logits, gradients
 
     def train_step(s: TrainState, batch: dict) -> TrainState:
+        if task.on_device:
+            batch = resident.take(batch, s.step, config.batch_size)
         keys = augment.example_keys(s.seed, s.step, batch['position'])
         images, targets = task.augmentation(keys, batch['image'], batch['label'])
         key = jax.random.fold_in(keys[0], _MODEL_STREAM)
@@ -145,8 +147,6 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(workdir.claimed(directory, config))
         stop = stack.enter_context(_stop_on_signals())
-        metadata = pretrained.encode_metadata(describe_weights(task))
-        workdir.write_text(path / 'model.json', metadata + '\n')
 
         # Where were we?
         checkpoints = Checkpoints(path / 'checkpoints', keep=config.checkpoint.keep)
@@ -160,10 +160,13 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> dict[str, Any]:
         if step:
             _say(f'resuming {path} at step {step:,} of {task.total_steps:,}')
         state = parallel.replicate(state)
+        metadata = pretrained.encode_metadata(describe_weights(task))
+        workdir.write_text(path / 'model.json', metadata + '\n')
 
         # What happens in a step, and where it is told.
         train_step, eval_step = make_train_step(task), make_eval_step(task)
-        batches = stack.enter_context(_open_batches(task, step))
+        bad = pipeline.BadPictures(task.skip_bad)
+        batches = stack.enter_context(_open_batches(task, step, bad))
         primary = parallel.is_primary()
         writer = writers.open_writer(path, config=config, start_step=step, active=primary)
         stack.callback(writer.close)
@@ -185,6 +188,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> dict[str, Any]:
             if due(task.log_every):
                 _assert_finite(state, checkpoints)
                 metrics = window.means(state.window) | clock.read()
+                metrics |= {'skipped_pictures': len(bad)} if task.skip_bad else {}
                 metrics['learning_rate'] = float(task.optimizer.learning_rate(step - 1))
                 writer.write(step, {f'train/{name}': value for name, value in metrics.items()})
             bar.update(step, metrics)
@@ -239,19 +243,24 @@ def summarise(
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
-def _open_batches(task: Task, start_step: int) -> pipeline.Prefetch:
+def _open_batches(
+    task: Task, start_step: int, bad: pipeline.BadPictures
+) -> pipeline.Prefetch | resident.ResidentBatches:
     """Returns this process's training batches on its devices, from `start_step` on."""
     process, rows = jax.process_index(), parallel.local_batch_size(task.config.batch_size)
+    options = {
+        'batch_size': task.config.batch_size,
+        'seed': task.config.seed,
+        'start_step': start_step,
+        'transform': task.pictures.train_transform,
+        'process_index': process,
+        'process_count': jax.process_count(),
+        'bad': bad,
+    }
+    if task.on_device:
+        return resident.ResidentBatches(task.train_source, **options)
     position = np.arange(process * rows, (process + 1) * rows, dtype=np.int32)
-    batches = pipeline.train_batches(
-        task.train_source,
-        batch_size=task.config.batch_size,
-        transform=task.pictures.train_transform,
-        seed=task.config.seed,
-        start_step=start_step,
-        process_index=process,
-        process_count=jax.process_count(),
-    )
+    batches = pipeline.train_batches(task.train_source, **options)
     return pipeline.Prefetch(batches, lambda b: parallel.shard(b | {'position': position}))
 
 

@@ -41,7 +41,7 @@ class Cost:
 
 def model_cost(name: str, num_classes: int = 1000, **overrides: Any) -> Cost:
     """Returns the cost of `create_model(name, num_classes, **overrides)`."""
-    macs = {layers.Linear: 0, layers.Conv2D: 0, layers.ScaledWSConv2D: 0}
+    macs: dict[type, int] = {layers.Linear: 0, layers.Conv2D: 0, layers.ScaledWSConv2D: 0}
 
     def count(call, args, kwargs, context):
         out = call(*args, **kwargs)

@@ -22,7 +22,7 @@ class FixupResNet(hk.Module):
       activation: name in layers.activations; not scaled.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       remat: recompute blocks in the backward pass: less memory, more time.
-      **overrides: see options.Overrides.
+      **overrides: see options.ResNetOverrides.
 
     Raises:
       UsageError: an option no network could be built from.
@@ -37,7 +37,7 @@ class FixupResNet(hk.Module):
         fc_init: float | hk.initializers.Initializer = 0.0,
         remat: bool = False,
         name: str = 'FixUp_ResNet',
-        **overrides: Unpack[options.Overrides],
+        **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
         self.row = row = options.resolve('Fixup-ResNet', variant, overrides)

@@ -25,7 +25,7 @@ class NFResNet(hk.Module):
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       remat: recompute blocks in the backward pass: less memory, more time.
-      **overrides: see options.Overrides.
+      **overrides: see options.ResNetOverrides.
 
     Raises:
       UsageError: an option no network could be built from.
@@ -44,7 +44,7 @@ class NFResNet(hk.Module):
         fc_init: float | hk.initializers.Initializer = 0.01,
         remat: bool = False,
         name: str = 'NF_ResNet',
-        **overrides: Unpack[options.Overrides],
+        **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
         self.row = row = options.resolve('NF-ResNet', variant, overrides)

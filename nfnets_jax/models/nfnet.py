@@ -6,6 +6,7 @@ import haiku as hk
 import jax
 
 from nfnets_jax import layers
+from nfnets_jax.errors import UsageError
 from nfnets_jax.models import options, residual
 from nfnets_jax.models.nf_block import NFBlock
 
@@ -62,6 +63,8 @@ class NFNet(hk.Module):
         self.row = row = options.resolve('NFNet', variant, overrides)
         if final_conv_mult is not None:
             final_conv_ch = int(final_conv_mult * row.channels[-1])
+        elif final_conv_ch is None:
+            raise UsageError('NFNet final_conv_ch: must be given, as final_conv_mult is None')
         options.check(
             'NFNet',
             num_classes=num_classes,

@@ -11,16 +11,27 @@ from nfnets_jax.models.variants import VARIANTS, Variant
 class Overrides(TypedDict, total=False):
     """Options every residual family takes; None, like leaving it out, is the variant's own value.
 
-    See `variants.Variant` for what they mean. `block` concerns the ResNets only.
+    See `variants.Variant` for what they mean.
     """
 
     width: float | None
     widths: tuple[int, ...] | None
     depths: tuple[int, ...] | None
-    block: Literal['bottleneck', 'basic'] | None
     stem: Literal['imagenet', 'small'] | None
     drop_rate: float | None
     stochdepth_rate: float | None
+
+
+class ResNetOverrides(Overrides, total=False):
+    """Options every family of ResNets takes."""
+
+    block: Literal['bottleneck', 'basic'] | None
+
+
+def overrides_of(family: str) -> list[str]:
+    """Returns the names of a residual family's overrides."""
+    kind = ResNetOverrides if family.endswith('ResNet') else Overrides
+    return list(kind.__annotations__)
 
 
 def resolve(family: str, variant: str, overrides: Overrides) -> Variant:
@@ -33,9 +44,9 @@ def resolve(family: str, variant: str, overrides: Overrides) -> Variant:
     if variant not in rows:
         raise UsageError(f'{family} variant: unknown {variant!r}{nearest(variant, rows)}')
     for name in overrides:
-        if name not in Overrides.__annotations__:
-            raise UsageError(f'{family}: unknown option {name!r}')
-    given = {name: value for name, value in overrides.items() if value is not None}
+        if name not in (known := overrides_of(family)):
+            raise UsageError(f'{family}: unknown option {name!r}{nearest(name, known)}')
+    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     check(family, **given)
     row = dataclasses.replace(rows[variant], **given)
     if len(row.widths) != len(row.depths):

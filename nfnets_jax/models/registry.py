@@ -1,9 +1,10 @@
 """From a model's name to the Haiku module."""
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-import haiku as hk
+import jax
 
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.models import options
@@ -16,7 +17,14 @@ from nfnets_jax.models.skipinit_resnet import SkipInitResNet
 from nfnets_jax.models.small_cnn import SmallCNN
 from nfnets_jax.models.variants import variant_info
 
-FAMILIES: dict[str, type[hk.Module]] = {
+
+class Network(Protocol):
+    """What `create_model` returns."""
+
+    def __call__(self, images: jax.Array, is_training: bool, **kwargs: Any) -> dict[str, Any]: ...
+
+
+FAMILIES: dict[str, Callable[..., Any]] = {
     'NFNet': NFNet,
     'NF-RegNet': NFRegNet,
     'NF-ResNet': NFResNet,
@@ -27,7 +35,7 @@ FAMILIES: dict[str, type[hk.Module]] = {
 }
 
 
-def create_model(name: str, num_classes: int, **overrides: Any) -> hk.Module:
+def create_model(name: str, num_classes: int, **overrides: Any) -> Network:
     """Makes the network called `name`, inside `hk.transform_with_state`.
 
         network = hk.transform_with_state(
@@ -61,8 +69,9 @@ def create_model(name: str, num_classes: int, **overrides: Any) -> hk.Module:
 
 def model_options(name: str) -> list[str]:
     """Returns the names that `create_model(name, ...)` takes as overrides."""
-    parameters = inspect.signature(FAMILIES[variant_info(name).family]).parameters
+    family = variant_info(name).family
+    parameters = inspect.signature(FAMILIES[family]).parameters
     named = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        named += options.Overrides.__annotations__
+        named += options.overrides_of(family)
     return named

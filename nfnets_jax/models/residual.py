@@ -1,8 +1,8 @@
 """What every residual network here is made of: the plan of its blocks, its body and its head."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import haiku as hk
 import jax
@@ -15,7 +15,8 @@ Array = jax.Array
 Block = Callable[..., tuple[Array, Array]]
 
 
-class BlockPlan(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
     """Where a block stands in its network.
 
     Attributes:

@@ -31,7 +31,7 @@ class ResNet(hk.Module):
       activation: name in layers.activations; not scaled.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       remat: recompute blocks in the backward pass: less memory, more time.
-      **overrides: see options.Overrides.
+      **overrides: see options.ResNetOverrides.
 
     Raises:
       UsageError: an option no network could be built from.
@@ -52,7 +52,7 @@ class ResNet(hk.Module):
         fc_init: float | hk.initializers.Initializer = 0.0,
         remat: bool = False,
         name: str = 'ResNet',
-        **overrides: Unpack[options.Overrides],
+        **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
         self.row = row = options.resolve('ResNet', variant, overrides)

@@ -17,7 +17,7 @@ def tiny_config(**changes) -> ConfigDict:
     """Six steps of a narrow NF-ResNet-8 on 8x8 digits; `changes` are dotted keys, `a__b=1`."""
     config = default_config()
     config.model = {'name': 'NF-ResNet-8', 'width': 0.5}
-    config.data = {'name': 'digits', 'image_size': 8}
+    config.data.image_size = 8
     config.augment.shift = 1
     config.batch_size = 64
     config.duration = '6 steps'

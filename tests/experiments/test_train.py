@@ -122,6 +122,11 @@ def test_devices_share_the_work_without_changing_it(whole, command, tmp_path):
     assert ours['test/loss'] == pytest.approx(theirs['test/loss'], rel=1e-4)
 
 
+def test_pictures_on_the_device_are_the_same_pictures(whole, tiny, tmp_path):
+    train(tiny(data__on_device=True), tmp_path / 'run')
+    assert_same_run(whole[0], tmp_path / 'run')
+
+
 LONGER = (
     '--config.duration=200',
     '--config.checkpoint.every=10',
@@ -236,6 +241,7 @@ def test_divergence_stops_with_the_step_and_the_last_good_checkpoint(tiny, tmp_p
         ({'model__widht': 2}, r"unknown option 'widht' \(did you mean 'width'"),
         ({'data__name': 'digit'}, r"data.name='digit'.*'digits'"),
         ({'data__image_size': 4}, r'image_size=4'),
+        ({'data__skip_bad': -1}, r'data.skip_bad=-1'),
         ({'augment__shift': -1}, r'augment.shift=-1'),
         ({'batch_size': 0}, r'config.batch_size=0: must be at least 1'),
         ({'batch_size': -8}, r'config.batch_size=-8: must be at least 1'),

@@ -47,11 +47,12 @@ def test_variant_info():
         ('NFNet-F0', {'depths': (1, 0, 1, 1)}, 'NFNet depths: must be positive integers, one a'),
         ('NFNet-F0', {'depths': (1, 1)}, 'NFNet depths: must have one entry a stage, 4 as widths'),
         ('NFNet-F0', {'group_size': 1024}, 'group_size: must be at most the 128 channels'),
-        ('NFNet-F0', {'final_conv_mult': None}, 'final_conv_ch: must be a positive integer, not N'),
+        ('NFNet-F0', {'final_conv_mult': None}, 'NFNet final_conv_ch: must be given'),
         ('NFNet-F0', {'activation': 'rellu'}, "activation: unknown 'rellu' .*'relu'"),
         ('NF-ResNet-50', {'stem': 'tiny'}, "stem: must be 'imagenet' or 'small', not 'tiny'"),
         ('NF-ResNet-50', {'width': '4'}, "width: must be a positive number, not '4'"),
         ('ResNet-20', {'norm': 'layer'}, "ResNet norm: must be 'batch' or 'none', not 'layer'"),
+        ('NFNet-F0', {'block': 'basic'}, "NFNet-F0: unknown option 'block'"),
         ('SmallCNN', {'width': 2}, "SmallCNN: unknown option 'width'"),
     ],
 )

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import haiku as hk
@@ -12,7 +13,7 @@ from nfnets_jax.models import residual
 
 def test_plan_of_blocks():
     plans = residual.plan_blocks(64, [256, 512], [2, 3], [1, 2], alpha=0.2, stochdepth_rate=0.25)
-    assert [p[:4] for p in plans] == [
+    assert [dataclasses.astuple(p)[:4] for p in plans] == [
         (0, 64, 256, 1),
         (1, 256, 256, 1),
         (2, 256, 512, 2),
