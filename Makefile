@@ -21,4 +21,5 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile

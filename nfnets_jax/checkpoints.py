@@ -114,8 +114,13 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, step: int, like: PyTree) -> PyTree:
-        """Reads one checkpoint as numpy arrays, in the structure of `like`.
+    def restore(self, step: int, like: PyTree = None) -> PyTree:
+        """Reads one checkpoint as numpy arrays.
+
+        Args:
+          step: one of `steps()`.
+          like: a tree of arrays, or of their shapes, whose structure the result has. Without it the
+            result is what was written, as nested dicts and lists.
 
         Raises:
           DamagedCheckpointError: it cannot be read, or is not what was written.
@@ -129,7 +134,8 @@ class Checkpoints:
                 )['state']
         except Exception as error:
             raise DamagedCheckpointError(_first_line(error)) from error
-        if _checksums(arrays) != record['checksums']:
+        # Sorted, for dicts are in another order than the fields of a tuple were.
+        if sorted(_checksums(arrays)) != sorted(record['checksums']):
             raise DamagedCheckpointError('the arrays do not match their checksums')
         return arrays
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Padding = Literal['SAME', 'VALID']
+# 'SYMMETRIC' is PyTorch's: K // 2 zeros at both ends, where 'SAME' may put one more at the end.
+Padding = Literal['SAME', 'VALID', 'SYMMETRIC']
 
 
 def conv2d(
@@ -79,7 +80,7 @@ def plain(shape: ConvShape, x: Array, w: Array) -> Array:
         x,
         w,
         (shape.stride, shape.stride),
-        shape.padding,
+        [(n // 2, n // 2) for n in w.shape[:2]] if shape.padding == 'SYMMETRIC' else shape.padding,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         feature_group_count=shape.groups,
     )

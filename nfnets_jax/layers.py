@@ -168,6 +168,7 @@ class ScaledWSConv2D(hk.Module):
         stride: int = 1,
         *,
         groups: int = 1,
+        padding: convolution.Padding = 'SAME',
         name: str | None = None,
     ):
         super().__init__(name=name)
@@ -175,6 +176,7 @@ class ScaledWSConv2D(hk.Module):
         self.kernel_size = kernel_size
         self.stride = stride
         self.groups = groups
+        self.padding = padding
 
     def __call__(self, x: Array) -> Array:
         """[N, H, W, in] -> [N, ceil(H / stride), ceil(W / stride), out] in the dtype of x."""
@@ -189,7 +191,8 @@ class ScaledWSConv2D(hk.Module):
         gain = hk.get_parameter('gain', shape[-1:], jnp.float32, init=jnp.ones)
         bias = hk.get_parameter('bias', shape[-1:], jnp.float32, init=jnp.zeros)
         w = standardize(w, gain).astype(x.dtype)
-        return convolution.conv2d(x, w, self.stride, groups=self.groups) + bias.astype(x.dtype)
+        out = convolution.conv2d(x, w, self.stride, groups=self.groups, padding=self.padding)
+        return out + bias.astype(x.dtype)
 
 
 class Linear(hk.Module):
@@ -213,16 +216,23 @@ class Linear(hk.Module):
         return x @ w.astype(x.dtype) + b.astype(x.dtype)
 
 
+def round_to(channels: float, divisor: int) -> int:
+    """Returns the multiple of `divisor` nearest to `channels`, not 0."""
+    return max(divisor, int(channels + divisor / 2) // divisor * divisor)
+
+
 class SqueezeExcite(hk.Module):
     """Squeeze-and-excitation gates, one per sample and channel (arXiv 1709.01507).
 
-    The hidden layer has max(1, int(channels * ratio)) units. The caller multiplies, by twice the
-    gates in Normalizer-Free networks: a sigmoid of zero is one half.
+    The hidden layer has max(1, int(channels * ratio)) units, rounded to a multiple of `divisor` if
+    that is not 1. The caller multiplies, by twice the gates in Normalizer-Free networks: a sigmoid
+    of zero is one half.
     """
 
-    def __init__(self, channels: int, ratio: float, name: str | None = None):
+    def __init__(self, channels: int, ratio: float, divisor: int = 1, name: str | None = None):
         super().__init__(name=name)
-        self.squeeze = Linear(max(1, int(channels * ratio)))
+        hidden = channels * ratio
+        self.squeeze = Linear(round_to(hidden, divisor) if divisor > 1 else max(1, int(hidden)))
         self.excite = Linear(channels)
 
     def __call__(self, x: Array) -> Array:
@@ -306,8 +316,11 @@ class BatchNorm(hk.Module):
         return jax.lax.pmean(mean, self.cross_replica_axis)
 
 
-def max_pool(x: Array, window: int, stride: int, padding: str = 'SAME') -> Array:
+def max_pool(x: Array, window: int, stride: int, padding: convolution.Padding = 'SAME') -> Array:
     """[N, H, W, C] -> the maximum over square windows."""
+    if padding == 'SYMMETRIC':
+        ends, padding = (window // 2, window // 2), 'VALID'
+        x = jnp.pad(x, ((0, 0), ends, ends, (0, 0)), constant_values=-jnp.inf)
     return hk.max_pool(x, (1, window, window, 1), (1, stride, stride, 1), padding)
 
 

@@ -262,7 +262,7 @@ def _load_run(directory: pathlib.Path, checkpoint: str, ema: bool) -> Weights:
         if known.get(checkpoint) is None:
             there = ', '.join(map(str, steps))
             raise UsageError(f'checkpoint {checkpoint!r}: {directory} has latest, best, {there}')
-        tree = checkpoints.read(known[checkpoint])
+        tree = checkpoints.restore(known[checkpoint])
     except DamagedCheckpointError as error:
         raise UsageError(
             f'checkpoint {known[checkpoint]} of {directory} is damaged: {error}'

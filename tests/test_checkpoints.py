@@ -58,6 +58,13 @@ def test_a_state_comes_back_bit_for_bit_in_its_own_structure(directory):
     assert isinstance(state, State)
 
 
+def test_a_state_can_be_read_without_knowing_its_structure(directory):
+    save_all(directory, {7: None})
+    state = Checkpoints(directory).restore(7)
+    assert sorted(state) == ['ema', 'opt_state', 'params', 'step']
+    chex.assert_trees_all_equal(state['params'], make_state(7).params)
+
+
 def test_no_checkpoint_is_none(directory):
     assert Checkpoints(directory).latest(make_state(), on_damage=fail) is None
 

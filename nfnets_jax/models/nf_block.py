@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from nfnets_jax import layers
+from nfnets_jax.convolution import Padding
 from nfnets_jax.errors import UsageError
 from nfnets_jax.models import residual
 
@@ -24,6 +25,8 @@ class NFBlock(hk.Module):
       se_inside: gates after the grouped convolutions (NF-RegNet), or at the end (NFNet).
       alpha: weight of the branch.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
+      padding: of the grouped convolutions.
+      se_divisor: of the hidden width of squeeze-and-excitation.
     """
 
     def __init__(
@@ -38,6 +41,8 @@ class NFBlock(hk.Module):
         se_inside: bool = False,
         alpha: float,
         skipinit_gain: float | hk.initializers.Initializer,
+        padding: Padding = 'SAME',
+        se_divisor: int = 1,
         name: str | None = None,
     ):
         super().__init__(name=name)
@@ -53,13 +58,14 @@ class NFBlock(hk.Module):
         width, conv = groups * group_size, layers.ScaledWSConv2D
         self.conv0 = conv(width, 1, name='conv0')
         self.grouped = [
-            conv(width, 3, stride, groups=groups, name=conv_name)
+            conv(width, 3, stride, groups=groups, padding=padding, name=conv_name)
             for stride, conv_name in ((plan.stride, 'conv1'), (1, 'conv1b'))[:grouped_convs]
         ]
         self.conv2 = conv(plan.out_channels, 1, name='conv2')
         if plan.is_transition:
             self.conv_shortcut = conv(plan.out_channels, 1, name='conv_shortcut')
-        self.se = layers.SqueezeExcite(width if se_inside else plan.out_channels, se_ratio)
+        se_channels = width if se_inside else plan.out_channels
+        self.se = layers.SqueezeExcite(se_channels, se_ratio, se_divisor)
 
     def __call__(self, x: Array, is_training: bool) -> tuple[Array, Array]:
         """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""

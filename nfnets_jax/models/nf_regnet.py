@@ -25,6 +25,7 @@ class NFRegNet(hk.Module):
       activation: name in layers.nonlinearities.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
+      conventions: 'timm' pads convolutions symmetrically and rounds every width to a multiple of 8.
       remat: recompute blocks in the backward pass: less memory, more time.
       **overrides: see options.Overrides; with stem='small' the stem keeps the size of the picture.
 
@@ -44,6 +45,7 @@ class NFRegNet(hk.Module):
         activation: str = 'silu',
         skipinit_gain: float | hk.initializers.Initializer = 0.0,
         fc_init: float | hk.initializers.Initializer = 0.0,
+        conventions: options.Conventions = 'published',
         remat: bool = False,
         name: str = 'NF_RegNet',
         **overrides: Unpack[options.Overrides],
@@ -57,15 +59,27 @@ class NFRegNet(hk.Module):
             group_size=group_size,
             se_ratio=se_ratio,
             alpha=alpha,
+            conventions=conventions,
         )
+        is_timm = conventions == 'timm'
+        padding = 'SYMMETRIC' if is_timm else 'SAME'
+
+        def rounded(channels: float) -> int:
+            return layers.round_to(channels, 8) if is_timm else int(channels)
+
+        channels = [rounded(width * row.width) for width in row.widths]
         self.remat = remat
         self.activation = layers.get_activation(activation, scaled=True)
         self.initial_conv = layers.ScaledWSConv2D(
-            row.channels[0], 3, 1 if row.stem == 'small' else 2, name='initial_conv'
+            channels[0],
+            3,
+            1 if row.stem == 'small' else 2,
+            padding=padding,
+            name='initial_conv',
         )
         plans = residual.plan_blocks(
-            row.channels[0],
-            row.channels,
+            channels[0],
+            channels,
             row.depths,
             [2] * len(row.depths),
             alpha=alpha,
@@ -74,20 +88,24 @@ class NFRegNet(hk.Module):
         self.blocks = [
             NFBlock(
                 plan,
-                int(plan.in_channels * (expansion if plan.index else 1)),
+                rounded(plan.in_channels * (expansion if plan.index else 1)),
                 self.activation,
                 group_size=group_size,
                 se_ratio=se_ratio,
                 se_inside=True,
                 alpha=alpha,
                 skipinit_gain=skipinit_gain,
+                padding=padding,
+                se_divisor=8 if is_timm else 1,
             )
             for plan in plans
         ]
         # EfficientNet's 1280 channels, in proportion.
-        self.final_conv = layers.ScaledWSConv2D(
-            1280 * row.channels[-1] // 440, 1, name='final_conv'
-        )
+        if is_timm:
+            final_channels = rounded(row.width * (1280 * row.widths[-1] // 440))
+        else:
+            final_channels = 1280 * channels[-1] // 440
+        self.final_conv = layers.ScaledWSConv2D(final_channels, 1, name='final_conv')
         self.fc = layers.Linear(num_classes, layers.initializer(fc_init, 'stddev'))
 
     def __call__(

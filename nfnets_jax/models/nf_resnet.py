@@ -1,5 +1,7 @@
 """Normalizer-Free ResNets ("NF-ResNets", arXiv 2101.08692)."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import haiku as hk
@@ -24,6 +26,8 @@ class NFResNet(hk.Module):
       activation: name in layers.nonlinearities.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
+      conventions: 'timm' pads convolutions symmetrically and pools shortcuts before their
+        convolution instead of striding it.
       remat: recompute blocks in the backward pass: less memory, more time.
       **overrides: see options.ResNetOverrides.
 
@@ -42,23 +46,32 @@ class NFResNet(hk.Module):
         activation: str = 'relu',
         skipinit_gain: float | hk.initializers.Initializer = 0.0,
         fc_init: float | hk.initializers.Initializer = 0.01,
+        conventions: options.Conventions = 'published',
         remat: bool = False,
         name: str = 'NF_ResNet',
         **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
         self.row = row = options.resolve('NF-ResNet', variant, overrides)
-        options.check('NF-ResNet', num_classes=num_classes, alpha=alpha, se_ratio=se_ratio)
+        options.check(
+            'NF-ResNet',
+            num_classes=num_classes,
+            alpha=alpha,
+            se_ratio=se_ratio,
+            conventions=conventions,
+        )
+        self.padding = 'SYMMETRIC' if conventions == 'timm' else 'SAME'
+        conv = functools.partial(layers.ScaledWSConv2D, padding=self.padding)
         self.remat = remat
         self.activation = layers.get_activation(activation, scaled=True)
-        self.initial_conv = layers.ScaledWSConv2D(
-            *resnet_parts.stem_shape(row), name='initial_conv'
-        )
+        self.initial_conv = conv(*resnet_parts.stem_shape(row), name='initial_conv')
         self.blocks = [
             NFResBlock(
                 plan,
                 resnet_parts.branch_shapes(row, plan),
                 self.activation,
+                conv=conv,
+                pool_shortcut=conventions == 'timm',
                 alpha=alpha,
                 se_ratio=se_ratio if use_se else None,
                 skipinit_gain=skipinit_gain,
@@ -71,7 +84,7 @@ class NFResNet(hk.Module):
         self, images: Array, is_training: bool, return_metrics: bool = False
     ) -> dict[str, Any]:
         """Classifies normalised images [N, H, W, 3]; see `create_model`."""
-        out = resnet_parts.stem_pool(self.row, self.initial_conv(images))
+        out = resnet_parts.stem_pool(self.row, self.initial_conv(images), self.padding)
         out, metrics = residual.run_blocks(
             self.blocks, out, is_training, remat=self.remat, return_metrics=return_metrics
         )
@@ -91,7 +104,8 @@ class NFResBlock(hk.Module):
         branch: list[resnet_parts.ConvShape],
         activation: layers.Activation,
         *,
-        conv: type[layers.ScaledWSConv2D] | type[layers.Conv2D] = layers.ScaledWSConv2D,
+        conv: Callable[..., layers.ScaledWSConv2D | layers.Conv2D] = layers.ScaledWSConv2D,
+        pool_shortcut: bool = False,
         alpha: float = 0.2,
         beta: float | None = None,
         se_ratio: float | None = None,
@@ -103,14 +117,19 @@ class NFResBlock(hk.Module):
         self.beta = plan.beta if beta is None else beta
         self.skipinit_gain = layers.initializer(skipinit_gain, 'constant')
         self.convs = [conv(*shape, name=f'conv{i}') for i, shape in enumerate(branch)]
+        self.pool_shortcut = pool_shortcut and plan.stride > 1
         if plan.is_transition:
-            self.conv_shortcut = conv(plan.out_channels, 1, plan.stride, name='conv_shortcut')
+            stride = 1 if self.pool_shortcut else plan.stride
+            self.conv_shortcut = conv(plan.out_channels, 1, stride, name='conv_shortcut')
         self.se = layers.SqueezeExcite(plan.out_channels, se_ratio) if se_ratio else None
 
     def __call__(self, x: Array, is_training: bool) -> tuple[Array, Array]:
         """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
         out = self.activation(x) * self.beta
-        shortcut = self.conv_shortcut(out) if self.plan.is_transition else x
+        shortcut = x
+        if self.plan.is_transition:
+            pooled = layers.avg_pool(out, 2, 2) if self.pool_shortcut else out
+            shortcut = self.conv_shortcut(pooled)
         out = self.convs[0](out)
         for conv in self.convs[1:]:
             out = conv(self.activation(out))

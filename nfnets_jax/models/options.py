@@ -7,6 +7,10 @@ from typing import Any, Literal, NamedTuple, TypedDict
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.models.variants import VARIANTS, Variant
 
+# Whose network it is where the two differ: the papers', or the one of the PyTorch library timm,
+# whose weights of NF-ResNet-50 and NF-RegNet-B1 are public.
+Conventions = Literal['published', 'timm']
+
 
 class Overrides(TypedDict, total=False):
     """Options every residual family takes; None, like leaving it out, is the variant's own value.
@@ -107,4 +111,5 @@ _RULES = {
     'block': _one_of('bottleneck', 'basic'),
     'stem': _one_of('imagenet', 'small'),
     'norm': _one_of('batch', 'none'),
+    'conventions': _one_of('published', 'timm'),
 }

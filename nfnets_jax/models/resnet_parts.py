@@ -3,6 +3,7 @@
 import jax
 
 from nfnets_jax import layers
+from nfnets_jax.convolution import Padding
 from nfnets_jax.models import residual
 from nfnets_jax.models.variants import Variant
 
@@ -16,9 +17,9 @@ def stem_shape(row: Variant) -> ConvShape:
     return (channels, 3, 1) if row.stem == 'small' else (channels, 7, 2)
 
 
-def stem_pool(row: Variant, x: jax.Array) -> jax.Array:
+def stem_pool(row: Variant, x: jax.Array, padding: Padding = 'SAME') -> jax.Array:
     """Halves what the first convolution returned, unless the picture was small already."""
-    return x if row.stem == 'small' else layers.max_pool(x, 3, 2)
+    return x if row.stem == 'small' else layers.max_pool(x, 3, 2, padding)
 
 
 def branch_shapes(row: Variant, plan: residual.BlockPlan) -> list[ConvShape]:
