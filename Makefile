@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.requirements-installed
 
-.PHONY: setup train test lint
+.PHONY: setup train test lint docs
 
 setup: $(INSTALLED)
 
@@ -19,7 +19,10 @@ train: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 test: lint
-	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
+docs: setup
+	$(BIN)/python docs/build_api.py

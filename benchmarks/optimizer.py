@@ -111,8 +111,9 @@ def main(argv=None):
     for name, row in rows.items():
         print(
             f'{name:30} {row["ms"]:7.1f} {row["median_ms"]:7.1f} {row["times_sgd"]:6.2f} '
-            f'{row["times_sgd_floor"]:6.2f} {row["cpu_ms"]:6.0f} {row["floor_gb"]:5.2f} {row["gb_per_s"]:5.1f} '
-            f'{row["xla_gb"]:6.2f} {row["scratch_mb"]:10.1f} {row["compile_s"]:9.1f}'
+            f'{row["times_sgd_floor"]:6.2f} {row["cpu_ms"]:6.0f} {row["floor_gb"]:5.2f} '
+            f'{row["gb_per_s"]:5.1f} {row["xla_gb"]:6.2f} {row["scratch_mb"]:10.1f} '
+            f'{row["compile_s"]:9.1f}'
         )
     if args.json:
         about = {

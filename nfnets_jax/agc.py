@@ -1,7 +1,7 @@
 """Adaptive gradient clipping: unit by unit, by the ratio of gradient norm to parameter norm.
 
 Needs jax and optax only. Source: Brock et al., "High-Performance Large-Scale Image Recognition
-Without Normalization", https://arxiv.org/abs/2102.06171, section 4.1, equation 3.
+Without Normalization", https://arxiv.org/abs/2102.06171, section 4, equation 3.
 
 >>> import jax.numpy as jnp, optax
 >>> from nfnets_jax import adaptive_grad_clip

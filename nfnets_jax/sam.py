@@ -2,8 +2,8 @@
 
 Needs jax only. Sources: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving
 Generalization", https://arxiv.org/abs/2010.01412, equation 2 and algorithm 1; the ascent on a part
-of each device's batch: Brock et al., https://arxiv.org/abs/2102.06171, appendix C; the adaptive
-form: Kwon et al., "ASAM", https://arxiv.org/abs/2102.11600, equation 9.
+of each device's batch: Brock et al., https://arxiv.org/abs/2102.06171; the adaptive form: Kwon et
+al., "ASAM", https://arxiv.org/abs/2102.11600.
 
 >>> import jax.numpy as jnp
 >>> from nfnets_jax import sam_value_and_grad

@@ -102,7 +102,7 @@ def hwoi(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 
 def per_tensor(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The whole leaf is one unit: the layer-wise clipping the paper compares with (appendix D)."""
+    """The whole leaf is one unit: the layer-wise clipping the paper compares with."""
     del path
     return tuple(range(leaf.ndim))
 

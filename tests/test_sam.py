@@ -82,7 +82,7 @@ def test_quadratic():
 
 
 def test_adaptive_quadratic():
-    # ASAM, equation 9: the step is rho T^2 g / |T g| with T = |w| + 0.01.
+    # ASAM: the step is rho T^2 g / |T g| with T = |w| + 0.01.
     hessian, w = np.diag([1.0, 4.0, 0.5]), np.array([3.0, -1.0, 0.0])
     size, slope = np.abs(w) + 0.01, hessian @ w
     top = w + 0.5 * size**2 * slope / np.linalg.norm(size * slope)

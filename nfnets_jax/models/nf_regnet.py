@@ -6,6 +6,7 @@ import haiku as hk
 import jax
 
 from nfnets_jax import layers
+from nfnets_jax.convolution import Padding
 from nfnets_jax.models import options, residual
 from nfnets_jax.models.nf_block import NFBlock
 
@@ -62,7 +63,7 @@ class NFRegNet(hk.Module):
             conventions=conventions,
         )
         is_timm = conventions == 'timm'
-        padding = 'SYMMETRIC' if is_timm else 'SAME'
+        padding: Padding = 'SYMMETRIC' if is_timm else 'SAME'
 
         def rounded(channels: float) -> int:
             return layers.round_to(channels, 8) if is_timm else int(channels)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nfnets_jax import layers
+from nfnets_jax.convolution import Padding
 from nfnets_jax.models import options, residual, resnet_parts
 
 Array = jax.Array
@@ -60,7 +61,7 @@ class NFResNet(hk.Module):
             se_ratio=se_ratio,
             conventions=conventions,
         )
-        self.padding = 'SYMMETRIC' if conventions == 'timm' else 'SAME'
+        self.padding: Padding = 'SYMMETRIC' if conventions == 'timm' else 'SAME'
         conv = functools.partial(layers.ScaledWSConv2D, padding=self.padding)
         self.remat = remat
         self.activation = layers.get_activation(activation, scaled=True)

@@ -12,21 +12,17 @@ def test_counterpart_is_the_batch_normalised_resnet_as_deep():
 
 
 def test_measured_and_drawn(tmp_path):
-    signals = {
-        name: signal_propagation.measure(name, size=16, batch_size=8)
-        for name in ('NF-ResNet-8', 'ResNet-8')
+    signal = signal_propagation.measure('NF-ResNet-8', size=16, batch_size=8)
+    assert {metric: values.shape for metric, values in signal.items()} == {
+        'avg_sq_mean': (4,),
+        'avg_var': (4,),
+        'res_avg_var': (3,),
     }
-    for signal in signals.values():
-        assert {metric: values.shape for metric, values in signal.items()} == {
-            'avg_sq_mean': (4,),
-            'avg_var': (4,),
-            'res_avg_var': (3,),
-        }
-    # Unit variance in the branches, an alpha-th of it added by the first block.
-    nf = signals['NF-ResNet-8']
-    np.testing.assert_allclose(nf['res_avg_var'], 1, rtol=0.4)
-    assert nf['avg_var'][1] / nf['avg_var'][0] == pytest.approx(1.04, abs=0.02)
+    # Unit variance in the branches, alpha^2 of it added by the first block.
+    np.testing.assert_allclose(signal['res_avg_var'], 1, rtol=0.4)
+    assert signal['avg_var'][1] / signal['avg_var'][0] == pytest.approx(1.04, abs=0.02)
 
+    signals = {'one': signal, 'twice that': {name: 2 * x for name, x in signal.items()}}
     figure = signal_propagation.draw(signals)
     figure.savefig(tmp_path / 'signal.png')
     assert (tmp_path / 'signal.png').stat().st_size > 10_000
