@@ -2,12 +2,16 @@
 
     python -m experiments.train --config=configs/digits.py --workdir=runs/digits
 
-NF-ResNet-8 (8 layers, 77,870 parameters) with adaptive gradient clipping, on the 1797 digits that
-scikit-learn carries, enlarged to 16x16 pixels: 1442 to train on, 355 to test with.
+NF-ResNet-8 (8 layers, 78,045 parameters) with adaptive gradient clipping, on the 1797 digits that
+scikit-learn carries, enlarged to 16x16 pixels: 1442 to train on, 355 to test with. Half a minute on
+two CPU cores, compilation included. Test top-1 of seeds 0, 1 and 2:
 
-    configs/digits.py          NF-ResNet with AGC
-    configs/digits.py:resnet   the batch-normalised ResNet-8 of the same shape
-    configs/digits.py:no_agc   the NF-ResNet without clipping
+    configs/digits.py          NF-ResNet with AGC             99.15  99.44  99.44 %
+    configs/digits.py:resnet   ResNet-8 with batch norm       99.72  99.72  99.15 %
+    configs/digits.py:no_agc   NF-ResNet without clipping     not finite at steps 94, 95 and 109
+
+One test picture is 0.28 %, so the first two are alike. The last is what clipping is for: at this
+learning rate the same network is lost without it.
 """
 
 from experiments.config import default_config

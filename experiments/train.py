@@ -312,12 +312,13 @@ def _say(line: str) -> None:
 def _farewell(summary: Mapping[str, Any], path: str) -> str:
     if 'final' not in summary:
         return ''
+    python = os.path.relpath(sys.executable)
     return f"""
 {describe(summary['final'])}  (after {summary['step']:,} steps)
 
 curves:       {path}/curves.png
-look closer:  {os.path.relpath(sys.executable)[: -len('python')]}tensorboard --logdir={path}
-evaluate:     python -m experiments.evaluate --workdir={path}
+look closer:  {os.path.join(os.path.dirname(python), 'tensorboard')} --logdir={path}
+evaluate:     {python} -m experiments.evaluate --workdir={path}
 continue:     a stopped run continues with the same command; to train for longer, give another
               --workdir and --config.duration
 """
