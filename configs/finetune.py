@@ -10,13 +10,15 @@ Arguments, separated by commas:
            directory of a run. Without it training starts from random weights.
   model    the model's name; not needed where the weights tell.
   freeze   a regular expression for the names of parameters that keep their value, like
-           freeze=.*/stem_conv./.*; freeze=body trains the new head only.
+           freeze=.*/stem_conv./.*; freeze=body trains the new head only (running statistics of
+           batch norm go on).
 
 The recipe is the one the papers fine-tune from JFT with: 15,000 steps of 2048 pictures, learning
 rate 0.1 after 5,000 steps of warm-up and then along a cosine, moving average 0.9999. NFNets with
 SAM (rho 0.05), weight decay 1e-5, dropout 0.25 and stochastic depth 0.1; ResNets with none of them.
 A small data set wants less: --config.duration='500 steps' --config.batch_size=256; the warm-up
-stays a third of the duration. docs/pretrained.md has an example with its figures.
+stays a third of the duration. Under 100 steps also give --config.log_every='1 steps'.
+docs/pretrained.md has an example with its figures.
 """
 
 from experiments.config import default_config
@@ -26,12 +28,6 @@ from nfnets_jax.optimizers import PUBLISHED_GROUPS
 from nfnets_jax.pretrained import Metadata, load_pretrained
 
 _ARGUMENTS = ('data', 'weights', 'model', 'freeze')
-# Of the published groups, what remains if only the classifier is trained.
-_HEAD_ONLY = (
-    {'match': r'[^/]+/~/linear/w', 'clip': False},
-    {'match': r'[^/]+/~/linear/b', 'decay': False},
-    {'match': r'.*', 'freeze': True},
-)
 
 
 def get_config(arguments: str = ''):
@@ -73,11 +69,22 @@ def get_config(arguments: str = ''):
         config.model.drop_rate = 0.25 if is_nfnet else 0.0
         config.model.stochdepth_rate = 0.1 if is_nfnet else 0.0
     if pattern := given.get('freeze'):
-        frozen = {'match': pattern, 'freeze': True}
-        optimizer.groups = _HEAD_ONLY if pattern == 'body' else (frozen, *PUBLISHED_GROUPS)
+        if pattern == 'body':
+            optimizer.groups = _head_only('linear_2' if name == 'SmallCNN' else 'linear')
+        else:
+            optimizer.groups = ({'match': pattern, 'freeze': True}, *PUBLISHED_GROUPS)
     config.eval.every = config.checkpoint.every = '10%'
     config.log_every = '1%'
     return config
+
+
+def _head_only(head: str) -> tuple[dict, ...]:
+    """Of the published groups, what remains if only the classifier is trained."""
+    return (
+        {'match': rf'[^/]+/~/{head}/w', 'clip': False},
+        {'match': rf'[^/]+/~/{head}/b', 'decay': False},
+        {'match': r'.*', 'freeze': True},
+    )
 
 
 def _parse(arguments: str) -> dict[str, str]:

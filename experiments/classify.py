@@ -34,8 +34,7 @@ class Guess(NamedTuple):
 def find_pictures(paths: Iterable[str]) -> Iterator[pathlib.Path]:
     """Yields files as they are given, and the pictures in directories in the order of their paths.
 
-    Raises:
-      UsageError: a directory has no pictures.
+    A directory without pictures is yielded itself.
     """
     for path in map(pathlib.Path, paths):
         if not path.is_dir():
@@ -43,13 +42,11 @@ def find_pictures(paths: Iterable[str]) -> Iterator[pathlib.Path]:
             continue
         found = sorted(
             pathlib.Path(parent, name)
-            for parent, _, names in os.walk(path)
+            for parent, _, names in os.walk(path, followlinks=True)
             for name in names
-            if pathlib.Path(name).suffix.lower() in PICTURE_SUFFIXES
+            if not name.startswith('.') and pathlib.Path(name).suffix.lower() in PICTURE_SUFFIXES
         )
-        if not found:
-            raise UsageError(f'{path}: there are no pictures in this directory')
-        yield from found
+        yield from found or [path]  # Which cannot be read as a picture, and is named so.
 
 
 def classify(
@@ -57,12 +54,14 @@ def classify(
 ) -> Iterator[tuple[pathlib.Path, list[Guess] | str]]:
     """Yields for each picture its `top` classes, the likeliest first, or why it cannot be read."""
     metadata = weights.metadata
-    transform = make_transform(metadata.eval_mode, metadata.test_size)
+    transform = make_transform(metadata.eval_mode, export.picture_size(weights))
     logits = export.make_classifier(weights)
     predict = jax.jit(lambda pixels: jax.nn.softmax(logits(pixels)))
     names = metadata.class_names or tuple(map(str, range(metadata.num_classes)))
 
     def read(path: pathlib.Path) -> np.ndarray | str:
+        if path.is_dir():
+            return 'there are no pictures in this directory'
         try:
             return np.asarray(transform(path.read_bytes(), None), np.float32)
         except OSError as error:

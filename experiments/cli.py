@@ -6,9 +6,11 @@ Exit status: 0 done (or stopped on request, to be continued), 1 the training div
 
 import inspect
 import os
+import re
 import runpy
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -27,6 +29,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
         if len(argv) > 1 and not positional:
             _fail(f'unexpected argument {argv[1]!r}: flags are written --name=value')
         logging.set_verbosity(logging.ERROR)  # Libraries narrate their work; we say what matters.
+        warnings.filterwarnings('ignore', module='PIL')
         try:
             main(argv[1:]) if positional else main()
         except UsageError as error:
@@ -37,9 +40,10 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        for argument in argv[1:]:
-            if argument.startswith('--config='):
-                _check_overrides(_load(argument.removeprefix('--config=')), argv)
+        for argument, following in zip(argv[1:], [*argv[2:], ''], strict=False):
+            name, equals, value = argument.partition('=')
+            if name in ('-config', '--config'):
+                _check_overrides(_load(value if equals else following), argv)
         return flags.FLAGS(argv)
     except UsageError as error:
         _fail(str(error))
@@ -70,10 +74,16 @@ def _load(config: str) -> ConfigDict:
 
 
 def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
+    known = _keys(config)
     for argument in argv[1:]:
-        key = argument.partition('=')[0].removeprefix('--config.')
-        if argument.startswith('--config.') and key not in (known := _keys(config)):
-            raise UsageError(f'unknown key config.{key}{nearest(key, known)}')
+        override = re.match(r'--?(?:no)?config\.([^=]*)', argument)
+        if override and (key := override[1]) not in known:
+            message = f'unknown key config.{key}{nearest(key, known)}'
+            node = key.partition('.')[0]
+            if node in ('model', 'data') and node in known:
+                # The config file need not name every option that the model or the source has.
+                message += f"; to set an option give the whole node: --config.{node}='{{...}}'"
+            raise UsageError(message)
 
 
 def _keys(config: ConfigDict, prefix: str = '') -> list[str]:

@@ -5,6 +5,8 @@ that a part of the library owns (model, data, augment, optimizer) are checked wh
 reads them; what is left is checked here.
 """
 
+import math
+
 from ml_collections import ConfigDict
 
 from nfnets_jax import augment, optimizers
@@ -48,7 +50,7 @@ def default_config() -> ConfigDict:
 def check(config: ConfigDict) -> None:
     """Raises a UsageError naming the first field that is unknown, missing or out of range."""
     _check_fields(config, default_config())
-    _check_number(config, 'seed', low=0)
+    _check_number(config, 'seed', low=0, below=2**31)
     _check_number(config, 'batch_size', low=1)
     _check_number(config, 'eval.batch_size', low=1)
     _check_number(config, 'checkpoint.keep', low=1)
@@ -75,7 +77,8 @@ def _check_fields(config, known, prefix: str = '') -> None:
             raise UsageError(f'unknown key config.{prefix}{key}{nearest(key, known)}')
     for key, default in known.items():
         if key not in config:
-            raise UsageError(f'config.{prefix}{key} is missing (default: {default!r})')
+            hint = '' if isinstance(default, ConfigDict) else f' (default: {default!r})'
+            raise UsageError(f'config.{prefix}{key} is missing{hint}')
         value = config[key]
         if isinstance(default, ConfigDict):
             if not isinstance(value, ConfigDict):
@@ -94,15 +97,15 @@ def _check_fields(config, known, prefix: str = '') -> None:
 def _accepted(default) -> tuple[type, ...]:
     if isinstance(default, float):
         return (float, int)
-    if isinstance(default, str):
-        return (str, int)  # a duration may be a number of steps
+    if isinstance(default, str) and default[:1].isdigit():
+        return (str, int)  # a duration, which may be a number of steps
     return (type(default),)
 
 
-def _check_number(config: ConfigDict, key: str, *, low: float, below: float | None = None) -> None:
+def _check_number(config: ConfigDict, key: str, *, low: float, below: float = math.inf) -> None:
     value = config
     for part in key.split('.'):
         value = value[part]
-    if value < low or (below is not None and value >= below):
-        limit = '' if below is None else f' and below {below}'
+    if not low <= value < below:  # NaN is neither.
+        limit = f' and below {below}' if below < math.inf else ''
         raise UsageError(f'config.{key}={value}: must be at least {low}{limit}')

@@ -27,7 +27,7 @@ def evaluate(directory: str, checkpoint: str = 'latest', batch_size: int | None 
     config = workdir.load_config(directory)
     if batch_size is not None:
         config.eval.batch_size = batch_size
-    setting = task.prepare(config)
+    setting = task.prepare(config, training=False)
     like = jax.eval_shape(lambda: task.init_state(setting))
     step, state = _restore(directory, checkpoint, like)
     variables = parallel.replicate(task.TrainState(*state).variables())

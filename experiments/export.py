@@ -31,6 +31,8 @@ def export_weights(weights: pretrained.Weights, out: pathlib.Path) -> None:
     """
     if out.suffix not in FORMATS:
         raise UsageError(f'--out={out}: unknown suffix{nearest(out.suffix, FORMATS)}')
+    if not out.parent.is_dir():
+        raise UsageError(f'--out={out}: there is no directory {out.parent}')
     if weights.metadata.model is None:
         raise UsageError('these are the parameters of no known model: see --model')
     if out.suffix == '.safetensors':

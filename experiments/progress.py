@@ -21,7 +21,6 @@ class Progress(contextlib.AbstractContextManager):
 
     Args:
         total_steps: steps of the whole run.
-        start_step: steps done in earlier sessions.
         stream: where to write; standard error by default.
         active: False for the processes that keep silent.
         interval: seconds between plain lines, except the first and the last.
@@ -31,7 +30,6 @@ class Progress(contextlib.AbstractContextManager):
     def __init__(
         self,
         total_steps: int,
-        start_step: int = 0,
         *,
         stream: TextIO | None = None,
         active: bool = True,
@@ -47,14 +45,7 @@ class Progress(contextlib.AbstractContextManager):
         self._pending: tuple[int, Mapping[str, float]] | None = None  # not yet shown
         self._shown_at = -float('inf')
         self._bar = None
-        if active and self._stream.isatty():
-            self._bar = tqdm(
-                total=total_steps,
-                initial=start_step,
-                file=self._stream,
-                dynamic_ncols=True,
-                bar_format='step {n_fmt}/{total_fmt} |{bar}| {desc}{remaining} left',
-            )
+        self._is_terminal = active and self._stream.isatty()
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Tells that `step` steps are done.
@@ -66,6 +57,15 @@ class Progress(contextlib.AbstractContextManager):
         """
         if not self._active:
             return
+        if self._is_terminal and self._bar is None:
+            # Only now: the time left is reckoned from the end of the first step, which compiled.
+            self._bar = tqdm(
+                total=self._total,
+                initial=step,
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format='step {n_fmt}/{total_fmt} |{bar}| {desc}{remaining} left',
+            )
         if self._bar is not None:
             if metrics:
                 self._bar.set_description_str(f'{_describe(metrics)}  ', refresh=False)

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments import cli
 from nfnets_jax import models
-from nfnets_jax.errors import UsageError
+from nfnets_jax.errors import UsageError, nearest
 
 _PANELS = (
     ('avg_sq_mean', 'Squared channel mean'),
@@ -89,8 +89,11 @@ def draw(signals: dict[str, dict[str, np.ndarray]]) -> Figure:
 def main() -> None:
     args = flags.FLAGS
     out = pathlib.Path(args.out)
-    if not out.parent.is_dir():
-        raise UsageError(f'--out: there is no directory {out.parent}')
+    if not out.parent.is_dir() or out.is_dir():
+        raise UsageError(f'--out={out}: give a file, in a directory that exists')
+    known = Figure().canvas.get_supported_filetypes()
+    if out.suffix[1:] not in known:
+        raise UsageError(f'--out={out}: unknown suffix{nearest(out.suffix[1:], known)}')
     size = args.size or models.variant_info(args.model).train_size
     signals = {
         name: measure(name, size=size, batch_size=args.batch_size, seed=args.seed, gain=args.gain)

@@ -1,6 +1,7 @@
 """What a config describes and every command needs: the data, the model, its exact evaluation."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -56,18 +57,23 @@ class Task(NamedTuple):
     checkpoint_every: int
 
 
-def prepare(config: ConfigDict) -> Task:
+def prepare(config: ConfigDict, *, training: bool = True) -> Task:
     """Opens the data and builds the model and the optimizer that a config describes.
+
+    Args:
+      config: as in `experiments.config.default_config`.
+      training: whether the batch has to fit the devices there are.
 
     Raises:
       UsageError: naming the config key that is wrong.
     """
     experiment.check(config)
-    parallel.local_batch_size(config.batch_size)
-    train_source, test_source, pictures = open_data(config)
+    with _naming('data'):
+        train_source, test_source, pictures = open_data(config)
     num_classes = len(train_source.class_names)
     skip_bad = config.data.get('skip_bad', 0)
-    pipeline.BadPictures(skip_bad)  # It knows what it can be.
+    with _naming('data'):
+        pipeline.BadPictures(skip_bad)  # It knows what it can be.
     steps_per_epoch = len(train_source) / config.batch_size
     if steps_per_epoch < 1:
         raise UsageError(
@@ -82,7 +88,12 @@ def prepare(config: ConfigDict) -> Task:
 
     total_steps = steps('duration', config.duration, None)
     model = _build_model(config, num_classes)
-    params, _ = jax.eval_shape(lambda: _init_variables(model, config.seed, pictures.shape))
+    with _naming('model'):
+        params, _ = jax.eval_shape(lambda: _init_variables(model, config.seed, pictures.shape))
+    with _naming('augment'):
+        augmentation = augment.make_augment(config.augment, num_classes, dtype=config.precision)
+        if training:
+            _check_rows(config, augmentation, pictures)
     optimizer = optimizers.create(
         config.optimizer,
         params,
@@ -98,7 +109,7 @@ def prepare(config: ConfigDict) -> Task:
         pictures,
         model,
         optimizer,
-        _make_augmentation(config, num_classes, pictures),
+        augmentation,
         _is_on_device(config, pictures),
         skip_bad,
         total_steps,
@@ -136,7 +147,8 @@ def load_weights(task: Task) -> tuple[hk.Params, hk.State, pretrained.Report]:
       UsageError: they cannot be read, or are those of another network.
     """
     path, options = task.config.init.weights, task.config.model
-    weights = pretrained.load_pretrained(path)
+    with _naming('init.weights'):
+        weights = pretrained.load_pretrained(path)
     if weights.metadata.model not in (None, options.name):
         raise UsageError(
             f'config.init.weights={path}: weights of {weights.metadata.model}, but '
@@ -162,9 +174,8 @@ def load_weights(task: Task) -> tuple[hk.Params, hk.State, pretrained.Report]:
 
 
 # Options of a model that weights trained with another value fit all the same.
-_FREE_OPTIONS = (
-    *('drop_rate', 'stochdepth_rate', 'bn_decay_rate'),
-    *('fc_init', 'skipinit_gain', 'remat'),
+_FREE_OPTIONS = frozenset(
+    {'drop_rate', 'stochdepth_rate', 'bn_decay_rate', 'fc_init', 'skipinit_gain', 'remat'}
 )
 
 
@@ -192,17 +203,30 @@ def _build_model(config: ConfigDict, num_classes: int) -> hk.TransformedWithStat
     return hk.transform_with_state(forward)
 
 
-def _make_augmentation(config: ConfigDict, num_classes: int, pictures: Pictures) -> Callable:
-    augmentation = augment.make_augment(config.augment, num_classes, dtype=config.precision)
+def _check_rows(config: ConfigDict, augmentation: Callable, pictures: Pictures) -> None:
+    """Raises a UsageError if a device's share of the batch is none that can be augmented."""
+    parallel.local_batch_size(config.batch_size)
     rows = config.batch_size // jax.device_count()
-    # It can refuse a number of rows: let it do so now.
     jax.eval_shape(
         augmentation,
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
         jax.ShapeDtypeStruct((rows, *pictures.shape), jnp.uint8),
         jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
-    return augmentation
+
+
+@contextlib.contextmanager
+def _naming(node: str) -> Iterator[None]:
+    """Puts the config's node before a UsageError of the library, which does not know of configs."""
+    try:
+        yield
+    except UsageError as error:
+        message = str(error)
+        if message.startswith(f'{node}.'):
+            message = f'config.{message}'
+        elif not message.startswith('config.'):
+            message = f'config.{node}: {message}'
+        raise UsageError(message) from error
 
 
 def _is_on_device(config: ConfigDict, pictures: Pictures) -> bool:

@@ -42,8 +42,9 @@ from experiments.task import (
     prepare,
 )
 from nfnets_jax import augment, optimizers, parallel, pretrained
-from nfnets_jax.checkpoints import Checkpoints
+from nfnets_jax.checkpoints import Checkpoints, DamagedCheckpointError
 from nfnets_jax.data import pipeline, resident
+from nfnets_jax.errors import UsageError
 from nfnets_jax.sam import sam_value_and_grad
 
 
@@ -140,6 +141,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> dict[str, Any]:
       DivergedError: the loss or gradient is not finite; nothing has been saved since.
     """
     task = prepare(config)
+    writers.check(directory, config)
     weights = None
     if config.init.weights:
         *weights, report = load_weights(task)
@@ -151,7 +153,10 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> dict[str, Any]:
         # Where were we?
         checkpoints = Checkpoints(path / 'checkpoints', keep=config.checkpoint.keep)
         stack.callback(checkpoints.close)
-        newest = checkpoints.latest(jax.eval_shape(lambda: init_state(task)), on_damage=_say)
+        try:
+            newest = checkpoints.latest(jax.eval_shape(lambda: init_state(task)), on_damage=_say)
+        except DamagedCheckpointError as error:
+            raise UsageError(f'{error}; to start anew give another --workdir') from error
         step, state = newest or (0, init_state(task, weights))
         summary_file = path / 'summary.json'
         if step == task.total_steps and summary_file.exists():
@@ -170,7 +175,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> dict[str, Any]:
         primary = parallel.is_primary()
         writer = writers.open_writer(path, config=config, start_step=step, active=primary)
         stack.callback(writer.close)
-        bar = progress.Progress(task.total_steps, start_step=step, active=primary)
+        bar = progress.Progress(task.total_steps, active=primary)
         stack.callback(bar.close)
         clock = Clock(config.batch_size, batches)
 
@@ -310,8 +315,6 @@ def _say(line: str) -> None:
 
 
 def _farewell(summary: Mapping[str, Any], path: str) -> str:
-    if 'final' not in summary:
-        return ''
     python = os.path.relpath(sys.executable)
     return f"""
 {describe(summary['final'])}  (after {summary['step']:,} steps)
@@ -330,7 +333,8 @@ def main() -> None:
     except DivergedError as error:
         _say(f'stopped: {error}')
         sys.exit(1)
-    print(_farewell(summary, flags.FLAGS.workdir))
+    if 'final' in summary:
+        print(_farewell(summary, flags.FLAGS.workdir))
 
 
 if __name__ == '__main__':

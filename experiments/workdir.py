@@ -24,6 +24,8 @@ def claimed(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[pathlib.
       UsageError: it cannot be written, another process uses it, or it holds a run of
         another config (the message names the keys that differ).
     """
+    if not os.fspath(workdir):
+        raise UsageError('--workdir= is empty: name a directory')
     path = pathlib.Path(workdir)
     _check_config(path, config)
     try:
@@ -50,7 +52,10 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
     """
     path = pathlib.Path(workdir) / 'config.json'
     try:
-        return ConfigDict(json.loads(path.read_text()))
+        fields = json.loads(path.read_text())
+        if not isinstance(fields, dict):
+            raise ValueError('it must hold one JSON object')
+        return ConfigDict(fields)
     except FileNotFoundError:
         raise UsageError(f'--workdir={workdir} holds no run: there is no {path}') from None
     except (OSError, ValueError) as error:

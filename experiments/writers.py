@@ -59,6 +59,29 @@ class Writer:
             self._sinks.pop().close()
 
 
+def check(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Raises the UsageErrors of `open_writer` that can be known before anything is written."""
+    mode = config.wandb.mode
+    if mode not in _WANDB_MODES:
+        raise UsageError(f'config.wandb.mode={mode!r} is unknown{nearest(mode, _WANDB_MODES)}')
+    if config.wandb.project:
+        _import_wandb(config)
+    path = pathlib.Path(workdir) / METRICS_FILE
+    if path.is_file():
+        _whole_lines(path)
+
+
+def _import_wandb(config: ConfigDict):
+    try:
+        import wandb
+    except ImportError:
+        raise UsageError(
+            f'config.wandb.project={config.wandb.project!r} needs Weights & Biases: '
+            'pip install wandb'
+        ) from None
+    return wandb
+
+
 def open_writer(
     workdir: str | os.PathLike,
     *,
@@ -81,6 +104,7 @@ def open_writer(
     """
     if not active:
         return Writer([])
+    check(workdir, config)
     workdir = pathlib.Path(workdir)
     # What can fail comes first.
     wandb = [_Wandb(workdir, config)] if config.wandb.project else []
@@ -193,16 +217,7 @@ class _Wandb:
     """
 
     def __init__(self, workdir: pathlib.Path, config: ConfigDict):
-        try:
-            import wandb
-        except ImportError:
-            raise UsageError(
-                f'config.wandb.project={config.wandb.project!r} needs Weights & Biases: '
-                'pip install wandb'
-            ) from None
-        mode = config.wandb.mode
-        if mode not in _WANDB_MODES:
-            raise UsageError(f'config.wandb.mode={mode!r} is unknown{nearest(mode, _WANDB_MODES)}')
+        wandb = _import_wandb(config)
         id_file = workdir / _WANDB_ID_FILE
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
@@ -211,7 +226,7 @@ class _Wandb:
                 project=config.wandb.project,
                 entity=config.wandb.entity or None,
                 name=config.wandb.name or None,
-                mode=mode,
+                mode=config.wandb.mode,
                 id=id_file.read_text(),
                 resume='allow',
                 dir=str(workdir),

@@ -142,19 +142,30 @@ class Checkpoints:
     def latest(
         self, like: PyTree, *, on_damage: Callable[[str], None]
     ) -> tuple[int, PyTree] | None:
-        """Reads the newest checkpoint that is whole; None if there is none.
+        """Reads the newest checkpoint that is whole; None if there is none at all.
 
-        A damaged one on the way is told to `on_damage` in one line and, unless read-only,
-        renamed to `damaged-<step>` so that its step can be written anew.
+        Damaged ones that are newer are told to `on_damage`, a line each, and, unless read-only,
+        renamed to `damaged-<step>` so that their steps can be written anew.
+
+        Raises:
+          DamagedCheckpointError: there are checkpoints, but none can be read. Nothing was renamed.
         """
+        damaged = {}
         for step in reversed(self.steps()):
             try:
-                return step, self.restore(step, like)
+                state = self.restore(step, like)
             except DamagedCheckpointError as error:
-                path = self._directory / str(step)
-                if not self._read_only:
-                    path = self._set_aside(step)
-                on_damage(f'checkpoint {path} is damaged ({error}); trying the one before it')
+                damaged[step] = error
+                continue
+            for bad, error in damaged.items():
+                path = self._directory / str(bad) if self._read_only else self._set_aside(bad)
+                on_damage(f'checkpoint {path} is damaged ({error}); step {step} is used instead')
+            return step, state
+        if damaged:
+            newest = next(iter(damaged.values()))
+            raise DamagedCheckpointError(
+                f'none of the checkpoints in {self._directory} can be read ({newest})'
+            )
         return None
 
     def wait(self) -> None:

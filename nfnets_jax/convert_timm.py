@@ -31,6 +31,10 @@ _VARIANCE_EPS = 1e-5  # timm's, added to the variance
 _FLOOR = 1e-4  # ours, of the variance times the fan-in: see layers.standardize
 
 
+# Pixels in training and in testing, where timm's differ from the published.
+SIZES = {'NF-ResNet-50': (256, 288), 'NF-RegNet-B0': (192, 256), 'NF-RegNet-B1': (256, 288)}
+
+
 class Converted(NamedTuple):
     """A Haiku tree, flat.
 

@@ -60,9 +60,9 @@ def to_stablehlo(weights: pretrained.Weights) -> bytes:
     Raises:
       UsageError: the metadata do not say which model, or at which size.
     """
-    pixels = jax.ShapeDtypeStruct(
-        jax.export.symbolic_shape(f'batch, {_size(weights)}, {_size(weights)}, 3'), jnp.float32
-    )
+    size = picture_size(weights)
+    shape = jax.export.symbolic_shape(f'batch, {size}, {size}, 3')
+    pixels = jax.ShapeDtypeStruct(shape, jnp.float32)
     classify = jax.jit(make_classifier(weights))
     return bytes(jax.export.export(classify, platforms=PLATFORMS)(pixels).serialize())
 
@@ -77,7 +77,7 @@ def to_onnx(weights: pretrained.Weights) -> bytes:
         import jax2onnx
     except ImportError as error:
         raise UsageError(f'ONNX needs jax2onnx: pip install "nfnets_jax[onnx]" ({error})') from None
-    size = _size(weights)
+    size = picture_size(weights)
     classify = make_classifier(weights, _conv2d_as_onnx_knows_it)
     model = jax2onnx.to_onnx(
         classify,
@@ -107,7 +107,7 @@ def _conv2d_as_onnx_knows_it(x, w, *, stride, groups, padding):
     return convolution.plain(convolution.ConvShape(stride, groups, padding), x, w)
 
 
-def _size(weights: pretrained.Weights) -> int:
+def picture_size(weights: pretrained.Weights) -> int:
     if weights.metadata.test_size is None:
         raise UsageError('the weights do not say for which size of pictures they are')
     return weights.metadata.test_size

@@ -78,6 +78,8 @@ def get_activation(name: str, *, scaled: bool) -> Activation:
     Raises:
       UsageError: there is none of that name.
     """
+    if name == 'swish':  # The other name of silu, which the authors' code knows too.
+        name = 'silu'
     if name not in activations:
         raise UsageError(f'activation: unknown {name!r}{nearest(name, activations)}')
     return nonlinearities[name] if scaled else activations[name]

@@ -6,10 +6,11 @@ params, state, report = pretrained.fit_weights(weights, params, state)
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -222,21 +223,61 @@ def decode_metadata(text: str, path: str | os.PathLike) -> Metadata:
         values |= {
             key: tuple(values[key]) for key in ('class_names', 'mean', 'std') if key in values
         }
-        return Metadata(**values)
-    except (AttributeError, TypeError, json.JSONDecodeError) as error:
+        metadata = Metadata(**values)
+    except (AttributeError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise UsageError(f'{path}: its metadata cannot be read: {error}') from error
+    for name, holds in _METADATA_RULES.items():
+        value = getattr(metadata, name)
+        if not holds(value):
+            raise UsageError(f'{path}: its metadata cannot be read: {name} is {value!r:.80}')
+    if len(metadata.class_names) not in (0, metadata.num_classes):
+        raise UsageError(
+            f'{path}: its metadata cannot be read: they name {len(metadata.class_names)} '
+            f'of {metadata.num_classes} classes'
+        )
+    return metadata
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or (type(value) is int and value > 0)
+
+
+def _is_rgb(value: Any) -> bool:
+    return len(value) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+
+
+# What a stranger's metadata must be for the rest of the code to rely on them.
+_METADATA_RULES: dict[str, Callable[[Any], bool]] = {
+    'model': lambda value: value is None or isinstance(value, str),
+    'options': lambda value: (
+        isinstance(value, dict) and not value.keys() & {'name', 'num_classes', 'variant'}
+    ),
+    'num_classes': _is_size,
+    'train_size': _is_size,
+    'test_size': _is_size,
+    'class_names': lambda value: all(isinstance(name, str) for name in value),
+    'eval_mode': lambda value: isinstance(value, str),
+    'mean': _is_rgb,
+    'std': lambda value: _is_rgb(value) and min(value) > 0,
+}
 
 
 def _load_file(path: str | os.PathLike) -> Weights:
     arrays, text = weight_files.read(path)
     if not arrays:
         raise UsageError(f'{path} holds no arrays')
+    for name, array in arrays.items():
+        # Kind V is what NumPy makes of the bfloat16 of ml_dtypes.
+        if array.dtype.kind not in 'fiubV' or array.dtype.names:
+            raise UsageError(f'{path} cannot be read: {name} holds {array.dtype}, not numbers')
     options, added = {}, ()
     if convert_timm.is_timm(arrays):
         try:
             arrays, options, added = convert_timm.convert(arrays)
         except UsageError as error:
             raise UsageError(f'{path}: {error}') from error
+        except (KeyError, ZeroDivisionError) as error:
+            raise UsageError(f"{path}: timm's state dict is not whole: {error}") from error
     params, state = _split(_normalise(arrays))
     if _METADATA_KEY not in text:
         return Weights(params, state, _recognise(params, options), added)
@@ -329,7 +370,8 @@ def _misfit(weights: Weights, model: str) -> str:
 
 def _num_classes(params: hk.Params) -> int | None:
     head = _head(params)
-    return int(params[head]['w'].shape[-1]) if head and 'w' in params[head] else None
+    weight = params[head].get('w') if head else None
+    return weight.shape[-1] if np.ndim(weight) == 2 and weight.shape[-1] else None
 
 
 def _recognise(params: hk.Params, options: Mapping[str, Any]) -> Metadata:
@@ -344,13 +386,16 @@ def _recognise(params: hk.Params, options: Mapping[str, Any]) -> Metadata:
         row = models.variant_info(name)
         if row.family.lower() != root or sum(row.depths) != len(blocks):
             continue
+        sizes = row.train_size, row.test_size
+        if options.get('conventions') == 'timm':
+            sizes = convert_timm.SIZES.get(name, sizes)
         with_se = {'use_se': True} if has_se and 'use_se' in models.model_options(name) else {}
         metadata = Metadata(
             model=name,
             options=dict(options) | with_se,
             num_classes=num_classes,
-            train_size=row.train_size,
-            test_size=row.test_size,
+            train_size=sizes[0],
+            test_size=sizes[1],
         )
         # Files of parameters alone are common: batch norm's statistics may be missing.
         shapes, _ = variable_shapes(metadata)

@@ -65,7 +65,7 @@ def load_legacy_torch(file: BinaryIO) -> Any:
     described, keys = unpickler.load_checked(), _Unpickler(file).load_checked()
     storages = {}
     for key in keys if isinstance(keys, list) else []:
-        dtype = unpickler.storages.get(key)
+        dtype = unpickler.storages.get(key) if isinstance(key, str) else None
         if dtype is None:
             raise RefusedError(f'nothing says what its storage {key!r} holds')
         size = int.from_bytes(_read_exactly(file, 8), 'little')

@@ -35,14 +35,15 @@ def read(path: str | os.PathLike) -> Contents:
         with open(path, 'rb') as file:
             head = file.read(64)
             file.seek(0)
+            # First: the length that a .safetensors begins with may end in 0x80, as a pickle begins.
+            if head[8:9] == b'{':
+                return _read_safetensors(path)
             if head[:4] == b'PK\x03\x04':
                 return Contents(_read_zip(file), {})
             if head[:1] == b'\x80':
                 if safe_pickle.is_legacy_torch(head):
                     return Contents(_flatten(_state_dict(safe_pickle.load_legacy_torch(file))), {})
                 return Contents(_flatten(safe_pickle.load_arrays(file)), {})
-            if head[8:9] == b'{':
-                return _read_safetensors(path)
         raise safe_pickle.RefusedError('neither .safetensors, .npz, .pth nor a pickle of arrays')
     except OSError as error:
         raise UsageError(f'{path}: {error.strerror or error}') from error

@@ -165,6 +165,16 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_step_written_anew(directory):
     chex.assert_trees_all_equal(checkpoints.restore(2, make_state()), make_state(2))
 
 
+def test_where_none_can_be_read_nothing_is_touched(directory):
+    save_all(directory, {1: 0.1, 2: 0.2})
+    for step in '12':
+        (directory / step / 'state' / '_METADATA').unlink()
+    checkpoints = Checkpoints(directory)
+    with pytest.raises(DamagedCheckpointError, match='none of the checkpoints'):
+        checkpoints.latest(make_state(), on_damage=fail)
+    assert checkpoints.steps() == [1, 2]
+
+
 def test_a_state_of_another_model_is_an_error(directory):
     save_all(directory, {1: None})
     with pytest.raises(DamagedCheckpointError):

@@ -144,6 +144,15 @@ def test_another_model_than_the_one_named_is_told(weights, tmp_path):
         ('{"modell": "x"}', "did you mean 'model'"),
         ('{"model": "NFNet-F9", "num_classes": 3}', 'NFNet-F'),
         ('{"model": "NF-ResNet-8", "num_classes": 3}', 'does not fit NF-ResNet-8'),
+        ('{"model": ["x"]}', "model is \\['x'\\]"),
+        ('{"options": {"num_classes": 3}}', 'options is'),
+        ('{"options": [1]}', 'options is'),
+        ('{"test_size": "big"}', "test_size is 'big'"),
+        ('{"eval_mode": 3}', 'eval_mode is 3'),
+        ('{"mean": [1, 2]}', 'mean is'),
+        ('{"std": [0, 0, 0]}', 'std is'),
+        ('{"class_names": ["a"], "num_classes": 3}', 'name 1 of 3 classes'),
+        ('[' * 100_000, 'cannot be read'),
     ],
 )
 def test_wrong_metadata_are_named(metadata, named, weights, tmp_path):
@@ -152,6 +161,21 @@ def test_wrong_metadata_are_named(metadata, named, weights, tmp_path):
     pretrained.weight_files.write_safetensors(path, arrays, {'nfnets_jax': metadata})
     with pytest.raises(UsageError, match=named):
         load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    'array', [np.array(['a', 'b']), np.ones((2, 2), complex), np.zeros(2, 'datetime64[s]')]
+)
+def test_arrays_that_are_not_numbers_are_named(array, tmp_path):
+    np.savez(tmp_path / 'w.npz', **{'NFNet/~/linear/w': array})
+    with pytest.raises(UsageError, match='NFNet/~/linear/w holds .*, not numbers'):
+        load_pretrained(tmp_path / 'w.npz')
+
+
+def test_a_part_of_a_timm_state_dict_is_told(tmp_path):
+    np.savez(tmp_path / 'w.npz', **{'stages.0.0.conv1.weight': np.ones((4, 4, 1, 1), np.float32)})
+    with pytest.raises(UsageError, match='not whole|holds'):
+        load_pretrained(tmp_path / 'w.npz')
 
 
 def test_a_head_for_other_classes_is_left_as_it_is(weights):

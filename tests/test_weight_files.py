@@ -149,6 +149,14 @@ def test_metadata_travel_with_safetensors(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['w']
 
 
+def test_a_header_of_any_length_is_told_from_a_pickle(tmp_path):
+    for length in range(0, 256, 8):  # One of these lengths begins with the byte of a pickle.
+        path = tmp_path / f'{length}.safetensors'
+        metadata = {'note': 'x' * length}
+        weight_files.write_safetensors(path, {'a': np.zeros(2, np.float32)}, metadata)
+        assert weight_files.read(path).metadata == metadata
+
+
 def test_nested_dicts_are_joined_by_slashes(tmp_path):
     (tmp_path / 'w').write_bytes(pickle.dumps({'NFNet/~/conv': {'w': np.ones(2)}}))
     assert list(weight_files.read(tmp_path / 'w').arrays) == ['NFNet/~/conv/w']

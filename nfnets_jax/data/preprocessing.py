@@ -241,12 +241,21 @@ def _decode_with_pillow(encoded: bytes, upright: bool = True) -> np.ndarray:
         with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as picture:
             _check_size(picture.height, picture.width)
             picture.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture) if upright else picture))
+            return np.asarray(_to_rgb(_upright(picture) if upright else picture))
     except PictureError:
         raise
+    except Image.DecompressionBombError as error:
+        raise PictureError(f'more than {MAX_PIXELS:,} pixels; make the picture smaller') from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = 'not a picture' if isinstance(error, Image.UnidentifiedImageError) else error
         raise PictureError(f'cannot be decoded: {reason}') from error
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # damaged EXIF data do not make a damaged picture
+        return picture
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -71,7 +71,8 @@ def model_options(name: str) -> list[str]:
     """Returns the names that `create_model(name, ...)` takes as overrides."""
     family = variant_info(name).family
     parameters = inspect.signature(FAMILIES[family]).parameters
-    named = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    keywords = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    named = [name for name in keywords if name != 'name']
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         named += options.overrides_of(family)
     return named

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -65,7 +66,9 @@ def command(tmp_path_factory):
             env={
                 **os.environ,
                 'PYTHONPATH': str(ROOT),
-                'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+                'XLA_FLAGS': re.sub(
+                    r'(device_count)=\d+', rf'\1={devices}', os.environ['XLA_FLAGS']
+                ),
             },
             **options,
         )

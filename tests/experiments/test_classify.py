@@ -12,7 +12,6 @@ from PIL import Image
 from experiments import classify
 from nfnets_jax import pretrained
 from nfnets_jax.data.preprocessing import crop_resize, resize_crop
-from nfnets_jax.errors import UsageError
 
 METADATA = pretrained.Metadata(
     model='NF-ResNet-8',
@@ -99,7 +98,7 @@ def test_good_odd_and_bad_pictures_each_get_what_they_deserve(weights, odd_pictu
         assert result[0].name == METADATA.class_names[result[0].label]
     problems = dict(results)
     assert 'not a picture' in problems[bad_pictures[0]]
-    assert '400000000 pixels' in problems[bad_pictures[3]]
+    assert 'pixels; make the picture smaller' in problems[bad_pictures[3]]
     assert 'No such file' in problems[bad_pictures[4]]
 
 
@@ -132,8 +131,7 @@ def test_directories_are_searched_at_any_depth(tmp_path):
     found = list(classify.find_pictures([str(named), str(tmp_path / 'd')]))
     assert found == [named, beside, inside]
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(UsageError, match=r'empty: there are no pictures'):
-        list(classify.find_pictures([str(tmp_path / 'empty')]))
+    assert list(classify.find_pictures([str(tmp_path / 'empty')])) == [tmp_path / 'empty']
 
 
 def test_the_command(command, weights, tmp_path):

@@ -220,6 +220,17 @@ def test_a_damaged_newest_checkpoint_is_told_and_left_behind(whole, tiny, tmp_pa
     assert_same_run(whole[0], tmp_path / 'run')
 
 
+def test_where_no_checkpoint_can_be_read_the_run_is_left_alone(tiny, tmp_path):
+    train(tiny(duration=2), tmp_path / 'run')
+    (tmp_path / 'run' / 'summary.json').unlink()
+    (tmp_path / 'run' / 'checkpoints' / '2' / 'state' / '_METADATA').write_text('{')
+    record = (tmp_path / 'run' / 'metrics.jsonl').read_text()
+    with pytest.raises(UsageError, match='none of the checkpoints .* give another --workdir'):
+        train(tiny(duration=2), tmp_path / 'run')
+    assert (tmp_path / 'run' / 'metrics.jsonl').read_text() == record
+    assert (tmp_path / 'run' / 'checkpoints' / '2').is_dir()
+
+
 def test_divergence_stops_with_the_step_and_the_last_good_checkpoint(tiny, tmp_path):
     config = tiny(
         optimizer__learning_rate=1e30,
@@ -237,12 +248,12 @@ def test_divergence_stops_with_the_step_and_the_last_good_checkpoint(tiny, tmp_p
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'model__name': 'NF-ResNet-9'}, r"'NF-ResNet-9' \(did you mean 'NF-ResNet-"),
+        ({'model__name': 'NF-ResNet-9'}, r"config.model.*'NF-ResNet-9' \(did you mean 'NF-ResNet-"),
         ({'model__widht': 2}, r"unknown option 'widht' \(did you mean 'width'"),
-        ({'data__name': 'digit'}, r"data.name='digit'.*'digits'"),
+        ({'data__name': 'digit'}, r"config.data.name='digit'.*'digits'"),
         ({'data__image_size': 4}, r'image_size=4'),
         ({'data__skip_bad': -1}, r'data.skip_bad=-1'),
-        ({'augment__shift': -1}, r'augment.shift=-1'),
+        ({'augment__shift': -1}, r'config.augment.shift=-1'),
         ({'batch_size': 0}, r'config.batch_size=0: must be at least 1'),
         ({'batch_size': -8}, r'config.batch_size=-8: must be at least 1'),
         ({'batch_size': 66}, r'config.batch_size=66 is not divisible by the 4 devices'),
@@ -255,6 +266,10 @@ def test_divergence_stops_with_the_step_and_the_last_good_checkpoint(tiny, tmp_p
         ({'checkpoint__keep': 0}, r'config.checkpoint.keep=0: must be at least 1'),
         ({'checkpoint': 5}, r'config.checkpoint=5: must hold fields'),
         ({'seed': -1}, r'config.seed=-1: must be at least 0'),
+        ({'seed': 2**31}, r'config.seed=2147483648: must be at least 0 and below 2147483648'),
+        ({'ema': float('nan')}, r'config.ema=nan: must be at least 0 and below 1'),
+        ({'wandb__mode': 'onlin'}, r"config.wandb.mode='onlin' is unknown.*'online'"),
+        ({'augment__mixup': 0.2, 'batch_size': 4}, r'config.augment.mixup .* 1$'),
         ({'ema': 1.0}, r'config.ema=1.0: must be at least 0 and below 1'),
         ({'precision': 'float16'}, r"config.precision='float16' is unknown"),
         ({'sam__rho': -0.1}, r'config.sam.rho=-0.1'),

@@ -76,9 +76,17 @@ def test_checkpoints_of_an_unknown_config_are_not_taken_over(tmp_path):
         claim(tmp_path)
 
 
+def test_an_empty_name_is_not_this_directory():
+    with pytest.raises(UsageError, match='--workdir= is empty'):
+        claim('')
+
+
 def test_no_run_and_a_damaged_config(tmp_path):
     with pytest.raises(UsageError, match='holds no run'):
         workdir.load_config(tmp_path / 'nothing')
+    (tmp_path / 'config.json').write_text('[]')
+    with pytest.raises(UsageError, match='must hold one JSON object'):
+        workdir.load_config(tmp_path)
     (tmp_path / 'config.json').write_text('{"seed": 0')
     with pytest.raises(UsageError, match=r'config.json cannot be read'):
         workdir.load_config(tmp_path)
