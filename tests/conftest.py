@@ -1,11 +1,10 @@
-"""Every test sees four fake CPU devices; programs are compiled fast, and kept between runs."""
+"""Every test sees four fake CPU devices, and compiled programs are kept between runs."""
 
 import os
 import pathlib
 
 os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '')
-    + ' --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
 ).strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault(
