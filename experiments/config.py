@@ -26,21 +26,27 @@ def default_config() -> ConfigDict:
             # classifier starts anew if new_head, and always where the number of classes differs.
             'init': {'weights': '', 'new_head': False},
             'precision': 'float32',  # what to compute in: float32 | bfloat16
+            'gradient_dtype': 'float32',  # what gradients are averaged over the devices in
             # The name of a source; every other field but these two is an option of that source.
             # skip_bad: how many pictures that cannot be read to skip, before it is an error.
             # on_device: keep the whole training set on the devices, if it is small.
             'data': {'name': 'digits', 'skip_bad': 0, 'on_device': False},
             'augment': dict(augment.DEFAULTS),
             'batch_size': 256,  # examples per step, over all devices of all processes
+            'accumulate': 1,  # parts that each device takes its share of a batch in, one by one
             'duration': '90 epochs',  # durations: '500 steps', '30 epochs' or '10%' of this one
             'optimizer': optimizers.default_config(),
             'ema': 0.99999,  # the largest decay of the parameters' moving average; 0: no average
             # rho 0: no SAM. ascent_fraction: the part of each device's batch for the ascent.
             'sam': {'rho': 0.0, 'ascent_fraction': 1.0},
+            # Steps in a row whose loss or gradient is not finite to leave out before giving up.
+            'skip_nonfinite': 0,
             'log_every': '50 steps',
             'eval': {'every': '5 epochs', 'batch_size': 256},
             # Written every so often, and at the end; the best one is kept besides the newest.
             'checkpoint': {'every': '5 epochs', 'keep': 3},
+            'profile': '',  # a duration, '5 steps': trace so much, from the third step on
+            'smoke': False,  # three steps of a tiny likeness on made data: does it run here?
             # Weights & Biases: off without a project.
             'wandb': {'project': '', 'entity': '', 'name': '', 'mode': 'online'},
         }
@@ -56,15 +62,17 @@ def check(config: ConfigDict) -> None:
     _check_number(config, 'checkpoint.keep', low=1)
     _check_number(config, 'ema', low=0, below=1)
     _check_number(config, 'sam.rho', low=0)
+    _check_number(config, 'accumulate', low=1)
+    _check_number(config, 'skip_nonfinite', low=0)
     if not 0 < config.sam.ascent_fraction <= 1:
         raise UsageError(
             f'config.sam.ascent_fraction={config.sam.ascent_fraction}: must be in (0, 1]'
         )
-    if config.precision not in PRECISIONS:
-        raise UsageError(
-            f'config.precision={config.precision!r} is unknown'
-            f'{nearest(config.precision, PRECISIONS)}'
-        )
+    for key in ('precision', 'gradient_dtype'):
+        if config[key] not in PRECISIONS:
+            raise UsageError(
+                f'config.{key}={config[key]!r} is unknown{nearest(config[key], PRECISIONS)}'
+            )
 
 
 # Fields whose inner keys depend on a name; their owner checks them.

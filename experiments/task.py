@@ -25,7 +25,8 @@ class TrainState(NamedTuple):
     """All that a run is, besides its config: what a checkpoint holds."""
 
     seed: jax.Array  # int32 scalar, as data: runs that differ by it alone share a program
-    step: jax.Array  # int32 scalar, updates done
+    numbers: optimizers.Numbers  # float32 scalars, data for the same reason
+    step: jax.Array  # int32 scalar, steps done
     params: hk.Params
     state: hk.State  # batch norm's statistics; empty without
     opt_state: PyTree
@@ -55,6 +56,7 @@ class Task(NamedTuple):
     log_every: int
     eval_every: int
     checkpoint_every: int
+    profile_steps: int  # to trace
 
 
 def prepare(config: ConfigDict, *, training: bool = True) -> Task:
@@ -81,9 +83,13 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
             f'which has {len(train_source)} examples'
         )
 
-    def steps(key: str, duration: str | int, total: int | None) -> int:
+    def steps(key: str, duration: str | int, total: int | None, minimum: int = 1) -> int:
         return num_steps(
-            duration, steps_per_epoch=steps_per_epoch, total_steps=total, key=f'config.{key}'
+            duration,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total,
+            key=f'config.{key}',
+            minimum=minimum,
         )
 
     total_steps = steps('duration', config.duration, None)
@@ -116,18 +122,20 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
         log_every=steps('log_every', config.log_every, total_steps),
         eval_every=steps('eval.every', config.eval.every, total_steps),
         checkpoint_every=steps('checkpoint.every', config.checkpoint.every, total_steps),
+        profile_steps=steps('profile', config.profile or 0, total_steps, minimum=0),
     )
 
 
-def init_state(task: Task, weights: tuple[hk.Params, hk.State] | None = None) -> TrainState:
-    """Returns the state before the first step: a function of the config's seed, and `weights`."""
+def make_init(task: Task) -> Callable[..., TrainState]:
+    """Returns a compiled function (seed, numbers, weights or None) -> the state before training."""
 
     @jax.jit  # One program, instead of one for each kind of leaf.
-    def init(seed: jax.Array, weights: tuple[hk.Params, hk.State] | None) -> TrainState:
+    def init(seed: jax.Array, numbers: optimizers.Numbers, weights) -> TrainState:
         params, state = weights or _init_variables(task.model, seed, task.pictures.shape)
         ema_params, ema_state = (params, state) if task.config.ema else ({}, {})
         return TrainState(
             seed=seed,
+            numbers=numbers,
             step=jnp.zeros((), jnp.int32),
             params=params,
             state=state,
@@ -137,7 +145,23 @@ def init_state(task: Task, weights: tuple[hk.Params, hk.State] | None = None) ->
             window=window.empty(),
         )
 
-    return init(jnp.int32(task.config.seed), weights)
+    return init
+
+
+def init_state(
+    task: Task,
+    weights: tuple[hk.Params, hk.State] | None = None,
+    init: Callable[..., TrainState] | None = None,
+) -> TrainState:
+    """Returns the state before the first step: a function of the config's seed, and `weights`.
+
+    Args:
+      task: what to train.
+      weights: parameters and state to begin with; None: random ones.
+      init: from `make_init`, of this task or one that differs in numbers only.
+    """
+    numbers = jax.tree.map(jnp.float32, task.optimizer.numbers)
+    return (init or make_init(task))(jnp.int32(task.config.seed), numbers, weights)
 
 
 def load_weights(task: Task) -> tuple[hk.Params, hk.State, pretrained.Report]:
@@ -207,6 +231,11 @@ def _check_rows(config: ConfigDict, augmentation: Callable, pictures: Pictures) 
     """Raises a UsageError if a device's share of the batch is none that can be augmented."""
     parallel.local_batch_size(config.batch_size)
     rows = config.batch_size // jax.device_count()
+    if rows % config.accumulate:
+        raise UsageError(
+            f'config.accumulate={config.accumulate}: must divide the {rows} examples that each of '
+            f'the {jax.device_count()} devices has of config.batch_size={config.batch_size}'
+        )
     jax.eval_shape(
         augmentation,
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
@@ -243,6 +272,18 @@ def _init_variables(
     model: hk.TransformedWithState, seed: int | jax.Array, image_shape: tuple[int, int, int]
 ) -> tuple[hk.Params, hk.State]:
     return model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), True)
+
+
+def flops_per_image(task: Task) -> float:
+    """Returns the operations of a forward and a backward pass for one picture of the training set.
+
+    As is usual: two for each multiply-accumulate of convolutions and linear layers, three times,
+    for the gradients to activations and weights cost as much as the forward pass, each. What SAM
+    and recomputation do besides does not count.
+    """
+    options = task.config.model.to_dict()
+    cost = models.model_cost(options.pop('name'), len(task.train_source.class_names), **options)
+    return 3 * 2 * cost.macs(task.pictures.shape[0])
 
 
 def make_eval_step(task: Task) -> Callable:

@@ -2,10 +2,9 @@
 
     python -m experiments.train --config=configs/digits.py --workdir=runs/digits
 
-What a run is: bytes -> uint8 batches on the host -> augmentation, forward and backward pass on
-each device -> mean gradient -> clip, decay, momentum -> parameters -> their moving average.
-All randomness is a function of (seed, step, position in the batch), so that a run which was
-stopped anywhere and resumed ends bit for bit where the uninterrupted one does.
+What a run is: bytes -> uint8 batches on the host -> on each device what train_step.py says, over
+and over -> every so often a line of metrics, an exact evaluation, a checkpoint. Nothing in it
+depends on when it was stopped: resumed, it ends bit for bit where the uninterrupted run does.
 """
 
 import contextlib
@@ -17,14 +16,11 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import haiku as hk
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -36,101 +32,38 @@ from experiments.task import (
     describe,
     describe_weights,
     evaluate,
+    flops_per_image,
     init_state,
     load_weights,
-    make_eval_step,
     prepare,
 )
-from nfnets_jax import augment, optimizers, parallel, pretrained
+from experiments.trace import Trace
+from experiments.train_step import Programs, compile_programs
+from nfnets_jax import parallel, pretrained
 from nfnets_jax.checkpoints import Checkpoints, DamagedCheckpointError
 from nfnets_jax.data import pipeline, resident
 from nfnets_jax.errors import UsageError
-from nfnets_jax.sam import sam_value_and_grad
 
 
 class DivergedError(Exception):
     """The loss or the gradient is no longer a finite number."""
 
 
-# Keeps the randomness of dropout and stochastic depth apart from that of the augmentations, which
-# are numbered from 0. It is the device's own: these masks do depend on the number of devices.
-_MODEL_STREAM = 1 << 16
-
-
-def make_train_step(task: Task) -> Callable[[TrainState, dict], TrainState]:
-    """Returns the parallel update: (state, batch of images, labels and positions) -> state."""
-    config = task.config
-
-    def loss_fn(params, batch, state, key):
-        outputs, state = task.model.apply(params, state, key, batch['image'], True)
-        losses = optax.softmax_cross_entropy(outputs['logits'], batch['target'])
-        return jnp.mean(losses), (state, outputs['logits'])
-
-    def value_and_gradient(params, batch, state, key):
-        if not config.sam.rho:
-            (loss, (state, logits)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-                params, batch, state, key
-            )
-            return loss, state, logits, gradients
-        # Statistics are those of the parameters that are kept, so of the first of the two passes.
-        sam = sam_value_and_grad(
-            loss_fn,
-            config.sam.rho,
-            ascent_fraction=config.sam.ascent_fraction,
-            has_aux=True,
-            both_aux=True,
-        )
-        (loss, ((state, _), (_, logits))), gradients = sam(params, batch, state, key)
-        return loss, state, logits, gradients
-
-    def train_step(s: TrainState, batch: dict) -> TrainState:
-        if task.on_device:
-            batch = resident.take(batch, s.step, config.batch_size)
-        keys = augment.example_keys(s.seed, s.step, batch['position'])
-        images, targets = task.augmentation(keys, batch['image'], batch['label'])
-        key = jax.random.fold_in(keys[0], _MODEL_STREAM)
-
-        loss, state, logits, gradients = value_and_gradient(
-            s.params, {'image': images, 'target': targets}, s.state, key
-        )
-        gradients = jax.lax.pmean(gradients, parallel.AXIS)
-        state = _mean_over_devices(state)
-
-        updates, opt_state = task.optimizer.transformation.update(gradients, s.opt_state, s.params)
-        params = optax.apply_updates(s.params, updates)
-
-        ema_params, ema_state = s.ema_params, s.ema_state
-        if config.ema:
-            decay = optimizers.ema_decay(s.step, config.ema)
-            ema_params, ema_state = optimizers.ema_update(
-                (ema_params, ema_state), (params, state), decay
-            )
-
-        hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
-        metrics = jax.lax.pmean({'loss': loss, 'top1': jnp.mean(hits)}, parallel.AXIS) | {
-            'gradient_norm': optax.tree.norm(gradients),
-            'clipped_fraction': optax.tree.get(opt_state, 'clipped_fraction', jnp.zeros(())),
-        }
-        sums = window.add(s.window, metrics, s.step, task.log_every)
-        return TrainState(s.seed, s.step + 1, params, state, opt_state, ema_params, ema_state, sums)
-
-    return parallel.parallelise(train_step, donate_replicated=True)
-
-
-def _mean_over_devices(state: hk.State) -> hk.State:
-    """Averages batch norm's running statistics, which differ where each device has its own."""
-    return jax.tree.map(
-        lambda x: jax.lax.pmean(x, parallel.AXIS) if jnp.issubdtype(x.dtype, jnp.floating) else x,
-        state,
-    )
-
-
-def train(config: ConfigDict, directory: str | os.PathLike) -> dict[str, Any]:
+def train(
+    config: ConfigDict,
+    directory: str | os.PathLike,
+    *,
+    programs: dict[str, Programs] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Trains to the end of `config.duration`, from the newest whole checkpoint if there is one.
 
     Args:
       config: see `experiments.config.default_config`.
       directory: where everything about the run is kept (the workdir).
+      programs: shared by several runs in one process, keeps what is compiled: runs that differ in
+        the seed, the learning rate, the clipping or the weight decay only compile once.
+      quiet: whether to tell the run's course to the files alone.
 
     Returns:
       What summary.json holds: final and best metrics, speed, versions. If SIGTERM or SIGINT
@@ -140,50 +73,54 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> dict[str, Any]:
       UsageError: a mistake in the config or the directory; nothing has been written.
       DivergedError: the loss or gradient is not finite; nothing has been saved since.
     """
+    say = (lambda line: None) if quiet else _say
     task = prepare(config)
     writers.check(directory, config)
     weights = None
     if config.init.weights:
         *weights, report = load_weights(task)
-        _say(f'{config.init.weights}: {report}')
+        say(f'{config.init.weights}: {report}')
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(workdir.claimed(directory, config))
         stop = stack.enter_context(_stop_on_signals())
 
         # Where were we?
+        init, train_step, eval_step = compile_programs(task, {} if programs is None else programs)
         checkpoints = Checkpoints(path / 'checkpoints', keep=config.checkpoint.keep)
         stack.callback(checkpoints.close)
         try:
-            newest = checkpoints.latest(jax.eval_shape(lambda: init_state(task)), on_damage=_say)
+            newest = checkpoints.latest(jax.eval_shape(lambda: init_state(task)), on_damage=say)
         except DamagedCheckpointError as error:
             raise UsageError(f'{error}; to start anew give another --workdir') from error
-        step, state = newest or (0, init_state(task, weights))
+        step, state = newest or (0, init_state(task, weights, init))
         summary_file = path / 'summary.json'
         if step == task.total_steps and summary_file.exists():
-            _say(f'{path} is complete')
+            say(f'{path} is complete')
             return json.loads(summary_file.read_text())
         if step:
-            _say(f'resuming {path} at step {step:,} of {task.total_steps:,}')
+            say(f'resuming {path} at step {step:,} of {task.total_steps:,}')
         state = parallel.replicate(state)
         metadata = pretrained.encode_metadata(describe_weights(task))
         workdir.write_text(path / 'model.json', metadata + '\n')
 
-        # What happens in a step, and where it is told.
-        train_step, eval_step = make_train_step(task), make_eval_step(task)
+        # Where the pictures come from, and where it is told what becomes of them.
         bad = pipeline.BadPictures(task.skip_bad)
         batches = stack.enter_context(_open_batches(task, step, bad))
         primary = parallel.is_primary()
         writer = writers.open_writer(path, config=config, start_step=step, active=primary)
         stack.callback(writer.close)
-        bar = progress.Progress(task.total_steps, active=primary)
+        bar = progress.Progress(task.total_steps, active=primary and not quiet)
         stack.callback(bar.close)
-        clock = Clock(config.batch_size, batches)
+        trace = Trace(path / 'profile', first=step + 2, steps=task.profile_steps)
+        stack.callback(trace.close)
+        clock = Clock(config.batch_size, batches, flops_per_image(task))
 
         def due(every: int) -> bool:
             return step % every == 0 or step == task.total_steps
 
         stopping = False
         while step < task.total_steps and not stopping:
+            trace.before(step, state)
             batch = next(batches)
             with jax.transfer_guard('disallow'):
                 state = train_step(state, batch)
@@ -192,9 +129,12 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> dict[str, Any]:
 
             if due(task.log_every):
                 _assert_finite(state, checkpoints)
+                nonfinite = window.nonfinite_steps(state.window)
                 metrics = window.means(state.window) | clock.read()
                 metrics |= {'skipped_pictures': len(bad)} if task.skip_bad else {}
-                metrics['learning_rate'] = float(task.optimizer.learning_rate(step - 1))
+                metrics |= {'skipped_steps': nonfinite} if config.skip_nonfinite else {}
+                # The schedule counts updates.
+                metrics['learning_rate'] = float(task.optimizer.learning_rate(step - 1 - nonfinite))
                 writer.write(step, {f'train/{name}': value for name, value in metrics.items()})
             bar.update(step, metrics)
 
@@ -215,7 +155,7 @@ def train(config: ConfigDict, directory: str | os.PathLike) -> dict[str, Any]:
         bar.close()
         plots.draw_curves(writers.read_metrics(path), path / 'curves.png', title=config.model.name)
         if step < task.total_steps:
-            _say(f'stopped; step {step:,} is saved, and the same command continues from there')
+            say(f'stopped; step {step:,} is saved, and the same command continues from there')
             return {'step': step}
         if newest and step == newest[0]:  # All steps were done, but not all that follows.
             results = evaluate(task, eval_step, state.variables())
@@ -275,7 +215,7 @@ def _score(results: Mapping[str, float]) -> float:
 
 
 def _assert_finite(state: TrainState, checkpoints: Checkpoints) -> None:
-    bad = window.first_nonfinite(state.window)
+    bad = window.lost_at(state.window)
     if bad is None:
         return
     checkpoints.wait()

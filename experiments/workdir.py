@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from nfnets_jax.errors import UsageError
 
 # What may change when a run is continued, since the parameters it ends with do not depend on it.
-FREE_TO_CHANGE = ('log_every', 'eval', 'checkpoint', 'wandb')
+FREE_TO_CHANGE = ('log_every', 'eval', 'checkpoint', 'profile', 'wandb')
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nfnets_jax import schedules
+from nfnets_jax import schedules, unit_axes
 from nfnets_jax.agc import adaptive_grad_clip
 from nfnets_jax.errors import UsageError, nearest
 
@@ -35,12 +35,25 @@ class Group:
     lr_scale: float = 1.0  # multiplies the learning rate
 
 
+class Numbers(NamedTuple):
+    """What of an optimizer's config may be data of a compiled program: float32 scalars or floats.
+
+    Runs that differ in nothing else need to be compiled only once.
+    """
+
+    learning_rate: jax.typing.ArrayLike  # at its peak, already scaled by the batch
+    clipping: jax.typing.ArrayLike
+    weight_decay: jax.typing.ArrayLike
+
+
 class Optimizer(NamedTuple):
     """What training needs: the update rule, and its learning rate to look at."""
 
     transformation: optax.GradientTransformation
     learning_rate: schedules.Schedule
     groups: dict[str, Group]  # parameter name -> the rule that decides for it
+    numbers: Numbers  # that `transformation` has
+    with_numbers: Callable[[Numbers], optax.GradientTransformation]  # the same with others
 
 
 # The published groups. In every family a weight is called 'w', whereas gains, biases, skip gains
@@ -70,6 +83,7 @@ def default_config() -> dict:
             'name': 'agc',  # agc | global_norm | leaf_norm | none
             'clipping': 0.01,  # agc: of the unit's weight norm; the others: the largest norm
             'eps': 1e-3,  # agc: the least weight norm
+            'unitwise': True,  # agc: by output unit, as published; False: each parameter whole
         },
         'groups': PUBLISHED_GROUPS,  # fields as in Group
     }
@@ -122,39 +136,46 @@ def create(
     peak = config['learning_rate']
     if config['scale_lr_by_batch']:
         peak *= batch_size / 256
-    learning_rate = schedules.create(
-        config['schedule'],
-        peak,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        key=f'{key}.schedule',
-    )
-    clip = _clip(config['clip'], marked('clip'))
-    decay = optax.add_decayed_weights(config['weight_decay'], marked('decay'))
-    adam = optax.scale_by_adam(config['b1'], config['b2'], config['eps'])
-    match config['name']:
-        case 'sgd':
-            # Without momentum there is nothing to remember.
-            momentum, nesterov = config['momentum'], config['nesterov']
-            direction = optax.trace(momentum, nesterov) if momentum else optax.identity()
-            steps = (clip, decay, direction)
-        case 'adam':
-            steps = (clip, decay, adam)
-        case 'adamw':
-            steps = (clip, adam, decay)
-    transformation = optax.chain(
-        *steps,
-        _scale_leaves(marked('lr_scale')),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    if len(trained) < len(groups):
-        transformation = optax.partition(
+
+    def learning_rate(peak: jax.typing.ArrayLike) -> schedules.Schedule:
+        return schedules.create(
+            config['schedule'],
+            peak,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+            key=f'{key}.schedule',
+        )
+
+    def with_numbers(numbers: Numbers) -> optax.GradientTransformation:
+        clip = _clip(config['clip'], numbers.clipping, marked('clip'))
+        decay = optax.add_decayed_weights(numbers.weight_decay, marked('decay'))
+        adam = optax.scale_by_adam(config['b1'], config['b2'], config['eps'])
+        match config['name']:
+            case 'sgd':
+                # Without momentum there is nothing to remember.
+                momentum, nesterov = config['momentum'], config['nesterov']
+                direction = optax.trace(momentum, nesterov) if momentum else optax.identity()
+                steps = (clip, decay, direction)
+            case 'adam':
+                steps = (clip, decay, adam)
+            case 'adamw':
+                steps = (clip, adam, decay)
+        transformation = optax.chain(
+            *steps,
+            _scale_leaves(marked('lr_scale')),
+            optax.scale_by_learning_rate(learning_rate(numbers.learning_rate)),
+        )
+        if len(trained) == len(groups):
+            return transformation
+        return optax.partition(
             {'trained': transformation, 'frozen': optax.set_to_zero()},
             lambda tree: jax.tree.map(
                 lambda freeze: 'frozen' if freeze else 'trained', marked('freeze')(tree)
             ),
         )
-    return Optimizer(transformation, learning_rate, groups)
+
+    numbers = Numbers(peak, config['clip']['clipping'], config['weight_decay'])
+    return Optimizer(with_numbers(numbers), learning_rate(peak), groups, numbers, with_numbers)
 
 
 def assign_groups(
@@ -219,7 +240,7 @@ class ClipByNormState(NamedTuple):
     clipped_fraction: jax.Array  # f32, of the norms looked at in the last update
 
 
-def clip_by_norm(max_norm: float, *, per_leaf: bool) -> optax.GradientTransformation:
+def clip_by_norm(max_norm: jax.typing.ArrayLike, *, per_leaf: bool) -> optax.GradientTransformation:
     """Scales gradients down to at most `max_norm`: all together, or each leaf by itself.
 
     Args:
@@ -251,13 +272,16 @@ def clip_by_norm(max_norm: float, *, per_leaf: bool) -> optax.GradientTransforma
     return optax.GradientTransformation(init, update)
 
 
-def _clip(config: Mapping, mask) -> optax.GradientTransformation:
+def _clip(
+    config: Mapping, clipping: jax.typing.ArrayLike, mask: Callable
+) -> optax.GradientTransformation:
     match config['name']:
         case 'agc':
-            return adaptive_grad_clip(config['clipping'], config['eps'], mask=mask)
+            axis = None if config['unitwise'] else unit_axes.per_tensor
+            return adaptive_grad_clip(clipping, config['eps'], axis, mask=mask)
         case 'global_norm' | 'leaf_norm':
             per_leaf = config['name'] == 'leaf_norm'
-            return optax.masked(clip_by_norm(config['clipping'], per_leaf=per_leaf), mask)
+            return optax.masked(clip_by_norm(clipping, per_leaf=per_leaf), mask)
         case 'none':
             return optax.identity()
 

@@ -79,7 +79,7 @@ def _parse(duration: int | str, key: str) -> tuple[float, str]:
     return float(match['amount']), _UNITS.get(unit, unit)
 
 
-def warmup_cosine(peak: float, *, total_steps: int, warmup_steps: int = 0) -> Schedule:
+def warmup_cosine(peak: jax.typing.ArrayLike, *, total_steps: int, warmup_steps: int = 0) -> Schedule:
     """Rises linearly from 0 to `peak`, then falls along half a cosine to 0 at `total_steps`.
 
     The schedule of both papers (arXiv 2101.08692; arXiv 2102.06171, section 5). It stays 0
@@ -93,13 +93,13 @@ def warmup_cosine(peak: float, *, total_steps: int, warmup_steps: int = 0) -> Sc
     return _warm_up(cosine, peak, warmup_steps)
 
 
-def constant(value: float, *, warmup_steps: int = 0) -> Schedule:
+def constant(value: jax.typing.ArrayLike, *, warmup_steps: int = 0) -> Schedule:
     """Stays at `value`, after an optional linear rise from 0."""
     return _warm_up(lambda step: jnp.full_like(step, value), value, warmup_steps)
 
 
 def step_decay(
-    peak: float, *, boundaries: Sequence[int], factor: float, warmup_steps: int = 0
+    peak: jax.typing.ArrayLike, *, boundaries: Sequence[int], factor: float, warmup_steps: int = 0
 ) -> Schedule:
     """Starts at `peak` and is multiplied by `factor` from each boundary on.
 
@@ -113,7 +113,7 @@ def step_decay(
     return _warm_up(decayed, peak, warmup_steps)
 
 
-def _warm_up(schedule: Schedule, peak: float, warmup_steps: int) -> Schedule:
+def _warm_up(schedule: Schedule, peak: jax.typing.ArrayLike, warmup_steps: int) -> Schedule:
     """Replaces the first `warmup_steps` values by a linear rise from 0 towards `peak`."""
 
     def warmed_up(step):
@@ -135,7 +135,7 @@ def default_config() -> dict:
 
 
 def create(
-    config, peak: float, *, steps_per_epoch: float, total_steps: int, key: str = 'schedule'
+    config, peak: jax.typing.ArrayLike, *, steps_per_epoch: float, total_steps: int, key: str = 'schedule'
 ) -> Schedule:
     """Returns the schedule that a config describes.
 

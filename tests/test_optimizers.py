@@ -150,6 +150,37 @@ def _first_update(config, params, gradient):
     return jax.tree.map(jnp.negative, updates), opt_state
 
 
+def test_layer_wise_clipping_takes_one_norm_for_each_parameter():
+    params, gradient = _trees(2)
+    clipped, _ = _first_update(_config(clip__unitwise=False), params, gradient)
+    w, g = (np.float64(tree['Net/~/conv']['w']).reshape(-1) for tree in (params, gradient))
+    expected = _agc_float64(w, g, 0.01, 1e-3).reshape(3, 3, 2, 4)
+    np.testing.assert_allclose(clipped['Net/~/conv']['w'], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('clip', ['agc', 'global_norm', 'leaf_norm'])
+def test_numbers_may_be_data_of_a_compiled_program(clip):
+    params, gradient = _trees(2)
+    other = {'learning_rate': 0.3, 'weight_decay': 0.2, 'clip__clipping': 0.05}
+    here, there = _create(_config(clip__name=clip)), _create(_config(clip__name=clip, **other))
+
+    @jax.jit
+    def first_two_updates(numbers):
+        transformation = here.with_numbers(numbers)
+        opt_state = transformation.init(params)
+        for _ in range(2):
+            updates, opt_state = transformation.update(gradient, opt_state, params)
+        return updates
+
+    for optimizer in (here, there):
+        updates = first_two_updates(jax.tree.map(jnp.float32, optimizer.numbers))
+        opt_state = optimizer.transformation.init(params)
+        for _ in range(2):
+            expected, opt_state = optimizer.transformation.update(gradient, opt_state, params)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+    assert first_two_updates._cache_size() == 1
+
+
 def test_global_norm_leaves_out_what_is_not_clipped():
     params, gradient = _trees(2)
     config = _config(clip__name='global_norm', clip__clipping=0.5)
@@ -321,10 +352,10 @@ def test_bad_rules(rules, message):
         ({'momentun': 0.9}, r"optimizer\.momentun is unknown.*did you mean 'momentum'"),
         ({'clip': {'name': 'agc', 'clipping': 0.01}}, r'optimizer\.clip\.eps is missing'),
         (
-            {'clip': {'name': 'agc', 'clipping': 0.0, 'eps': 1e-3}},
+            {'clip': {'name': 'agc', 'clipping': 0.0, 'eps': 1e-3, 'unitwise': True}},
             r'optimizer\.clip\.clipping=0\.0',
         ),
-        ({'clip': {'name': 'acg', 'clipping': 0.1, 'eps': 1e-3}}, r"clip\.name='acg'.*'agc'"),
+        ({'clip': {'name': 'acg', 'clipping': 0.1, 'eps': 1e-3, 'unitwise': True}}, r"clip\.name='acg'.*'agc'"),
         ({'clip': 'agc'}, r"optimizer\.clip='agc': it must hold fields"),
         ({'nesterov': 'no'}, r"optimizer\.nesterov='no': it must be True or False"),
         ({'schedule': {}}, r'optimizer\.schedule\.name is missing'),

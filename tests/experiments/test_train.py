@@ -29,7 +29,8 @@ def final_state(directory):
 
 def timeless(directory):
     """The lines of metrics.jsonl without what depends on the clock."""
-    clocked = {'train/images_per_second', 'train/data_wait'}
+    names = ('images_per_second', 'data_wait', 'tflops', 'mfu', 'memory_gib', 'compile_seconds')
+    clocked = {f'train/{name}' for name in names}
     return [
         {name: value for name, value in line.items() if name not in clocked}
         for line in writers.read_metrics(directory)

@@ -7,11 +7,11 @@ from experiments import window
 STEP = {'loss': 2.0, 'top1': 0.5, 'gradient_norm': 1.0, 'clipped_fraction': 0.25}
 
 
-def run(losses, every=4, start=None, first=0, **metrics):
+def run(losses, every=4, start=None, first=0, patience=0, **metrics):
     sums = window.empty() if start is None else start
     for step, loss in enumerate(losses, start=first):
         values = {name: jnp.float32(x) for name, x in {**STEP, **metrics, 'loss': loss}.items()}
-        sums = window.add(sums, values, jnp.int32(step), every)
+        sums = window.add(sums, values, jnp.int32(step), every, patience)
     return sums
 
 
@@ -30,12 +30,22 @@ def test_a_window_goes_on_after_a_checkpoint():
     assert window.means(run([3.0, 6.0], start=saved, first=2))['loss'] == 3.0
 
 
-def test_nothing_yet_is_zero():
-    assert window.means(window.empty())['loss'] == 0
+def test_nothing_yet_has_no_mean():
+    assert np.isnan(window.means(window.empty())['loss'])
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_the_first_step_that_is_not_finite_is_remembered_for_good(bad):
-    assert window.first_nonfinite(run([1.0] * 6)) is None
-    assert window.first_nonfinite(run([1.0, bad, 1.0, bad, 1.0, 1.0])) == 2
-    assert window.first_nonfinite(run([1.0], gradient_norm=bad)) == 1
+    assert window.lost_at(run([1.0] * 6)) is None
+    assert window.lost_at(run([1.0, bad, 1.0, bad, 1.0, 1.0])) == 2
+    assert window.lost_at(run([1.0], gradient_norm=bad)) == 1
+
+
+def test_patience_ends_after_so_many_steps_in_a_row():
+    bad = np.nan
+    sums = run([1.0, bad, bad, 3.0, bad, bad], every=8, patience=2)
+    assert window.lost_at(sums) is None
+    assert window.nonfinite_steps(sums) == 4
+    assert window.means(sums)['loss'] == 2.0, 'a mean over the steps that count'
+    assert window.lost_at(run([bad], start=sums, first=6, patience=2)) == 7
+    assert window.lost_at(run([1.0], start=sums, first=6, patience=2)) is None

@@ -1,0 +1,91 @@
+"""What accelerators can do at best, as their makers publish it: for MFU and for planning.
+
+`DEVICES` is the one table of hardware figures. Peak operations are dense bfloat16 ones (float16 on
+a V100, which has no bfloat16). Sources, read in November 2026:
+
+  TPUs    cloud.google.com/tpu/docs/v3, v4, v5e, v5p and v6e. What a chip sends over its links is
+          the published all-reduce bandwidth of a pod divided by its chips; v5p: 4,800 Gbit/s.
+  GPUs    NVIDIA's data sheets of V100, A100, H100, and H200, halved where they count sparsity.
+          Links are NVLink, or PCIe without it, in one direction; the network is one card for each
+          GPU of 100, 200 or 400 Gbit/s (V100, A100, Hopper).
+  prices  US dollars a chip-hour in the cheapest US region. On demand from Google: TPU v3 to v5p and
+          V100 as in the SkyPilot catalogue, v6e as announced in 2024. A100, H100, H200: EC2
+          Capacity Blocks of January 2025. Prices change; commands that use them take --price.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """A chip; where JAX makes two devices of one (TPU v2 and v3: a core each), half of it.
+
+    Attributes:
+      name: what people call it.
+      kinds: how `jax.Device.device_kind` begins.
+      peak_flops: dense bfloat16 operations a second, a multiply-accumulate counting two.
+      memory: bytes.
+      memory_bandwidth: bytes a second.
+      link_bytes: what it can send to its neighbours, bytes a second in all directions together.
+      linked: how many are joined by those links at most: a pod, a box.
+      network_bytes: what it can send to other boxes, bytes a second; None within pods only.
+      price: US dollars an hour, see above; None where there is none to name.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    peak_flops: float
+    memory: float
+    memory_bandwidth: float
+    link_bytes: float
+    linked: int
+    network_bytes: float | None
+    price: float | None = None
+
+
+def _device(name, kinds, tflops, memory_gb, memory_gbps, link_gbps, linked, network_gbps, price):
+    return Device(
+        name=name,
+        kinds=kinds,
+        peak_flops=tflops * 1e12,
+        memory=memory_gb * 1e9,
+        memory_bandwidth=memory_gbps * 1e9,
+        link_bytes=link_gbps * 1e9,
+        linked=linked,
+        network_bytes=network_gbps and network_gbps * 1e9,
+        price=price,
+    )
+
+
+# TFLOP/s, GB, GB/s, GB/s over links, linked, GB/s over the network, price. The first that fits is
+# taken: a longer kind stands before its own beginning.
+DEVICES = (
+    _device('TPU v3 core', ('TPU v3',), 61.5, 17.2, 450, 166, 2048, None, 1.00),
+    _device('TPU v4', ('TPU v4',), 275, 34.4, 1200, 268, 4096, None, 3.22),
+    _device('TPU v5e', ('TPU v5 lite', 'TPU v5e'), 197, 16, 819, 200, 256, None, 1.20),
+    _device('TPU v5p', ('TPU v5p', 'TPU v5'), 459, 95, 2765, 600, 8960, None, 4.20),
+    _device('TPU v6e', ('TPU v6 lite', 'TPU v6e'), 918, 32, 1638, 400, 256, None, 2.70),
+    _device('V100', ('Tesla V100-SXM',), 125, 16, 900, 150, 8, 12.5, 2.48),
+    _device('A100', ('NVIDIA A100-SXM4-40GB',), 312, 40, 1555, 300, 8, 25, 1.84),
+    _device('A100 80GB', ('NVIDIA A100-SXM4-80GB',), 312, 80, 2039, 300, 8, 25, None),
+    _device('A100 PCIe', ('NVIDIA A100',), 312, 40, 1555, 32, 8, 25, None),
+    _device('H100 PCIe', ('NVIDIA H100 PCIe',), 756, 80, 2000, 64, 8, 50, None),
+    _device('H100 NVL', ('NVIDIA H100 NVL',), 835, 94, 3900, 64, 8, 50, None),
+    _device('H100', ('NVIDIA H100',), 989, 80, 3350, 450, 8, 50, 4.92),
+    _device('H200 NVL', ('NVIDIA H200 NVL',), 835, 141, 4800, 64, 8, 50, None),
+    _device('H200', ('NVIDIA H200',), 989, 141, 4800, 450, 8, 50, 5.41),
+)
+
+
+def find_device(device_kind: str) -> Device | None:
+    """Returns the device that JAX calls so ('TPU v5 lite', 'NVIDIA H100 80GB HBM3'), if known."""
+    return next((device for device in DEVICES if device_kind.startswith(device.kinds)), None)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns the peak dense bfloat16 operations a second of a device, by JAX's name of its kind.
+
+    None where it is not known: on a CPU, say.
+    """
+    device = find_device(device_kind)
+    return device.peak_flops if device else None
