@@ -1,9 +1,10 @@
 """What every command does alike: parse flags, and turn a user's mistake into one line.
 
 Exit status: 0 done (or stopped on request, to be continued), 1 the training diverged,
-2 something in the command line, the config or a file is not right.
+2 something in the command line, the config or a file is not right, 3 another process has died.
 """
 
+import contextlib
 import inspect
 import os
 import re
@@ -16,14 +17,20 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from experiments import peers
 from nfnets_jax.errors import UsageError, nearest
 
 
-def run(main: Callable[..., None], *, positional: bool = False) -> None:
+def run(main: Callable[..., None], *, positional: bool = False, distributed: bool = False) -> None:
     """Parses the command line and calls `main`, which reads `flags.FLAGS`.
 
-    If `positional`, `main` takes what is on the command line besides flags, a list of strings.
+    Args:
+      main: the command.
+      positional: whether it takes what is on the command line besides flags, a list of strings.
+      distributed: whether several processes may run it together.
     """
+    if distributed:
+        _define_distributed_flags()
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1 and not positional:
@@ -31,11 +38,29 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
         logging.set_verbosity(logging.ERROR)  # Libraries narrate their work; we say what matters.
         warnings.filterwarnings('ignore', module='PIL')
         try:
-            main(argv[1:]) if positional else main()
+            with peers.joined(_peers()) if distributed else contextlib.nullcontext():
+                main(argv[1:]) if positional else main()
         except UsageError as error:
             _fail(str(error))
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _define_distributed_flags() -> None:
+    why = 'To train with several processes; not needed where the cluster says it.'
+    flags.DEFINE_string('coordinator', None, f'{why} host:port of process 0.')
+    flags.DEFINE_integer('num_processes', None, f'{why} How many there are.')
+    flags.DEFINE_integer('process_id', None, f'{why} Which of them this is, from 0.')
+    flags.DEFINE_float(
+        'start_timeout', 300.0, 'Seconds in which all processes must meet.', lower_bound=1.0
+    )
+    flags.DEFINE_float(
+        'peer_timeout', 60.0, 'Seconds of silence after which a process is dead.', lower_bound=1.0
+    )
+
+
+def _peers() -> peers.Peers:
+    return peers.Peers(**{name: flags.FLAGS[name].value for name in peers.Peers._fields})
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -110,5 +135,5 @@ def _one_line(error: Exception) -> str:
 
 
 def _fail(message: str) -> None:
-    print(f'error: {message}', file=sys.stderr)
+    print(f'error: {" ".join(message.split())}', file=sys.stderr)  # One line, whatever was given.
     sys.exit(2)

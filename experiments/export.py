@@ -16,7 +16,7 @@ import jax
 from absl import flags
 
 from experiments import cli
-from nfnets_jax import export, pretrained, weight_files
+from nfnets_jax import export, files, pretrained
 from nfnets_jax.data.preprocessing import make_transform
 from nfnets_jax.errors import UsageError, nearest
 
@@ -39,7 +39,7 @@ def export_weights(weights: pretrained.Weights, out: pathlib.Path) -> None:
         pretrained.save_weights(out, weights)
     else:
         convert = export.to_onnx if out.suffix == '.onnx' else export.to_stablehlo
-        weight_files.write_bytes(out, convert(weights))
+        files.write_whole(out, convert(weights))
 
 
 def override(metadata: pretrained.Metadata, **values: Any) -> pretrained.Metadata:

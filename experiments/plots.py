@@ -1,8 +1,8 @@
 """curves.png: what happened in a run, at a glance."""
 
+import io
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from nfnets_jax import files
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 _BLUE, _ORANGE, _GREEN, _PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
@@ -68,10 +70,9 @@ def draw_curves(
     metrics: Sequence[Mapping[str, float]], path: str | os.PathLike, *, title: str = ''
 ) -> None:
     """Writes `curves` to a PNG file, whole or not at all."""
-    path = pathlib.Path(path)
-    beside = path.with_name(path.name + '.tmp')
-    curves(metrics, title=title).savefig(beside, format='png')
-    os.replace(beside, path)
+    png = io.BytesIO()
+    curves(metrics, title=title).savefig(png, format='png')
+    files.write_whole(path, png.getvalue())
 
 
 def curves(metrics: Sequence[Mapping[str, float]], *, title: str = '') -> Figure:

@@ -13,10 +13,8 @@ import json
 import os
 import pathlib
 import platform
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,7 +22,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import cli, plots, progress, window, workdir, writers
+from experiments import cli, plots, progress, smoke, stopping, window, workdir, writers
 from experiments.clock import Clock
 from experiments.task import (
     Task,
@@ -39,7 +37,7 @@ from experiments.task import (
 )
 from experiments.trace import Trace
 from experiments.train_step import Programs, compile_programs
-from nfnets_jax import parallel, pretrained
+from nfnets_jax import files, parallel, pretrained
 from nfnets_jax.checkpoints import Checkpoints, DamagedCheckpointError
 from nfnets_jax.data import pipeline, resident
 from nfnets_jax.errors import UsageError
@@ -63,7 +61,7 @@ def train(
       directory: where everything about the run is kept (the workdir).
       programs: shared by several runs in one process, keeps what is compiled: runs that differ in
         the seed, the learning rate, the clipping or the weight decay only compile once.
-      quiet: whether to tell the run's course to the files alone.
+      quiet: whether to tell the run's course to the files alone, and draw nothing.
 
     Returns:
       What summary.json holds: final and best metrics, speed, versions. If SIGTERM or SIGINT
@@ -73,57 +71,70 @@ def train(
       UsageError: a mistake in the config or the directory; nothing has been written.
       DivergedError: the loss or gradient is not finite; nothing has been saved since.
     """
-    say = (lambda line: None) if quiet else _say
+    # Of several processes one has the files; what it reads there it tells the others.
+    primary = parallel.is_primary()
+    say = _say if primary and not quiet else lambda line: None
+    if config.get('smoke'):
+        config = smoke.shrink(config)
     task = prepare(config)
-    writers.check(directory, config)
+    workdir.assert_same(config)
     weights = None
-    if config.init.weights:
-        *weights, report = load_weights(task)
-        say(f'{config.init.weights}: {report}')
+    if primary:
+        writers.check(directory, config)
+        if config.init.weights and not workdir.has_checkpoints(directory):
+            *weights, report = load_weights(task)
+            say(f'{config.init.weights}: {report}')
     with contextlib.ExitStack() as stack:
-        path = stack.enter_context(workdir.claimed(directory, config))
-        stop = stack.enter_context(_stop_on_signals())
+        path = stack.enter_context(workdir.claimed(directory, config, active=primary))
+        stop = stack.enter_context(stopping.on_signals())
 
         # Where were we?
         init, train_step, eval_step = compile_programs(task, {} if programs is None else programs)
-        checkpoints = Checkpoints(path / 'checkpoints', keep=config.checkpoint.keep)
+        like = jax.eval_shape(lambda: init_state(task, init=init))
+        checkpoints = Checkpoints(path / 'checkpoints', keep=config.checkpoint.keep, active=primary)
         stack.callback(checkpoints.close)
         try:
-            newest = checkpoints.latest(jax.eval_shape(lambda: init_state(task)), on_damage=say)
+            newest = checkpoints.latest(like, on_damage=say)
         except DamagedCheckpointError as error:
             raise UsageError(f'{error}; to start anew give another --workdir') from error
-        step, state = newest or (0, init_state(task, weights, init))
-        summary_file = path / 'summary.json'
-        if step == task.total_steps and summary_file.exists():
+        start_step, state = newest or (0, init_state(task, weights, init) if primary else like)
+        summary_file, summary = path / 'summary.json', None
+        if primary and start_step == task.total_steps and summary_file.exists():
+            summary = json.loads(summary_file.read_text())
+        start_step, summary = parallel.broadcast_json([start_step, summary])
+        if summary:
             say(f'{path} is complete')
-            return json.loads(summary_file.read_text())
-        if step:
-            say(f'resuming {path} at step {step:,} of {task.total_steps:,}')
-        state = parallel.replicate(state)
-        metadata = pretrained.encode_metadata(describe_weights(task))
-        workdir.write_text(path / 'model.json', metadata + '\n')
+            return summary
+        if newest:
+            say(
+                f'resuming {path} at step {start_step:,} of {task.total_steps:,}'
+                f'{_other_devices(checkpoints.note(start_step))}'
+            )
+        state, step = parallel.replicate(parallel.broadcast(state)), start_step
+        if primary:
+            metadata = pretrained.encode_metadata(describe_weights(task))
+            files.write_whole(path / 'model.json', metadata + '\n')
 
         # Where the pictures come from, and where it is told what becomes of them.
         bad = pipeline.BadPictures(task.skip_bad)
         batches = stack.enter_context(_open_batches(task, step, bad))
-        primary = parallel.is_primary()
         writer = writers.open_writer(path, config=config, start_step=step, active=primary)
         stack.callback(writer.close)
         bar = progress.Progress(task.total_steps, active=primary and not quiet)
         stack.callback(bar.close)
-        trace = Trace(path / 'profile', first=step + 2, steps=task.profile_steps)
+        trace = Trace(path / 'profile', first=step + 2, steps=task.profile_steps * primary)
         stack.callback(trace.close)
         clock = Clock(config.batch_size, batches, flops_per_image(task))
 
         def due(every: int) -> bool:
             return step % every == 0 or step == task.total_steps
 
-        stopping = False
-        while step < task.total_steps and not stopping:
+        stopped = False
+        while step < task.total_steps and not stopped:
             trace.before(step, state)
-            batch = next(batches)
+            batch = next(batches) | {'stop': stop.flag()}
             with jax.transfer_guard('disallow'):
-                state = train_step(state, batch)
+                state, answer = train_step(state, batch)
             step, metrics = step + 1, None
             clock.tick(state)
 
@@ -144,37 +155,39 @@ def train(
                     writer.write(step, results)
                     bar.say(f'step {step:,}: {describe(results)}')
 
-            stopping = stop.is_set()  # Once: whoever is told that it is saved must find it so.
-            if due(task.checkpoint_every) or stopping:
+            stopped = stop.heard(answer)
+            if due(task.checkpoint_every) or stopped:
                 with clock.paused():
                     _assert_finite(state, checkpoints)
                     score = _score(results) if due(task.eval_every) else None
-                    checkpoints.save(step, state, score=score)
+                    checkpoints.save(step, state, score=score, note=parallel.describe_devices())
 
         checkpoints.wait()
         bar.close()
-        plots.draw_curves(writers.read_metrics(path), path / 'curves.png', title=config.model.name)
+        if primary and not quiet:
+            title = config.model.name
+            plots.draw_curves(writers.read_metrics(path), path / 'curves.png', title=title)
         if step < task.total_steps:
             say(f'stopped; step {step:,} is saved, and the same command continues from there')
             return {'step': step}
-        if newest and step == newest[0]:  # All steps were done, but not all that follows.
+        if step == start_step:  # All steps were done, but not all that follows.
             results = evaluate(task, eval_step, state.variables())
-        summary = summarise(task, path, results, clock)
-        workdir.write_text(summary_file, json.dumps(summary, indent=2) + '\n')
-        return summary
+        if primary:
+            summary = summarise(state, path, results, clock)
+            files.write_whole(summary_file, json.dumps(summary, indent=2) + '\n')
+        return parallel.broadcast_json(summary)
 
 
 def summarise(
-    task: Task, path: pathlib.Path, results: Mapping[str, float], clock: Clock
+    state: TrainState, path: pathlib.Path, results: Mapping[str, float], clock: Clock
 ) -> dict[str, Any]:
     """Returns what a run came to: final and best metrics, speed, size, versions."""
     evaluations = [line for line in writers.read_metrics(path) if 'test/top1' in line]
-    params = jax.eval_shape(lambda: init_state(task)).params
     return {
-        'step': task.total_steps,
+        'step': int(state.step),
         'final': dict(results),
         'best': max(evaluations, key=lambda line: (_score(line), -line['step'])),
-        'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
+        'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         # Of this session only, should the run have been resumed.
         'images_per_second': clock.images / clock.seconds if clock.images else None,
         'training_seconds': clock.seconds,
@@ -228,30 +241,16 @@ def _assert_finite(state: TrainState, checkpoints: Checkpoints) -> None:
     )
 
 
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM or SIGINT sets; a second signal has its usual effect."""
-    stop = threading.Event()
-    previous = {}
-
-    def request(number, frame):
-        del frame
-        stop.set()
-        signal.signal(number, previous[number])
-
-    if threading.current_thread() is threading.main_thread():  # Elsewhere Python forbids it.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _other_devices(then: str | None) -> str:
+    """Says so where a run goes on with other devices than those it was saved with."""
+    now = parallel.describe_devices()
+    if then in (None, now):
+        return ''
+    return f', with {now} instead of {then}: the same batches, equal up to rounding'
 
 
 def _say(line: str) -> None:
-    if parallel.is_primary():
-        print(line, file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)
 
 
 def _farewell(summary: Mapping[str, Any], path: str) -> str:
@@ -271,9 +270,10 @@ def main() -> None:
     try:
         summary = train(flags.FLAGS.config, flags.FLAGS.workdir)
     except DivergedError as error:
-        _say(f'stopped: {error}')
+        if parallel.is_primary():
+            _say(f'stopped: {error}')
         sys.exit(1)
-    if 'final' in summary:
+    if 'final' in summary and parallel.is_primary():
         print(_farewell(summary, flags.FLAGS.workdir))
 
 
@@ -281,4 +281,4 @@ if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', None, 'What to train.', lock_config=True)
     flags.DEFINE_string('workdir', None, 'Where everything about the run is kept.')
     flags.mark_flags_as_required(['config', 'workdir'])
-    cli.run(main)
+    cli.run(main, distributed=True)

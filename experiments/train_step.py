@@ -13,6 +13,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from experiments import window
 from experiments.task import Task, TrainState, make_eval_step, make_init
@@ -25,8 +26,11 @@ from nfnets_jax.sam import sam_value_and_grad
 _MODEL_STREAM = 1 << 16
 
 
-def make_train_step(task: Task) -> Callable[[TrainState, dict], TrainState]:
-    """Returns the parallel update: (state, batch of images, labels and positions) -> state."""
+def make_train_step(task: Task) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
+    """Returns the parallel update: (state, batch of images, labels, positions) -> (state, stop).
+
+    The batch also holds `stop`, float32 [devices, 1], and its mean is returned: see `stopping`.
+    """
     config = task.config
 
     def loss_fn(params, batch, state, key):
@@ -51,7 +55,8 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], TrainState]:
         (loss, ((state, _), (_, logits))), gradients = sam(params, batch, state, key)
         return (loss, gradients), state, logits
 
-    def train_step(s: TrainState, batch: dict) -> TrainState:
+    def train_step(s: TrainState, batch: dict) -> tuple[TrainState, jax.Array]:
+        stop = batch['stop'][0]
         if task.on_device:
             batch = resident.take(batch, s.step, config.batch_size)
         keys = augment.example_keys(s.seed, s.step, batch['position'])
@@ -67,8 +72,12 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], TrainState]:
         )
         hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
         gradients, state, metrics = _mean_over_devices(
-            gradients, state, {'loss': loss, 'top1': jnp.mean(hits)}, config.gradient_dtype
+            gradients,
+            state,
+            {'loss': loss, 'top1': jnp.mean(hits), 'stop': stop},
+            config.gradient_dtype,
         )
+        stop = metrics.pop('stop')
 
         optimizer = task.optimizer.with_numbers(s.numbers)
         updates, opt_state = optimizer.update(gradients, s.opt_state, s.params)
@@ -95,10 +104,10 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], TrainState]:
             window=window.add(s.window, metrics, s.step, task.log_every, config.skip_nonfinite),
         )
         if not config.skip_nonfinite:
-            return new
+            return new, stop
         left_out = s._replace(step=new.step, window=new.window)
         finite = window.is_finite(metrics)
-        return jax.tree.map(functools.partial(jnp.where, finite), new, left_out)
+        return jax.tree.map(functools.partial(jnp.where, finite), new, left_out), stop
 
     return parallel.parallelise(train_step, donate_replicated=True)
 
@@ -158,19 +167,27 @@ class Programs(NamedTuple):
     """What of a task is compiled."""
 
     init_state: Callable[..., TrainState]
-    train_step: Callable[[TrainState, dict], TrainState]
+    train_step: Callable[[TrainState, dict], tuple[TrainState, jax.Array]]
     eval_step: Callable[[Mapping, dict], dict]
+
+
+def program_key(config: ConfigDict) -> str:
+    """Returns what configs that need the same programs have in common, and no others.
+
+    The numbers that are data make no difference: the seed and `optimizers.Numbers`.
+    """
+    config = config.copy_and_resolve_references()
+    config.seed = config.optimizer.learning_rate = config.optimizer.weight_decay = 0
+    config.optimizer.clip.clipping = 0
+    return config.to_json_best_effort(sort_keys=True)
 
 
 def compile_programs(task: Task, cache: dict[str, Programs]) -> Programs:
     """Returns the programs of a task, those of an earlier one from the cache if they are the same.
 
-    The config's numbers that are data, the seed and `optimizers.Numbers`, make no difference.
+    They are compiled where they are first called.
     """
-    config = task.config.copy_and_resolve_references()
-    config.seed = config.optimizer.learning_rate = config.optimizer.weight_decay = 0
-    config.optimizer.clip.clipping = 0
-    key = config.to_json_best_effort(sort_keys=True)
+    key = program_key(task.config)
     if key not in cache:
         cache[key] = Programs(make_init(task), make_train_step(task), make_eval_step(task))
     return cache[key]

@@ -8,8 +8,10 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
+from nfnets_jax import files, parallel
 from nfnets_jax.errors import UsageError
 
 # What may change when a run is continued, since the parameters it ends with do not depend on it.
@@ -17,16 +19,26 @@ FREE_TO_CHANGE = ('log_every', 'eval', 'checkpoint', 'profile', 'wandb')
 
 
 @contextlib.contextmanager
-def claimed(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[pathlib.Path]:
-    """Creates or re-opens a run's directory, and holds it against a second process.
+def claimed(
+    workdir: str | os.PathLike, config: ConfigDict, *, active: bool = True
+) -> Iterator[pathlib.Path]:
+    """Creates or re-opens a run's directory, and holds it against another run.
+
+    Args:
+      workdir: the directory.
+      config: of the run.
+      active: whether this process is the one of the run that writes; any other does nothing.
 
     Raises:
-      UsageError: it cannot be written, another process uses it, or it holds a run of
+      UsageError: it cannot be written, another run uses it, or it holds a run of
         another config (the message names the keys that differ).
     """
     if not os.fspath(workdir):
         raise UsageError('--workdir= is empty: name a directory')
     path = pathlib.Path(workdir)
+    if not active:
+        yield path
+        return
     _check_config(path, config)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -40,8 +52,27 @@ def claimed(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[pathlib.
             raise UsageError(
                 f'--workdir={workdir} is in use by another process: wait for it, or choose another'
             ) from error
-        write_text(path / 'config.json', json.dumps(as_json(config), indent=2) + '\n')
+        files.write_whole(path / 'config.json', json.dumps(as_json(config), indent=2) + '\n')
         yield path
+
+
+def assert_same(config: ConfigDict) -> None:
+    """Raises a UsageError, in all processes, if those of a run were given different configs."""
+    here, there = flatten(as_json(config)), flatten(parallel.broadcast_json(as_json(config)))
+    differences = [
+        f'config.{key} is {here.get(key)!r} in process {jax.process_index()} and '
+        f'{there.get(key)!r} in process 0: start all with the same --config'
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key)
+    ]
+    for difference in parallel.gather_text(differences[0] if differences else ''):
+        if difference:
+            raise UsageError(difference)
+
+
+def has_checkpoints(workdir: str | os.PathLike) -> bool:
+    """Whether there is a run that can be continued."""
+    return any(path.name.isdigit() for path in (pathlib.Path(workdir) / 'checkpoints').glob('*'))
 
 
 def load_config(workdir: str | os.PathLike) -> ConfigDict:
@@ -62,11 +93,7 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
         raise UsageError(f'{path} cannot be read: {error}') from error
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    beside = path.with_name(path.name + '.tmp')
-    beside.write_text(text)
-    os.replace(beside, path)
+write_text = files.write_whole
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:

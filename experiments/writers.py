@@ -5,6 +5,7 @@ written after the checkpoint it resumes from is dropped, for it will be written 
 run writes what belongs to a step before it saves the checkpoint of that step.
 """
 
+import errno
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
+from nfnets_jax import files
 from nfnets_jax.errors import UsageError, nearest
 
 METRICS_FILE = 'metrics.jsonl'
@@ -46,12 +48,20 @@ class Writer:
         Args:
             step: updates done so far.
             scalars: name -> a number, or a NumPy or JAX array of one number.
+
+        Raises:
+            UsageError: they cannot be written any more.
         """
         if not self._sinks:
             return
         scalars = {name: _number(name, value) for name, value in scalars.items()}
         for sink in self._sinks:
-            sink.write(int(step), scalars)
+            try:
+                sink.write(int(step), scalars)
+            except OSError as error:
+                raise UsageError(
+                    f'the metrics of step {step} cannot be written: {error.strerror or error}'
+                ) from error
 
     def close(self) -> None:
         """Ends the record; what is written later is lost."""
@@ -161,12 +171,12 @@ class _JsonLines:
         path = workdir / METRICS_FILE
         if path.exists():
             kept = [raw for raw, record in _whole_lines(path) if 0 < start_step >= record['step']]
-            beside = path.with_name(path.name + '.tmp')
-            beside.write_bytes(b''.join(kept))
-            os.replace(beside, path)
+            files.write_whole(path, b''.join(kept))
         self._file = path.open('a', encoding='utf-8')
 
     def write(self, step: int, scalars: Scalars) -> None:
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, f'{self._file.name} has vanished')
         finite = {name: x if math.isfinite(x) else None for name, x in scalars.items()}
         self._file.write(json.dumps({'step': step, **finite}, allow_nan=False) + '\n')
         self._file.flush()
@@ -188,9 +198,12 @@ class _TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        # TensorBoard reads the files of a directory in the order of their names.
-        serial = len(list(workdir.glob('events.out.tfevents.*')))
-        path = workdir / f'events.out.tfevents.{int(time.time()):010d}.{serial:04d}'
+        # TensorBoard reads the files of a directory in the order of their names, and the clock may
+        # have been set back since the last of them.
+        earlier = [name.suffixes[-2:] for name in workdir.glob('events.out.tfevents.*.*')]
+        latest = max((int(second[1:]) for second, _ in earlier if second[1:].isdigit()), default=0)
+        second = max(int(time.time()), latest)
+        path = workdir / f'events.out.tfevents.{second:010d}.{len(earlier):04d}'
         self._records = RecordWriter(path.open('xb'))
         self._add(file_version='brain.Event:2')
         # Tells TensorBoard to forget what earlier files hold from this step on.

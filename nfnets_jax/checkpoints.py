@@ -1,16 +1,21 @@
 """Checkpoints that survive: the one module that knows Orbax.
 
+One process writes them, of those that train together: the state is the same in all.
+
 A checkpoint is a directory named by its step. It appears under that name only when it is
 whole (Orbax writes beside it and renames), it holds a checksum of every array, and a damaged
 one is recognised, set aside and never overwritten.
 """
 
 import contextlib
+import errno
 import gc
 import logging
 import pathlib
 import sys
+import threading
 import time
+import traceback
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from nfnets_jax.errors import UsageError
 
 PyTree = Any
 
@@ -53,24 +60,36 @@ class Checkpoints:
       directory: where they are, created if need be.
       keep: how many of the newest to keep; the best-scored one is kept besides.
       read_only: for evaluation beside a running job; nothing is created, moved or removed.
+      active: whether this process writes; to any other there are no checkpoints, and it saves none.
+
+    Raises:
+      UsageError: the directory cannot be created.
     """
 
-    def __init__(self, directory, *, keep: int = 3, read_only: bool = False):
+    def __init__(self, directory, *, keep: int = 3, read_only: bool = False, active: bool = True):
         self._directory = pathlib.Path(directory).absolute()
         self._read_only = read_only
         self._scores: dict[int, float] = {}
+        self._writing = contextlib.ExitStack()  # what holds while a checkpoint is being written
+        self._manager = None
+        if not active:
+            return
+        alone = _this_process_alone()
         with _orbax_speaks_through_us():
+            if not read_only:
+                self._make_directory()
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=_KeepLatestAndBest(keep, self._scores),
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
-                    create=not read_only,
+                    create=False,
+                    multiprocessing_options=alone,
                 ),
                 item_handlers={
-                    'state': ocp.StandardCheckpointHandler(),
-                    'record': ocp.JsonCheckpointHandler(),
+                    'state': ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+                    'record': ocp.JsonCheckpointHandler(multiprocessing_options=alone),
                 },
             )
         for step in self.steps():
@@ -83,6 +102,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, oldest first."""
+        if not self._manager:
+            return []
         if self._read_only:  # Another process may have written some since.
             with _orbax_speaks_through_us():
                 self._manager.reload()
@@ -92,27 +113,60 @@ class Checkpoints:
         """The step of the best-scored checkpoint, None if none has a score."""
         return _best(self._scores, self.steps())
 
-    def save(self, step: int, state: PyTree, *, score: float | None = None) -> None:
+    def choose(self, name: str) -> int:
+        """Returns the step of the checkpoint called 'latest', 'best' or by its step.
+
+        Raises:
+          UsageError: naming those that there are.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UsageError(f'{self._directory.parent} holds no checkpoint yet')
+        known = {'latest': steps[-1], 'best': self.best(), **{str(s): s for s in steps}}
+        if known.get(name) is None:
+            best = 'latest, best' if known['best'] is not None else 'latest'
+            raise UsageError(
+                f'checkpoint {name!r}: {self._directory.parent} has {best}, '
+                f'{", ".join(map(str, steps))}'
+            )
+        return known[name]
+
+    def note(self, step: int) -> str | None:
+        """Returns what `save` was told of the process that wrote a checkpoint, if anything."""
+        return self._record(step).get('note')
+
+    def save(
+        self, step: int, state: PyTree, *, score: float | None = None, note: str | None = None
+    ) -> None:
         """Writes a checkpoint in the background; returns when the state may be reused.
 
         Args:
           step: its name; a step that is already there is left as it is.
           state: a tree of arrays.
           score: how good it is (higher is better), None if it was not evaluated.
+          note: kept beside it, for `note`.
+
+        Raises:
+          UsageError: this one, or one begun before, cannot be written. Those there are remain.
         """
-        if step in self.steps():
+        if not self._manager or step in self.steps():
             return
+        self.wait()
+        if not self._directory.is_dir():  # Orbax would make it anew, and the rest is lost.
+            raise UsageError(f'{self._directory} has vanished while the run was going on')
         # A copy, not a view: the next training step takes over (donates) these buffers.
         arrays = jax.tree.map(lambda x: np.array(x), state)
-        record = {'score': score, 'checksums': _checksums(arrays)}
+        record = {'score': score, 'note': note, 'checksums': _checksums(arrays)}
         if score is not None:
             self._scores[step] = score
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
-            ),
-        )
+        self._writing.enter_context(_orbax_speaks_through_us())
+        with self._telling_what_cannot_be_written():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
+                ),
+            )
 
     def restore(self, step: int, like: PyTree = None) -> PyTree:
         """Reads one checkpoint as numpy arrays.
@@ -169,11 +223,38 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is on disk.
+
+        Raises:
+          UsageError: it cannot be written.
+        """
+        if self._manager:
+            with self._writing, self._telling_what_cannot_be_written():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        if self._manager:
+            self._manager.close()
+
+    def _make_directory(self) -> None:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f'{self._directory} cannot be written: {error.strerror}') from error
+
+    @contextlib.contextmanager
+    def _telling_what_cannot_be_written(self):
+        try:
+            yield
+        except Exception as error:
+            # TensorStore's exceptions are ValueErrors; what they begin with is gRPC's code.
+            full = 'RESOURCE_EXHAUSTED' in str(error) or getattr(error, 'errno', 0) == errno.ENOSPC
+            steps = [int(path.name) for path in self._directory.glob('*') if path.name.isdigit()]
+            raise UsageError(
+                f'{self._directory}: a checkpoint cannot be written: '
+                + ('no space left on the device' if full else _first_line(error))
+                + (f'; the last whole one is step {max(steps)}' if steps else '')
+            ) from error
 
     def _record(self, step: int) -> dict:
         try:
@@ -194,6 +275,18 @@ class Checkpoints:
         self._manager.reload()
         self._scores.pop(step, None)
         return aside
+
+
+def _this_process_alone() -> ocp.options.MultiprocessingOptions:
+    """Orbax would have all processes take part, and wait for one another at every turn."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f'process{process}',
+    )
 
 
 def _checksums(arrays: PyTree) -> list[int]:
@@ -219,8 +312,15 @@ def _orbax_speaks_through_us():
         if 'Event loop is closed' not in str(unraisable.exc_value):
             previous_hook(unraisable)
 
+    def thread_hook(failure):
+        # Orbax raises it again where it is waited for.
+        files = [frame.filename for frame in traceback.extract_tb(failure.exc_traceback)]
+        if not any('orbax' in file for file in files):
+            previous_thread_hook(failure)
+
     loggers = [logging.getLogger('absl'), logging.getLogger('asyncio')]
     previous_hook, sys.unraisablehook = sys.unraisablehook, hook
+    previous_thread_hook, threading.excepthook = threading.excepthook, thread_hook
     for logger in loggers:
         logger.addFilter(mute)
     try:
@@ -230,6 +330,6 @@ def _orbax_speaks_through_us():
         gc.collect()  # and their futures complain while nobody listens.
         raise
     finally:
-        sys.unraisablehook = previous_hook
+        sys.unraisablehook, threading.excepthook = previous_hook, previous_thread_hook
         for logger in loggers:
             logger.removeFilter(mute)

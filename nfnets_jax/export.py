@@ -41,7 +41,7 @@ def make_classifier(
     """
     metadata = weights.metadata
     model, params = pretrained.network(metadata), fold_standardization(weights.params)
-    interceptor = functools.partial(_convolve_folded, conv2d)
+    interceptor = functools.partial(convolve_folded, conv2d)
 
     def classify(pixels: jax.Array) -> jax.Array:
         images = augment.normalise(pixels, metadata.mean, metadata.std)
@@ -88,7 +88,7 @@ def to_onnx(weights: pretrained.Weights) -> bytes:
     return model.SerializeToString()
 
 
-def _convolve_folded(conv2d, next_call, args, kwargs, context):
+def convolve_folded(conv2d, next_call, args, kwargs, context):
     """What a convolution does once its weight is standardised; a Haiku method interceptor."""
     conv = context.module
     is_convolution = isinstance(conv, layers.ScaledWSConv2D | layers.Conv2D)

@@ -8,6 +8,7 @@ leading device axis that pmap maps over.
 """
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -91,3 +92,94 @@ def parallelise(
 def is_primary() -> bool:
     """Whether this process is the one that writes files and talks to the user."""
     return jax.process_index() == 0
+
+
+def describe_devices() -> str:
+    """Returns what a program runs on, like '8 devices in 2 processes'."""
+    devices, processes = jax.device_count(), jax.process_count()
+    among = f' in {processes} processes' if processes > 1 else ''
+    return f'{devices} device{"s" if devices > 1 else ""}{among}'
+
+
+# What follows is for the start and the end of a run: every process must call it, in the same
+# order, and waits in it for the others.
+
+
+def gather(words: np.ndarray) -> np.ndarray:
+    """Returns what every process gives, in the order of the processes.
+
+    Args:
+      words: uint32 [n], with the same n everywhere.
+
+    Returns:
+      uint32 [processes, n].
+    """
+    if jax.process_count() == 1:
+        return words[np.newaxis]
+    rows = np.zeros((jax.process_count(), *words.shape), np.uint32)
+    rows[jax.process_index()] = words
+    return _sum_over_processes(rows)
+
+
+def gather_text(text: str) -> list[str]:
+    """Returns what every process says, in their order; at most 400 bytes of each."""
+    words = np.zeros(100, np.uint32)
+    encoded = np.frombuffer(text.encode()[: words.nbytes], np.uint8)
+    words.view(np.uint8)[: len(encoded)] = encoded
+    return [row.tobytes().rstrip(b'\0').decode(errors='ignore') for row in gather(words)]
+
+
+def broadcast(tree: Any) -> Any:
+    """Returns process 0's tree of arrays, bit for bit.
+
+    Args:
+      tree: arrays; of the other processes their shapes and dtypes alone are used.
+
+    Returns:
+      NumPy arrays; with one process `tree` itself.
+    """
+    if jax.process_count() == 1:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    ends = np.cumsum([0] + [leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves])
+    size = -(-int(ends[-1]) // 4)  # in words
+    chunk = min(size, _BROADCAST_WORDS)
+    # Whole chunks, so that one program of one shape sends them all.
+    words = np.zeros(-(-size // chunk) * chunk if size else 0, np.uint32)
+    places = [words.view(np.uint8)[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    if is_primary():
+        for place, leaf in zip(places, leaves, strict=True):
+            place[:] = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+    for start in range(0, len(words), chunk or 1):
+        words[start : start + chunk] = _sum_over_processes(words[start : start + chunk])
+    received = [
+        place.view(leaf.dtype).reshape(leaf.shape)
+        for place, leaf in zip(places, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, received)
+
+
+def broadcast_json(value: Any) -> Any:
+    """Returns process 0's value, of what JSON can express; NaN and infinity included."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(gather(np.array([len(text)], np.uint32))[0, 0])
+    sent = text if is_primary() else np.zeros(size, np.uint8)
+    return json.loads(broadcast(sent).tobytes())
+
+
+_BROADCAST_WORDS = 1 << 22  # 16 MiB at a time
+
+
+def _sum_over_processes(words: np.ndarray) -> np.ndarray:
+    """Adds up an array of integers, each process's own: a device's addition is exact for those."""
+    rows = np.zeros((jax.local_device_count(), *words.shape), words.dtype)
+    rows[0] = words
+    placed = jax.device_put(rows, _placement(PartitionSpec(AXIS)))
+    return np.asarray(_sum_over_devices()(placed))
+
+
+@functools.cache
+def _sum_over_devices():
+    return jax.pmap(lambda x: jax.lax.psum(x, AXIS), axis_name=AXIS, out_axes=None)

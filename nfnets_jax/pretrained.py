@@ -296,18 +296,10 @@ def _load_run(directory: pathlib.Path, checkpoint: str, ema: bool) -> Weights:
         raise UsageError(f'{directory} holds no run: there is no {error.filename}') from error
     checkpoints = Checkpoints(directory / 'checkpoints', read_only=True)
     try:
-        steps = checkpoints.steps()
-        if not steps:
-            raise UsageError(f'{directory} holds no checkpoint yet')
-        known = {'latest': steps[-1], 'best': checkpoints.best(), **{str(s): s for s in steps}}
-        if known.get(checkpoint) is None:
-            there = ', '.join(map(str, steps))
-            raise UsageError(f'checkpoint {checkpoint!r}: {directory} has latest, best, {there}')
-        tree = checkpoints.restore(known[checkpoint])
+        step = checkpoints.choose(checkpoint)
+        tree = checkpoints.restore(step)
     except DamagedCheckpointError as error:
-        raise UsageError(
-            f'checkpoint {known[checkpoint]} of {directory} is damaged: {error}'
-        ) from error
+        raise UsageError(f'checkpoint {step} of {directory} is damaged: {error}') from error
     finally:
         checkpoints.close()
     prefix = 'ema_' if ema and tree['ema_params'] else ''

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from nfnets_jax import safe_pickle
+from nfnets_jax import files, safe_pickle
 from nfnets_jax.errors import UsageError
 
 
@@ -60,22 +60,7 @@ def write_safetensors(
       UsageError: it cannot be written.
     """
     contiguous = {name: np.ascontiguousarray(x).reshape(np.shape(x)) for name, x in arrays.items()}
-    write_bytes(path, safetensors.numpy.save(contiguous, dict(metadata)))
-
-
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-      UsageError: it cannot be written.
-    """
-    path = pathlib.Path(path)
-    beside = path.with_name(path.name + '.tmp')
-    try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
-    except OSError as error:
-        raise UsageError(f'{path} cannot be written: {error.strerror or error}') from error
+    files.write_whole(path, safetensors.numpy.save(contiguous, dict(metadata)))
 
 
 def _read_safetensors(path: pathlib.Path) -> Contents:

@@ -11,6 +11,8 @@ import optax
 import pytest
 
 from nfnets_jax.checkpoints import Checkpoints, DamagedCheckpointError
+from nfnets_jax.errors import UsageError
+from tests.test_files import files_no_larger_than
 
 
 class State(NamedTuple):
@@ -190,3 +192,58 @@ def test_reading_beside_a_running_job_changes_nothing(directory):
     assert reader.steps() == [1, 2]
     shutil.rmtree(directory / '2')
     assert sorted(directory.rglob('*')) == before
+
+
+def test_a_disk_that_fills_up_leaves_the_last_good_one(directory, capfd):
+    save_all(directory, {1: None})
+    checkpoints = Checkpoints(directory)
+    with files_no_larger_than(1000):
+        checkpoints.save(2, make_state(2))
+        with pytest.raises(UsageError, match='a checkpoint cannot be written: .*') as error:
+            checkpoints.wait()
+    assert str(error.value).endswith('; the last whole one is step 1')
+    checkpoints.close()
+    assert capfd.readouterr().err == '', 'no stack traces by others'
+    again = Checkpoints(directory)
+    assert again.latest(make_state(), on_damage=fail)[0] == 1
+    again.save(2, make_state(2))
+    again.wait()
+    assert again.steps() == [1, 2]
+
+
+def test_a_directory_that_vanishes_is_not_made_anew(directory):
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(1, make_state())
+    checkpoints.wait()
+    shutil.rmtree(directory)
+    with pytest.raises(UsageError, match='has vanished'):
+        checkpoints.save(2, make_state())
+    assert not directory.exists()
+
+
+def test_a_note_is_kept(directory):
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(1, make_state(), note='8 devices')
+    checkpoints.save(2, make_state())
+    checkpoints.wait()
+    assert checkpoints.note(1) == '8 devices'
+    assert checkpoints.note(2) is None
+
+
+def test_a_name_is_chosen(directory):
+    with pytest.raises(UsageError, match='holds no checkpoint yet'):
+        Checkpoints(directory).choose('latest')
+    save_all(directory, {1: 0.5, 2: 0.4})
+    checkpoints = Checkpoints(directory, read_only=True)
+    assert [checkpoints.choose(name) for name in ('latest', 'best', '2')] == [2, 1, 2]
+    with pytest.raises(UsageError, match=r"checkpoint '3': .* has latest, best, 1, 2"):
+        checkpoints.choose('3')
+
+
+def test_to_a_process_that_does_not_write_there_is_nothing(directory):
+    checkpoints = Checkpoints(directory, active=False)
+    checkpoints.save(1, make_state())
+    checkpoints.wait()
+    checkpoints.close()
+    assert checkpoints.latest(make_state(), on_damage=fail) is None
+    assert not directory.exists()

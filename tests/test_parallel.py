@@ -77,3 +77,11 @@ def test_local_batch_size():
         parallel.local_batch_size(10)
     with pytest.raises(UsageError, match=r'use 4$'):
         parallel.local_batch_size(3)
+
+
+def test_one_process_needs_no_others():
+    assert parallel.describe_devices() == '4 devices'
+    tree = {'w': np.float32([-0.0, np.nan]), 'n': jnp.int32(7)}
+    chex.assert_trees_all_equal(parallel.broadcast(tree), tree)
+    assert parallel.broadcast_json({'loss': [1, None]}) == {'loss': [1, None]}
+    assert parallel.gather(np.uint32([3, 4])).tolist() == [[3, 4]]

@@ -1,4 +1,6 @@
 import json
+import shutil
+import threading
 
 import jax
 import numpy as np
@@ -6,7 +8,7 @@ import optax
 import pytest
 
 from experiments import task, workdir, writers
-from experiments.evaluate import evaluate
+from experiments.evaluate import EVALUATIONS_FILE, evaluate, watch
 from experiments.train import train
 from nfnets_jax import augment, parallel
 from nfnets_jax.checkpoints import Checkpoints
@@ -82,7 +84,7 @@ def test_evaluation_changes_nothing(run):
 
 def test_mistakes(run, tmp_path):
     directory, _ = run
-    with pytest.raises(UsageError, match=r'--checkpoint=4: there are latest, best, 3, 6'):
+    with pytest.raises(UsageError, match=r"checkpoint '4': .* has latest, best, 3, 6"):
         evaluate(directory, '4')
     with pytest.raises(UsageError, match='holds no run'):
         evaluate(tmp_path)
@@ -96,6 +98,31 @@ def test_a_damaged_checkpoint_is_one_line(tiny, tmp_path):
     (tmp_path / 'run' / 'checkpoints' / '2' / 'state' / '_METADATA').unlink()
     with pytest.raises(UsageError, match=r'checkpoint 2 of .* is damaged .*--checkpoint=STEP'):
         evaluate(tmp_path / 'run')
+
+
+def test_watching_evaluates_each_checkpoint_once_until_the_run_is_complete(run, tmp_path):
+    directory = tmp_path / 'run'
+    shutil.copytree(run[0], directory)
+    found = list(watch(directory, seconds=0))
+    told = [line for line in writers.read_metrics(directory) if 'test/top1' in line]
+    assert found == told
+    lines = (directory / EVALUATIONS_FILE).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == told
+    (directory / EVALUATIONS_FILE).write_text(lines[0] + '\n')
+    assert list(watch(directory, seconds=0)) == told[1:], 'what was evaluated is passed over'
+
+
+def test_watching_waits_and_passes_over_what_is_damaged(run, tmp_path, capsys):
+    directory = tmp_path / 'run'
+    shutil.copytree(run[0], directory)
+    (directory / 'checkpoints' / '3' / 'state' / '_METADATA').unlink()
+    (directory / 'summary.json').rename(tmp_path / 'summary.json')
+    watching = watch(directory, seconds=0.01)
+    assert next(watching)['step'] == 6
+    assert 'checkpoint 3 is damaged' in capsys.readouterr().err
+    timer = threading.Timer(0.1, (tmp_path / 'summary.json').rename, [directory / 'summary.json'])
+    timer.start()
+    assert list(watching) == []
 
 
 def test_the_sums_ignore_padding(run):

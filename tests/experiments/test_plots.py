@@ -103,7 +103,7 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
     path.write_bytes(b'old')
 
     def fail(self, file, **options):
-        file.write_bytes(b'half')
+        file.write(b'half')
         raise OSError('disk full')
 
     monkeypatch.setattr(Figure, 'savefig', fail)

@@ -14,6 +14,7 @@ from experiments import task, workdir, writers
 from experiments.train import DivergedError, train
 from nfnets_jax.checkpoints import Checkpoints
 from nfnets_jax.errors import UsageError
+from tests.test_files import files_no_larger_than
 
 
 def final_state(directory):
@@ -231,6 +232,17 @@ def test_where_no_checkpoint_can_be_read_the_run_is_left_alone(tiny, tmp_path):
         train(tiny(duration=2), tmp_path / 'run')
     assert (tmp_path / 'run' / 'metrics.jsonl').read_text() == record
     assert (tmp_path / 'run' / 'checkpoints' / '2').is_dir()
+
+
+def test_on_a_full_disk_it_stops_and_goes_on_where_there_is_room(whole, tiny, tmp_path):
+    with (
+        files_no_larger_than(12_000),
+        pytest.raises(UsageError, match='a checkpoint cannot be written'),
+    ):
+        train(tiny(), tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'summary.json').exists()
+    train(tiny(), tmp_path / 'run')
+    assert_same_run(whole[0], tmp_path / 'run')
 
 
 def test_divergence_stops_with_the_step_and_the_last_good_checkpoint(tiny, tmp_path):

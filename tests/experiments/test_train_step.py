@@ -23,6 +23,7 @@ def batch(labels=None):
             'image': rng.randint(0, 256, (ROWS, 8, 8, 3)).astype(np.uint8),
             'label': rng.randint(0, 10, ROWS).astype(np.int32) if labels is None else labels,
             'position': np.arange(ROWS, dtype=np.int32),
+            'stop': np.zeros(jax.device_count(), np.float32),
         }
     )
 
@@ -35,7 +36,7 @@ def two_steps(config):
     task = prepare(config)
     step, state = make_train_step(task), begin(task)
     for _ in range(2):
-        state = step(state, batch())
+        state, _ = step(state, batch())
     return jax.device_get(state)
 
 
@@ -78,7 +79,7 @@ def lowered(config):
 def test_everything_is_averaged_over_the_devices_in_one_operation(tiny, plain):
     program = lowered(tiny()).compile().as_text()
     (averaged,) = re.findall(r'= (.*) all-reduce\(', program)
-    assert averaged.count('f32[') == len(jax.tree.leaves(plain.params)) + 2  # the loss and top-1
+    assert averaged.count('f32[') == len(jax.tree.leaves(plain.params)) + 3  # loss, top-1, stop
 
 
 def test_gradients_are_averaged_in_the_dtype_asked_for(tiny, plain):
@@ -106,10 +107,10 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(tiny):
 
     step, state = make_train_step(task._replace(augmentation=broken)), begin(task)
     bad = batch(np.full(ROWS, -1, np.int32))
-    state = step(state, batch())
+    state, _ = step(state, batch())
     before = jax.device_get(state)
 
-    state = step(state, bad)
+    state, _ = step(state, bad)
     after = jax.device_get(state)
     chex.assert_trees_all_equal(
         after._replace(step=before.step, window=before.window), before, strict=True
@@ -118,10 +119,10 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(tiny):
     assert window.nonfinite_steps(after.window) == 1
     assert window.lost_at(after.window) is None
 
-    state = step(state, batch())
+    state, _ = step(state, batch())
     assert np.any(jax.tree.leaves(state.params)[0] != jax.tree.leaves(before.params)[0])
     for _ in range(2):
-        state = step(state, bad)
+        state, _ = step(state, bad)
     assert window.lost_at(state.window) == 5
     assert window.nonfinite_steps(state.window) == 3
     chex.assert_tree_all_finite(state.params)

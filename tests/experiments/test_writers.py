@@ -214,3 +214,19 @@ def test_wandb_mistakes_are_one_line(tmp_path, monkeypatch):
     assert '\n' not in str(error.value)
     with pytest.raises(UsageError, match=r"wandb\.mode='ofline' .*did you mean 'offline'"):
         _open(tmp_path, project='p', mode='ofline')
+
+
+def test_a_file_that_has_vanished_is_told(tmp_path):
+    writer = writers.open_writer(tmp_path, config=_config())
+    (tmp_path / 'metrics.jsonl').unlink()
+    with pytest.raises(UsageError, match=r'metrics of step 1 cannot be written: .* has vanished'):
+        writer.write(1, {'x': 1.0})
+
+
+def test_a_clock_that_is_set_back_does_not_reorder_the_record(tmp_path, monkeypatch):
+    for now in (2e9, 1e9, 1.5e9):
+        monkeypatch.setattr(writers.time, 'time', lambda now=now: now)
+        before = set(tmp_path.glob('events.out.*'))
+        writers.open_writer(tmp_path, config=_config()).close()
+        after = set(tmp_path.glob('events.out.*'))
+        assert max(after) in after - before, 'the newest comes last by its name'

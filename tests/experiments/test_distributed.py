@@ -1,0 +1,205 @@
+"""Training with several processes, each with two fake devices, and what may befall them."""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+
+import chex
+import numpy as np
+import pytest
+
+from experiments import writers
+from experiments.train import train
+from tests.experiments.conftest import tiny_config
+from tests.experiments.test_train import assert_same_run, final_state, newest_step, timeless
+
+LONGER = {'duration': '200 steps', 'checkpoint__every': '10 steps', 'eval__every': '100 steps'}
+
+
+def as_flags(changes):
+    return [f'--config.{key.replace("__", ".")}={value}' for key, value in changes.items()]
+
+
+class Job:
+    """The processes of one run; process 0 alone is given the directory."""
+
+    def __init__(self, command, count, directory, *flags, name='train', flags_of_1=()):
+        with socket.create_server(('', 0)) as server:
+            port = server.getsockname()[1]
+        elsewhere = '/proc/nowhere'
+        self.processes = [
+            command(
+                name,
+                f'--workdir={elsewhere if index else directory}',
+                *flags,
+                *(flags_of_1 if index else ()),
+                f'--coordinator=localhost:{port}',
+                f'--num_processes={count}',
+                f'--process_id={index}',
+                devices=2,
+            )
+            for index in range(count)
+        ]
+
+    def running(self):
+        return all(process.poll() is None for process in self.processes)
+
+    def wait(self):
+        """Returns (exit status, output, errors) of each."""
+        try:
+            ended = [p.communicate(timeout=300) for p in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [(p.returncode, *texts) for p, texts in zip(self.processes, ended, strict=True)]
+
+
+def wait_for(job, condition):
+    """Returns once the condition holds or a process has ended."""
+    deadline = time.monotonic() + 300
+    while not condition() and job.running():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def finish(job):
+    """Waits for a good end; returns what process 0 said."""
+    ended = job.wait()
+    for status, _, err in ended:
+        assert status == 0, err
+    assert all('step' not in out + err for _, out, err in ended[1:]), 'process 0 alone speaks'
+    return ended[0][2]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """The same run in this process, with four devices."""
+    directory = tmp_path_factory.mktemp('runs') / 'whole'
+    return directory, train(tiny_config(), directory)
+
+
+def assert_same_up_to_rounding(directory, other):
+    chex.assert_trees_all_close(
+        final_state(directory).params, final_state(other).params, rtol=1e-4, atol=1e-5
+    )
+    for ours, theirs in zip(timeless(directory), timeless(other), strict=True):
+        assert ours.pop('train/memory_gib', 0) >= 0
+        theirs.pop('train/memory_gib', 0)
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_two_processes_train_as_one_does(whole, command, tmp_path):
+    finish(Job(command, 2, tmp_path / 'run'))
+    assert_same_up_to_rounding(whole[0], tmp_path / 'run')
+    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    assert summary['devices'].startswith('4 x')
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_does(whole, command, tmp_path):
+    finish(Job(command, 4, tmp_path / 'run'))
+    assert_same_up_to_rounding(whole[0], tmp_path / 'run')
+
+
+def test_any_process_may_be_asked_to_stop_and_other_devices_go_on(command, tmp_path, capsys):
+    directory = tmp_path / 'run'
+    job = Job(command, 2, directory, *as_flags(LONGER))
+    wait_for(job, lambda: newest_step(directory) >= 10)
+    job.processes[1].send_signal(signal.SIGTERM)
+    said = finish(job)
+    step = int(re.search(r'stopped; step (\d+) is saved', said)[1])
+    assert newest_step(directory) == step < 200
+    train(tiny_config(**LONGER), directory)
+    assert (
+        f'resuming {directory} at step {step} of 200, with 4 devices instead of 4 devices in '
+        '2 processes: the same batches' in capsys.readouterr().err
+    )
+    assert [line['step'] for line in writers.read_metrics(directory)][-1] == 200
+
+
+@pytest.mark.slow
+def test_where_one_dies_the_other_ends_and_the_restart_continues(command, tmp_path):
+    finish(Job(command, 2, tmp_path / 'whole', *as_flags(LONGER)))
+    directory = tmp_path / 'run'
+    job = Job(command, 2, directory, *as_flags(LONGER))
+    wait_for(job, lambda: newest_step(directory) >= 20)
+    job.processes[1].kill()
+    (status, _, err), _ = job.wait()
+    assert status == 3
+    assert re.search(r'stopped: process 1 on \S+ has died; start all processes again', err)
+    finish(Job(command, 2, directory, *as_flags(LONGER)))
+    assert_same_run(directory, tmp_path / 'whole')
+
+
+@pytest.mark.slow
+def test_processes_with_different_configs_end_with_one_line(command, tmp_path):
+    job = Job(command, 2, tmp_path / 'run', flags_of_1=['--config.seed=1'])
+    (status, _, err), (other_status, _, other_err) = job.wait()
+    assert (status, other_status) == (2, 2)
+    assert 'error: config.seed is 1 in process 1 and 0 in process 0: start all' in err
+    assert 'error' not in other_err
+    assert not (tmp_path / 'run').exists()
+
+
+def kill_and_resume(command, directory, processes, moments):
+    """Kills a run at random moments, resuming it each time, and lets it end; returns the steps."""
+    random = np.random.default_rng(0)
+    checkpoints = directory / 'checkpoints'
+    being_written = re.compile(r'\d+\..*tmp.*')
+    killed_at = []
+    for moment in range(moments):
+        job = Job(command, processes, directory, *as_flags(LONGER), '--start_timeout=100')
+        begun, seconds = time.monotonic(), random.uniform(0, 8)
+        goal = min(newest_step(directory) + int(random.integers(0, 20)), 180)
+
+        def due(moment=moment, begun=begun, seconds=seconds, goal=goal):
+            if moment % 4 == 0:  # at any moment of the start
+                return time.monotonic() - begun > seconds
+            if newest_step(directory) < goal:
+                return False
+            if moment % 4 < 3 or not checkpoints.exists():
+                return True
+            return any(map(being_written.fullmatch, os.listdir(checkpoints)))
+
+        wait_for(job, due)
+        victim = int(random.integers(processes))
+        job.processes[victim].kill()
+        ended = job.wait()
+        assert ended[victim][0] == -signal.SIGKILL, 'it was still running'
+        for index, (status, _, err) in enumerate(ended):
+            assert index == victim or status in (2, 3), err
+        killed_at.append(newest_step(directory))
+    finish(Job(command, processes, directory, *as_flags(LONGER)))
+    return killed_at
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_killed_at_twenty_moments_it_ends_where_the_uninterrupted_run_does(
+    command, tmp_path, processes
+):
+    finish(Job(command, processes, tmp_path / 'whole', *as_flags(LONGER)))
+    moments = int(os.environ.get('MOMENTS', '20'))
+    killed_at = kill_and_resume(command, tmp_path / 'run', processes, moments)
+    print(f'{processes} processes, killed when the newest checkpoint was', killed_at)
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+@pytest.mark.slow
+def test_evaluation_follows_a_job_both_with_two_processes(command, tmp_path):
+    directory = tmp_path / 'run'
+    watching = Job(command, 2, directory, '--watch', '--json', name='evaluate')
+    finish(Job(command, 2, directory, *as_flags(LONGER), '--config.checkpoint.keep=30'))
+    (status, out, err), (other_status, other_out, _) = watching.wait()
+    assert (status, other_status) == (0, 0), err
+    assert other_out == ''
+    found = {line['step']: line for line in map(json.loads, out.splitlines())}
+    assert sorted(found) == list(range(10, 201, 10))
+    kept = (directory / 'evaluations.jsonl').read_text()
+    assert kept == out
+    for told in writers.read_metrics(directory):
+        if 'test/top1' in told:
+            assert found[told['step']] == pytest.approx(told, rel=1e-6)

@@ -1,0 +1,35 @@
+import os
+import signal
+
+import numpy as np
+
+from experiments import stopping
+from nfnets_jax import parallel
+
+
+def test_a_request_is_heard_some_steps_after_it_was_sent():
+    requests = stopping.StopRequests()
+    mean = parallel.parallelise(lambda _, batch: batch['stop'].mean())
+    nothing = parallel.replicate(np.zeros(()))
+
+    def step():
+        return requests.heard(mean(nothing, {'stop': requests.flag()}))
+
+    assert [step() for _ in range(4)] == [False] * 4
+    requests.request()
+    assert [step() for _ in range(3)] == [False, False, True]
+
+
+def test_a_request_of_one_device_of_many_is_enough():
+    requests = stopping.StopRequests()
+    assert [requests.heard(np.float32(1 / 4096)) for _ in range(3)] == [False, False, True]
+
+
+def test_the_first_signal_asks_and_the_second_has_its_usual_effect():
+    usual = signal.getsignal(signal.SIGTERM)
+    with stopping.on_signals() as requests:
+        no = requests.flag()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.flag() is not no
+        assert signal.getsignal(signal.SIGTERM) == usual
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
