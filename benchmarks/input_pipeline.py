@@ -9,18 +9,25 @@ are cores. On a machine that others use, look at the CPU time. Peers:
     pillow   torchvision's way: Pillow decodes the whole picture, crops and resizes (bilinear)
     tf.data  the NFNets' way: decode_and_crop_jpeg, bicubic resize to float32. Run by the Python
              that --tensorflow names, where TensorFlow is installed
+    tf.data, RandAugment   the same with four layers of RandAugment, which runs on the host there
+    tf.data, recipe        and MixUp and CutMix: the authors read two pictures for each one they
+                           hand out, where ours mixes those of a batch with one another
 
 Rows take turns, each in a process of its own, which also tells its memory and the time to its first
-batch; printed is the best of the rounds.
-'augment' is the published on-device augmentation on this machine's device.
+batch; printed is the best of the rounds, and how many times the CPU time of nfnets_jax in the same
+round it is, the median. tf.data works some batches ahead, unseen: give --batches=48 to compare.
+'overhead' is the pipeline around pictures that cost nothing, 'augment' the published on-device
+augmentation, RandAugment included, on this machine's device.
 """
 
 import concurrent.futures
+import functools
 import itertools
 import json
 import os
 import pathlib
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -35,7 +42,9 @@ def main() -> None:
         return
     python = dict.fromkeys(('nfnets_jax', 'pillow', 'overhead', 'augment'), sys.executable)
     if 'tensorflow' in arguments:
-        python['tf.data'] = arguments.pop('tensorflow')
+        tensorflow = arguments.pop('tensorflow')
+        rows = ('tf.data', 'tf.data, RandAugment', 'tf.data, recipe')
+        python |= dict.fromkeys(rows, tensorflow)
     results = {row: [] for row in python}
     for _ in range(int(arguments.pop('rounds', 3))):
         for row, interpreter in python.items():
@@ -44,10 +53,15 @@ def main() -> None:
             environment = os.environ | {'PYTHONPATH': os.getcwd()}
             result = subprocess.run(command, env=environment, check=True, capture_output=True)
             results[row].append(json.loads(result.stdout.splitlines()[-1]))
-    print(f'{"":12}{"images/s":>10}{"CPU ms/image":>14}{"first batch s":>15}{"MB":>7}')
+    print(f'{"":21}{"images/s":>9}{"CPU ms/image":>13}{"x":>6}{"first batch s":>14}{"MB":>6}')
+    ours_cpu = [result['cpu'] for result in results['nfnets_jax']]
     for row, rounds in results.items():
-        rate, cpu, first, memory = zip(*(round.values() for round in rounds), strict=True)
-        print(f'{row:12}{max(rate):10.0f}{min(cpu):14.3f}{min(first):15.2f}{min(memory):7.0f}')
+        rate, cpu, first, memory = zip(*(result.values() for result in rounds), strict=True)
+        times = statistics.median(a / b for a, b in zip(cpu, ours_cpu, strict=True))
+        print(
+            f'{row:21}{max(rate):9.0f}{min(cpu):13.3f}{times:6.2f}{min(first):14.2f}'
+            f'{min(memory):6.0f}'
+        )
 
 
 def measure(row: str, pictures: str, batches: str = '16', threads: str = '') -> dict:
@@ -140,9 +154,12 @@ def pillow(paths, threads):
             yield np.stack(list(pool.map(read, random.sample(paths, BATCH_SIZE))))
 
 
-def tf_data(paths, threads):
+def tf_data(paths, threads, randaugment=False, mix=False):
     """As `nfnets` of deepmind-research feeds its networks, from files instead of TFRecords."""
     import tensorflow as tf
+
+    from benchmarks.tf_randaugment import mix_halves
+    from benchmarks.tf_randaugment import randaugment as distort
 
     def read(path):
         encoded = tf.io.read_file(path)
@@ -159,6 +176,8 @@ def tf_data(paths, threads):
         image = tf.image.decode_and_crop_jpeg(encoded, window, channels=3)
         image = tf.image.random_flip_left_right(image)
         image = tf.image.resize(image, (SIZE, SIZE), tf.image.ResizeMethod.BICUBIC)
+        if randaugment:
+            image = tf.cast(distort(tf.saturate_cast(image, tf.uint8)), tf.float32)
         return (image - 120.0) / 58.0
 
     options = tf.data.Options()
@@ -167,7 +186,10 @@ def tf_data(paths, threads):
     options.deterministic = False
     data = tf.data.Dataset.from_tensor_slices(paths).with_options(options)
     data = data.repeat().shuffle(10 * BATCH_SIZE).map(read, tf.data.AUTOTUNE)
-    return data.batch(BATCH_SIZE).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+    data = data.batch(BATCH_SIZE * (1 + mix))
+    if mix:
+        data = data.map(mix_halves, tf.data.AUTOTUNE)
+    return data.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
 
 
 def augmentation(paths, threads):
@@ -195,6 +217,8 @@ _ROWS = {
     'nfnets_jax': ours,
     'pillow': pillow,
     'tf.data': tf_data,
+    'tf.data, RandAugment': functools.partial(tf_data, randaugment=True),
+    'tf.data, recipe': functools.partial(tf_data, randaugment=True, mix=True),
     'overhead': overhead,
     'augment': augmentation,
 }

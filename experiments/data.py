@@ -2,8 +2,8 @@
 
 Sources that hold encoded pictures of any size take three more options in `config.data`: image_size
 and test_image_size, in pixels (by default those the model is published with), and test_mode, the
-evaluation preprocessing. Where a source's pictures have one size they are left as they are, unless
-one of these options is given.
+evaluation preprocessing; training pictures are cropped at random. Where a source's pictures have
+one size (digits, arrays, CIFAR) they are left as they are, unless one of these options is given.
 """
 
 import inspect

@@ -50,10 +50,13 @@ def prepare(dataset: str, data_dir: str) -> pathlib.Path:
             _convert(builder)
         else:
             _download_and_prepare(builder)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, 'strerror', None) or str(error).partition(';')[0]
+        # ArrayRecord's writer tells of a full disk by a RuntimeError.
+        if isinstance(error, RuntimeError) and 'write() failed' not in reason:
+            raise
         raise UsageError(
-            f'{dataset} is not prepared: {error.strerror or error} ({directory}); '
-            'the same command continues'
+            f'{dataset} is not prepared: {reason} ({directory}); the same command continues'
         ) from error
     return directory
 

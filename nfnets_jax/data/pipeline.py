@@ -247,6 +247,9 @@ def _read(source, index: int, transform: Callable | None, rng=None) -> dict:
         image = transform(example['image'], rng) if transform else example['image']
     except PictureError as error:
         raise PictureError(f'{source.where(index)}: {error} (example {index})') from error
+    except BaseException as error:  # not the picture's fault, as far as we know; but where was it?
+        error.add_note(f'while reading {source.where(index)} (example {index})')
+        raise
     return {'image': image, 'label': np.int32(example['label'])}
 
 

@@ -16,6 +16,8 @@ Reading is thread-safe and has no order: shuffling, sharding and batching belong
 import inspect
 import os
 import pathlib
+import zipfile
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -76,13 +78,30 @@ class Digits(ArraySource):
     Scaled to 0..255, enlarged to `image_size` (bicubic) and repeated to three channels. The split
     is fixed: of every class, in the order of the file, each fifth picture is a test picture, which
     makes 1442 for training and 355 for testing.
+
+    Args:
+        split: 'train' or 'test'.
+        image_size: pixels, 8 or more.
+        classes: the digits to take, none twice; labels number them in this order.
+        per_class: training pictures of each to take, the first in the file; None: all.
     """
 
-    def __init__(self, split: str, image_size: int = 16):
+    def __init__(
+        self,
+        split: str,
+        image_size: int = 16,
+        classes: Sequence[int] = tuple(range(10)),
+        per_class: int | None = None,
+    ):
         from sklearn.datasets import load_digits  # here: a slow import that only digits need
 
         if image_size < 8:
             raise UsageError(f'data.image_size={image_size}: digits are 8x8, give 8 or more')
+        classes = list(classes)
+        if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(10)):
+            raise UsageError(f'data.classes={classes}: give digits from 0 to 9, none twice')
+        if per_class is not None and per_class < 1:
+            raise UsageError(f'data.per_class={per_class}: must be positive, or None for all')
         digits = load_digits()
         labels = digits.target
         is_test = np.zeros(len(labels), bool)
@@ -91,10 +110,79 @@ class Digits(ArraySource):
         chosen = {'train': ~is_test, 'test': is_test}
         if split not in chosen:
             raise UsageError(f'digits have no split {split!r}{nearest(split, chosen)}')
-        grey = digits.images[chosen[split]].astype(np.float32) * (255 / 16)
+        first = per_class if split == 'train' else None
+        index = np.sort(
+            np.concatenate([np.flatnonzero(chosen[split] & (labels == d))[:first] for d in classes])
+        )
+        grey = digits.images[index].astype(np.float32) * (255 / 16)
         large = np.stack([resize(image[..., None], (image_size, image_size)) for image in grey])
-        images = np.repeat(np.rint(large).clip(0, 255).astype(np.uint8), 3, axis=-1)
-        super().__init__(images, labels[chosen[split]], name=f'digits/{split}')
+        super().__init__(
+            np.repeat(np.rint(large).clip(0, 255).astype(np.uint8), 3, axis=-1),
+            [classes.index(label) for label in labels[index]],
+            class_names=map(str, classes),
+            name=f'digits/{split}',
+        )
+
+
+class ArrayFile(ArraySource):
+    """The arrays of an .npz file: train_images, train_labels, test_images and test_labels.
+
+    Args:
+        split: 'train' or 'test'.
+        path: the file; images are uint8 [N, H, W, 3], labels integers from 0. It may hold
+            class_names, too.
+    """
+
+    def __init__(self, split: str, path: str):
+        if split not in (splits := ('train', 'test')):
+            raise UsageError(f'arrays have no split {split!r}{nearest(split, splits)}')
+        try:
+            with np.load(os.path.expanduser(path), allow_pickle=False) as file:
+                images, labels = file[f'{split}_images'], file[f'{split}_labels']
+                names = file.get('class_names')
+                if names is None:
+                    names = range(1 + max(file['train_labels'].max(), file['test_labels'].max()))
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            reason = ' '.join(str(error.args[-1] if error.args else error).split())
+            raise UsageError(
+                f'data.path={str(path)!r}: not an .npz file with train_images, train_labels, '
+                f'test_images and test_labels: {reason}'
+            ) from error
+        super().__init__(images, labels, map(str, names), name=f'{path} ({split})')
+
+
+class Noise(ArraySource):
+    """Made pictures: of each class the same coarse pattern of colours under noise of their own.
+
+    Easy to learn, equal everywhere, and there without any files: for trying a recipe out.
+
+    Args:
+        split: 'train' or 'test', which have other noise.
+        image_size: pixels.
+        classes: how many; examples have them in turn.
+        examples: how many in each split.
+    """
+
+    def __init__(self, split: str, image_size: int = 32, classes: int = 10, examples: int = 1024):
+        splits = ('train', 'test')
+        if split not in splits:
+            raise UsageError(f'noise has no split {split!r}{nearest(split, splits)}')
+        for name, value in ('image_size', image_size), ('classes', classes), ('examples', examples):
+            if value < 1:
+                raise UsageError(f'data.{name}={value}: must be positive')
+        patterns = np.random.default_rng(0).uniform(64, 192, (classes, 4, 4, 3))
+        cells = np.arange(image_size) * 4 // image_size
+        labels = np.arange(examples) % classes
+        noise = np.random.default_rng(1 + splits.index(split)).normal(
+            0, 32, (examples, image_size, image_size, 3)
+        )
+        images = patterns[:, cells][:, :, cells][labels] + noise
+        super().__init__(
+            images.clip(0, 255).astype(np.uint8),
+            labels,
+            class_names=map(str, range(classes)),
+            name=f'noise/{split}',
+        )
 
 
 class ImageFolder:
@@ -194,7 +282,13 @@ def _hold_out(paths: list, split: str, test_fraction: float, seed: tuple[int, in
     return [paths[i] for i in sorted(chosen)]
 
 
-SOURCES = {'digits': Digits, 'folder': ImageFolder, 'tfds': TfdsSource}
+SOURCES = {
+    'digits': Digits,
+    'noise': Noise,
+    'arrays': ArrayFile,
+    'folder': ImageFolder,
+    'tfds': TfdsSource,
+}
 
 
 def open_source(name: str, split: str, **options):

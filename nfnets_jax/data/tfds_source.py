@@ -2,7 +2,7 @@
 
 import pathlib
 
-from nfnets_jax.data.preprocessing import PictureError
+from nfnets_jax.data.preprocessing import PictureError, decode
 from nfnets_jax.errors import UsageError, nearest
 
 # How the papers split ImageNet; the first 10,000 training pictures are for choosing.
@@ -19,6 +19,9 @@ DEFAULT_DATA_DIR = '~/tensorflow_datasets'
 
 class TfdsSource:
     """A data set of tensorflow_datasets that `experiments.prepare_data` has put in place.
+
+    Where all pictures have one size, as in CIFAR, images are pixels, uint8 [H, W, 3]; else they are
+    encoded files.
 
     Args:
         split: 'train' or 'test'.
@@ -47,6 +50,7 @@ class TfdsSource:
         expression = splits[split] or _default_test_split(builder.info)
         self.name = f'{dataset}/{expression}'
         self.class_names = tuple(builder.info.features[self._label].names)
+        self._one_size = None not in builder.info.features[self._image].shape
         try:
             self._records = _open_records(
                 builder, f'data.{split}_split', expression, self._image, data_dir
@@ -68,7 +72,10 @@ class TfdsSource:
                 raise ValueError('an empty record')
         except (OSError, ValueError, RuntimeError) as error:  # the reader raises any of them
             raise PictureError(f'cannot be read: {" ".join(str(error).split())}') from error
-        return {'image': bytes(example[self._image]), 'label': int(example[self._label])}
+        image = bytes(example[self._image])
+        if self._one_size:
+            image = decode(image)
+        return {'image': image, 'label': int(example[self._label])}
 
     def where(self, index: int) -> str:
         return f'{self.name}[{index}]'

@@ -7,6 +7,7 @@ import time
 import chex
 import numpy as np
 import pytest
+from PIL import Image
 
 from nfnets_jax.data.pipeline import (
     BadPictures,
@@ -15,8 +16,8 @@ from nfnets_jax.data.pipeline import (
     eval_batches,
     train_batches,
 )
-from nfnets_jax.data.preprocessing import PictureError
-from nfnets_jax.data.sources import ArraySource
+from nfnets_jax.data.preprocessing import PictureError, make_transform
+from nfnets_jax.data.sources import ArraySource, ImageFolder
 from nfnets_jax.errors import UsageError
 
 SIZE = 101
@@ -85,13 +86,15 @@ def test_threads_do_not_change_the_batches(source, num_threads):
     chex.assert_trees_all_equal(expected, found)
 
 
-@pytest.mark.parametrize('process_count', [2, 4])
-def test_processes_share_the_same_global_batches(source, process_count):
+@pytest.mark.parametrize('start_step', [0, 3])
+@pytest.mark.parametrize('process_count', [1, 2, 4])
+def test_processes_share_the_same_global_batches(source, process_count, start_step):
+    """So a run may be resumed by another number of processes."""
     arguments = {'batch_size': 72, 'seed': 1, 'transform': add_noise}
-    whole = take(train_batches(source, **arguments), 4)
+    whole = take(train_batches(source, **arguments), start_step + 4)[start_step:]
+    arguments |= {'start_step': start_step, 'process_count': process_count}
     shares = [
-        take(train_batches(source, **arguments, process_index=i, process_count=process_count), 4)
-        for i in range(process_count)
+        take(train_batches(source, **arguments, process_index=i), 4) for i in range(process_count)
     ]
     for step in range(4):
         parts = [share[step] for share in shares]
@@ -188,6 +191,59 @@ def test_evaluation_leaves_out_what_is_skipped(source):
     assert len(bad) == 3
     seen = np.concatenate([batch['label'][batch['mask'] == 1] for batch in batches])
     assert sorted(seen) == sorted(set(range(SIZE)) - {0, 50, 100})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight pictures in a directory."""
+    (tmp_path / 'train' / 'cat').mkdir(parents=True)
+    for i in range(8):
+        Image.new('RGB', (8, 8), (i, i, i)).save(tmp_path / 'train' / 'cat' / f'{i}.png')
+    return tmp_path
+
+
+@pytest.mark.parametrize('num_threads', [0, 2])
+def test_a_file_that_disappears_in_an_epoch(folder, num_threads):
+    arguments = {'batch_size': 4, 'seed': 0, 'num_threads': num_threads}
+    arguments['transform'] = make_transform('random_crop', 8)
+
+    def batches_with_loss(**more):
+        batches = train_batches(ImageFolder('train', folder), **arguments, **more)
+        first = next(batches)
+        (folder / 'train' / 'cat' / '3.png').unlink(missing_ok=True)
+        return [first, *take(batches, 20)]  # further than any buffer reaches
+
+    whole = take(train_batches(ImageFolder('train', folder), **arguments), 21)
+    with pytest.raises(
+        PictureError, match=r'cat/3\.png: cannot be read: No such file .*\(example 3'
+    ):
+        batches_with_loss()
+    Image.new('RGB', (8, 8), (3, 3, 3)).save(folder / 'train' / 'cat' / '3.png')
+    bad = BadPictures(1)
+    found = batches_with_loss(bad=bad)
+    assert len(bad) == 1
+    same = [np.array_equal(a['image'], b['image']) for a, b in zip(whole, found, strict=True)]
+    assert same[0]
+    assert 0 < len(same) - sum(same) <= 11  # it is in every second batch at most
+
+
+@pytest.mark.parametrize('fault', [MemoryError, RuntimeError, SystemExit])
+@pytest.mark.parametrize('num_threads', [0, 2])
+def test_a_worker_that_dies_ends_the_run_and_says_where(source, fault, num_threads):
+    def die_at_7(image, rng):
+        if image[0, 0, 0] == 7:
+            raise fault('of old age')
+        return image
+
+    batches = train_batches(
+        source, batch_size=8, seed=0, transform=die_at_7, num_threads=num_threads
+    )
+    with (
+        Prefetch(batches, lambda batch: batch) as prefetch,
+        pytest.raises(fault, match='of old age') as raised,
+    ):
+        take(prefetch, 20)
+    assert 'arrays[7] (example 7)' in str(raised.value.__notes__)
 
 
 def test_nothing_readable_is_an_error_not_a_hang(source):

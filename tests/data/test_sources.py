@@ -24,6 +24,45 @@ def test_digits_are_split_once_and_for_all():
     assert not any(image.tobytes() in seen for image in test.images)
 
 
+def test_digits_may_be_fewer():
+    train = Digits('train', classes=(7, 3), per_class=10)
+    np.testing.assert_array_equal(np.bincount(train.labels), [10, 10])
+    assert train.class_names == ('7', '3')
+    every = Digits('train')
+    sevens = every.images[every.labels == 7]
+    np.testing.assert_array_equal(train.images[train.labels == 0], sevens[:10])
+    test = Digits('test', classes=(7, 3), per_class=10)
+    assert len(test) == np.sum(np.isin(Digits('test').labels, (3, 7)))
+
+
+@pytest.mark.parametrize(
+    'options', [{'classes': ()}, {'classes': (1, 1)}, {'classes': (10,)}, {'per_class': 0}]
+)
+def test_digits_that_are_not_there_are_named(options):
+    with pytest.raises(UsageError, match=f'data.{next(iter(options))}='):
+        Digits('train', **options)
+
+
+def test_arrays_may_come_from_a_file(tmp_path):
+    images = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
+    path = tmp_path / 'pictures.npz'
+    arrays = {'train_images': images[:2], 'test_images': images[2:], 'test_labels': [2]}
+    np.savez(path, train_labels=[0, 1], **arrays)
+    train, test = (open_source('arrays', split, path=str(path)) for split in ('train', 'test'))
+    np.testing.assert_array_equal(train[1]['image'], images[1])
+    assert (test[0]['label'], test.class_names) == (2, ('0', '1', '2'))
+    assert train.class_names == test.class_names
+
+    np.savez(path, **arrays)
+    with pytest.raises(UsageError, match=r'pictures.npz.*train_labels'):
+        open_source('arrays', 'train', path=str(path))
+    path.write_text('no archive')
+    with pytest.raises(UsageError, match=r'not an \.npz file'):
+        open_source('arrays', 'train', path=str(path))
+    with pytest.raises(UsageError, match=r'No such file'):
+        open_source('arrays', 'train', path=str(tmp_path / 'other.npz'))
+
+
 def test_digits_keep_their_picture_when_enlarged():
     small, large = Digits('test', image_size=8), Digits('test', image_size=32)
     assert large[0]['image'].shape == (32, 32, 3)

@@ -1,41 +1,23 @@
+import functools
 import shutil
 
+import chex
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
 from experiments import prepare_data
 from nfnets_jax.data import tfds_source
 from nfnets_jax.data.preprocessing import decode
 from nfnets_jax.data.sources import open_source
 from nfnets_jax.errors import UsageError
-
-
-class TinyPictures(tfds.core.GeneratorBasedBuilder):
-    """Twenty training and six test pictures, each of one value: its number."""
-
-    VERSION = tfds.core.Version('1.0.0')
-
-    def _info(self):
-        features = {
-            'image': tfds.features.Image(shape=(8, 8, 3)),
-            'label': tfds.features.ClassLabel(names=['ape', 'bee', 'cat']),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        return {'train': self._generate_examples(0, 20), 'test': self._generate_examples(20, 26)}
-
-    def _generate_examples(self, start, stop):
-        for i in range(start, stop):
-            yield i, {'image': np.full((8, 8, 3), i, np.uint8), 'label': i % 3}
+from tests.tfds_builders import open_prepared
 
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
     data_dir = str(tmp_path_factory.mktemp('tfds'))
     prepare_data.prepare('tiny_pictures', data_dir)
+    prepare_data.prepare('imagenet_like', data_dir)
     return data_dir
 
 
@@ -43,8 +25,8 @@ def values(source):
     return [int(decode(source[i]['image'])[0, 0, 0]) for i in range(len(source))]
 
 
-def open_tiny(data_dir, split='train', **options):
-    return open_source('tfds', split, dataset='tiny_pictures', data_dir=data_dir, **options)
+open_tiny = functools.partial(open_prepared, 'tiny_pictures')
+open_imagenet_like = functools.partial(open_prepared, 'imagenet_like')
 
 
 def test_splits_hold_every_picture_once(prepared):
@@ -53,8 +35,14 @@ def test_splits_hold_every_picture_once(prepared):
     assert (len(train), len(test)) == (20, 6)
     assert train.class_names == ('ape', 'bee', 'cat')
     assert [train[i]['label'] for i in range(20)] == [value % 3 for value in values(train)]
-    assert isinstance(train[0]['image'], bytes)
     assert train.where(3) == 'tiny_pictures/train[3]'
+
+
+def test_pictures_of_one_size_come_as_pixels_and_others_as_files(prepared):
+    pixels = open_tiny(prepared)[0]['image']
+    chex.assert_shape(pixels, (8, 8, 3))
+    assert pixels.dtype == np.uint8
+    assert isinstance(open_imagenet_like(prepared)[0]['image'], bytes)
 
 
 def test_split_expressions(prepared):
@@ -95,32 +83,16 @@ def test_files_that_disappear(prepared, tmp_path):
         open_tiny(str(tmp_path))
 
 
-class Imagenet2012(TinyPictures):
-    """Stands in for ImageNet: as many splits of as many examples as the arithmetic needs."""
-
-    name = 'imagenet_like'
-
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        return {
-            'train': self._generate_examples(0, 20),
-            'validation': self._generate_examples(20, 24),
-        }
-
-
-def test_the_splits_of_the_paper(tmp_path, monkeypatch):
+def test_the_splits_of_the_paper(prepared, monkeypatch):
     """TRAIN and VALID share TFDS's train split (at 10,000; here at 5), TEST is its validation."""
     published = tfds_source._PAPER_SPLITS['imagenet2012']
     assert published['TRAIN'] == 'train[10000:]'
     assert published['VALID'] == 'train[:10000]'
     small = {name: split.replace('10000', '5') for name, split in published.items()}
     monkeypatch.setattr(tfds_source, '_PAPER_SPLITS', {'imagenet_like': small})
-    prepare_data.prepare('imagenet_like', str(tmp_path))
 
     def opened(split, **options):
-        return values(
-            open_source('tfds', split, dataset='imagenet_like', data_dir=str(tmp_path), **options)
-        )
+        return values(open_imagenet_like(prepared, split, **options))
 
     train, valid = (opened('train', train_split=name) for name in ('TRAIN', 'VALID'))
     assert (len(train), len(valid)) == (15, 5)

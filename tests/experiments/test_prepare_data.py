@@ -1,47 +1,28 @@
+import contextlib
 import json
 import pathlib
+import resource
 import shutil
 import struct
 
-import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from experiments import prepare_data
-from nfnets_jax.data.sources import open_source
 from nfnets_jax.errors import UsageError
-
-
-class PreparedPictures(tfds.core.GeneratorBasedBuilder):
-    """Pictures by class, and nothing to download."""
-
-    VERSION = tfds.core.Version('1.0.0')
-
-    def _info(self):
-        features = {
-            'image': tfds.features.Image(shape=(4, 4, 1)),
-            'label': tfds.features.ClassLabel(names=['ape', 'bee', 'cat']),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        return {'train': self._generate_examples()}
-
-    def _generate_examples(self):
-        for i in range(20):
-            yield i, {'image': np.full((4, 4, 1), i, np.uint8), 'label': i % 3}
+from tests.tfds_builders import GreyPictures, open_prepared
 
 
 def read(data_dir):
-    source = open_source('tfds', 'train', dataset='prepared_pictures', data_dir=str(data_dir))
-    return [source[i] for i in range(len(source))]
+    """Returns the labels and pictures of a data set, whose decoding is lossless."""
+    source = open_prepared('grey_pictures', data_dir)
+    return [(source[i]['label'], source[i]['image'].tobytes()) for i in range(len(source))]
 
 
 @pytest.fixture
 def prepared(tmp_path):
-    directory = prepare_data.prepare('prepared_pictures', str(tmp_path))
-    assert directory == tmp_path / 'prepared_pictures' / '1.0.0'
+    directory = prepare_data.prepare('grey_pictures', str(tmp_path))
+    assert directory == tmp_path / 'grey_pictures' / '1.0.0'
     return directory
 
 
@@ -62,16 +43,16 @@ def as_tfrecords(directory):
 
 def test_preparing_again_changes_nothing(prepared, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
-    assert prepare_data.prepare('prepared_pictures', str(tmp_path)) == prepared
+    assert prepare_data.prepare('grey_pictures', str(tmp_path)) == prepared
     assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
 
 
 def test_tfrecords_are_converted_by_the_command_the_error_names(prepared, tmp_path):
     expected = read(tmp_path)
     as_tfrecords(prepared)
-    with pytest.raises(UsageError, match=r'as tfrecord.*prepare_data --dataset=prepared_pictures'):
+    with pytest.raises(UsageError, match=r'as tfrecord.*prepare_data --dataset=grey_pictures'):
         read(tmp_path)
-    prepare_data.prepare('prepared_pictures', str(tmp_path))
+    prepare_data.prepare('grey_pictures', str(tmp_path))
     assert read(tmp_path) == expected
     assert [path.name for path in prepared.glob('*.tmp')] == []
 
@@ -86,37 +67,76 @@ def test_a_conversion_that_stops_is_not_taken_for_whole(prepared, tmp_path):
     ):
         records.write_bytes(content)
         with pytest.raises(UsageError, match=match):
-            prepare_data.prepare('prepared_pictures', str(tmp_path))
+            prepare_data.prepare('grey_pictures', str(tmp_path))
         with pytest.raises(UsageError, match='prepared as tfrecord'):
             read(tmp_path)
     records.write_bytes(whole)
-    prepare_data.prepare('prepared_pictures', str(tmp_path))
+    prepare_data.prepare('grey_pictures', str(tmp_path))
     assert read(tmp_path) == expected
 
 
 def test_preparing_that_stops_is_not_taken_for_whole(tmp_path, monkeypatch):
-    """As when the disk is full."""
-    generate = PreparedPictures._generate_examples
+    generate = GreyPictures._generate_examples
 
-    def full_disk(self):
-        yield from list(generate(self))[:10]
-        raise OSError(28, 'No space left on device')
+    def lose_disk(self, start, stop):
+        yield from list(generate(self, start, stop))[:10]
+        raise OSError(5, 'Input/output error')
 
-    monkeypatch.setattr(PreparedPictures, '_generate_examples', full_disk)
-    with pytest.raises(UsageError, match='No space left on device.*same command continues'):
-        prepare_data.prepare('prepared_pictures', str(tmp_path))
+    monkeypatch.setattr(GreyPictures, '_generate_examples', lose_disk)
+    with pytest.raises(UsageError, match='Input/output error.*same command continues'):
+        prepare_data.prepare('grey_pictures', str(tmp_path))
     with pytest.raises(UsageError, match='not found'):
         read(tmp_path)
     monkeypatch.undo()
-    prepare_data.prepare('prepared_pictures', str(tmp_path))
+    prepare_data.prepare('grey_pictures', str(tmp_path))
     assert len(read(tmp_path)) == 20
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Lets writes beyond `size` bytes of a file fail, as they do on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# The progress bar, too, writes to a file where pytest runs.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.parametrize('size', [300, 3000])  # while examples are collected; in the ArrayRecord
+def test_a_full_disk_leaves_nothing_that_is_taken_for_whole(tmp_path, size):
+    with (
+        largest_file(size),
+        pytest.raises(UsageError, match='File too large.*same command continues'),
+    ):
+        prepare_data.prepare('grey_pictures', str(tmp_path))
+    with pytest.raises(UsageError, match='not found'):
+        read(tmp_path)
+    prepare_data.prepare('grey_pictures', str(tmp_path))
+    assert len(read(tmp_path)) == 20
+
+
+def test_a_full_disk_while_converting(prepared, tmp_path):
+    expected = read(tmp_path)
+    as_tfrecords(prepared)
+    with (
+        largest_file(3000),
+        pytest.raises(UsageError, match='File too large.*same command continues'),
+    ):
+        prepare_data.prepare('grey_pictures', str(tmp_path))
+    with pytest.raises(UsageError, match='prepared as tfrecord'):
+        read(tmp_path)
+    prepare_data.prepare('grey_pictures', str(tmp_path))
+    assert read(tmp_path) == expected
 
 
 def test_space_is_checked_first(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10, 10, 0))
     monkeypatch.setattr(tfds.core.DatasetInfo, 'download_size', 3_000_000_000)
     with pytest.raises(UsageError, match=r'needs 3\.0 GB in .* 0\.0 GB are free'):
-        prepare_data.prepare('prepared_pictures', str(tmp_path))
+        prepare_data.prepare('grey_pictures', str(tmp_path))
     assert not list(tmp_path.rglob('*.array_record*'))
 
 

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import prepare_data
+from experiments.config import default_config
+from experiments.data import open_data
+from nfnets_jax.errors import UsageError
+from tests.tfds_builders import TinyPictures
+
+
+def config_of(**data):
+    config = default_config()
+    config.data = data
+    return config
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    """Options of a data set whose pictures have one size."""
+    data_dir = str(tmp_path_factory.mktemp('tfds'))
+    prepare_data.prepare('tiny_pictures', data_dir)
+    assert TinyPictures.SHAPE == (8, 8, 3)
+    return {'name': 'tfds', 'dataset': 'tiny_pictures', 'data_dir': data_dir}
+
+
+def test_pictures_of_one_size_are_left_as_they_are(tiny):
+    train, test, pictures = open_data(config_of(**tiny))
+    assert (len(train), len(test)) == (20, 6)
+    assert (pictures.shape, pictures.test_size) == ((8, 8, 3), 8)
+    assert pictures.train_transform is None
+    assert pictures.test_transform is None
+
+
+def test_pictures_of_one_size_are_cropped_if_a_size_is_given(tiny):
+    train, test, pictures = open_data(config_of(**tiny, image_size=12, test_image_size=10))
+    image = pictures.train_transform(train[0]['image'], np.random.default_rng(0))
+    assert (image.shape, image.dtype) == (pictures.shape, np.uint8) == ((12, 12, 3), np.uint8)
+    assert pictures.test_transform(test[0]['image'], None).shape == (10, 10, 3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ('ant', 'bee'):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.new('RGB', (20 + i, 15)).save(tmp_path / name / f'{i}.png')
+    return {'name': 'folder', 'path': str(tmp_path)}
+
+
+def test_encoded_pictures_come_to_the_published_sizes(folder):
+    train, test, pictures = open_data(config_of(**folder))
+    assert (pictures.shape, pictures.test_size) == ((224, 224, 3), 224)  # of NF-ResNet-50
+    image = pictures.train_transform(train[0]['image'], np.random.default_rng(0))
+    assert (image.shape, image.dtype) == ((224, 224, 3), np.uint8)
+    assert pictures.test_transform(test[0]['image'], None).shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize(
+    ('options', 'match'),
+    [
+        ({'image_size': 0}, r'config\.data\.image_size=0: must be pixels'),
+        ({'test_image_size': '8'}, r"config\.data\.test_image_size='8': must be pixels"),
+        ({'test_mode': 'crop'}, "preprocessing 'crop': unknown"),
+        ({'imagesize': 8}, r"data\.imagesize: not an option of 'folder'"),
+    ],
+)
+def test_mistakes_are_named(folder, options, match):
+    with pytest.raises(UsageError, match=match):
+        open_data(config_of(**folder, **options))
