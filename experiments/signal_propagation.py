@@ -11,6 +11,7 @@ residual branches, which start at zero and would leave nothing to see, are set t
 """
 
 import pathlib
+from typing import Any
 
 import haiku as hk
 import jax
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments import cli
-from nfnets_jax import models
+from nfnets_jax import models, parallel
 from nfnets_jax.errors import UsageError, nearest
 
 _PANELS = (
@@ -41,15 +42,23 @@ def counterpart(name: str) -> str:
 
 
 def measure(
-    name: str, *, size: int, batch_size: int, seed: int = 0, gain: float = 1.0
+    name: str, *, size: int, batch_size: int, seed: int = 0, gain: float = 1.0, **options: Any
 ) -> dict[str, np.ndarray]:
-    """Returns `layers.signal_metrics` of a model in training mode with freshly drawn weights."""
+    """Returns `layers.signal_metrics` of a model in training mode with freshly drawn weights.
+
+    Args:
+      name: of the model; `options` are its own, as for `models.create_model`.
+      size: of the pictures, which are noise, in pixels.
+      batch_size: of them.
+      seed: of the weights and the noise.
+      gain: value of the gains on residual branches.
+    """
     if models.variant_info(name).family == 'SmallCNN':
         raise UsageError(f'model: {name} has no residual blocks to measure')
     network = hk.transform_with_state(
-        lambda x: models.create_model(name, 10, drop_rate=0.0, stochdepth_rate=0.0)(
-            x, True, return_metrics=True
-        )
+        lambda x: models.create_model(
+            name, 10, **{'drop_rate': 0.0, 'stochdepth_rate': 0.0} | options
+        )(x, True, return_metrics=True)
     )
     key_x, key_w = jax.random.split(jax.random.key(seed))
     images = jax.random.normal(key_x, (batch_size, size, size, 3))
@@ -58,8 +67,10 @@ def measure(
         lambda module, leaf, value: jnp.full_like(value, gain) if leaf == 'skip_gain' else value,
         params,
     )
-    out, _ = jax.jit(network.apply)(params, state, None, images)
-    return jax.device_get(out['signal'])
+    # A device axis of one: networks that average statistics over devices ask for its name.
+    apply = jax.jit(jax.vmap(network.apply, (None, None, None, 0), axis_name=parallel.AXIS))
+    out, _ = apply(params, state, None, images[None])
+    return jax.tree.map(lambda x: x[0], jax.device_get(out['signal']))
 
 
 def draw(signals: dict[str, dict[str, np.ndarray]]) -> Figure:

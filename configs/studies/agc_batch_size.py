@@ -1,0 +1,70 @@
+"""Which clipping factor does each batch size want?
+
+    python -m experiments.study --config=configs/studies/agc_batch_size.py:digits --workdir=S
+
+Sizes: digits, cifar10, imagenet (the sweep of arXiv 2102.06171, figure 2b, with its thresholds).
+"""
+
+from configs.studies.settings import arm, chart, claim, new_study
+
+_GRIDS = {
+    'digits': {
+        'batch_size': (16, 128, 1024),
+        'clipping': (0.01, 0.04, 0.16, 0.64),
+        'learning_rate': (0.5, 2.0),
+    },
+    'cifar10': {
+        'batch_size': (128, 256, 1024, 4096),
+        'clipping': (0.01, 0.02, 0.04, 0.08, 0.16),
+        'learning_rate': (0.1, 0.4),
+    },
+    'imagenet': {
+        'batch_size': (256, 512, 1024, 2048, 4096),
+        'clipping': (0.01, 0.02, 0.04, 0.08, 0.16),
+        'learning_rate': (0.1,),
+    },
+}
+
+
+def get_config(size: str = 'digits'):
+    study = new_study('agc_batch_size', size, tuple(_GRIDS))
+    study.title = 'Adaptive gradient clipping: batch size and clipping factor'
+    study.question = (
+        'Which clipping factor does each batch size want, and does a large batch want a small one?'
+    )
+    study.axes.batch_size = 'batch_size'
+    study.axes.clipping = 'optimizer.clip.clipping'
+    study.grid = {**_GRIDS[size], 'seed': (0, 1, 2)}
+    study.arms = (arm('nf_agc', 'NF-ResNet with AGC'),)
+
+    small, large = study.grid.batch_size[0], study.grid.batch_size[-1]
+    tight, loose = study.grid.clipping[0], study.grid.clipping[-1]
+    study.claims = (
+        claim(
+            'The largest batch wants a small clipping factor.',
+            'AGC paper and figure 2b; report D',
+            better={'batch_size': large, 'clipping': tight},
+            worse={'batch_size': large, 'clipping': loose},
+        ),
+        claim(
+            'The smallest batch wants a large one, 0.16 and more.',
+            'AGC paper, figure 2b; report D',
+            better={'batch_size': small, 'clipping': loose},
+            worse={'batch_size': small, 'clipping': tight},
+        ),
+    )
+    study.charts = (
+        chart('heatmap', 'Test top-1', x='batch_size', series='clipping', log_x=True),
+        chart('line', 'Test top-1', x='clipping', series='batch_size', log_x=True),
+        chart(
+            'line',
+            'Share of the units that are clipped, at the end',
+            x='clipping',
+            y='train/clipped_fraction',
+            series='batch_size',
+            log_x=True,
+        ),
+        chart('parallel', 'All trials', x='batch_size', series='batch_size'),
+        chart('table', 'Test top-1', x='clipping', series='batch_size'),
+    )
+    return study

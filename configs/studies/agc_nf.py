@@ -1,0 +1,103 @@
+"""Does adaptive gradient clipping give a Normalizer-Free ResNet what batch norm gives a ResNet?
+
+    python -m experiments.study --config=configs/studies/agc_nf.py:digits --workdir=S
+
+Sizes: digits, cifar10, imagenet (arXiv 2102.06171, figure 2a). The arm adam_agc has what the report
+had: AGC of every tensor, the classifier's included, and then Adam, which divides each gradient by
+its own size and so takes the clipping away again.
+"""
+
+from configs.studies.settings import NO_CLIPPING, arm, batch_norm, chart, claim, new_study, no_norm
+
+_GRIDS = {
+    'digits': {'batch_size': (16, 128, 1024), 'learning_rate': (0.25, 1.0, 4.0)},
+    'cifar10': {'batch_size': (32, 256, 1024, 4096), 'learning_rate': (0.1, 0.4, 1.6)},
+    'imagenet': {'batch_size': (256, 1024, 4096), 'learning_rate': (0.05, 0.1, 0.2)},
+}
+_CLIPPING = {'digits': (0.04, 0.16), 'cifar10': (0.02, 0.16), 'imagenet': (0.01, 0.04, 0.16)}
+
+
+def get_config(size: str = 'digits'):
+    study = new_study('agc_nf', size, tuple(_GRIDS))
+    study.title = 'Batch norm, Normalizer-Free, and Normalizer-Free with AGC'
+    study.question = (
+        'Does an NF-ResNet train at every batch size as a batch-normalised ResNet does, '
+        'and what part has adaptive gradient clipping in that?'
+    )
+    study.axes.batch_size = 'batch_size'
+    study.axes.clipping = 'optimizer.clip.clipping'
+    study.grid = {**_GRIDS[size], 'seed': (0, 1, 2)}
+    study.tuned = ('learning_rate', 'clipping')
+    study.arms = (
+        arm('bn', 'ResNet with batch norm', {'model': batch_norm(study), **NO_CLIPPING}),
+        arm('nf', 'NF-ResNet', NO_CLIPPING),
+        arm('nf_agc', 'NF-ResNet with AGC', clipping=_CLIPPING[size]),
+    )
+    batches = study.grid.batch_size
+    if size != 'imagenet':
+        adam = {'name': 'adam', 'scale_lr_by_batch': False, 'weight_decay': 0.0}
+        adam['groups'] = ({'match': '.*'},)  # The classifier's weight too.
+        plain = {'model': no_norm(study)}
+        grid = {'batch_size': batches[1:-1], 'learning_rate': (1e-3, 1e-2)}
+        study.arms += (
+            arm(
+                'plain_adam',
+                'ResNet without norm, Adam',
+                plain | {'optimizer': adam | {'clip': {'name': 'none'}}},
+                **grid,
+            ),
+            arm(
+                'plain_adam_agc',
+                'ResNet without norm, AGC and then Adam',
+                plain | {'optimizer': adam},
+                **grid,
+                clipping=(0.01,),
+            ),
+        )
+    large, small = batches[-1], batches[0]
+    study.claims = (
+        claim(
+            'At the largest batch an NF-ResNet with AGC is as good as a ResNet with batch norm.',
+            'AGC paper, figure 2a',
+            better={'arm': 'nf_agc', 'batch_size': large},
+            worse={'arm': 'bn', 'batch_size': large},
+            margin=-0.01,
+        ),
+        claim(
+            'At the largest batch an NF-ResNet without AGC falls behind.',
+            'AGC paper, figure 2a',
+            better={'arm': 'nf_agc', 'batch_size': large},
+            worse={'arm': 'nf', 'batch_size': large},
+        ),
+        claim(
+            'At the smallest batch AGC brings little.',
+            'AGC paper',
+            better={'arm': 'nf_agc', 'batch_size': small},
+            worse={'arm': 'nf', 'batch_size': small},
+            margin=0.01,
+            direction='less',
+        ),
+    )
+    if size != 'imagenet':
+        study.claims += (
+            claim(
+                'AGC at 0.01 does not help a ResNet without batch norm (72.7 against 74.8 %).',
+                'report B, with Adam after AGC',
+                better={'arm': 'plain_adam', 'batch_size': batches[1]},
+                worse={'arm': 'plain_adam_agc', 'batch_size': batches[1]},
+            ),
+        )
+    study.charts = (
+        chart('line', 'Test top-1 over the batch size', x='batch_size', log_x=True),
+        chart('curves', f'Test top-1, batch {large}', x='step', where={'batch_size': large}),
+        chart(
+            'line',
+            f'Test top-1, batch {large}',
+            x='learning_rate',
+            log_x=True,
+            where={'batch_size': large},
+        ),
+        chart('parallel', 'All trials', x='arm'),
+        chart('table', 'Test top-1', x='batch_size'),
+    )
+    return study

@@ -1,0 +1,65 @@
+"""What does batch norm buy?
+
+    python -m experiments.study --config=configs/studies/bn_benefits.py:digits --workdir=S
+
+Sizes: digits, cifar10. The report's experiment: its small CNN and a ResNet, with and without batch
+norm, trained by Adam at learning rates over four decades.
+"""
+
+from configs.studies.settings import arm, batch_norm, chart, claim, new_study, no_norm
+
+
+def get_config(size: str = 'digits'):
+    study = new_study('bn_benefits', size)
+    study.title = 'What batch norm buys'
+    study.question = (
+        'How much better is a network with batch norm, and over how wide a range of learning rates?'
+    )
+    study.setting += (
+        '; besides it the small CNN of the report (37,322 parameters); Adam, no warm-up'
+    )
+    optimizer = study.base.optimizer
+    optimizer.name, optimizer.scale_lr_by_batch, optimizer.weight_decay = 'adam', False, 0.0
+    optimizer.schedule.warmup = '0%'
+    study.base.optimizer.clip.name = 'none'
+    study.base.batch_size = 64
+    cnn = {'model': {'name': 'SmallCNN', 'norm': 'none'}}
+    if size == 'digits':
+        cnn |= {'data': {'image_size': 16}, 'augment': {'shift': 2}}  # It needs so many pixels.
+    cnn_bn = cnn | {'model': {'name': 'SmallCNN', 'cross_replica_axis': 'devices'}}
+    study.arms = (
+        arm('cnn', 'small CNN', cnn),
+        arm('cnn_bn', 'small CNN with batch norm', cnn_bn),
+        arm('resnet', 'ResNet without norm', {'model': no_norm(study)}),
+        arm('resnet_bn', 'ResNet with batch norm', {'model': batch_norm(study)}),
+    )
+    study.grid.learning_rate = (1e-4, 1e-3, 1e-2, 1e-1)
+    study.claims = (
+        claim(
+            'At learning rate 0.01 the small CNN trains with batch norm and not at all without '
+            '(75.6 against 10.0 %).',
+            'report A',
+            better={'arm': 'cnn_bn', 'learning_rate': 1e-2},
+            worse={'arm': 'cnn', 'learning_rate': 1e-2},
+            margin=0.1,
+        ),
+        claim(
+            'Each at its best learning rate, the small CNN is better with batch norm.',
+            'report A',
+            better={'arm': 'cnn_bn'},
+            worse={'arm': 'cnn'},
+        ),
+        claim(
+            'A ResNet is better with batch norm (83.3 against 74.8 %).',
+            'report B',
+            better={'arm': 'resnet_bn'},
+            worse={'arm': 'resnet'},
+        ),
+    )
+    study.charts = (
+        chart('line', 'Test top-1 over the learning rate', x='learning_rate', log_x=True),
+        chart('curves', 'Training loss', x='step', y='train/loss', log_y=True),
+        chart('curves', 'Test top-1', x='step'),
+        chart('table', 'Test top-1', x='learning_rate'),
+    )
+    return study

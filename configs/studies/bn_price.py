@@ -1,0 +1,95 @@
+"""What does batch norm cost?
+
+    python -m experiments.study --config=configs/studies/bn_price.py:digits --workdir=S
+
+Sizes: digits, cifar10. Besides training, every trial measures how far what the network says of a
+picture depends on the others in its batch, and what changes from training mode to evaluation mode:
+see `batch_dependence` in experiments/measurements.py.
+"""
+
+from configs.studies.settings import NO_CLIPPING, arm, batch_norm, chart, claim, new_study
+
+_GRIDS = {
+    'digits': {'batch_size': (8, 64, 512), 'learning_rate': (0.25, 1.0, 4.0)},
+    'cifar10': {'batch_size': (8, 32, 256, 1024), 'learning_rate': (0.1, 0.4, 1.6)},
+}
+
+
+def get_config(size: str = 'digits'):
+    study = new_study('bn_price', size, tuple(_GRIDS))
+    study.title = 'What batch norm costs'
+    study.question = (
+        'How does accuracy with batch norm depend on the batch size, how far do the examples of a '
+        'batch depend on one another, how far is training mode from evaluation, and what does it '
+        'take in time?'
+    )
+    study.axes.batch_size = 'batch_size'
+    study.grid = {**_GRIDS[size], 'seed': (0, 1, 2)}
+    study.measure = ('train', 'batch_dependence')
+    study.base.optimizer.clip.clipping = 0.16  # No weight of a small batch is to be held back.
+    study.arms = (
+        arm('bn', 'ResNet with batch norm', {'model': batch_norm(study), **NO_CLIPPING}),
+        arm('nf_agc', 'NF-ResNet with AGC'),
+    )
+    small, *_, large = study.grid.batch_size
+    study.claims = (
+        claim(
+            'With batch norm a small batch costs accuracy.',
+            'NF-ResNets paper; AGC paper',
+            better={'arm': 'bn', 'batch_size': study.grid.batch_size[1]},
+            worse={'arm': 'bn', 'batch_size': small},
+        ),
+        claim(
+            'At the smallest batch the network without batch norm is better.',
+            'NF-ResNets paper',
+            better={'arm': 'nf_agc', 'batch_size': small},
+            worse={'arm': 'bn', 'batch_size': small},
+        ),
+        claim(
+            'A very large batch costs accuracy too (80.1 at 1024 against 83.3 % at 256).',
+            'report B',
+            better={'arm': 'bn', 'batch_size': study.grid.batch_size[-2]},
+            worse={'arm': 'bn', 'batch_size': large},
+        ),
+        claim(
+            'With batch norm the logits of a picture depend on the rest of its batch.',
+            'AGC paper',
+            better={'arm': 'bn', 'batch_size': small},
+            worse={'arm': 'nf_agc', 'batch_size': small},
+            metric='dependence/logit_change',
+            margin=0.01,
+        ),
+        claim(
+            'With batch norm a small batch makes training and evaluation differ.',
+            'AGC paper',
+            better={'arm': 'bn', 'batch_size': small},
+            worse={'arm': 'nf_agc', 'batch_size': small},
+            metric='discrepancy/loss',
+        ),
+        claim(
+            'Batch norm takes time.',
+            'AGC paper',
+            better={'arm': 'nf_agc', 'batch_size': large},
+            worse={'arm': 'bn', 'batch_size': large},
+            metric='images_per_second',
+        ),
+    )
+    over_batch = {'x': 'batch_size', 'log_x': True}
+    study.charts = (
+        chart('line', 'Test top-1 over the batch size', **over_batch),
+        chart(
+            'line',
+            'How far a logit changes with the rest of the batch, by its spread over pictures',
+            y='dependence/logit_change',
+            **over_batch,
+        ),
+        chart(
+            'line',
+            'Evaluation loss less training-mode loss, same pictures',
+            y='discrepancy/loss',
+            **over_batch,
+        ),
+        chart('line', 'Images a second in training', y='images_per_second', **over_batch),
+        chart('table', 'Test top-1', x='batch_size'),
+    )
+    return study

@@ -1,0 +1,84 @@
+"""What does fine-tuning an NFNet bring where pictures are few?
+
+    python -m experiments.study --config=configs/studies/finetune.py:digits --workdir=S
+    python -m experiments.study --config=configs/studies/finetune.py:caltech101 --workdir=S \\
+        --config.base.data.path=DIR --config.base.init.weights=F0_haiku.npz
+
+Sizes: digits, which first trains a small NFNet on the digits 0 to 4 and then fine-tunes it on ten
+pictures each of 5 to 9; caltech101, NFNet-F0 from the published weights (docs/pretrained.md).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.studies.settings import arm, chart, claim, new_study
+from experiments.studies import PRETRAINED
+
+# The head alone: its weight is not clipped and its bias not decayed, as in PUBLISHED_GROUPS.
+_HEAD_ONLY = (
+    {'match': r'[^/]+/~/linear/w', 'clip': False},
+    {'match': r'[^/]+/~/linear/b', 'decay': False},
+    {'match': r'.*', 'freeze': True},
+)
+
+
+def get_config(size: str = 'digits'):
+    study = new_study('finetune', size, ('digits', 'caltech101'))
+    study.title = 'An NFNet, fine-tuned'
+    study.question = (
+        'How much better is an NFNet that starts from trained weights than one that starts from '
+        'nothing, and does it need more than a new head?'
+    )
+    study.base.init.new_head = True
+    if size == 'digits':
+        small = {'widths': (16, 32, 64, 64), 'depths': (1, 1, 1, 1), 'group_size': 8}
+        study.base.model = {'name': 'NFNet-F0', 'stem': 'small', 'drop_rate': 0.0, **small}
+        study.base.model.stochdepth_rate = 0.0
+        study.base.data.image_size = 8
+        study.pretrain = ConfigDict(study.base.to_dict())
+        study.pretrain.data.classes = tuple(range(5))
+        study.pretrain.duration = '20 epochs'
+        study.base.data.classes = tuple(range(5, 10))
+        study.base.data.per_class = 10
+        study.base.batch_size = 48
+        study.base.duration = '40 epochs'
+        study.base.init.weights = PRETRAINED
+        study.chance = 0.2
+        study.setting = (
+            'NFNet of 4 blocks, trained on the 8x8 digits 0 to 4; then on 5 to 9, ten pictures each'
+        )
+    else:
+        study.base.model = {'name': 'NFNet-F0', 'drop_rate': 0.25, 'stochdepth_rate': 0.1}
+        study.base.data.image_size, study.base.data.test_image_size = 192, 256
+        study.base.duration = '20 epochs'
+        study.base.sam.rho = 0.05
+        study.base.sam.ascent_fraction = 0.25
+        study.base.optimizer.weight_decay = 1e-5
+        study.setting = f'{study.setting}; NFNet-F0 at 192 pixels with SAM'
+    study.grid.learning_rate = (0.1, 0.4, 1.6)
+    scratch = {'init': {'weights': '', 'new_head': False}}
+    study.arms = (
+        arm('scratch', 'from random weights', scratch),
+        arm('finetune', 'fine-tuned'),
+        arm('head', 'only the new head trained', {'optimizer': {'groups': _HEAD_ONLY}}),
+    )
+    study.claims = (
+        claim(
+            'Fine-tuning is better than starting from nothing.',
+            'report E; AGC paper',
+            better={'arm': 'finetune'},
+            worse={'arm': 'scratch'},
+        ),
+        claim(
+            'Training all of it is better than training the head alone.',
+            'AGC paper',
+            better={'arm': 'finetune'},
+            worse={'arm': 'head'},
+        ),
+    )
+    study.charts = (
+        chart('curves', 'Test top-1', x='step'),
+        chart('bars', 'Test top-1', x='arm'),
+        chart('line', 'Test top-1 over the learning rate', x='learning_rate', log_x=True),
+        chart('table', 'Test top-1', x='learning_rate'),
+    )
+    return study

@@ -1,0 +1,72 @@
+"""Is an NF-ResNet-50 better than a ResNet-50 at batch 32?
+
+    python -m experiments.study --config=configs/studies/resnet50_vs_nf.py:digits --workdir=S
+
+Sizes: digits (a narrow network of one bottleneck block a stage), cifar10, caltech101 (what the
+report trained on, at 224 pixels: --config.base.data.path=DIR with train/ and test/). The report has
+one learning rate of Adam, 2e-4, one seed, no weight decay, and a batch norm left in the stem of its
+NF-ResNet; here the rate is tuned for each, there are three seeds, and a second pair of arms trains
+by SGD with weight decay, the NF-ResNet with AGC.
+"""
+
+from configs.studies.settings import NO_CLIPPING, arm, batch_norm, chart, claim, new_study
+
+_NARROW = {'depths': (1, 1, 1, 1), 'width': 0.25, 'stem': 'small'}
+_SMALL_STEM = {'stem': 'small'}
+_OPTIONS = {'digits': _NARROW, 'cifar10': _SMALL_STEM, 'caltech101': {}}
+_NETWORKS = {
+    'digits': 'networks of one bottleneck block a stage, 16 to 128 channels',
+    'cifar10': '50 layers with a stem for small pictures',
+    'caltech101': 'the networks of 50 layers as published',
+}
+
+
+def get_config(size: str = 'digits'):
+    study = new_study('resnet50_vs_nf', size, tuple(_OPTIONS))
+    study.title = 'ResNet-50 against NF-ResNet-50, batch 32'
+    study.question = 'How much better is NF-ResNet-50 than ResNet-50 where batches are small?'
+    study.setting = f'{study.setting}; {_NETWORKS[size]}'
+    study.base.model = {'name': 'NF-ResNet-50', **_OPTIONS[size]}
+    study.base.batch_size = 32
+    if size == 'digits':
+        study.base.duration = '5 epochs'
+    adam = {'optimizer': {'name': 'adam', 'scale_lr_by_batch': False, 'weight_decay': 0.0}}
+    adam['optimizer'] |= NO_CLIPPING['optimizer']
+    rates = (2e-4, 1e-3, 5e-3)
+    bn = {'model': batch_norm(study)}
+    study.arms = (
+        arm('bn_adam', 'ResNet-50, Adam', bn | adam, learning_rate=rates),
+        arm('nf_adam', 'NF-ResNet-50, Adam', adam, learning_rate=rates),
+        arm('bn', 'ResNet-50, SGD', bn | NO_CLIPPING),
+        arm('nf_agc', 'NF-ResNet-50, SGD with AGC'),
+    )
+    study.grid.learning_rate = (0.4, 1.6, 6.4) if size == 'digits' else (0.1, 0.4, 1.6)
+    study.base.optimizer.clip.clipping = 0.16
+    study.claims = (
+        claim(
+            'NF-ResNet-50 is about 15 points better (Adam, learning rate 2e-4).',
+            'report C',
+            better={'arm': 'nf_adam', 'learning_rate': 2e-4},
+            worse={'arm': 'bn_adam', 'learning_rate': 2e-4},
+            margin=0.1,
+        ),
+        claim(
+            'NF-ResNet-50 is better with Adam, each at its best learning rate.',
+            'report C, the learning rate tuned',
+            better={'arm': 'nf_adam'},
+            worse={'arm': 'bn_adam'},
+        ),
+        claim(
+            'NF-ResNet-50 with AGC is better than ResNet-50, both by SGD.',
+            'report C, with the recipe of the papers',
+            better={'arm': 'nf_agc'},
+            worse={'arm': 'bn'},
+        ),
+    )
+    study.charts = (
+        chart('curves', 'Test top-1', x='step'),
+        chart('curves', 'Training loss', x='step', y='train/loss', log_y=True),
+        chart('bars', 'Test top-1', x='arm'),
+        chart('table', 'Test top-1', x='learning_rate'),
+    )
+    return study

@@ -1,0 +1,58 @@
+"""What does sharpness-aware minimisation add to AGC, and what does a cheaper ascent lose?
+
+    python -m experiments.study --config=configs/studies/sam.py:digits --workdir=S
+
+Sizes: digits, cifar10.
+"""
+
+from configs.studies.settings import NO_CLIPPING, arm, batch_norm, chart, claim, new_study
+
+
+def get_config(size: str = 'digits'):
+    study = new_study('sam', size)
+    study.title = 'Sharpness-aware minimisation, on and off'
+    study.question = (
+        'Does SAM make a network without batch norm generalise better, and is an ascent by a fifth '
+        'of the batch, as for NFNets, as good as one by all of it?'
+    )
+    study.base.batch_size = 128
+    study.base.duration = '20 epochs' if size == 'digits' else '60 epochs'
+    study.grid.learning_rate = (0.25, 1.0) if size == 'digits' else (0.2, 0.4)
+    bn = {'model': batch_norm(study), **NO_CLIPPING}
+    whole, fifth = {'rho': 0.05}, {'rho': 0.05, 'ascent_fraction': 0.2}
+    study.arms = (
+        arm('nf_agc', 'NF-ResNet with AGC'),
+        arm('nf_agc_sam', 'the same with SAM', {'sam': whole}),
+        arm('nf_agc_sam_20', 'SAM, ascent by 20 %', {'sam': fifth}),
+        arm('bn', 'ResNet with batch norm', bn),
+        arm('bn_sam', 'ResNet with batch norm and SAM', bn | {'sam': whole}),
+    )
+    study.claims = (
+        claim(
+            'SAM improves a Normalizer-Free network.',
+            'AGC paper: NFNet-F5 86.3 with, 86.0 % without',
+            better={'arm': 'nf_agc_sam'},
+            worse={'arm': 'nf_agc'},
+        ),
+        claim(
+            'An ascent by 20 % of the batch is as good.',
+            'AGC paper',
+            better={'arm': 'nf_agc_sam_20'},
+            worse={'arm': 'nf_agc_sam'},
+            margin=-0.005,
+        ),
+        claim(
+            'SAM improves a batch-normalised network.',
+            'SAM paper',
+            better={'arm': 'bn_sam'},
+            worse={'arm': 'bn'},
+        ),
+    )
+    study.charts = (
+        chart('bars', 'Test top-1', x='arm'),
+        chart('curves', 'Test loss', x='step', y='test/loss'),
+        chart('bars', 'Test loss', x='arm', y='test/loss'),
+        chart('bars', 'Images a second', x='arm', y='images_per_second'),
+        chart('table', 'Test top-1', x='learning_rate'),
+    )
+    return study

@@ -1,0 +1,153 @@
+"""What the studies have in common: their sizes, from minutes on a laptop to weeks on a pod.
+
+    digits    NF-ResNet-8 of half the width on the 8x8 digits that scikit-learn carries
+    cifar10   NF-ResNet-20 on CIFAR-10, from TensorFlow Datasets (docs/data.md)
+    imagenet  NF-ResNet-50 on ImageNet, as in configs/imagenet
+
+(and caltech101, of which a folder must be given, in the two studies that the report did on it.)
+
+Every size has the same recipe: SGD with Nesterov momentum 0.9, a learning rate in proportion to the
+batch (the numbers are for 256 examples) that rises for a tenth of the training and falls along a
+cosine, weight decay that is part of the gradient, no moving average of the parameters.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.imagenet import recipe
+from experiments.config import default_config
+from experiments.studies import default_study
+from nfnets_jax import models
+from nfnets_jax.errors import UsageError, nearest
+
+NO_CLIPPING = {'optimizer': {'clip': {'name': 'none'}}}
+
+# The network of each size, without normalisation.
+_NETWORKS = {
+    'digits': {'name': 'NF-ResNet-8', 'width': 0.5},
+    'cifar10': {'name': 'NF-ResNet-20'},
+    'caltech101': {'name': 'NF-ResNet-50'},
+    'imagenet': {'name': 'NF-ResNet-50'},
+}
+_CLASSES = {'digits': 10, 'cifar10': 10, 'caltech101': 101, 'imagenet': 1000}
+_SETTINGS = {
+    'digits': '8x8 digits, 1442 to train on and 355 to test with, shifted by up to a pixel; '
+    'NF-ResNet-8 of half the width (19,957 parameters) or the ResNet-8 like it',
+    'cifar10': 'CIFAR-10, shifted by up to 4 pixels and mirrored; NF-ResNet-20 or ResNet-20',
+    'caltech101': 'Caltech-101 at 224 pixels, 30 pictures of each class, random crops, mirrored',
+    'imagenet': 'ImageNet at 224 pixels, random crops, mirrored; NF-ResNet-50 or ResNet-50',
+}
+
+
+def new_study(name: str, size: str, sizes: tuple[str, ...] = ('digits', 'cifar10')) -> ConfigDict:
+    """Returns a study of a size, with its data, its network and the recipe in place.
+
+    Raises:
+      UsageError: the study has no such size.
+    """
+    if size not in sizes:
+        raise UsageError(f'{name} has no size {size!r}{nearest(size, sizes)}')
+    study = default_study()
+    study.name, study.size, study.setting = name, size, _SETTINGS[size]
+    study.base = _BASES[size]()
+    study.base.model = dict(_NETWORKS[size])
+    study.chance = 1 / _CLASSES[size]
+    return study
+
+
+def arm(name: str, label: str, config: dict | None = None, **grid) -> dict:
+    """Returns an arm: what it changes in the study's base, and its own values on some axes."""
+    return {'name': name, 'label': label, 'config': config or {}, 'grid': grid}
+
+
+def chart(
+    kind: str, title: str, *, x: str, y: str = 'test/top1', series: str = 'arm', **more
+) -> dict:
+    """Returns a chart of a study; `more`: log_x, log_y, where, x_label."""
+    return {'kind': kind, 'title': title, 'x': x, 'y': y, 'series': series, 'log_x': False} | more
+
+
+def claim(text: str, source: str, *, better: dict, worse: dict, margin=0.0, **more) -> dict:
+    """Returns a claim: the metric at `better` is greater than at `worse` by more than `margin`.
+
+    With direction='less' it is by less than that; metric='...' is about another metric.
+    """
+    compare = {'better': better, 'worse': worse, 'margin': margin, 'direction': 'greater'} | more
+    return {'text': text, 'source': source, 'compare': compare}
+
+
+def batch_norm(study: ConfigDict) -> dict:
+    """Returns the model of the batch-normalised ResNet like the study's network."""
+    return _as_resnet(study) | {'cross_replica_axis': 'devices'}
+
+
+def no_norm(study: ConfigDict) -> dict:
+    """Returns the model of that ResNet with normalisation taken out and biases put in."""
+    return _as_resnet(study) | {'norm': 'none'}
+
+
+def _as_resnet(study: ConfigDict) -> dict:
+    model = study.base.model.to_dict()
+    return model | {'name': model['name'].removeprefix('NF-')}
+
+
+def _digits() -> ConfigDict:
+    config = default_config()
+    config.data.image_size = 8
+    config.data.on_device = True
+    config.augment.shift = 1
+    config.batch_size = 64
+    config.duration = '10 epochs'
+    config.optimizer.learning_rate = 1.0
+    config.optimizer.clip.clipping = 0.04
+    return _small(config)
+
+
+def _cifar10() -> ConfigDict:
+    config = default_config()
+    config.data = {'name': 'tfds', 'dataset': 'cifar10', 'on_device': True}
+    config.augment.shift = 4
+    config.augment.flip = True
+    config.batch_size = 256
+    config.duration = '60 epochs'
+    config.optimizer.learning_rate = 0.4
+    config.optimizer.weight_decay = 1e-4
+    config.eval.batch_size = 1000
+    return _small(config)
+
+
+def _small(config: ConfigDict) -> ConfigDict:
+    config.optimizer.schedule.warmup = '10%'
+    config.ema = 0.0
+    config.log_every = '5%'
+    config.eval.every = '20%'
+    config.checkpoint.every = '50%'
+    config.checkpoint.keep = 1
+    return config
+
+
+def _imagenet() -> ConfigDict:
+    config = recipe.imagenet(models.variant_info('NF-ResNet-50'))
+    config.batch_size = 1024
+    config.duration = '90 epochs'
+    config.optimizer.weight_decay = 5e-5
+    config.ema = 0.0
+    return config
+
+
+def _caltech101() -> ConfigDict:
+    config = default_config()
+    config.data = {'name': 'folder', 'path': '', 'image_size': 224, 'test_image_size': 224}
+    config.augment.flip = True
+    config.batch_size = 32
+    config.duration = '50 epochs'
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.weight_decay = 1e-4
+    return _small(config)
+
+
+_BASES = {
+    'digits': _digits,
+    'cifar10': _cifar10,
+    'caltech101': _caltech101,
+    'imagenet': _imagenet,
+}

@@ -1,0 +1,186 @@
+"""What a trial of a study may do, each a function of its config and its directory.
+
+Training is one of them. The others measure: they leave the same files as a training run
+(config.json, metrics.jsonl), so that whoever reads runs reads them too.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from experiments import task, workdir, writers
+from experiments.signal_propagation import measure
+from experiments.train import train
+from nfnets_jax import augment, parallel
+from nfnets_jax.checkpoints import Checkpoints
+
+# (config, directory, programs) -> metrics by name, or None if it was told to stop and will go on
+# from where it was when called again.
+Measurement = Callable[[ConfigDict, str | os.PathLike, dict], dict[str, Any] | None]
+
+PROBES = 8  # pictures whose logits are looked at
+DRAWS = 4  # sets of neighbours for each
+_DISCREPANCY_PICTURES = 512
+
+
+def training(config: ConfigDict, directory, programs: dict) -> dict[str, Any] | None:
+    """Trains; returns the last line's training metrics, the final ones, speed and size."""
+    summary = train(config, directory, programs=programs, quiet=True)
+    if 'final' not in summary:
+        return None
+    told = ('images_per_second', 'training_seconds', 'compile_seconds', 'parameters')
+    last = [line for line in writers.read_metrics(directory) if 'train/loss' in line][-1]
+    in_training = {name: value for name, value in last.items() if name.startswith('train/')}
+    return in_training | summary['final'] | {name: summary[name] for name in told}
+
+
+def signal_propagation(config: ConfigDict, directory, programs: dict) -> dict[str, Any]:
+    """Measures the signal at initialisation, block by block (arXiv 2101.08692, section 3).
+
+    Noise of `config.batch_size` examples goes through the network with freshly drawn weights and
+    gains of 1. The lines of metrics.jsonl are blocks, `step` their number.
+
+    Returns:
+      For each metric of `layers.signal_metrics` the value at the last block, 'signal/avg_var', and
+      the largest over the least, 'signal/avg_var_range': 1 if the signal stays as it is.
+    """
+    del programs
+    options = config.model.to_dict()
+    signal = measure(
+        options.pop('name'),
+        size=config.data.image_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        **options,
+    )
+    with workdir.claimed(directory, config) as path:
+        writer = writers.open_writer(path, config=config)
+        for block in range(len(signal['avg_var'])):
+            # Branches belong to blocks 1, 2, ...; activations begin with the stem, at 0.
+            writer.write(
+                block,
+                {
+                    f'signal/{name}': values[block - (name == 'res_avg_var')]
+                    for name, values in signal.items()
+                    if block or name != 'res_avg_var'
+                },
+            )
+        writer.close()
+    last = {f'signal/{name}': float(values[-1]) for name, values in signal.items()}
+    return last | {
+        f'signal/{name}_range': float(np.max(values) / np.min(values))
+        for name, values in signal.items()
+        if name != 'avg_sq_mean'
+    }
+
+
+def batch_dependence(config: ConfigDict, directory, programs: dict) -> dict[str, Any]:
+    """Measures how far what a trained network says of a picture depends on the batch it is in.
+
+    The network is in training mode, as its loss sees it. Test pictures are put one by one into a
+    batch of `config.batch_size`, whose other places are taken by training pictures, drawn anew
+    `DRAWS` times.
+
+    Returns:
+      'dependence/logit_change': standard deviation of a logit over the draws, by its standard
+        deviation over the pictures: root mean squares over classes, pictures.
+      'dependence/prediction_change': share of the draws whose most likely class is not that of the
+        first draw.
+      'discrepancy/loss', 'discrepancy/top1': on the same training pictures, not augmented, in
+        evaluation mode what is worse than in training mode with batches of `config.batch_size`:
+        loss minus loss, top-1 minus top-1.
+    """
+    setting = task.prepare(config)
+    state = _final_state(setting, directory)
+    rng = np.random.default_rng(config.seed)
+    # Of everything in a config these alone are in the program, besides the sizes of arrays.
+    key = f'logits of {config.model.to_json(sort_keys=True)} in {config.precision}'
+    program = programs.setdefault(key, _make_logits(setting))
+
+    def logits(images: np.ndarray, is_training: bool) -> np.ndarray:
+        return np.asarray(program(state.params, state.state, images, is_training))
+
+    def change(draws: np.ndarray) -> dict[str, float]:
+        spread, size = draws.std(axis=0), draws.mean(axis=0).std(axis=0)
+        predictions = draws.argmax(axis=-1)
+        return {
+            'dependence/logit_change': float(_rms(spread) / _rms(size)),
+            'dependence/prediction_change': float((predictions[1:] != predictions[0]).mean()),
+        }
+
+    probes = _pictures(setting.test_source, rng.choice(len(setting.test_source), PROBES))
+    draws = []
+    for _ in range(DRAWS):
+        chosen = rng.choice(len(setting.train_source), config.batch_size - 1, replace=False)
+        neighbours = _pictures(setting.train_source, chosen)[0]
+        draws.append(
+            [logits(np.concatenate([image[None], neighbours]), True)[0] for image in probes[0]]
+        )
+
+    chosen = rng.permutation(len(setting.train_source))
+    count = max(1, _DISCREPANCY_PICTURES // config.batch_size) * config.batch_size
+    chosen = chosen[: min(count, len(chosen) // config.batch_size * config.batch_size)]
+    found: dict[bool, list] = {True: [], False: []}
+    for part in chosen.reshape(-1, config.batch_size):
+        images, labels = _pictures(setting.train_source, part)
+        for is_training, values in found.items():
+            out = logits(images, is_training)
+            losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
+            values.append((np.mean(losses), np.mean(out.argmax(axis=-1) == labels)))
+    (loss, top1) = np.mean(found[False], axis=0) - np.mean(found[True], axis=0)
+    return change(np.array(draws)) | {
+        'discrepancy/loss': float(loss),
+        'discrepancy/top1': float(top1),
+    }
+
+
+MEASUREMENTS: dict[str, Measurement] = {
+    'train': training,
+    'signal_propagation': signal_propagation,
+    'batch_dependence': batch_dependence,
+}
+
+
+def _final_state(setting: task.Task, directory) -> task.TrainState:
+    checkpoints = Checkpoints(os.path.join(directory, 'checkpoints'), read_only=True)
+    try:
+        return checkpoints.restore(
+            setting.total_steps, jax.eval_shape(lambda: task.init_state(setting))
+        )
+    finally:
+        checkpoints.close()
+
+
+def _pictures(source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    examples = [source[int(i)] for i in indices]
+    return (
+        np.stack([example['image'] for example in examples]),
+        np.array([example['label'] for example in examples]),
+    )
+
+
+def _make_logits(setting: task.Task) -> Callable:
+    """Returns a compiled function (params, state, uint8 images, is_training) -> logits."""
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def logits(params, state, images, is_training):
+        images = augment.normalise(images, dtype=setting.config.precision)
+        # A device axis of one: networks that average statistics over devices ask for its name.
+        apply = jax.vmap(
+            lambda x: setting.model.apply(params, state, jax.random.key(0), x, is_training),
+            axis_name=parallel.AXIS,
+        )
+        outputs, _ = apply(images[None])
+        return outputs['logits'][0]
+
+    return logits
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))

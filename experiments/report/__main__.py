@@ -1,0 +1,55 @@
+"""Writes what came out of studies as one page that opens anywhere, without a network.
+
+    python -m experiments.report --workdir=S [--workdir=S2 ...] [--out=report.html] [--static=DIR]
+
+Each --workdir is the directory of an `experiments.study`, finished or not. The page holds the
+question, what was claimed and what came out, figures to hover and click in, tables, and how all of
+it was made. --static=DIR also writes it as PNG pictures and a README.md.
+"""
+
+import datetime
+import importlib.metadata
+import pathlib
+import platform
+import shlex
+import sys
+
+from absl import flags
+
+from experiments import cli, workdir
+from experiments.report import page, static, studies
+from nfnets_jax.errors import UsageError
+
+
+def main() -> None:
+    args = flags.FLAGS
+    out = pathlib.Path(args.out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(f'--out={out}: give a file, in a directory that exists')
+    if args.static and pathlib.Path(args.static).is_file():
+        raise UsageError(f'--static={args.static} is a file: give a directory')
+    found = [studies.load(directory) for directory in args.workdir]
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        f'{now:%Y-%m-%d %H:%M} UTC, Python {platform.python_version()}, '
+        f'Plotly {importlib.metadata.version("plotly")}'
+    )
+    command = shlex.join(['python', '-m', 'experiments.report', *sys.argv[1:]])
+    text = page.render(found, command=command, made=made)
+    try:
+        workdir.write_text(out, text)
+    except OSError as error:
+        raise UsageError(f'--out={out} cannot be written: {error.strerror}') from error
+    print(f'wrote {out} ({len(text) / 1e6:.1f} MB)')
+    if args.static:
+        written = static.write(found, args.static, made=made)
+        print(f'wrote {len(written)} files into {args.static}')
+
+
+if __name__ == '__main__':
+    flags.DEFINE_multi_string(
+        'workdir', None, 'The directory of a study; may be given more than once.', required=True
+    )
+    flags.DEFINE_string('out', 'report.html', 'The page to write.')
+    flags.DEFINE_string('static', None, 'A directory for PNG pictures and a README.md.')
+    cli.run(main)

@@ -1,0 +1,289 @@
+"""Charts as Plotly draws them: plain dicts, to be written as JSON into a page.
+
+Colours are names, which the page's script replaces by those of the light or the dark palette:
+'@c0', '@c1', ... of the series, '@c0-band' for the same faint, '@ink', '@grid', '@paper'.
+"""
+
+import html
+import itertools
+from typing import Any
+
+from experiments.report.charts import XY, Chart, Heatmap, Parallel, Series
+from experiments.report.wording import in_lines
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; dark enough on white, and
+# light enough on black, for a contrast of at least 3 (WCAG 2.2, 1.4.11).
+_SERIES = {
+    'light': ('#0072B2', '#C24A00', '#007A5A', '#A8508A', '#8A6A00', '#2F7FB0', '#444444'),
+    'dark': ('#56B4E9', '#F0934E', '#2FBF94', '#E29BC6', '#E6C84A', '#9AD0F0', '#C8C8C8'),
+}
+_PAGE = {
+    'light': {'ink': '#1b1f24', 'muted': '#57606a', 'grid': '#dfe3e8', 'paper': '#ffffff'},
+    'dark': {'ink': '#e8eaed', 'muted': '#a3abb5', 'grid': '#3a414b', 'paper': '#16191d'},
+}
+HEAT = ('#f3f6fa', '#0b3c6f')  # from low to high, linear between
+NUM_COLOURS = len(_SERIES['light'])
+DASHES = ('solid', 'dash', 'dot', 'dashdot')
+
+
+def palette(theme: str) -> dict[str, str]:
+    """Returns every colour of a theme, 'light' or 'dark', by its name without '@'."""
+    series = {f'c{i}': colour for i, colour in enumerate(_SERIES[theme])}
+    return _PAGE[theme] | series | {f'{name}-band': f'{c}38' for name, c in series.items()}
+
+
+def figure(chart: Chart) -> dict[str, Any]:
+    """Returns {'data', 'layout'} for Plotly; a trace's `legendgroup` is its place in the legend."""
+    if isinstance(chart, Heatmap):
+        return _heatmap(chart)
+    if isinstance(chart, Parallel):
+        return _parallel(chart)
+    return _xy(chart)
+
+
+def legend(chart: Chart) -> list[tuple[str, int, int]]:
+    """Returns name, colour and dash of each entry of the legend; [] where there is none."""
+    if isinstance(chart, Heatmap):
+        return []
+    if isinstance(chart, Parallel):
+        entries = zip(chart.names, chart.colours, strict=True)
+        return [(name, colour % NUM_COLOURS, 0) for name, colour in entries]
+    return [(s.name, s.colour % NUM_COLOURS, s.dash % len(DASHES)) for s in chart.series if s.name]
+
+
+def is_dark(shade: float) -> bool:
+    """Whether white is easier to read than black on a shade of `HEAT`; either way above 4.5:1."""
+    return shade > 0.68
+
+
+def cell_lines(text: str) -> str:
+    """Breaks '97.12 ± 0.21 (3)' into lines for a cell."""
+    return text.replace('\N{NO-BREAK SPACE}', ' ').replace(' ± ', '\n± ').replace(' (', '\n(')
+
+
+def _text(text: str) -> str:
+    """Escapes what Plotly would read as markup."""
+    return html.escape(text, quote=False)
+
+
+def _layout(**more: Any) -> dict[str, Any]:
+    return {
+        'autosize': True,
+        'height': 380,
+        'margin': {'l': 60, 'r': 12, 't': 12, 'b': 50},
+        'paper_bgcolor': 'rgba(0,0,0,0)',
+        'plot_bgcolor': 'rgba(0,0,0,0)',
+        'font': {'color': '@ink', 'size': 13, 'family': 'system-ui, sans-serif'},
+        'showlegend': False,
+        'hovermode': 'closest',
+        'hoverlabel': {'align': 'left'},
+        'dragmode': False,  # A finger scrolls the page.
+    } | more
+
+
+def _axis(title: str, **more: Any) -> dict[str, Any]:
+    return {
+        'title': {'text': _text(title), 'standoff': 12},
+        'gridcolor': '@grid',
+        'zerolinecolor': '@grid',
+        'linecolor': '@grid',
+        'automargin': True,
+        'fixedrange': True,
+    } | more
+
+
+def _ticks(labels: Any) -> dict[str, Any]:
+    """Of an axis of categories, which are drawn at 0, 1, 2, ..."""
+    return {'tickvals': list(range(len(labels))), 'ticktext': [_broken(label) for label in labels]}
+
+
+def _broken(label: str) -> str:
+    return '<br>'.join(map(_text, in_lines(label)))
+
+
+def _xy(chart: XY) -> dict[str, Any]:
+    x_axis, y_axis = _axis(chart.x_label), _axis(chart.y_label)
+    if chart.x_ticks is not None:
+        x_axis |= _ticks(chart.x_ticks)
+    elif chart.log_x:
+        # What was run is what is marked: 32, 128, 512 and not the powers of ten.
+        values = sorted({m.x for s in chart.series for m in s.marks})
+        x_axis |= {'type': 'log'}
+        if chart.kind == 'line':
+            x_axis |= {'tickvals': values, 'ticktext': [f'{value:g}' for value in values]}
+    if chart.log_y:
+        y_axis |= {'type': 'log'}
+    if chart.kind == 'bars':
+        y_axis |= {'rangemode': 'tozero'}
+    traces = [
+        trace
+        for place, series in enumerate(chart.series)
+        for trace in (_bars if chart.kind == 'bars' else _lines)(chart, series, place)
+    ]
+    own_colours = all(len(s.marks) == 1 for s in chart.series)
+    layout = _layout(xaxis=x_axis, yaxis=y_axis, barmode='overlay' if own_colours else 'group')
+    return {'data': traces, 'layout': layout}
+
+
+def _positions(chart: XY, series: Series) -> list[Any]:
+    if chart.x_ticks is None:
+        return [mark.x for mark in series.marks]
+    return [list(chart.x_ticks).index(mark.x) for mark in series.marks]
+
+
+def _hover(chart: XY, series: Series) -> list[str]:
+    texts = []
+    for mark in series.marks:
+        x = mark.x if isinstance(mark.x, str) else f'{mark.x:,g}'
+        lines = [f'<b>{_text(series.name)}</b>'] if series.name else []
+        lines.append(_text(f'{chart.x_label} {x}: {mark.text}'))
+        if len(mark.values) > 1:
+            lines.append(f'range {min(mark.values):,.4g} to {max(mark.values):,.4g}')
+        texts.append('<br>'.join(lines))
+    return texts
+
+
+def _lines(chart: XY, series: Series, place: int) -> list[dict[str, Any]]:
+    colour = f'c{series.colour % NUM_COLOURS}'
+    xs, means = _positions(chart, series), [mark.mean for mark in series.marks]
+    common = {'type': 'scatter', 'legendgroup': str(place)}
+    line = common | {
+        'x': xs,
+        'y': means,
+        'mode': 'lines+markers',
+        'line': {'color': f'@{colour}', 'width': 2, 'dash': DASHES[series.dash % len(DASHES)]},
+        'marker': {'color': f'@{colour}', 'size': 6},
+        'hoverinfo': 'text',
+        'hovertext': _hover(chart, series),
+    }
+    traces = [line]
+    if chart.kind == 'curves':
+        if any(mark.error for mark in series.marks):
+            high = [mark.mean + mark.error for mark in series.marks]
+            low = [mark.mean - mark.error for mark in series.marks]
+            if chart.log_y:  # which has no place for what is not above zero
+                low = [max(y, mark.mean / 10) for y, mark in zip(low, series.marks, strict=True)]
+            band = {'x': xs + xs[::-1], 'y': high + low[::-1], 'mode': 'lines', 'fill': 'toself'}
+            look = {'fillcolor': f'@{colour}-band', 'line': {'width': 0}, 'hoverinfo': 'skip'}
+            traces.insert(0, common | band | look)
+    else:
+        line['error_y'] = {
+            'array': [mark.error for mark in series.marks],
+            'color': f'@{colour}',
+            'thickness': 1.5,
+        }
+    hover = line['hovertext']
+    lost = [(x, m.mean, t) for x, m, t in zip(xs, series.marks, hover, strict=True) if m.diverged]
+    lost += [(x, y, _text(f'{series.name}: {text}')) for x, y, text in series.ends]
+    if lost:
+        x, y, text = zip(*lost, strict=True)
+        marker = {'symbol': 'x', 'size': 12, 'color': f'@{colour}'}
+        marker['line'] = {'color': '@ink', 'width': 1}
+        crosses = {'x': x, 'y': y, 'mode': 'markers', 'marker': marker}
+        traces.append(common | crosses | {'hoverinfo': 'text', 'hovertext': text})
+    return traces
+
+
+def _bars(chart: XY, series: Series, place: int) -> list[dict[str, Any]]:
+    colour = f'@c{series.colour % NUM_COLOURS}'
+    patterns = ('', '/', '.', 'x')
+    return [
+        {
+            'type': 'bar',
+            'legendgroup': str(place),
+            'x': _positions(chart, series),
+            'y': [mark.mean for mark in series.marks],
+            'marker': {'color': colour, 'pattern': {'shape': patterns[series.dash % 4]}},
+            'error_y': {'array': [mark.error for mark in series.marks], 'color': '@ink'},
+            'hoverinfo': 'text',
+            'hovertext': _hover(chart, series),
+        }
+    ]
+
+
+def _heatmap(chart: Heatmap) -> dict[str, Any]:
+    cells = [
+        {
+            'x': column,
+            'y': row,
+            'text': _text(cell_lines(text)).replace('\n', '<br>'),
+            'showarrow': False,
+            'font': {'size': 12, 'color': 'white' if is_dark(chart.shade(mean)) else 'black'},
+        }
+        for row, (means, texts) in enumerate(zip(chart.means, chart.texts, strict=True))
+        for column, (mean, text) in enumerate(zip(means, texts, strict=True))
+        if text
+    ]
+    trace = {
+        'type': 'heatmap',
+        'x': list(range(len(chart.columns))),
+        'y': list(range(len(chart.rows))),
+        # JSON has no NaN; Plotly leaves a null empty.
+        'z': [[value if value == value else None for value in row] for row in chart.means],
+        'zmin': chart.low,
+        'zmax': chart.high,
+        'hoverinfo': 'text',
+        'hovertext': [
+            [
+                _text(f'{chart.y_label} {y}, {chart.x_label} {x}: {text}')
+                for x, text in zip(chart.columns, row, strict=True)
+            ]
+            for y, row in zip(chart.rows, chart.texts, strict=True)
+        ],
+        'colorscale': [[0, HEAT[0]], [1, HEAT[1]]],
+        'xgap': 2,
+        'ygap': 2,
+        'colorbar': {'thickness': 12, 'outlinewidth': 0},
+    }
+    grid = {'showgrid': False, 'zeroline': False}
+    x_axis = _axis(chart.x_label, **grid, **_ticks(chart.columns))
+    y_axis = _axis(chart.y_label, **grid, **_ticks(chart.rows))
+    return {'data': [trace], 'layout': _layout(xaxis=x_axis, yaxis=y_axis, annotations=cells)}
+
+
+def _parallel(chart: Parallel) -> dict[str, Any]:
+    columns = range(len(chart.dimensions))
+    traces = []
+    for place, colour in enumerate(chart.colours):
+        threads = [thread for thread in chart.threads if thread.series == place]
+        joined = [([*columns, None], [*t.heights, None], [_text(t.text)] * len(columns) + [''])
+                  for t in threads]  # fmt: skip
+        x, y, text = (list(itertools.chain(*part)) for part in zip(*joined, strict=True))
+        traces.append(
+            {
+                'type': 'scatter',
+                'legendgroup': str(place),
+                'x': x,
+                'y': y,
+                'mode': 'lines',
+                'line': {'color': f'@c{colour % NUM_COLOURS}', 'width': 1.5},
+                'opacity': 0.6,
+                'hoverinfo': 'text',
+                'hovertext': text,
+            }
+        )
+    ink = {'color': '@ink', 'width': 1}
+    rules = [{'type': 'line', 'x0': i, 'x1': i, 'y0': 0, 'y1': 1, 'line': ink} for i in columns]
+    ticks = [
+        {
+            'x': i,
+            'y': height,
+            'text': _broken(tick),
+            'align': 'left',
+            'showarrow': False,
+            'xanchor': 'left',
+            'xshift': 3,
+            'bgcolor': '@paper',
+            'opacity': 0.85,
+            'font': {'size': 11, 'color': '@ink'},
+        }
+        for i, (_, labels) in enumerate(chart.dimensions)
+        for height, tick in labels
+    ]
+    names = _ticks([label for label, _ in chart.dimensions])
+    bare = {'showgrid': False, 'zeroline': False}
+    x_axis = _axis('', **bare, **names, side='top', range=[-0.1, len(columns) - 0.4])
+    y_axis = _axis('', **bare, visible=False, range=[-0.05, 1.05])
+    layout = _layout(xaxis=x_axis, yaxis=y_axis, shapes=rules, annotations=ticks, height=460)
+    layout['margin'] = {'l': 12, 'r': 12, 't': 40, 'b': 12}
+    return {'data': traces, 'layout': layout}

@@ -1,0 +1,149 @@
+"""From trials to results: seeds gathered, rates tuned, claims judged."""
+
+import collections
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from experiments.report.statistics import Comparison, Sample, Verdict, compare
+from experiments.report.studies import DONE, Claim, Point, Study, Trial, Value
+
+Key = tuple[tuple[str, Value], ...]  # a Point that can be compared and be a key
+
+
+class Tuning(NamedTuple):
+    """How an arm (at a batch size, ...) was tuned."""
+
+    setting: Point  # all axes but the tuned ones and the seed
+    chosen: Point  # the tuned axes
+    sample: Sample  # of the study's metric, at what was chosen
+    tried: dict[str, list[Value]]  # of each tuned axis, in order
+    by_choice: dict[Key, Sample]
+
+    def at_edge(self) -> list[str]:
+        """Returns the tuned axes whose best value has nothing tried on one side of it."""
+        return [
+            axis
+            for axis, values in self.tried.items()
+            if len(values) > 1 and self.chosen[axis] in (values[0], values[-1])
+        ]
+
+
+def key(point: Point) -> Key:
+    return tuple(sorted(point.items()))
+
+
+def matching(trials: Iterable[Trial], point: Point) -> list[Trial]:
+    """Returns the trials with the values of a point; None stands for an axis they do not have."""
+    return [t for t in trials if all(t.axes.get(axis) == v for axis, v in point.items())]
+
+
+def settings(study: Study, trials: Iterable[Trial], axes: Iterable[str]) -> list[Point]:
+    """Returns the different values that trials have on some axes, in the order of the study's."""
+
+    def rank(point: Point) -> list[int]:
+        order = study.axes
+        return [-1 if v is None else order[axis].index(v) for axis, v in point.items()]
+
+    axes = list(axes)
+    points = {key(p): p for p in ({a: t.axes.get(a) for a in axes} for t in trials)}
+    return sorted(points.values(), key=rank)
+
+
+def sample(study: Study, trials: Iterable[Trial], metric: str) -> Sample:
+    """Returns the values of a metric over seeds; trials that have none (yet) are left out.
+
+    Where several trials share a seed, which is so where an axis was left open that is not tuned,
+    the seed's value is their mean.
+    """
+    by_seed: dict[Value, list[float]] = collections.defaultdict(list)
+    diverged, uncounted = set(), 0
+    for trial in trials:
+        seed = trial.axes.get('seed')
+        if metric in trial.metrics and trial.state == 'complete':
+            by_seed[seed].append(trial.metrics[metric])
+        elif trial.state == 'diverged' and metric == study.metric:
+            if study.chance is None:
+                uncounted += 1
+            else:
+                by_seed[seed].append(study.chance)
+                diverged.add(seed)
+    return Sample(tuple(float(sum(v) / len(v)) for v in by_seed.values()), len(diverged), uncounted)
+
+
+def tune(study: Study, trials: Sequence[Trial], tuned: Sequence[str]) -> Tuning | None:
+    """Returns the values of the tuned axes with the best mean metric over the seeds.
+
+    What lost no trial to divergence without a known cost comes before what did; between equals
+    the smaller value is taken. None if no trial has ended.
+    """
+    ended = [t for t in trials if t.state in DONE]
+    if not ended:
+        return None
+    choices = settings(study, ended, tuned)
+    samples = [sample(study, matching(ended, choice), study.metric) for choice in choices]
+
+    def score(one: Sample) -> tuple[int, float]:
+        mean = one.mean if study.higher_is_better else -one.mean
+        return -one.uncounted, -math.inf if math.isnan(mean) else mean
+
+    best = max(range(len(choices)), key=lambda i: score(samples[i]))
+    tried = {axis: [p[axis] for p in settings(study, ended, [axis])] for axis in tuned}
+    others = [a for a in study.axes if a not in (*tuned, 'seed')]
+    return Tuning(
+        {a: ended[0].axes.get(a) for a in others},
+        choices[best],
+        samples[best],
+        {a: sorted(v) if None not in v else v for a, v in tried.items() if v != [None]},
+        {key(c): s for c, s in zip(choices, samples, strict=True)},
+    )
+
+
+def tunings(study: Study, trials: Sequence[Trial] | None = None) -> list[Tuning]:
+    """Returns a tuning for every setting of the axes that are not tuned, as far as trials ended."""
+    trials = study.trials if trials is None else trials
+    others = [a for a in study.axes if a not in (*study.tuned, 'seed')]
+    found = (
+        tune(study, matching(trials, point), study.tuned)
+        for point in settings(study, trials, others)
+    )
+    return [tuning for tuning in found if tuning]
+
+
+def select(study: Study, point: Point) -> list[Trial]:
+    """Returns the trials of a point; of each tuned axis it does not name, those at the best value.
+
+    Tuned is by the study's metric, at every setting of the other axes apart.
+    """
+    trials = matching(study.trials, point)
+    open_axes = [axis for axis in study.tuned if axis not in point]
+    if not open_axes:
+        return trials
+    others = [a for a in study.axes if a not in (*open_axes, 'seed')]
+    selected = []
+    for setting in settings(study, trials, others):
+        here = matching(trials, setting)
+        tuning = tune(study, here, open_axes)
+        selected += matching(here, tuning.chosen) if tuning else here
+    return selected
+
+
+class Judgement(NamedTuple):
+    """A claim and what came out."""
+
+    claim: Claim
+    comparison: Comparison
+    better: Sample
+    worse: Sample
+
+
+def judge(study: Study, claim: Claim) -> Judgement:
+    """Holds a claim against the trials there are."""
+    if claim.better is None or claim.worse is None:
+        nothing = Comparison(
+            Verdict.UNTESTED, math.nan, (math.nan, math.nan), 'this study does not test it'
+        )
+        return Judgement(claim, nothing, Sample(()), Sample(()))
+    sides = [sample(study, select(study, p), claim.metric) for p in (claim.better, claim.worse)]
+    comparison = compare(*sides, margin=claim.margin, direction=claim.direction)
+    return Judgement(claim, comparison, *sides)

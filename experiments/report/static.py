@@ -1,0 +1,220 @@
+"""The report as PNG pictures and Markdown, for a repository."""
+
+import io
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
+
+from experiments import workdir
+from experiments.report import charts, interactive, results, summaries
+from experiments.report.studies import Study
+from experiments.report.wording import Table, in_lines
+from nfnets_jax.errors import UsageError
+
+_COLOURS = [interactive.palette('light')[f'c{i}'] for i in range(interactive.NUM_COLOURS)]
+_DASHES = ('-', '--', ':', '-.')
+
+
+def write(studies: Sequence[Study], directory: str | os.PathLike, *, made: str) -> list[str]:
+    """Writes README.md and its pictures into a directory, which is created; returns their names.
+
+    The README is written last, so that it never names a picture that is not there.
+    """
+    path = pathlib.Path(directory)
+    slugs = [_slug(f'{study.name}-{study.size}') for study in studies]
+    if twice := {slug for slug in slugs if slugs.count(slug) > 1}:
+        raise UsageError(f'--static: two of the studies would both be written as {min(twice)}-*')
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        written, sections = [], []
+        for study, slug in zip(studies, slugs, strict=True):
+            figures, number = [], itertools.count(1)
+            for spec in study.charts:
+                shown = charts.build(study, spec)
+                figures += [] if shown else [f'{_escape(summaries.missing(spec))}\n']
+                for chart in shown:
+                    figures.append(f'### {_escape(chart.title)}\n')
+                    if isinstance(chart, charts.XY) and chart.kind == 'table':
+                        figures.append(_markdown(chart.table()))
+                        continue
+                    name = f'{slug}-{next(number)}-{_slug(chart.title)}.png'
+                    _write_picture(path / name, draw(chart))
+                    written.append(name)
+                    figures.append(f'![{_escape(chart.describe())}]({name})\n')
+            sections.append(_section(study, figures))
+        text = '\n'.join([*sections, _method(), f'{_escape(made)}\n'])
+        workdir.write_text(path / 'README.md', text)
+    except OSError as error:
+        raise UsageError(f'--static={directory} cannot be written: {error.strerror}') from error
+    return [*written, 'README.md']
+
+
+def _slug(text: str) -> str:
+    return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')[:60]
+
+
+def _write_picture(path: pathlib.Path, figure: Figure) -> None:
+    buffer = io.BytesIO()
+    # Without the software's version the same figure is the same file.
+    figure.savefig(buffer, format='png', dpi=120, metadata={'Software': None})
+    beside = path.with_name(path.name + '.tmp')
+    beside.write_bytes(buffer.getvalue())
+    os.replace(beside, path)
+
+
+def _section(study: Study, figures: Sequence[str]) -> str:
+    tunings = results.tunings(study)
+    lines = [f'# {_escape(study.title)}', '', f'*{_escape(study.question)}*', '']
+    lines += [_escape(study.setting), '', summaries.progress(study), '']
+    if study.claims:
+        header = ['claim', 'source', 'outcome', 'what came out']
+        judged = [results.judge(study, claim) for claim in study.claims]
+        rows = [
+            [j.claim.text, j.claim.source, j.comparison.verdict.value, summaries.outcome(study, j)]
+            for j in judged
+        ]
+        lines += ['## Claimed, and what came out', '', _markdown(Table(header, rows))]
+    if tunings:
+        lines += ['## Results', '', _markdown(summaries.results_table(study, tunings))]
+    lines += ['## Figures', '', *figures] if figures else []
+    if any(trial.state != 'complete' for trial in study.trials):
+        table = summaries.trials_table(study, only_unsuccessful=True)
+        lines += ['## Trials that did not complete', '', _markdown(table)]
+    commands = '\n'.join(study.commands).replace('```', "'''")
+    lines += ['## How it was made', '', f'```\n{commands}\n```', '']
+    lines += [f'- {name}: {_escape(fact)}' for name, fact in summaries.provenance(study).items()]
+    return '\n'.join([*lines, ''])
+
+
+def _method() -> str:
+    return '\n'.join(['# How results are judged', '', *(f'{p}\n' for p in summaries.METHOD)])
+
+
+def _escape(text: str) -> str:
+    """A text as Markdown shows it literally, in one line."""
+    return re.sub(r'([\\`*_\[\]<>|#])', r'\\\1', ' '.join(text.split()))
+
+
+def _markdown(table: Table) -> str:
+    rows = [table.header, ['---'] * len(table.header), *table.rows]
+    cells = [[c if row is rows[1] else _escape(c) for c in row] for row in rows]
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in cells) + '\n'
+
+
+def draw(chart: charts.Chart) -> Figure:
+    """Draws a chart on paper: white, without anything to click."""
+    figure = Figure(figsize=(8, 4.5), layout='constrained')
+    axes = figure.subplots()
+    axes.set_title(chart.title, loc='left', fontsize=12, parse_math=False)
+    if isinstance(chart, charts.Heatmap):
+        _heatmap(axes, chart)
+    elif isinstance(chart, charts.Parallel):
+        _parallel(axes, chart)
+    else:
+        (_bars if chart.kind == 'bars' else _lines)(axes, chart)
+        axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(axis='y', color='#dddddd', linewidth=0.8)
+        axes.set_axisbelow(True)
+    if handles := axes.get_legend_handles_labels()[0]:
+        below = {'loc': 'outside lower center', 'ncols': min(3, len(handles)), 'frameon': False}
+        figure.legend(handles=handles, **below)
+    return figure
+
+
+def _lines(axes: Axes, chart: charts.XY) -> None:
+    for series in chart.series:
+        colour = _COLOURS[series.colour % len(_COLOURS)]
+        xs = _positions(chart, series)
+        means = np.array([mark.mean for mark in series.marks])
+        errors = np.array([mark.error for mark in series.marks])
+        dash = _DASHES[series.dash % len(_DASHES)]
+        look = {'color': colour, 'linestyle': dash, 'marker': '.', 'label': series.name or None}
+        if chart.kind == 'curves':
+            axes.plot(xs, means, **look)
+            axes.fill_between(xs, means - errors, means + errors, color=colour, alpha=0.2, lw=0)
+        else:
+            axes.errorbar(xs, means, errors, capsize=3, **look)
+        lost = [(x, m.mean) for x, m in zip(xs, series.marks, strict=True) if m.diverged]
+        for x, y in lost + [(x, y) for x, y, _ in series.ends]:
+            axes.plot(x, y, marker='X', markersize=9, color=colour, markeredgecolor='black')
+    if chart.log_x:
+        axes.set_xscale('log')
+        if chart.kind == 'line':
+            values = sorted({m.x for s in chart.series for m in s.marks})
+            axes.set_xticks(values, [f'{value:g}' for value in values])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_minor_formatter(NullFormatter())
+    if chart.log_y:
+        axes.set_yscale('log')
+    if chart.x_ticks is not None:
+        axes.set_xticks(range(len(chart.x_ticks)), _broken(chart.x_ticks))
+
+
+def _positions(chart: charts.XY, series: charts.Series) -> list:
+    if chart.x_ticks is None:
+        return [mark.x for mark in series.marks]
+    return [list(chart.x_ticks).index(mark.x) for mark in series.marks]
+
+
+def _broken(labels: Sequence[str]) -> list[str]:
+    return ['\n'.join(in_lines(label)) for label in labels]
+
+
+def _bars(axes: Axes, chart: charts.XY) -> None:
+    own_colours = all(len(series.marks) == 1 for series in chart.series)
+    width = 0.8 / (1 if own_colours else max(1, len(chart.series)))
+    for i, series in enumerate(chart.series):
+        shift = 0 if own_colours else (i - (len(chart.series) - 1) / 2) * width
+        axes.bar(
+            np.array(_positions(chart, series)) + shift,
+            [mark.mean for mark in series.marks],
+            width,
+            yerr=[mark.error for mark in series.marks],
+            color=_COLOURS[series.colour % len(_COLOURS)],
+            hatch=('', '//', '..', 'xx')[series.dash % 4],
+            capsize=3,
+            label=None if own_colours else series.name or None,
+        )
+    axes.set_xticks(range(len(chart.x_ticks or ())), _broken(chart.x_ticks or ()))
+
+
+def _heatmap(axes: Axes, chart: charts.Heatmap) -> None:
+    means = np.array(chart.means, float)
+    colours = LinearSegmentedColormap.from_list('heat', interactive.HEAT)
+    bounds = {'vmin': chart.low, 'vmax': chart.high}
+    image = axes.imshow(means, cmap=colours, aspect='auto', origin='lower', **bounds)
+    axes.figure.colorbar(image, label=chart.value_label)
+    axes.set_xticks(range(len(chart.columns)), chart.columns)
+    axes.set_yticks(range(len(chart.rows)), chart.rows)
+    axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
+    for (row, column), mean in np.ndenumerate(means):
+        text = interactive.cell_lines(chart.texts[row][column])
+        colour = 'white' if interactive.is_dark(chart.shade(mean)) else 'black'
+        axes.text(column, row, text, ha='center', va='center', color=colour, fontsize=9)
+
+
+def _parallel(axes: Axes, chart: charts.Parallel) -> None:
+    named: set[int] = set()
+    for thread in chart.threads:
+        label = chart.names[thread.series] if thread.series not in named else None
+        named.add(thread.series)
+        colour = _COLOURS[chart.colours[thread.series] % len(_COLOURS)]
+        axes.plot(thread.heights, color=colour, alpha=0.5, linewidth=1, label=label)
+    for i, (_, ticks) in enumerate(chart.dimensions):
+        axes.axvline(i, color='black', linewidth=0.8)
+        for height, text in ticks:
+            box = {'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.8, 'pad': 1}
+            text = '\n'.join(in_lines(text))
+            axes.text(i + 0.03, height, text, fontsize=8, va='center', bbox=box, parse_math=False)
+    axes.set_xticks(range(len(chart.dimensions)), [label for label, _ in chart.dimensions])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)

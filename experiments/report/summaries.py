@@ -1,0 +1,172 @@
+"""A study in words and tables, the same for the page and for Markdown."""
+
+import collections
+import math
+
+from experiments.report.results import Judgement, Tuning, key, sample
+from experiments.report.statistics import CONFIDENCE, Verdict
+from experiments.report.studies import DONE, STATES, ChartSpec, Point, Study
+from experiments.report.wording import (
+    Table,
+    axis_label,
+    duration,
+    is_percent,
+    mean_and_error,
+    metric_label,
+    number,
+)
+
+METHOD = (
+    'Figures are means over seeds ± the standard error of the mean, with the number of seeds in '
+    'brackets. What is tuned (the learning rate, unless the study says more) is tuned for each '
+    'setting apart: of the grid that was tried, the value with the best mean over seeds is taken. '
+    'It is chosen by the same test pictures that the figure is of, for every arm alike. ',
+    'A trial that diverged is a result: where the study says what chance gives, it counts as that; '
+    'where it does not, nothing that it is compared with can be judged. A trial that failed for '
+    'another reason, or has not ended, is left out and listed.',
+    f'A claim is held against the Welch t interval, at {CONFIDENCE:.0%}, of the difference of two '
+    'means over seeds. It agrees if the whole interval is on the side of the margin that is '
+    'claimed, it does not if the whole interval is on the other side, and otherwise the seeds '
+    'scatter too much to say. With fewer than two seeds on either side nothing can be said.',
+)
+
+# What a reader may not know of each verdict's word.
+SYMBOLS = {
+    Verdict.AGREES: '✓',
+    Verdict.DOES_NOT: '✗',
+    Verdict.NOISY: '≈',
+    Verdict.UNTESTED: '?',
+}
+
+
+def progress(study: Study) -> str:
+    """'95 of 108 trials are complete, 9 diverged; 1 failed, 1 running, 2 pending.'"""
+    counts = collections.Counter(trial.state for trial in study.trials)
+    done = [f'{counts["complete"]} of {len(study.trials)} trials are complete']
+    done += [f'{counts["diverged"]} diverged'] if counts['diverged'] else []
+    rest = [f'{counts[state]} {state}' for state in STATES if state not in DONE and counts[state]]
+    return ', '.join(done) + ('; ' + ', '.join(rest) if rest else '') + '.'
+
+
+def is_complete(study: Study) -> bool:
+    return all(trial.state in DONE for trial in study.trials)
+
+
+def missing(spec: ChartSpec) -> str:
+    """What stands in the place of a chart without data."""
+    return f'{spec.title}: no trial has recorded {spec.y} yet.'
+
+
+def describe_point(study: Study, point: Point) -> str:
+    """'NF-ResNet-8 with AGC, batch size 512'."""
+    parts = (
+        study.label(a, v) if a == 'arm' else f'{axis_label(a)} {study.label(a, v)}'
+        for a, v in point.items()
+        if v is not None
+    )
+    return ', '.join(parts)
+
+
+def outcome(study: Study, judgement: Judgement) -> str:
+    """Returns what came out for a claim, with the figures the verdict rests on."""
+    claim, comparison = judgement.claim, judgement.comparison
+    if claim.better is None or claim.worse is None:
+        return f'{comparison.reason}.'.capitalize()
+    sides = ', '.join(
+        f'{mean_and_error(found, claim.metric)} of {describe_point(study, point)}'
+        for point, found in ((claim.better, judgement.better), (claim.worse, judgement.worse))
+    )
+    text = f'{metric_label(claim.metric)}: {sides}. '
+    if not math.isnan(comparison.difference):
+        text += f'Difference {_signed(comparison.difference, claim.metric)}'
+        if not math.isnan(comparison.interval[0]):
+            low, high = (_signed(x, claim.metric) for x in comparison.interval)
+            text += f' ({CONFIDENCE:.0%} interval {low} to {high})'
+        bound = 'more' if claim.direction == 'greater' else 'less'
+        text += f'; claimed is {bound} than {_signed(claim.margin, claim.metric)}. '
+    text += f'{comparison.reason.capitalize()}.' if comparison.reason else ''
+    return text[:1].upper() + text[1:].strip()
+
+
+def _signed(value: float, metric: str) -> str:
+    sign = '+' if value > 0 else ''
+    written = number(value, metric).replace('-', '\N{MINUS SIGN}')
+    return sign + written + (' points' if is_percent(metric) else '')
+
+
+def results_table(study: Study, tunings: list[Tuning]) -> Table:
+    """Returns each setting at its tuned values, with what is at the edge of what was tried."""
+    axes = [a for a in study.axes if any(t.setting.get(a) is not None for t in tunings)]
+    tuned = [a for a in study.tuned if any(a in t.tried for t in tunings)]
+    header = [*map(axis_label, axes), *(f'best {axis_label(a)}' for a in tuned)]
+    rows = [
+        [
+            *(study.label(a, t.setting.get(a)) for a in axes),
+            *(_with_edge(study, t, a) for a in tuned),
+            mean_and_error(t.sample, study.metric),
+        ]
+        for t in tunings
+    ]
+    return Table([*header, metric_label(study.metric)], rows)
+
+
+def _with_edge(study: Study, tuning: Tuning, axis: str) -> str:
+    label = study.label(axis, tuning.chosen[axis])
+    if axis not in tuning.at_edge():
+        return label
+    below = tuning.chosen[axis] == tuning.tried[axis][0]
+    return f'{label} (the {"smallest" if below else "largest"} tried)'
+
+
+def has_edges(tunings: list[Tuning]) -> bool:
+    return any(tuning.at_edge() for tuning in tunings)
+
+
+def grid_table(study: Study, tunings: list[Tuning]) -> Table:
+    """Returns the study's metric at every combination of tuned values that was tried."""
+    tuned = [a for a in study.tuned if any(a in t.tried for t in tunings)]
+    axes = [a for a in study.axes if any(t.setting.get(a) is not None for t in tunings)]
+    rows = []
+    for tuning in tunings:
+        for choice, found in tuning.by_choice.items():
+            values = dict(choice)
+            best = ' ← best' if choice == key(tuning.chosen) and len(tuning.by_choice) > 1 else ''
+            rows.append(
+                [
+                    *(study.label(a, tuning.setting.get(a)) for a in axes),
+                    *(study.label(a, values[a]) for a in tuned),
+                    mean_and_error(found, study.metric) + best,
+                ]
+            )
+    header = [*map(axis_label, axes), *map(axis_label, tuned), metric_label(study.metric)]
+    return Table(header, rows)
+
+
+def trials_table(study: Study, *, only_unsuccessful: bool = False) -> Table:
+    """Returns every trial, or those that are not complete, with what became of it."""
+    rows = []
+    for trial in study.trials:
+        if only_unsuccessful and trial.state == 'complete':
+            continue
+        values = sample(study, [trial], study.metric)._replace(diverged=0)
+        result = number(values.mean, study.metric) if trial.state == 'complete' else '-'
+        note = [] if only_unsuccessful else [result]
+        rows.append(
+            [trial.id, trial.state, f'{trial.step:,}', *note]
+            + [duration(trial.seconds), *([trial.error or ''] if only_unsuccessful else [])]
+        )
+    note = [] if only_unsuccessful else [metric_label(study.metric)]
+    last = ['error'] if only_unsuccessful else []
+    return Table(['trial', 'state', 'step', *note, 'time', *last], rows)
+
+
+def provenance(study: Study) -> dict[str, str]:
+    """Returns what one must know to make the figures again, besides the commands."""
+    versions = ', '.join(f'{name} {version}' for name, version in study.versions.items())
+    facts = {
+        'size': study.size,
+        'hardware': study.hardware,
+        'time': duration(study.seconds),
+        'versions': versions,
+    }
+    return {name: fact for name, fact in facts.items() if fact not in ('', '-')}

@@ -1,0 +1,389 @@
+"""Runs a study: every trial of a grid once, by as many processes and machines as there are.
+
+    python -m experiments.study --config=configs/studies/agc_batch_size.py:digits --workdir=S
+        [--jobs=2] [--seeds=5] [--max_trials=10] [--retry] [--config.base.data.path=...]
+
+Run the same command again, at any time and on any machine that sees the directory, and it takes
+part or goes on: a trial whose process was killed continues from its last checkpoint. A trial that
+diverged or failed is a result like another. In the directory:
+
+    study.json    question, setting, every trial's axes, state and metrics; whole at any moment
+    trials/ID/    each trial's run, as experiments.train leaves it; error.txt where one failed
+    journal.log   Optuna's journal, the state of it all: `optuna-dashboard S/journal.log` shows it
+"""
+
+import collections
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import shlex
+import signal
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from experiments import cli, measurements, studies, task, workdir
+from experiments.journal import Journal, Record
+from experiments.train import DivergedError, train
+from nfnets_jax.errors import UsageError
+
+SUMMARY_FILE = 'study.json'
+_PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'optuna', 'numpy')
+
+
+def run_study(
+    study: ConfigDict,
+    directory: str | os.PathLike,
+    *,
+    jobs: int = 1,
+    max_trials: int | None = None,
+    retry: bool = False,
+    command: str = '',
+) -> None:
+    """Runs the trials of a study that have not ended, and leaves what came out in study.json.
+
+    Args:
+      study: as in `studies.default_study`.
+      directory: where the study is kept.
+      jobs: worker processes; with 1 this one does the work.
+      max_trials: how many to begin at most, in this call.
+      retry: whether to do once more what failed.
+      command: what the user typed, to be told in study.json.
+
+    Raises:
+      UsageError: a mistake in the study or the directory; no trial has begun.
+    """
+    trials = studies.make_trials(study)
+    _check_programs(trials)
+    if study.pretrain:
+        task.prepare(study.pretrain, training=False)
+    journal = open_journal(study, directory)
+    base = workdir.flatten(workdir.as_json(study.base))
+    journal.add(trials, [studies.difference(t, study) for t in trials], base, retry=retry)
+    if command:
+        journal.remember('commands', command)
+    write_summary(study, journal)
+    course = _Course(journal, [trial.id for trial in trials], jobs)
+    course.begin(study, len({trial.program for trial in trials}))
+    with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
+        if jobs == 1:
+            work(study, directory, max_trials, on_end=course.update)
+        else:
+            _share_out(study, directory, jobs, max_trials, course)
+    write_summary(study, journal)
+    course.close(directory)
+
+
+def open_journal(study: ConfigDict, directory: str | os.PathLike) -> Journal:
+    return Journal(directory, study.name, higher_is_better=study.higher_is_better)
+
+
+def work(
+    study: ConfigDict,
+    directory: str | os.PathLike,
+    max_trials: int | None = None,
+    on_end: Callable[[], None] = lambda: None,
+) -> None:
+    """Does trials of a study until all are ended or taken, or `max_trials` are done.
+
+    Args:
+      study: whose trials are in the journal.
+      directory: of the study.
+      max_trials: how many at most.
+      on_end: called after each.
+
+    Raises:
+      KeyboardInterrupt: it was told to stop; the trial at hand can be continued.
+    """
+    journal = open_journal(study, directory)
+    trials = {trial.id: trial for trial in studies.make_trials(study)}
+    _keep_compiled(pathlib.Path(directory) / '.cache' / platform.node())
+    if study.pretrain:
+        with journal.exclusive():  # The others wait for it, too.
+            _pretrain(study.pretrain, directory)
+    programs: dict[str, Any] = {}
+    program, done = None, 0
+    while max_trials is None or done < max_trials:
+        record = journal.claim(trials, program)
+        if record is None:
+            return
+        if record.program != program:
+            programs.clear()  # What was compiled for the trials before takes memory.
+            program = record.program
+        begun = time.perf_counter()
+        trial = trials[record.id]
+        trial.config.init.weights = trial.config.init.weights.format(study=directory)
+        try:
+            outcome = _do(study, trial, journal.trial_directory(record.id), programs)
+        except BaseException:
+            journal.leave(record)
+            raise
+        journal.end(record, seconds=round(time.perf_counter() - begun, 3), **outcome)
+        journal.remember('hardware', _hardware())
+        write_summary(study, journal)
+        done += 1
+        on_end()
+
+
+def _keep_compiled(directory: pathlib.Path) -> None:
+    """Keeps compiled programs: other workers need the same, other batch sizes the same `init`."""
+    if not jax.config.jax_compilation_cache_dir:  # Else the user has chosen a place.
+        jax.config.update('jax_compilation_cache_dir', os.fspath(directory.absolute()))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+def _pretrain(config: ConfigDict, directory: str | os.PathLike) -> None:
+    path = studies.PRETRAINED.format(study=directory)
+    try:
+        summary = train(config, path, quiet=True)
+    except DivergedError as error:
+        raise UsageError(f'config.pretrain: {error}') from error
+    if 'final' not in summary:
+        raise KeyboardInterrupt
+
+
+def _do(
+    study: ConfigDict, trial: studies.Trial, directory: pathlib.Path, programs: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns a trial's state, and its metrics and value or its error."""
+    metrics: dict[str, Any] = {}
+    try:
+        for name in study.measure:
+            results = measurements.MEASUREMENTS[name](trial.config, directory, programs)
+            if results is None:
+                raise KeyboardInterrupt
+            metrics |= results
+        if study.metric not in metrics:
+            raise UsageError(f'config.metric={study.metric!r}: a trial gives {", ".join(metrics)}')
+        return {'state': 'complete', 'metrics': metrics, 'value': metrics[study.metric]}
+    except DivergedError as error:
+        return {'state': 'diverged', 'error': str(error)}
+    except Exception as error:
+        # Whatever it is, the other trials may do without it.
+        workdir.write_text(directory / 'error.txt', traceback.format_exc())
+        lines = f'{type(error).__name__}: {error}'.splitlines()
+        return {'state': 'failed', 'error': lines[0][:300]}
+
+
+def write_summary(study: ConfigDict, journal: Journal) -> None:
+    """Writes study.json: `studies.to_json`, all trials, and what they were done with."""
+    with journal.exclusive():
+        records = journal.records()
+        # More values than the config's, where it had others before.
+        axes: dict[str, dict] = collections.defaultdict(dict)
+        for record in records:
+            for axis, value in record.axes.items():
+                axes[axis][value] = None
+        axes = {axis: list(axes[axis]) for axis in ('arm', *study.axes) if axis in axes}
+        commands = journal.remembered('commands')
+        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        summary = studies.to_json(study) | {
+            'axes': axes,
+            'command': commands[0] if commands else '',
+            'commands': commands,
+            'trials': [_to_json(record) for record in records],
+            'versions': {'python': platform.python_version()} | versions,
+            'hardware': '; '.join(journal.remembered('hardware')),
+            'seconds': round(sum(record.seconds or 0 for record in records), 3),
+        }
+        workdir.write_text(journal.directory / SUMMARY_FILE, json.dumps(summary, indent=1) + '\n')
+
+
+def _to_json(record: Record) -> dict[str, Any]:
+    fields = ('id', 'axes', 'state', 'step', 'metrics', 'seconds', 'error', 'config_diff')
+    return {field: getattr(record, field) for field in fields}
+
+
+def _check_programs(trials: Iterable[studies.Trial]) -> None:
+    """Raises a UsageError for the first config that could not be run."""
+    checked = set()
+    for trial in trials:
+        if trial.program in checked:
+            continue
+        checked.add(trial.program)
+        try:
+            task.prepare(trial.config, training=False)
+        except UsageError as error:
+            raise UsageError(f'trial {trial.id}: {error}') from error
+
+
+def _hardware() -> str:
+    devices = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+    return f'{devices}, {platform.machine()} with {os.cpu_count()} cores'
+
+
+def _share_out(
+    study: ConfigDict,
+    directory: str | os.PathLike,
+    jobs: int,
+    max_trials: int | None,
+    course: '_Course',
+) -> None:
+    """Lets `jobs` processes do the work, and tells how it goes."""
+    # Whoever comes first shall not take all of an accelerator's memory.
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+    spawn = multiprocessing.get_context('spawn')
+    shares = [None] * jobs
+    if max_trials is not None:
+        shares = [max_trials // jobs + (i < max_trials % jobs) for i in range(jobs)]
+    arguments = (study.to_dict(), os.fspath(directory))
+    workers = [
+        spawn.Process(target=_worker, args=(*arguments, share)) for share in shares if share != 0
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        while any(worker.is_alive() for worker in workers):
+            course.update()
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+        raise
+    finally:
+        for worker in workers:
+            worker.join()
+        course.update()
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Makes SIGTERM a KeyboardInterrupt, as SIGINT is; training ends its step first."""
+    if threading.current_thread() is not threading.main_thread():  # Elsewhere Python forbids it.
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _worker(study: dict[str, Any], directory: str, max_trials: int | None) -> None:
+    """A process of `_share_out`, which passes on the signals that it gets."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.set_verbosity(logging.ERROR)
+
+    def stop_with_parent() -> None:
+        if not multiprocessing.parent_process().is_alive():
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
+        work(ConfigDict(study), directory, max_trials, on_end=stop_with_parent)
+
+
+class _Course:
+    """Tells how a study goes: a bar on a terminal, elsewhere a line for each trial that ends.
+
+    Args:
+      journal: of the study, where the trials of all workers are seen.
+      ids: of the trials that count.
+      jobs: how many workers of this call share what is left.
+    """
+
+    def __init__(self, journal: Journal, ids: Iterable[str], jobs: int):
+        self._journal, self._ids, self._jobs = journal, set(ids), jobs
+        self._told = {record.id for record in self._records() if record.ended}
+        self._begun = time.monotonic()
+        self._bar = None
+
+    def begin(self, study: ConfigDict, programs: int) -> None:
+        before = f', {len(self._told)} of them done' if self._told else ''
+        cost = f'; {study.cost}' if study.cost else ''
+        trials = f'{len(self._ids)} trials with {programs} compiled programs{before}{cost}'
+        print(f'{study.name} ({study.size}): {trials}', file=sys.stderr, flush=True)
+        self._metric = study.metric
+        if sys.stderr.isatty():
+            form = 'trial {n_fmt}/{total_fmt} |{bar}| {desc}'
+            self._bar = tqdm(
+                total=len(self._ids), initial=len(self._told), bar_format=form, dynamic_ncols=True
+            )
+
+    def update(self) -> None:
+        """Tells of the trials that have ended since."""
+        records = self._records()
+        news = [record for record in records if record.ended and record.id not in self._told]
+        for record in news:
+            self._told.add(record.id)
+            ended = record.metrics.get(self._metric) if record.state == 'complete' else None
+            outcome = record.state if ended is None else f'{self._metric} {ended:.4g}'
+            self._say(
+                f'{len(self._told):>4}/{len(self._ids)} {record.id}: {outcome}'
+                f'  ({record.seconds or 0:.1f} s){self._left(records)}'
+            )
+
+    def close(self, directory: str | os.PathLike) -> None:
+        """Tells what there is."""
+        records = self._records()
+        if self._bar is not None:
+            self._bar.close()
+        counts = collections.Counter(record.state for record in records)
+        states = ', '.join(f'{count} {state}' for state, count in sorted(counts.items()))
+        print(f'{os.path.join(directory, SUMMARY_FILE)}: {states}', file=sys.stderr)
+        if any(not record.ended for record in records):
+            print('the same command goes on from here', file=sys.stderr)
+        else:
+            print(f'look: python -m experiments.report --workdir={directory}', file=sys.stderr)
+
+    def _records(self) -> list[Record]:
+        return [record for record in self._journal.records() if record.id in self._ids]
+
+    def _left(self, records: Iterable[Record]) -> str:
+        """Returns ', ... left', reckoned by what trials of the same program took."""
+        took: dict[str, list[float]] = collections.defaultdict(list)
+        for record in records:
+            if record.seconds is not None:
+                took[record.program].append(record.seconds)
+        if not took:
+            return ''
+        known = {program: statistics.median(seconds) for program, seconds in took.items()}
+        typical = statistics.mean(known.values())
+        left = sum(known.get(r.program, typical) for r in records if not r.ended) / self._jobs
+        return f', {tqdm.format_interval(left)} left' if left else ''
+
+    def _say(self, line: str) -> None:
+        if self._bar is None:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bar.set_description_str(line.split(' ', 1)[-1], refresh=False)
+            self._bar.update(len(self._told) - self._bar.n)
+
+
+def main() -> None:
+    args = flags.FLAGS
+    study = args.config
+    if args.seeds is not None:
+        study.grid.seed = tuple(range(args.seeds))
+    run_study(
+        study,
+        args.workdir,
+        jobs=args.jobs,
+        max_trials=args.max_trials,
+        retry=args.retry,
+        command=' '.join(['python -m experiments.study', *map(shlex.quote, sys.argv[1:])]),
+    )
+
+
+if __name__ == '__main__':
+    config_flags.DEFINE_config_file('config', None, 'The study.', lock_config=True)
+    flags.DEFINE_string('workdir', None, 'Where everything about the study is kept.')
+    flags.DEFINE_integer('jobs', 1, 'Processes that share the trials.', lower_bound=1)
+    flags.DEFINE_integer('seeds', None, 'Use seeds 0 to this, less one.', lower_bound=1)
+    flags.DEFINE_integer('max_trials', None, 'Begin so many trials at most.', lower_bound=1)
+    flags.DEFINE_bool('retry', False, 'Do those trials once more that failed.')
+    flags.mark_flags_as_required(['config', 'workdir'])
+    cli.run(main)

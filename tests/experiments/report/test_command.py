@@ -1,0 +1,41 @@
+import json
+
+
+def _finish(process):
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_page_and_static_version(command, study_directory, tmp_path):
+    out, static = tmp_path / 'report.html', tmp_path / 'static'
+    status, printed, errors = _finish(
+        command('report', f'--workdir={study_directory}', f'--out={out}', f'--static={static}')
+    )
+    assert (status, errors) == (0, '')
+    assert f'wrote {out}' in printed
+    text = out.read_text()
+    assert 'A small study' in text
+    assert f'python -m experiments.report --workdir={study_directory}' in text
+    assert (static / 'README.md').exists()
+    assert not list(tmp_path.glob('**/*.tmp'))
+
+
+def test_a_broken_study_is_one_line_and_nothing_is_written(command, study_directory, tmp_path):
+    file, out = study_directory / 'study.json', tmp_path / 'report.html'
+    file.write_text(json.dumps({'name': 3}))
+    status, printed, errors = _finish(
+        command('report', f'--workdir={study_directory}', f'--out={out}')
+    )
+    assert (status, printed) == (2, '')
+    assert errors.startswith('error: ')
+    assert str(file) in errors
+    assert errors.count('\n') == 1
+    assert not out.exists()
+
+
+def test_the_directory_of_the_page_must_exist(command, study_directory, tmp_path):
+    status, _, errors = _finish(
+        command('report', f'--workdir={study_directory}', f'--out={tmp_path}/nowhere/report.html')
+    )
+    assert status == 2
+    assert 'in a directory that exists' in errors

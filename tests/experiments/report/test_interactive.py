@@ -1,0 +1,104 @@
+import itertools
+import json
+
+import plotly.graph_objects as go
+import pytest
+
+from experiments.report import charts, interactive, studies
+from tests.experiments.report.conftest import chart
+
+
+@pytest.fixture
+def drawn(study):
+    return {spec.kind: charts.build(study, spec)[0] for spec in study.charts}
+
+
+def _coloured(figure):
+    """A figure with the names of colours replaced, as the page's script does it."""
+    palette = interactive.palette('light')
+
+    def paint(pairs):
+        return {
+            key: palette[value[1:]] if key.endswith('color') and str(value)[:1] == '@' else value
+            for key, value in pairs
+        }
+
+    text = json.dumps(figure, allow_nan=False)
+    return json.loads(text, object_pairs_hook=paint), text
+
+
+@pytest.mark.parametrize('kind', [kind for kind in studies.KINDS if kind != 'table'])
+def test_plotly_knows_every_field(drawn, kind):
+    painted, _ = _coloured(interactive.figure(drawn[kind]))
+    go.Figure(painted)  # It refuses what it does not know.
+    assert '@' not in json.dumps(painted)
+
+
+@pytest.mark.parametrize('kind', ['curves', 'line', 'bars', 'parallel'])
+def test_every_trace_belongs_to_an_entry_of_the_legend(drawn, kind):
+    entries = interactive.legend(drawn[kind])
+    groups = {trace['legendgroup'] for trace in interactive.figure(drawn[kind])['data']}
+    assert groups == {str(i) for i in range(len(entries))}
+
+
+def test_curves_have_bands(drawn):
+    traces = interactive.figure(drawn['curves'])['data']
+    band, line = traces[:2]
+    assert band['fill'] == 'toself'
+    assert len(band['x']) == 2 * len(line['x'])
+    middle = [(a + b) / 2 for a, b in zip(band['y'][:3], band['y'][:2:-1], strict=True)]
+    assert middle == pytest.approx(line['y'])
+
+
+def test_what_diverged_is_crossed(drawn):
+    crosses = [
+        trace
+        for trace in interactive.figure(drawn['line'])['data']
+        if trace.get('marker', {}).get('symbol') == 'x'
+    ]
+    assert [(c['legendgroup'], list(c['x'])) for c in crosses] == [('1', [1.6])]
+
+
+def test_texts_are_no_markup(write_study, study_fields):
+    study_fields['arms']['nf'] = '<a href="javascript:alert(1)">NF</a> & co'
+    study = studies.load(write_study(study_fields))
+    for spec in study.charts:
+        text = json.dumps(interactive.figure(charts.build(study, spec)[0]))
+        assert '<a' not in text
+
+
+def _luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def _contrast(first, second):
+    high, low = sorted([_luminance(first), _luminance(second)], reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+def test_colours_can_be_seen(theme):
+    palette = interactive.palette(theme)
+    for i in range(interactive.NUM_COLOURS):
+        assert _contrast(palette[f'c{i}'], palette['paper']) >= 3.0, i
+    assert _contrast(palette['ink'], palette['paper']) >= 7.0
+    assert _contrast(palette['muted'], palette['paper']) >= 4.5
+
+
+def test_figures_in_a_heat_map_can_be_read():
+    low, high = ([int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in interactive.HEAT)
+    for step in range(101):
+        shade = step / 100
+        mixed = (round(a + (b - a) * shade) for a, b in zip(low, high, strict=True))
+        ground = '#' + ''.join(f'{c:02x}' for c in mixed)
+        ink = '#ffffff' if interactive.is_dark(shade) else '#000000'
+        assert _contrast(ink, ground) >= 4.5, shade
+
+
+def test_many_series_are_told_apart_by_colour_and_dash(write_study, study_fields):
+    study = studies.load(write_study(study_fields | {'charts': [chart('curves', 'step')]}))
+    (found,) = charts.build(study, study.charts[0])
+    styles = [entry[1:] for entry in interactive.legend(found)]
+    assert all(a != b for a, b in itertools.combinations(styles, 2))

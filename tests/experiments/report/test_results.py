@@ -1,0 +1,126 @@
+import pytest
+
+from experiments.report import results, studies
+from experiments.report.statistics import Verdict
+
+
+def _load(write_study, fields):
+    return studies.load(write_study(fields))
+
+
+def _tuning(study, **setting):
+    (found,) = [t for t in results.tunings(study) if t.setting == setting]
+    return found
+
+
+def test_every_setting_is_tuned_apart(study):
+    assert len(results.tunings(study)) == 6
+    tuning = _tuning(study, arm='agc', batch_size=256)
+    assert tuning.chosen == {'learning_rate': 0.4, 'clipping': 0.01}
+    assert tuning.sample.values == pytest.approx((0.90, 0.91, 0.92))
+    assert len(tuning.by_choice) == 4
+    assert tuning.tried == {'learning_rate': [0.4, 1.6], 'clipping': [0.01, 0.16]}
+
+
+def test_an_axis_that_an_arm_lacks_is_not_tuned_there(study):
+    tuning = _tuning(study, arm='bn', batch_size=32)
+    assert tuning.tried == {'learning_rate': [0.4, 1.6]}
+    assert tuning.at_edge() == ['learning_rate']
+
+
+def test_a_study_may_tune_nothing(write_study, study_fields):
+    study_fields['tuned'] = []
+    found = results.tunings(_load(write_study, study_fields))
+    assert len(found) == 2 * 2 + 2 * 2 + 2 * 4
+    assert all(tuning.chosen == {} and tuning.at_edge() == [] for tuning in found)
+
+
+def test_the_edge_is_told_from_the_middle(write_study, study_fields):
+    study_fields['axes']['learning_rate'] = [0.1, 0.4, 1.6]
+    for trial in list(study_fields['trials']):
+        if trial['axes']['arm'] == 'bn' and trial['axes']['learning_rate'] == 1.6:
+            low = {
+                **trial,
+                'id': trial['id'] + 'low',
+                'axes': {**trial['axes'], 'learning_rate': 0.1},
+            }
+            study_fields['trials'].append(low)
+    study = _load(write_study, study_fields)
+    assert _tuning(study, arm='bn', batch_size=32).at_edge() == []
+    assert _tuning(study, arm='nf', batch_size=32).at_edge() == ['learning_rate']
+
+
+def test_the_lowest_is_best_where_less_is_better(write_study, study_fields):
+    study_fields['higher_is_better'] = False
+    study = _load(write_study, study_fields)
+    assert _tuning(study, arm='bn', batch_size=32).chosen['learning_rate'] == 1.6
+
+
+def test_diverged_trials_count_as_chance(study):
+    trials = results.matching(study.trials, {'arm': 'nf', 'learning_rate': 1.6, 'batch_size': 32})
+    sample = results.sample(study, trials, 'test/top1')
+    assert sample.values == (0.1, 0.1, 0.1)
+    assert (sample.diverged, sample.uncounted) == (3, 0)
+
+
+def test_diverged_trials_without_chance_are_never_chosen_over_others(write_study, study_fields):
+    del study_fields['chance']
+    study = _load(write_study, study_fields)
+    assert _tuning(study, arm='nf', batch_size=32).chosen['learning_rate'] == 0.4
+    trials = results.matching(study.trials, {'arm': 'nf', 'learning_rate': 1.6, 'batch_size': 32})
+    assert results.sample(study, trials, 'test/top1') == ((), 0, 3)
+
+
+def test_divergence_says_nothing_of_other_metrics(study):
+    trials = results.matching(study.trials, {'arm': 'nf', 'batch_size': 32})
+    assert results.sample(study, trials, 'images_per_second') == ((1e3, 1e3, 1e3), 0, 0)
+
+
+def test_failed_and_pending_trials_are_left_out(write_study, study_fields):
+    for trial, state in zip(study_fields['trials'][:2], ('failed', 'pending'), strict=True):
+        trial |= {'state': state, 'metrics': {}}
+    study = _load(write_study, study_fields)
+    assert _tuning(study, arm='bn', batch_size=32).sample.values == pytest.approx((0.82,))
+
+
+def test_a_study_that_has_not_begun_has_no_results(write_study, study_fields):
+    for trial in study_fields['trials']:
+        trial |= {'state': 'pending', 'metrics': {}}
+    study = _load(write_study, study_fields)
+    assert results.tunings(study) == []
+    verdicts = {results.judge(study, claim).comparison.verdict for claim in study.claims}
+    assert verdicts == {Verdict.UNTESTED}
+
+
+def test_what_is_named_is_not_tuned(study):
+    point = {'arm': 'agc', 'batch_size': 32, 'clipping': 0.16}
+    chosen = results.select(study, point)
+    assert {(t.axes['clipping'], t.axes['learning_rate']) for t in chosen} == {(0.16, 0.4)}
+    assert len(chosen) == 3
+
+
+def test_an_open_axis_that_is_not_tuned_is_averaged_by_seed(study):
+    sample = results.sample(study, results.select(study, {'arm': 'bn'}), 'test/top1')
+    assert sample.values == pytest.approx((0.85, 0.86, 0.87))
+
+
+def test_claims_are_judged(study):
+    better, worse, alike = [results.judge(study, claim).comparison for claim in study.claims]
+    assert better.verdict is Verdict.AGREES
+    assert better.difference == pytest.approx(0.3)
+    assert worse.verdict is Verdict.DOES_NOT
+    assert alike.verdict is Verdict.NOISY
+
+
+def test_a_claim_may_be_of_another_metric(write_study, study_fields):
+    study_fields['claims'][0]['compare'] |= {'metric': 'images_per_second', 'margin': -1.0}
+    study = _load(write_study, study_fields)
+    assert results.judge(study, study.claims[0]).comparison.verdict is Verdict.AGREES
+
+
+def test_a_claim_without_a_comparison_cannot_be_judged(write_study, study_fields):
+    study_fields['claims'][0]['compare'] = None
+    study = _load(write_study, study_fields)
+    judgement = results.judge(study, study.claims[0])
+    assert judgement.comparison.verdict is Verdict.UNTESTED
+    assert judgement.comparison.reason

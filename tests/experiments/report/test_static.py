@@ -1,0 +1,55 @@
+import matplotlib.image
+import pytest
+
+from experiments.report import charts, static, studies
+from nfnets_jax.errors import UsageError
+
+
+def test_pictures_and_a_readme_that_names_them(study, tmp_path):
+    written = static.write([study], tmp_path / 'docs' / 'results', made='now')
+    folder = tmp_path / 'docs' / 'results'
+    assert sorted(path.name for path in folder.iterdir()) == sorted(written)
+    assert len([name for name in written if name.endswith('.png')]) == 5
+    text = (folder / 'README.md').read_text()
+    assert all(f']({name})' in text for name in written if name.endswith('.png'))
+    assert '| AGC is better than nothing | the paper | agrees |' in text
+    assert 'python -m experiments.study --workdir=S --jobs=2' in text
+    for name in written[:-1]:
+        picture = matplotlib.image.imread(folder / name)
+        assert picture.shape[1] == 960
+        assert picture.std() > 0.01
+
+
+def test_the_same_study_gives_the_same_files(study, tmp_path):
+    names = static.write([study], tmp_path / 'a', made='now')
+    static.write([study], tmp_path / 'b', made='now')
+    for name in names:
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes(), name
+
+
+def test_two_studies_do_not_overwrite_one_another(study, tmp_path):
+    with pytest.raises(UsageError, match=r'would both be written as small-digits-\*'):
+        static.write([study, study], tmp_path / 'out', made='now')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_markdown_is_text(write_study, study_fields, tmp_path):
+    study_fields['title'] = 'a | b <b>*c*</b>\n# d'
+    study = studies.load(write_study(study_fields))
+    static.write([study], tmp_path / 'out', made='now')
+    text = (tmp_path / 'out' / 'README.md').read_text()
+    assert text.splitlines()[0] == r'# a \| b \<b\>\*c\*\</b\> \# d'
+
+
+def test_dollars_are_no_formula(write_study, study_fields):
+    study_fields['charts'][0]['title'] = 'from $1 to $x_{ y'
+    study = studies.load(write_study(study_fields))
+    figure = static.draw(charts.build(study, study.charts[0])[0])
+    figure.canvas.draw()
+    assert figure.axes[0].get_title(loc='left') == 'from $1 to $x_{ y'
+
+
+def test_a_directory_that_cannot_be_written(study, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UsageError, match='--static=.*cannot be written'):
+        static.write([study], tmp_path / 'file' / 'below', made='now')

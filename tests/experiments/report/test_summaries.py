@@ -1,0 +1,60 @@
+import pytest
+
+from experiments.report import results, studies, summaries
+
+
+def test_progress(write_study, study_fields):
+    for trial, state in zip(study_fields['trials'], ('failed', 'pending'), strict=False):
+        trial |= {'state': state, 'metrics': {}}
+    study = studies.load(write_study(study_fields))
+    assert summaries.progress(study) == (
+        '40 of 48 trials are complete, 6 diverged; 1 failed, 1 pending.'
+    )
+    assert not summaries.is_complete(study)
+
+
+def test_a_diverged_study_is_complete(study):
+    assert summaries.progress(study) == '42 of 48 trials are complete, 6 diverged.'
+    assert summaries.is_complete(study)
+
+
+def test_outcome_tells_what_the_verdict_rests_on(study):
+    text = summaries.outcome(study, results.judge(study, study.claims[0])).replace('\xa0', ' ')
+    assert text == (
+        'Test top-1, %: 91.00 ± 0.58 (3) of NF with AGC, batch size 256, 61.00 ± 0.58 (3) of NF, '
+        'batch size 256. Difference +30.00 points (90% interval +28.26 points to +31.74 points); '
+        'claimed is more than 0.00 points.'
+    )
+
+
+def test_results_name_what_was_tuned_and_its_edge(study):
+    table = summaries.results_table(study, results.tunings(study))
+    header = ['arm', 'batch size', 'best learning rate', 'best clipping', 'test top-1, %']
+    assert table.header == header
+    row = next(row for row in table.rows if row[:2] == ['NF with AGC', '256'])
+    assert row[2:4] == ['0.4 (the smallest tried)', '0.01 (the smallest tried)']
+    assert row[4].replace('\xa0', ' ') == '91.00 ± 0.58 (3)'
+
+
+def test_grid_marks_the_best(study):
+    tunings = results.tunings(study)
+    table = summaries.grid_table(study, tunings)
+    best = [row for row in table.rows if row[-1].endswith('← best')]
+    assert len(table.rows) == 2 * 2 + 2 * 2 + 2 * 4
+    assert len(best) == len(tunings)
+
+
+def test_unsuccessful_trials_are_listed_with_their_error(study):
+    table = summaries.trials_table(study, only_unsuccessful=True)
+    assert [row[1] for row in table.rows] == ['diverged'] * 6
+    assert table.rows[0][-1] == 'the loss was not finite at step 15'
+    every = summaries.trials_table(study)
+    assert len(every.rows) == 48
+    assert every.rows[0][3] == '80.00'
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'text'), [(None, '-'), (2.345, '2.35\xa0s'), (600, '10 min'), (7500, '2 h 5 min')]
+)
+def test_duration(seconds, text):
+    assert summaries.duration(seconds) == text

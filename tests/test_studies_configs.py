@@ -1,0 +1,94 @@
+"""Every file of configs/studies, in every size that it has."""
+
+import pathlib
+import runpy
+
+import pytest
+
+from experiments import studies, task
+from nfnets_jax.errors import UsageError
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted(
+    path.stem for path in (ROOT / 'configs' / 'studies').glob('*.py') if path.stem != 'settings'
+)
+SIZES = ('digits', 'cifar10', 'caltech101', 'imagenet')
+# What trials tell: training, and the measurements.
+METRICS = {
+    *('test/top1', 'test/loss', 'train/loss', 'train/clipped_fraction', 'images_per_second'),
+    *('dependence/logit_change', 'discrepancy/loss'),
+    *('signal/avg_var', 'signal/avg_sq_mean', 'signal/res_avg_var', 'signal/avg_var_range'),
+}
+
+
+def load(name, size):
+    get_config = runpy.run_path(str(ROOT / 'configs' / 'studies' / f'{name}.py'))['get_config']
+    try:
+        return get_config(size)
+    except UsageError as error:
+        assert f'no size {size!r}' in str(error)  # noqa: PT017
+        return None
+
+
+STUDIES = {
+    f'{name}-{size}': study
+    for name in FILES
+    for size in SIZES
+    if (study := load(name, size)) is not None
+}
+
+
+def test_every_experiment_of_the_report_is_there():
+    assert len(FILES) == 10
+    assert all(f'{name}-digits' in STUDIES for name in FILES)
+    assert sum(name.endswith('-cifar10') for name in STUDIES) == 9
+    assert all(study.name == key.rpartition('-')[0] for key, study in STUDIES.items())
+
+
+@pytest.mark.parametrize('key', STUDIES)
+def test_a_study_says_what_a_report_needs(key):
+    study = STUDIES[key]
+    trials = studies.make_trials(study)  # It checks every axis that claims and charts name.
+    assert len({trial.id for trial in trials}) == len(trials)
+    assert len(study.grid.seed) >= 3
+    assert study.title
+    assert study.question.endswith('?')
+    assert study.setting
+    assert study.claims
+    assert study.charts
+    for claim in study.claims:
+        assert {'text', 'source', 'compare'} == claim.keys()
+        assert claim['compare'].get('metric', study.metric) in METRICS
+        assert claim['compare']['direction'] in ('greater', 'less')
+    for chart in study.charts:
+        assert chart['y'] in METRICS
+        assert {chart['x'], chart['series']} <= {'step', 'arm', *study.axes}
+    assert studies.to_json(study)['axes']['arm'] == [arm['name'] for arm in study.arms]
+    if 'train' in study.measure:
+        tuned = [{**study.grid.to_dict(), **arm['grid']} for arm in study.arms]
+        few = 1 if key.endswith('imagenet') else 2
+        assert all(len(grid['learning_rate']) >= few for grid in tuned)
+
+
+@pytest.mark.parametrize('key', [key for key in STUDIES if key.endswith('-digits')])
+def test_every_program_of_the_digits_size_can_be_run(key):
+    trials = studies.make_trials(STUDIES[key])
+    assert len(trials) <= 120
+    for trial in {trial.program: trial for trial in trials}.values():
+        task.prepare(trial.config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('key', [key for key in STUDIES if not key.endswith('-digits')])
+def test_every_program_of_the_larger_sizes_can_be_run(key):
+    for trial in {t.axes['arm']: t for t in studies.make_trials(STUDIES[key])}.values():
+        pixels = trial.config.data.get('image_size', 32)
+        trial.config.data = {'name': 'noise', 'image_size': pixels, 'examples': 4096}
+        task.prepare(trial.config)
+
+
+def test_the_commands_in_the_docstrings_are_those_of_the_files():
+    for name in FILES:
+        source = (ROOT / 'configs' / 'studies' / f'{name}.py').read_text()
+        command = f'python -m experiments.study --config=configs/studies/{name}.py:digits'
+        assert command in source
