@@ -1,76 +1,159 @@
-"""Measures the forms a convolution can take, forward and backward, on the default device.
+"""Measures every form of the convolutions of networks, and writes the table they are chosen by.
 
-    python -m benchmarks.convolution [--form=split] [--seconds=1] [--dtype=bfloat16]
+    python -m benchmarks.convolution [--networks=NFNet-F0:192,NF-ResNet-50:224] [--batch=32]
+        [--dtype=bfloat16] [--rounds=5] [--seconds=0.2] [--write] [--json=FILE]
 
-Prints milliseconds for one forward and backward pass (gradients of input and weight), and
-seconds to compile, for each form at shapes that occur in the models. nfnets_jax/convolution.py
-chooses by this table.
+Prints milliseconds of the forward pass, the input's gradient and the weight's gradient, and seconds
+to compile the three, for each form at each size of convolution in the networks. On a GPU the
+defaults take about 15 minutes. --write puts the fastest forms into nfnets_jax/convolution_table.py
+as the part of this machine's platform, and leaves the others' parts; run the tests then. A form
+other than XLA's own must win by a tenth, a second of compilation counting as a millisecond, as if
+for a thousand steps. On a CPU what counts is the time of all processors together, which other
+programs change little.
 """
 
 import argparse
+import functools
+import pathlib
 import time
+from unittest import mock
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from nfnets_jax import convolution
+import nfnets_jax
+from benchmarks import timing
+from nfnets_jax import convolution, convolution_table
+from nfnets_jax.convolution import ConvShape, Forms, Size
 
-# name: (batch, side, in, out, kernel, stride, groups)
-CASES = {
-    'F0 stage 2, 3x3, 2 groups of 128': (8, 12, 256, 256, 3, 1, 2),
-    'F0 stage 3, 3x3, 6 groups of 128': (8, 6, 768, 768, 3, 1, 6),
-    'F0 stage 3, 3x3 stride 2': (8, 12, 768, 768, 3, 2, 6),
-    'RegNet-B0 stage 2, 10 groups of 8': (8, 28, 80, 80, 3, 1, 10),
-    'RegNet-B0 stage 4, 43 groups of 8': (8, 7, 344, 344, 3, 1, 43),
-    'RegNet-B8 stage 4, 204 groups of 8': (2, 21, 1632, 1632, 3, 1, 204),
-    'F0 stage 3, 1x1 768 to 1536': (8, 6, 768, 1536, 1, 1, 1),
-    'ResNet-50 stage 1, 1x1 64 to 256': (8, 56, 64, 256, 1, 1, 1),
-    'ResNet-50 stage 3, 1x1 stride 2': (8, 28, 512, 1024, 1, 2, 1),
-    'ResNet-20 stage 1, 3x3 16 to 16': (32, 32, 16, 16, 3, 1, 1),
+NETWORKS = {
+    'gpu': 'NFNet-F0:192,NFNet-F1:224,NFNet-F3:320,NF-ResNet-50:224,NF-RegNet-B1:224',
+    'cpu': 'NFNet-F0:96,NF-RegNet-B0:96,NF-ResNet-50:96',
 }
+PASSES = Forms._fields
 
 
-def measure(form, case, dtype, seconds):
-    """Returns (milliseconds of forward + backward, seconds to compile)."""
-    batch, side, inputs, outputs, kernel, stride, groups = case
-    shape = convolution.ConvShape(stride, groups, 'SAME')
-    key_x, key_w = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(key_x, (batch, side, side, inputs), dtype)
-    w = jax.random.normal(key_w, (kernel, kernel, inputs // groups, outputs), dtype)
+def sizes(networks: str, batch: int) -> dict[Size, tuple[str, ConvShape, tuple, tuple]]:
+    """Returns the convolutions of 'model:pixels,...', each size once: size -> (where, shapes)."""
+    found: dict[Size, tuple[str, ConvShape, tuple, tuple]] = {}
+    for network in networks.split(','):
+        model, _, pixels = network.partition(':')
 
-    def loss(x, w):
-        return jnp.sum(jnp.square(form(shape, x, w)))
+        def note(x, w, stride=1, *, groups=1, padding='SAME', network=network):
+            shape = ConvShape(stride, groups, padding)
+            size = convolution.measure(shape, x.shape, w.shape)
+            found.setdefault(size, (network, shape, x.shape, w.shape))
+            return convolution.plain(shape, x, w)
 
-    start = time.perf_counter()
-    step = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile()
-    compile_seconds = time.perf_counter() - start
-    jax.block_until_ready(step(x, w))
-    times = []
-    while sum(times) < seconds or len(times) < 3:
-        start = time.perf_counter()
-        jax.block_until_ready(step(x, w))
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times), compile_seconds
+        def forward(images, model=model):
+            return nfnets_jax.create_model(model, 1000)(images, False)
+
+        images = jax.ShapeDtypeStruct((batch, int(pixels), int(pixels), 3), jnp.float32)
+        with mock.patch.object(convolution, 'conv2d', note):
+            jax.eval_shape(hk.transform_with_state(forward).init, jax.random.key(0), images)
+    return found
+
+
+def passes(name: str, shape: ConvShape):
+    """Returns the three passes of a form, each a function of (x, w, cotangent)."""
+    form = convolution.FORMS[name]
+    return {
+        'forward': lambda x, w, _: form(shape, x, w),
+        'input_gradient': lambda x, w, c: jax.vjp(lambda x: form(shape, x, w), x)[1](c),
+        'weight_gradient': lambda x, w, c: jax.vjp(lambda w: form(shape, x, w), w)[1](c),
+    }
+
+
+def measure(size: Size, shape: ConvShape, x, w, args: argparse.Namespace) -> dict:
+    """Returns {(form, pass): (Times, processor seconds to compile)}."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = (jax.random.normal(k, s, args.dtype) for k, s in zip(keys, (x, w), strict=False))
+    out = jax.eval_shape(lambda x, w: convolution.plain(shape, x, w), x, w)
+    arrays = x, w, jax.random.normal(keys[2], out.shape, args.dtype)
+    programs, seconds = {}, {}
+    for form in convolution.candidates(size):
+        for name, function in passes(form, shape).items():
+            start = time.process_time()  # Compilation is the host's work on every platform.
+            programs[form, name] = jax.jit(function).lower(*arrays).compile()
+            seconds[form, name] = time.process_time() - start
+    runs = {key: functools.partial(program, *arrays) for key, program in programs.items()}
+    times = timing.in_turns(runs, args.rounds, args.seconds)
+    return {key: (times[key], seconds[key]) for key in programs}
+
+
+def fastest(measured: dict, forms: list[str], on_cpu: bool) -> Forms:
+    """Returns the forms to take: the plain one unless another saves a tenth."""
+
+    def cost(form: str, name: str) -> float:
+        times, compile_seconds = measured[form, name]
+        seconds = times.processor if on_cpu else times.best
+        return (seconds + 1e-3 * compile_seconds) * (0.9 if form == 'plain' else 1)
+
+    return Forms(*(min(forms, key=lambda form: cost(form, name)) for name in PASSES))
+
+
+def shorten(part: dict[Size, Forms]) -> dict[Size, Forms]:
+    """Leaves out entries as long as every size still gets its forms from the nearest one."""
+    short = dict(part)
+    for size in sorted(part):
+        rest = {key: forms for key, forms in short.items() if key != size}
+        if all(convolution.choose(rest, key) == forms for key, forms in part.items()):
+            short = rest
+    return short
+
+
+def table_source(table: dict) -> str:
+    """Returns the text of nfnets_jax/convolution_table.py that holds a table."""
+    path = pathlib.Path(convolution_table.__file__)
+    head = path.read_text().partition('TABLE:')[0]
+    lines = ['TABLE: dict[str, dict[tuple[int, ...], tuple[str, str, str]]] = {']
+    for platform, part in sorted(table.items()):
+        lines += [f"    '{platform}': {{"]
+        lines += [f'        {tuple(size)}: {tuple(forms)},' for size, forms in sorted(part.items())]
+        lines += ['    },']
+    return head + '\n'.join([*lines, '}']) + '\n'
 
 
 def main(argv=None):
+    device = jax.devices()[0]
+    on_cpu = device.platform == 'cpu'
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    forms = {form.__name__: form for form in (convolution.plain, convolution.split)}
-    forms['pointwise'] = convolution.pointwise
-    parser.add_argument('--form', action='append', choices=forms, help='may be repeated')
-    parser.add_argument('--seconds', type=float, default=0.5, help='per case, after compilation')
-    parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
+    parser.add_argument('--networks', default=NETWORKS['cpu' if on_cpu else 'gpu'])
+    parser.add_argument('--batch', type=int, default=8 if on_cpu else 32)
+    parser.add_argument('--dtype', default='float32' if on_cpu else 'bfloat16')
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--seconds', type=float, default=0.2, help='for each form and pass')
+    parser.add_argument('--write', action='store_true', help='nfnets_jax/convolution_table.py')
+    parser.add_argument('--json', help='where to write the table as JSON')
     args = parser.parse_args(argv)
-    print(f'{jax.devices()[0].device_kind}, {args.dtype}')
-    print(f'{"case":<36} {"form":<10} {"ms":>9} {"compile s":>10}')
-    for name, case in CASES.items():
-        kernel, groups = case[4], case[-1]
-        other = 'split' if groups > 1 else 'pointwise' if kernel == 1 else 'plain'
-        for form in dict.fromkeys(['plain', other]):
-            if args.form and form not in args.form:
-                continue
-            ms, compile_s = measure(forms[form], case, jnp.dtype(args.dtype), args.seconds)
-            print(f'{name:<36} {form:<10} {ms:9.2f} {compile_s:10.2f}', flush=True)
+
+    settings = timing.about(**vars(args))
+    print(f'{device.device_kind}, batch {args.batch}, {args.dtype}')
+    print(f'{"kernel, stride, groups, in, out, positions":<42} {"form":<15}', end='')
+    print(''.join(f'{name.replace("_", " "):>17}' for name in PASSES), f'{"compile s":>10}')
+    rows, part = [], {}
+    for size, (network, *shapes) in sorted(sizes(args.networks, args.batch).items()):
+        measured, forms = measure(size, *shapes, args), convolution.candidates(size)
+        part[size] = chosen = fastest(measured, forms, on_cpu)
+        for form in forms:
+            cells, row = '', {'network': network, **size._asdict(), 'form': form}
+            for name, choice in zip(PASSES, chosen, strict=True):
+                times, compile_seconds = measured[form, name]
+                ms = 1e3 * (times.processor if on_cpu else times.best)
+                cells += f'{ms:15.3f} ' + ('*' if choice == form else ' ')
+                row |= {f'{name}_{key}': value for key, value in times._asdict().items()}
+                row[f'{name}_compile'] = compile_seconds
+            total = sum(measured[form, name][1] for name in PASSES)
+            print(f'{str(tuple(size)):<42} {form:<15}{cells} {total:10.2f}', flush=True)
+            rows.append(row)
+    timing.write(args.json, settings, rows)
+    if args.write:
+        platform = device.platform
+        if platform == 'gpu':
+            platform = 'cuda' if device.device_kind.startswith('NVIDIA') else 'rocm'
+        text = table_source(convolution_table.TABLE | {platform: shorten(part)})
+        pathlib.Path(convolution_table.__file__).write_text(text)
 
 
 if __name__ == '__main__':

@@ -200,7 +200,9 @@ def _tie(peers: Peers) -> 'Lifeline':
 
 def _hosts(peers: Peers) -> list[str]:
     """Returns the names and addresses at which other processes may reach this one."""
-    hosts = [peers.coordinator.rpartition(':')[0].strip('[]')] if peers.coordinator else []
+    if peers.coordinator:
+        return [peers.coordinator.rpartition(':')[0].strip('[]')]
+    hosts = []
     with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
         probe.connect(('192.0.2.1', 9))  # Sends nothing: it asks which interface leads outside.
         hosts.append(probe.getsockname()[0])

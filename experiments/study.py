@@ -38,6 +38,7 @@ from tqdm import tqdm
 from experiments import cli, measurements, studies, task, workdir
 from experiments.journal import Journal, Record
 from experiments.train import DivergedError, train
+from nfnets_jax import files
 from nfnets_jax.errors import UsageError
 
 SUMMARY_FILE = 'study.json'
@@ -173,7 +174,7 @@ def _do(
         return {'state': 'diverged', 'error': str(error)}
     except Exception as error:
         # Whatever it is, the other trials may do without it.
-        workdir.write_text(directory / 'error.txt', traceback.format_exc())
+        files.write_whole(directory / 'error.txt', traceback.format_exc())
         lines = f'{type(error).__name__}: {error}'.splitlines()
         return {'state': 'failed', 'error': lines[0][:300]}
 
@@ -199,7 +200,7 @@ def write_summary(study: ConfigDict, journal: Journal) -> None:
             'hardware': '; '.join(journal.remembered('hardware')),
             'seconds': round(sum(record.seconds or 0 for record in records), 3),
         }
-        workdir.write_text(journal.directory / SUMMARY_FILE, json.dumps(summary, indent=1) + '\n')
+        files.write_whole(journal.directory / SUMMARY_FILE, json.dumps(summary, indent=1) + '\n')
 
 
 def _to_json(record: Record) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def load_weights(task: Task) -> tuple[hk.Params, hk.State, pretrained.Report]:
 
 # Options of a model that weights trained with another value fit all the same.
 _FREE_OPTIONS = frozenset(
-    {'drop_rate', 'stochdepth_rate', 'bn_decay_rate', 'fc_init', 'skipinit_gain', 'remat'}
+    {'drop_rate', 'stochdepth_rate', 'bn_decay_rate', 'fc_init', 'skipinit_gain', 'remat', 'scan'}
 )
 
 

@@ -93,9 +93,6 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
         raise UsageError(f'{path} cannot be read: {error}') from error
 
 
-write_text = files.write_whole
-
-
 def as_json(config: ConfigDict) -> dict[str, Any]:
     """A config as JSON keeps it: dicts, lists, strings, numbers."""
     return json.loads(json.dumps(config.to_dict()))

@@ -1,17 +1,20 @@
 """Convolution in the form that is fastest on the platform; the numbers differ by rounding only.
 
-XLA runs some convolutions on the CPU far slower than the machine could (measured by
-benchmarks/convolution.py): grouped ones, and 1x1 ones, weight gradients most of all. `conv2d` is
-one function; the form is chosen when it is lowered, so a program exported for another platform
-has that platform's form.
+XLA runs some convolutions far slower than the machine could: on the CPU grouped ones, and 1x1 ones,
+weight gradients most of all. `conv2d` is one function of several forms; which one each of its
+three passes takes is measured, and stands in convolution_table.py by platform and shape. It is
+chosen when the function is lowered, so a program exported for another platform has that platform's.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from nfnets_jax.convolution_table import TABLE
 
 Array = jax.Array
 # 'SYMMETRIC' is PyTorch's: K // 2 zeros at both ends, where 'SAME' may put one more at the end.
@@ -23,15 +26,16 @@ def conv2d(
 ) -> Array:
     """Convolves [N, H, W, in] with [K, K, in / groups, out] -> [N, H', W', out].
 
-    Reverse-mode differentiable any number of times. Where another form than XLA's own is at hand
-    (groups > 1 or K = 1) jax.jvp applies to its gradient only, not to itself.
+    Reverse-mode differentiable any number of times. Where another form than XLA's own is chosen
+    on any platform jax.jvp applies to its gradient only, not to itself.
     """
     shape = ConvShape(stride, groups, padding)
-    if groups > 1:
-        return _per_platform(split, shape, x, w)
-    if w.shape[:2] == (1, 1):
-        return _per_platform(pointwise, shape, x, w)
-    return plain(shape, x, w)
+    size = measure(shape, x.shape, w.shape)
+    choices = {platform: choose(entries, size) for platform, entries in TABLE.items()}
+    choices = {platform: forms for platform, forms in choices.items() if forms != PLAIN}
+    if not choices:
+        return plain(shape, x, w)
+    return _per_platform(tuple(choices.items()), shape, x, w)
 
 
 class ConvShape(NamedTuple):
@@ -42,36 +46,89 @@ class ConvShape(NamedTuple):
     padding: Padding
 
 
+class Size(NamedTuple):
+    """What the time of a convolution depends on; a key of the table."""
+
+    kernel: int
+    stride: int
+    groups: int
+    inputs: int  # channels of one group
+    outputs: int
+    positions: int  # N * H' * W'; 0 where the batch is free, as in an exported program
+
+
+class Forms(NamedTuple):
+    """Names in FORMS, one for each pass."""
+
+    forward: str = 'plain'
+    input_gradient: str = 'plain'
+    weight_gradient: str = 'plain'
+
+
+PLAIN = Forms()
+
+
+def measure(shape: ConvShape, x: tuple[int, ...], w: tuple[int, ...]) -> Size:
+    """Returns the size of a convolution of arrays of these shapes."""
+    kernel, _, inputs, outputs = w
+    positions = x[0] if isinstance(x[0], int) else 0
+    for length in x[1:3]:
+        low, high = _pads(shape, kernel, length)
+        positions *= (length + low + high - kernel) // shape.stride + 1
+    return Size(kernel, shape.stride, shape.groups, inputs, outputs // shape.groups, positions)
+
+
+def choose(entries: Mapping[tuple[int, ...], tuple[str, str, str]], size: Size) -> Forms:
+    """Returns the forms at the entry of a platform's table that is nearest to a size.
+
+    Near is what differs by small factors. Only entries with the same candidates count; where there
+    is none, XLA's own form is taken.
+    """
+
+    def distance(entry: Size) -> float:
+        pairs = zip(entry, size, strict=True)
+        return sum(abs(math.log2(a / b)) for a, b in pairs if a and b)
+
+    alike = [key for key in map(Size._make, entries) if candidates(key) == candidates(size)]
+    if not alike:
+        return PLAIN
+    nearest = min(alike, key=distance)
+    return Forms(*entries[nearest])
+
+
 # Forward and backward pass ask for the platform on their own. Left to differentiation, the
 # backward pass of a jitted function would receive the answer as an argument, XLA would meet the
 # convolutions inside a conditional, and run them twenty times slower on the CPU.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _per_platform(cpu_form: Callable[..., Array], shape: ConvShape, x: Array, w: Array) -> Array:
-    return jax.lax.platform_dependent(
-        x,
-        w,
-        cpu=functools.partial(cpu_form, shape),
-        default=functools.partial(plain, shape),
-    )
+def _per_platform(choices: tuple[tuple[str, Forms], ...], shape: ConvShape, x: Array, w: Array):
+    def forward(forms: Forms, x: Array, w: Array) -> Array:
+        return FORMS[forms.forward](shape, x, w)
+
+    return _lower(forward, choices, x, w)
 
 
-def _forward(cpu_form, shape, x, w):
-    return _per_platform(cpu_form, shape, x, w), (x, w)
+def _forward(choices, shape, x, w):
+    return _per_platform(choices, shape, x, w), (x, w)
 
 
-def _backward(cpu_form, shape, residuals, cotangent):
-    def gradients(form, x, w, cotangent):
-        return jax.vjp(functools.partial(form, shape), x, w)[1](cotangent)
+def _backward(choices, shape, residuals, cotangent):
+    def gradients(forms: Forms, x: Array, w: Array, cotangent: Array) -> tuple[Array, Array]:
+        _, to_x = jax.vjp(lambda x: FORMS[forms.input_gradient](shape, x, w), x)
+        _, to_w = jax.vjp(lambda w: FORMS[forms.weight_gradient](shape, x, w), w)
+        return *to_x(cotangent), *to_w(cotangent)
 
-    return jax.lax.platform_dependent(
-        *residuals,
-        cotangent,
-        cpu=functools.partial(gradients, cpu_form),
-        default=functools.partial(gradients, plain),
-    )
+    return _lower(gradients, choices, *residuals, cotangent)
 
 
 _per_platform.defvjp(_forward, _backward)
+
+
+def _lower(function: Callable, choices: tuple[tuple[str, Forms], ...], *arrays: Array):
+    """Returns function(forms, *arrays), with the forms of the platform it is lowered for."""
+    branches = {platform: functools.partial(function, forms) for platform, forms in choices}
+    return jax.lax.platform_dependent(
+        *arrays, **branches, default=functools.partial(function, PLAIN)
+    )
 
 
 def plain(shape: ConvShape, x: Array, w: Array) -> Array:
@@ -80,7 +137,7 @@ def plain(shape: ConvShape, x: Array, w: Array) -> Array:
         x,
         w,
         (shape.stride, shape.stride),
-        [(n // 2, n // 2) for n in w.shape[:2]] if shape.padding == 'SYMMETRIC' else shape.padding,
+        [_pads(shape, w.shape[0], length) for length in x.shape[1:3]],
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         feature_group_count=shape.groups,
     )
@@ -124,3 +181,73 @@ def _block_diagonal(w: Array, groups: int) -> Array:
     blocks = w.reshape(*kernel, 1, inputs, groups, outputs // groups)
     diagonal = jnp.eye(groups, dtype=w.dtype).reshape(groups, 1, groups, 1)
     return (blocks * diagonal).reshape(*kernel, groups * inputs, outputs)
+
+
+def batched(shape: ConvShape, x: Array, w: Array) -> Array:
+    """One matrix product of the patches for all groups: [G, NH'W', KKI] @ [G, KKI, O].
+
+    Its program has one size whatever the number of groups, so it compiles fastest.
+    """
+    kernel, _, inputs, outputs = w.shape
+    groups, stride = shape.groups, shape.stride
+    pads = [_pads(shape, kernel, length) for length in x.shape[1:3]]
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    x = x.reshape(*x.shape[:3], groups, inputs).transpose(3, 0, 1, 2, 4)
+    x = jax.lax.optimization_barrier(x)  # Or each of the K * K slices would pad anew.
+    height, width = ((length - kernel) // stride + 1 for length in x.shape[2:4])
+    starts = [(i, j) for i in range(kernel) for j in range(kernel)]
+    taps = [
+        x[:, :, i : i + stride * height : stride, j : j + stride * width : stride]
+        for i, j in starts
+    ]
+    patches = jnp.concatenate([tap[:, :, :height, :width] for tap in taps], axis=-1)
+    w = w.reshape(-1, groups, outputs // groups).transpose(1, 0, 2)
+    out = patches.reshape(groups, -1, w.shape[1]) @ w
+    return out.transpose(1, 0, 2).reshape(x.shape[1], height, width, outputs)
+
+
+def space_to_depth(shape: ConvShape, x: Array, w: Array) -> Array:
+    """A strided convolution of one group as one with stride 1 over stride^2 times the channels.
+
+    For stems: three channels fill no matrix unit.
+    """
+    kernel, _, channels, outputs = w.shape
+    stride = shape.stride
+    reach = -(-kernel // stride)  # of the new kernel
+    w = jnp.pad(w, ((0, reach * stride - kernel),) * 2 + ((0, 0),) * 2)
+    w = w.reshape(reach, stride, reach, stride, channels, outputs).transpose(0, 2, 1, 3, 4, 5)
+
+    ends = []
+    for length in x.shape[1:3]:
+        low, high = _pads(shape, kernel, length)
+        blocks = (length + low + high - kernel) // stride + reach
+        ends.append((low, blocks * stride - low - length, 0))
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+    batch, height, width = (n // d for n, d in zip(x.shape[:3], (1, stride, stride), strict=True))
+    x = x.reshape(batch, height, stride, width, stride, channels).transpose(0, 1, 3, 2, 4, 5)
+    return plain(
+        ConvShape(1, 1, 'VALID'),
+        x.reshape(batch, height, width, -1),
+        w.reshape(reach, reach, -1, outputs),
+    )
+
+
+def _pads(shape: ConvShape, kernel: int, length: int) -> tuple[int, int]:
+    """Returns the zeros before and after a row of pixels."""
+    if shape.padding == 'SYMMETRIC':
+        return kernel // 2, kernel // 2
+    return jax.lax.padtype_to_pads((length,), (kernel,), (shape.stride,), shape.padding)[0]
+
+
+FORMS: Mapping[str, Callable[[ConvShape, Array, Array], Array]] = {
+    form.__name__: form for form in (plain, pointwise, split, batched, space_to_depth)
+}
+
+
+def candidates(size: Size) -> list[str]:
+    """Returns the names of the forms that can compute a convolution of this size."""
+    if size.groups > 1:
+        return ['plain', 'split', 'batched']
+    if size.kernel == 1:
+        return ['plain', 'pointwise']
+    return ['plain', 'batched'] + (['space_to_depth'] if size.stride > 1 else [])

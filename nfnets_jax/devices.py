@@ -21,7 +21,7 @@ class Device:
     """A chip; where JAX makes two devices of one (TPU v2 and v3: a core each), half of it.
 
     Attributes:
-      name: what people call it.
+      name: short, 'v5e' or 'H100'.
       kinds: how `jax.Device.device_kind` begins.
       peak_flops: dense bfloat16 operations a second, a multiply-accumulate counting two.
       memory: bytes.
@@ -60,11 +60,11 @@ def _device(name, kinds, tflops, memory_gb, memory_gbps, link_gbps, linked, netw
 # TFLOP/s, GB, GB/s, GB/s over links, linked, GB/s over the network, price. The first that fits is
 # taken: a longer kind stands before its own beginning.
 DEVICES = (
-    _device('TPU v3 core', ('TPU v3',), 61.5, 17.2, 450, 166, 2048, None, 1.00),
-    _device('TPU v4', ('TPU v4',), 275, 34.4, 1200, 268, 4096, None, 3.22),
-    _device('TPU v5e', ('TPU v5 lite', 'TPU v5e'), 197, 16, 819, 200, 256, None, 1.20),
-    _device('TPU v5p', ('TPU v5p', 'TPU v5'), 459, 95, 2765, 600, 8960, None, 4.20),
-    _device('TPU v6e', ('TPU v6 lite', 'TPU v6e'), 918, 32, 1638, 400, 256, None, 2.70),
+    _device('v3', ('TPU v3',), 61.5, 17.2, 450, 166, 2048, None, 1.00),
+    _device('v4', ('TPU v4',), 275, 34.4, 1200, 268, 4096, None, 3.22),
+    _device('v5e', ('TPU v5 lite', 'TPU v5e'), 197, 16, 819, 200, 256, None, 1.20),
+    _device('v5p', ('TPU v5p', 'TPU v5'), 459, 95, 2765, 600, 8960, None, 4.20),
+    _device('v6e', ('TPU v6 lite', 'TPU v6e'), 918, 32, 1638, 400, 256, None, 2.70),
     _device('V100', ('Tesla V100-SXM',), 125, 16, 900, 150, 8, 12.5, 2.48),
     _device('A100', ('NVIDIA A100-SXM4-40GB',), 312, 40, 1555, 300, 8, 25, 1.84),
     _device('A100 80GB', ('NVIDIA A100-SXM4-80GB',), 312, 80, 2039, 300, 8, 25, None),

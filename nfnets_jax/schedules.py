@@ -79,7 +79,9 @@ def _parse(duration: int | str, key: str) -> tuple[float, str]:
     return float(match['amount']), _UNITS.get(unit, unit)
 
 
-def warmup_cosine(peak: jax.typing.ArrayLike, *, total_steps: int, warmup_steps: int = 0) -> Schedule:
+def warmup_cosine(
+    peak: jax.typing.ArrayLike, *, total_steps: int, warmup_steps: int = 0
+) -> Schedule:
     """Rises linearly from 0 to `peak`, then falls along half a cosine to 0 at `total_steps`.
 
     The schedule of both papers (arXiv 2101.08692; arXiv 2102.06171, section 5). It stays 0
@@ -135,7 +137,12 @@ def default_config() -> dict:
 
 
 def create(
-    config, peak: jax.typing.ArrayLike, *, steps_per_epoch: float, total_steps: int, key: str = 'schedule'
+    config,
+    peak: jax.typing.ArrayLike,
+    *,
+    steps_per_epoch: float,
+    total_steps: int,
+    key: str = 'schedule',
 ) -> Schedule:
     """Returns the schedule that a config describes.
 

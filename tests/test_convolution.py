@@ -1,5 +1,7 @@
 """The forms of a convolution agree, and each platform gets its own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,23 +13,36 @@ from nfnets_jax.convolution import ConvShape
 
 # kernel, in, out, shape: one group a convolution, merged groups with some left over, strides.
 CASES = {
-    'wide groups': (3, 256, 256, ConvShape(1, 2, 'SAME')),
-    'narrow groups': (3, 88, 44, ConvShape(1, 11, 'SAME')),
-    'narrow groups, stride 2': (3, 88, 88, ConvShape(2, 11, 'SAME')),
-    'depthwise': (3, 6, 6, ConvShape(1, 6, 'SAME')),
-    'unpadded': (3, 16, 32, ConvShape(1, 2, 'VALID')),
-    'pointwise': (1, 12, 20, ConvShape(1, 1, 'SAME')),
+    'wide groups': (3, 192, 128, ConvShape(1, 2, 'SAME')),
+    'narrow groups, stride 2': (3, 88, 44, ConvShape(2, 11, 'SAME')),
+    'unpadded': (3, 6, 12, ConvShape(1, 6, 'VALID')),
     'pointwise, stride 2': (1, 12, 20, ConvShape(2, 1, 'SAME')),
     'pointwise in groups': (1, 12, 20, ConvShape(1, 4, 'SAME')),
-    'dense': (3, 5, 7, ConvShape(2, 1, 'SAME')),
+    'dense': (3, 5, 7, ConvShape(1, 1, 'SAME')),
+    'stem': (3, 3, 7, ConvShape(2, 1, 'SAME')),
+    'large stem, stride 3': (7, 3, 7, ConvShape(3, 1, 'SYMMETRIC')),
+}
+# A table that takes another form for each pass.
+TABLE = {
+    'cpu': {
+        (3, 1, 2, 128, 128, 98): ('split', 'batched', 'plain'),
+        (3, 2, 1, 3, 7, 32): ('plain', 'space_to_depth', 'batched'),
+        (1, 1, 1, 12, 20, 98): ('pointwise', 'pointwise', 'pointwise'),
+    },
+    'cuda': {(3, 1, 2, 128, 128, 98): ('plain', 'plain', 'batched')},
 }
 
 
-def example(case, size=7):
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.setattr(convolution, 'TABLE', TABLE)
+
+
+def example(case, height=7, width=8, dtype=jnp.float32):
     kernel, inputs, outputs, shape = case
     key_x, key_w = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(key_x, (2, size, size, inputs))
-    w = jax.random.normal(key_w, (kernel, kernel, inputs // shape.groups, outputs))
+    x = jax.random.normal(key_x, (2, height, width, inputs), dtype)
+    w = jax.random.normal(key_w, (kernel, kernel, inputs // shape.groups, outputs), dtype)
     return shape, x, w
 
 
@@ -35,25 +50,75 @@ def conv2d(shape, x, w):
     return convolution.conv2d(x, w, shape.stride, groups=shape.groups, padding=shape.padding)
 
 
+def values_and_gradients(forms, shape, x, w):
+    """Returns {name: (output, gradients)} of several forms, in one program: it compiles faster."""
+
+    @jax.jit
+    def run(x, w):
+        results = {}
+        for name, form in forms.items():
+            out, vjp = jax.vjp(functools.partial(form, shape), x, w)
+            results[name] = out, *vjp(jax.random.normal(jax.random.key(1), out.shape, out.dtype))
+        return results
+
+    return run(x, w)
+
+
+def assert_agree(results):
+    expected = results.pop('plain')
+    for name, values in results.items():
+        for got, want in zip(values, expected, strict=True):
+            atol = 2e-5 * np.abs(want).max()
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=atol, err_msg=name)
+
+
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
-def test_equals_the_plain_form_with_its_gradients(case):
+def test_forms_agree_with_their_gradients(case):
     shape, x, w = example(case)
-    cotangent_key = jax.random.key(1)
-
-    def value_and_gradients(form):
-        def run(x, w):
-            out, vjp = jax.vjp(lambda x, w: form(shape, x, w), x, w)
-            return out, *vjp(jax.random.normal(cotangent_key, out.shape))
-
-        return jax.jit(run)(x, w)
-
-    expected = value_and_gradients(convolution.plain)
-    for got, want in zip(value_and_gradients(conv2d), expected, strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5 * np.abs(want).max())
+    size = convolution.measure(shape, x.shape, w.shape)
+    forms = {name: convolution.FORMS[name] for name in convolution.candidates(size)}
+    assert len(forms) > 1
+    results = values_and_gradients(forms, shape, x, w)
+    assert size.positions * w.shape[-1] == results['plain'][0].size
+    assert_agree(results)
 
 
-def test_second_derivatives():
-    shape, x, w = example(CASES['narrow groups'], size=3)
+@pytest.mark.parametrize('name', ['wide groups', 'stem'])
+def test_each_pass_takes_its_form(name, table):
+    forms = {'plain': convolution.plain, 'conv2d': conv2d}
+    assert_agree(values_and_gradients(forms, *example(CASES[name])))
+
+
+def test_bfloat16_is_rounded_once():
+    """The sums are float32 and only the result is rounded: to 8 bits."""
+    shape, x, w = example(CASES['wide groups'], dtype=jnp.bfloat16)
+    exact = convolution.plain(shape, x.astype(jnp.float32), w.astype(jnp.float32))
+    for name in ('plain', 'split', 'batched'):
+        out = convolution.FORMS[name](shape, x, w)
+        assert out.dtype == jnp.bfloat16
+        difference = np.abs(out.astype(jnp.float32) - exact)
+        assert np.all(difference <= 2.0**-8 * np.abs(exact) + 1e-4), name
+
+
+def test_the_nearest_entry_is_taken():
+    def choose(*size, platform='cpu'):
+        return convolution.choose(TABLE[platform], convolution.Size(*size))
+
+    assert choose(3, 1, 6, 128, 128, 288) == ('split', 'batched', 'plain')
+    assert choose(7, 2, 1, 3, 64, 100) == ('plain', 'space_to_depth', 'batched')
+    assert choose(1, 2, 1, 5, 5, 0) == ('pointwise',) * 3
+    assert choose(3, 1, 1, 64, 64, 98) == convolution.PLAIN, 'no entry has the same candidates'
+    assert choose(1, 1, 1, 5, 5, 9, platform='cuda') == convolution.PLAIN
+
+
+def test_the_table_names_forms_that_exist():
+    for entries in convolution.TABLE.values():
+        for key, names in entries.items():
+            assert set(names) <= set(convolution.candidates(convolution.Size(*key)))
+
+
+def test_second_derivatives(table):
+    shape, x, w = example(CASES['wide groups'], 3, 3)
 
     def curvature(form):
         slope = jax.grad(lambda w: jnp.sum(jnp.sin(form(shape, x, w))))
@@ -63,25 +128,27 @@ def test_second_derivatives():
     np.testing.assert_allclose(curvature(conv2d), want, atol=1e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize('name', ['narrow groups', 'pointwise'])
-def test_each_platform_gets_its_form(name):
+@pytest.mark.parametrize('name', ['wide groups', 'pointwise, stride 2'])
+def test_each_platform_gets_its_form(name, table):
     shape, x, w = example(CASES[name])
-    grad = jax.jit(jax.grad(lambda x, w: jnp.sum(conv2d(shape, x, w)), (0, 1)))
 
     def program(platform):
+        grad = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.square(conv2d(shape, x, w))), (0, 1)))
         return export.export(grad, platforms=[platform])(x, w).mlir_module()
 
-    grouped = [
-        f'{kind}_group_count = {shape.groups}' for kind in ('feature', 'batch') if shape.groups > 1
-    ]
-    assert 'stablehlo.convolution' in program('cuda')
-    assert all(text in program('cuda') for text in grouped)
-    if name == 'pointwise':
+    grouped = f'feature_group_count = {shape.groups}'
+    for platform in ('cuda', 'tpu'):
+        assert 'stablehlo.convolution' in program(platform)
+        assert grouped in program(platform)
+    if name == 'wide groups':
+        assert grouped not in program('cpu')
+        assert 'stablehlo.dot_general' in program('cuda')
+        assert 'stablehlo.dot_general' not in program('tpu')
+    else:
         assert 'stablehlo.convolution' not in program('cpu')
-    assert not any(text in program('cpu') for text in grouped)
 
 
-def test_the_platform_is_never_an_argument():
+def test_the_platform_is_never_an_argument(table):
     """Else XLA meets the convolutions in a conditional, where its CPU backend is very slow."""
     shape, x, w = example(CASES['wide groups'])
     inner = jax.jit(lambda x, w: jnp.sum(jnp.sin(conv2d(shape, x, w))))

@@ -106,14 +106,13 @@ def test_ws_conv_keeps_the_variance_of_its_input():
 
 @pytest.mark.parametrize('groups', [1, 4])
 def test_ws_conv_parameters(groups):
-    params, _, out, _ = init_and_apply(
-        lambda: layers.ScaledWSConv2D(12, 3, 2, groups=groups), normal(1, 7, 7, 8)
-    )
+    network = hk.transform(lambda x: layers.ScaledWSConv2D(12, 3, 2, groups=groups)(x))
+    params = jax.eval_shape(network.init, jax.random.key(0), x := normal(1, 7, 7, 8))
     shapes = jax.tree.map(lambda p: p.shape, params)
     assert shapes == {
         'scaled_ws_conv2_d': {'w': (3, 3, 8 // groups, 12), 'gain': (12,), 'bias': (12,)}
     }
-    assert out.shape == (1, 4, 4, 12)
+    assert jax.eval_shape(network.apply, params, None, x).shape == (1, 4, 4, 12)
 
 
 def test_ws_conv_gain_and_bias_scale_and_shift_its_output():
@@ -138,11 +137,16 @@ MODULES = {
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters(module):
     x = normal(2, 9, 9, 8)
     network = hk.without_apply_rng(hk.transform(lambda x: module()(x)))
-    params = network.init(jax.random.key(0), x.astype(jnp.bfloat16))
+    params = jax.jit(network.init)(jax.random.key(0), x.astype(jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
-    out = network.apply(params, x.astype(jnp.bfloat16))
+
+    @jax.jit
+    def both(params, x):
+        return network.apply(params, x.astype(jnp.bfloat16)), network.apply(params, x)
+
+    out, expected = both(params, x)
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), network.apply(params, x), atol=0.05)
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.05)
 
 
 def test_weights_are_standardised_in_float32_under_bfloat16():
@@ -199,7 +203,8 @@ def test_squeeze_excite_gates_each_channel_of_each_sample():
 
 
 def test_squeeze_excite_has_a_hidden_unit_at_least():
-    params, *_ = init_and_apply(lambda: layers.SqueezeExcite(2, 0.25), normal(1, 2, 2, 2))
+    network = hk.transform(lambda x: layers.SqueezeExcite(2, 0.25)(x))
+    params = jax.eval_shape(network.init, jax.random.key(0), normal(1, 2, 2, 2))
     assert params['squeeze_excite/~/linear']['w'].shape == (2, 1)
 
 

@@ -355,7 +355,10 @@ def test_bad_rules(rules, message):
             {'clip': {'name': 'agc', 'clipping': 0.0, 'eps': 1e-3, 'unitwise': True}},
             r'optimizer\.clip\.clipping=0\.0',
         ),
-        ({'clip': {'name': 'acg', 'clipping': 0.1, 'eps': 1e-3, 'unitwise': True}}, r"clip\.name='acg'.*'agc'"),
+        (
+            {'clip': {'name': 'acg', 'clipping': 0.1, 'eps': 1e-3, 'unitwise': True}},
+            r"clip\.name='acg'.*'agc'",
+        ),
         ({'clip': 'agc'}, r"optimizer\.clip='agc': it must hold fields"),
         ({'nesterov': 'no'}, r"optimizer\.nesterov='no': it must be True or False"),
         ({'schedule': {}}, r'optimizer\.schedule\.name is missing'),

@@ -16,8 +16,9 @@ import sys
 
 from absl import flags
 
-from experiments import cli, workdir
+from experiments import cli
 from experiments.report import page, static, studies
+from nfnets_jax import files
 from nfnets_jax.errors import UsageError
 
 
@@ -36,10 +37,7 @@ def main() -> None:
     )
     command = shlex.join(['python', '-m', 'experiments.report', *sys.argv[1:]])
     text = page.render(found, command=command, made=made)
-    try:
-        workdir.write_text(out, text)
-    except OSError as error:
-        raise UsageError(f'--out={out} cannot be written: {error.strerror}') from error
+    files.write_whole(out, text)
     print(f'wrote {out} ({len(text) / 1e6:.1f} MB)')
     if args.static:
         written = static.write(found, args.static, made=made)

@@ -13,10 +13,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from experiments import workdir
 from experiments.report import charts, interactive, results, summaries
 from experiments.report.studies import Study
 from experiments.report.wording import Table, in_lines
+from nfnets_jax import files
 from nfnets_jax.errors import UsageError
 
 _COLOURS = [interactive.palette('light')[f'c{i}'] for i in range(interactive.NUM_COLOURS)]
@@ -51,7 +51,7 @@ def write(studies: Sequence[Study], directory: str | os.PathLike, *, made: str) 
                     figures.append(f'![{_escape(chart.describe())}]({name})\n')
             sections.append(_section(study, figures))
         text = '\n'.join([*sections, _method(), f'{_escape(made)}\n'])
-        workdir.write_text(path / 'README.md', text)
+        files.write_whole(path / 'README.md', text)
     except OSError as error:
         raise UsageError(f'--static={directory} cannot be written: {error.strerror}') from error
     return [*written, 'README.md']
@@ -65,9 +65,7 @@ def _write_picture(path: pathlib.Path, figure: Figure) -> None:
     buffer = io.BytesIO()
     # Without the software's version the same figure is the same file.
     figure.savefig(buffer, format='png', dpi=120, metadata={'Software': None})
-    beside = path.with_name(path.name + '.tmp')
-    beside.write_bytes(buffer.getvalue())
-    os.replace(beside, path)
+    files.write_whole(path, buffer.getvalue())
 
 
 def _section(study: Study, figures: Sequence[str]) -> str:

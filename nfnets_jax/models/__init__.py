@@ -1,6 +1,6 @@
 """Every network of the two papers, its baselines, and the table that describes them."""
 
-from nfnets_jax.models.cost import Cost, model_cost
+from nfnets_jax.models.cost import Cost, activation_bytes, model_cost
 from nfnets_jax.models.fixup_resnet import FixupResNet
 from nfnets_jax.models.nf_regnet import NFRegNet
 from nfnets_jax.models.nf_resnet import NFResNet
@@ -21,6 +21,7 @@ __all__ = [
     'SkipInitResNet',
     'SmallCNN',
     'Variant',
+    'activation_bytes',
     'create_model',
     'list_models',
     'model_cost',

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import haiku as hk
 import jax
@@ -63,3 +63,50 @@ def model_cost(name: str, num_classes: int = 1000, **overrides: Any) -> Cost:
         conv_macs=macs[layers.Conv2D] + macs[layers.ScaledWSConv2D],
         linear_macs=macs[layers.Linear],
     )
+
+
+def activation_bytes(
+    name: str,
+    image_size: int,
+    saved: Literal['all', 'convolutions', 'blocks'] = 'all',
+    **overrides: Any,
+) -> float:
+    """Returns the bytes that training in bfloat16 keeps of one picture for the backward pass.
+
+    They are counted in the traced program, as what `jax.vjp` saves between the two passes, weights
+    left out. A compiler may save less: XLA computes cheap operations anew where it fuses them.
+
+    Args:
+      name: of a network that `create_model` knows.
+      image_size: side of the picture, pixels.
+      saved: 'all' that JAX saves; the outputs of 'convolutions' and other costly operations, all
+        else being computed anew; or with remat=True the inputs of residual 'blocks', besides
+        which one block at a time needs 'all' of its own.
+      **overrides: options of the network.
+    """
+    if saved == 'blocks':
+        overrides['remat'] = True
+    network = hk.transform_with_state(
+        lambda images: create_model(name, 1000, **overrides)(images, True)['logits']
+    )
+    images = jax.ShapeDtypeStruct((_BATCH, image_size, image_size, 3), jnp.bfloat16)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, state = jax.eval_shape(network.init, key, images)
+
+    def pull_back(params, state, key, images):
+        def logits(params):
+            return network.apply(params, state, key, images)[0]
+
+        if saved == 'convolutions':
+            logits = jax.checkpoint(logits, policy=lambda prim, *_, **__: prim.name in _COSTLY)
+        return jax.vjp(logits, params)[1]
+
+    residuals = jax.tree.leaves(jax.eval_shape(pull_back, params, state, key, images))
+    # Where equal blocks share a program the batch is the second axis.
+    kept = [leaf for leaf in residuals if _BATCH in leaf.shape[:2]]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept) / _BATCH
+
+
+_BATCH = 13  # the size of no other leading axis
+# Primitives; layers of convolution.py are custom_vjp_call.
+_COSTLY = frozenset({'conv_general_dilated', 'custom_vjp_call', 'dot_general', 'reduce_window_max'})

@@ -22,6 +22,8 @@ class FixupResNet(hk.Module):
       activation: name in layers.activations; not scaled.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       remat: recompute blocks in the backward pass: less memory, more time.
+      scan: compile the equal blocks of a stage once: deep networks compile several times faster.
+        Slow on CPUs. See docs/scaling.md.
       **overrides: see options.ResNetOverrides.
 
     Raises:
@@ -36,13 +38,14 @@ class FixupResNet(hk.Module):
         activation: str = 'relu',
         fc_init: float | hk.initializers.Initializer = 0.0,
         remat: bool = False,
+        scan: bool = False,
         name: str = 'FixUp_ResNet',
         **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
         self.row = row = options.resolve('Fixup-ResNet', variant, overrides)
         options.check('Fixup-ResNet', num_classes=num_classes)
-        self.remat = remat
+        self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=False)
         self.initial_conv = layers.Conv2D(
             *resnet_parts.stem_shape(row), with_bias=False, name='initial_conv'
@@ -61,7 +64,12 @@ class FixupResNet(hk.Module):
         out = self.activation(_add_scalar(self.initial_conv(images), 'bias1'))
         out = resnet_parts.stem_pool(self.row, out)
         out, metrics = residual.run_blocks(
-            self.blocks, out, is_training, remat=self.remat, return_metrics=return_metrics
+            self.blocks,
+            out,
+            is_training,
+            remat=self.remat,
+            scan=self.scan,
+            return_metrics=return_metrics,
         )
 
         def classifier(pool: Array) -> Array:
@@ -112,7 +120,7 @@ class ResBlock(hk.Module):
                 name='conv_shortcut',
             )
 
-    def __call__(self, x: Array, is_training: bool) -> tuple[Array, Array]:
+    def __call__(self, x: Array, own: residual.Own, is_training: bool) -> tuple[Array, Array]:
         """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
         out = _add_scalar(x, 'bias1a')
         shortcut = self.conv_shortcut(out) if self.plan.is_transition else out
@@ -122,7 +130,7 @@ class ResBlock(hk.Module):
             out = conv(_add_scalar(out, f'bias{i + 1}a'))
         scale = hk.get_parameter('scale', (), jnp.float32, init=jnp.ones)
         out = _add_scalar(out * scale.astype(out.dtype), f'bias{len(self.convs)}b')
-        branch = residual.drop_branch(out, self.plan, is_training)
+        branch = own.drop(out)
         return self.activation(shortcut + branch), out
 
 

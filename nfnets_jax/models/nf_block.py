@@ -67,9 +67,9 @@ class NFBlock(hk.Module):
         se_channels = width if se_inside else plan.out_channels
         self.se = layers.SqueezeExcite(se_channels, se_ratio, se_divisor)
 
-    def __call__(self, x: Array, is_training: bool) -> tuple[Array, Array]:
+    def __call__(self, x: Array, own: residual.Own, is_training: bool) -> tuple[Array, Array]:
         """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
-        out = self.activation(x) * self.plan.beta
+        out = own.scale(self.activation(x))
         shortcut = x
         if self.plan.is_transition:
             pooled = layers.avg_pool(out, 2, 2) if self.plan.stride > 1 else out
@@ -83,5 +83,5 @@ class NFBlock(hk.Module):
         if not self.se_inside:
             out = 2 * self.se(out) * out
         gain = hk.get_parameter('skip_gain', (), jnp.float32, init=self.skipinit_gain)
-        branch = residual.drop_branch(out, self.plan, is_training)
+        branch = own.drop(out)
         return shortcut + branch * (gain * self.alpha).astype(branch.dtype), out

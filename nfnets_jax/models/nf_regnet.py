@@ -28,6 +28,8 @@ class NFRegNet(hk.Module):
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       conventions: 'timm' pads convolutions symmetrically and rounds every width to a multiple of 8.
       remat: recompute blocks in the backward pass: less memory, more time.
+      scan: compile the equal blocks of a stage once: deep networks compile several times faster.
+        Slow on CPUs. See docs/scaling.md.
       **overrides: see options.Overrides; with stem='small' the stem keeps the size of the picture.
 
     Raises:
@@ -48,6 +50,7 @@ class NFRegNet(hk.Module):
         fc_init: float | hk.initializers.Initializer = 0.0,
         conventions: options.Conventions = 'published',
         remat: bool = False,
+        scan: bool = False,
         name: str = 'NF_RegNet',
         **overrides: Unpack[options.Overrides],
     ):
@@ -69,7 +72,7 @@ class NFRegNet(hk.Module):
             return layers.round_to(channels, 8) if is_timm else int(channels)
 
         channels = [rounded(width * row.width) for width in row.widths]
-        self.remat = remat
+        self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=True)
         self.initial_conv = layers.ScaledWSConv2D(
             channels[0],
@@ -118,6 +121,7 @@ class NFRegNet(hk.Module):
             self.initial_conv(images),
             is_training,
             remat=self.remat,
+            scan=self.scan,
             return_metrics=return_metrics,
         )
         features = self.activation(self.final_conv(out))

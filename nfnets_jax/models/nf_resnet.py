@@ -30,6 +30,8 @@ class NFResNet(hk.Module):
       conventions: 'timm' pads convolutions symmetrically and pools shortcuts before their
         convolution instead of striding it.
       remat: recompute blocks in the backward pass: less memory, more time.
+      scan: compile the equal blocks of a stage once: deep networks compile several times faster.
+        Slow on CPUs. See docs/scaling.md.
       **overrides: see options.ResNetOverrides.
 
     Raises:
@@ -49,6 +51,7 @@ class NFResNet(hk.Module):
         fc_init: float | hk.initializers.Initializer = 0.01,
         conventions: options.Conventions = 'published',
         remat: bool = False,
+        scan: bool = False,
         name: str = 'NF_ResNet',
         **overrides: Unpack[options.ResNetOverrides],
     ):
@@ -63,7 +66,7 @@ class NFResNet(hk.Module):
         )
         self.padding: Padding = 'SYMMETRIC' if conventions == 'timm' else 'SAME'
         conv = functools.partial(layers.ScaledWSConv2D, padding=self.padding)
-        self.remat = remat
+        self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=True)
         self.initial_conv = conv(*resnet_parts.stem_shape(row), name='initial_conv')
         self.blocks = [
@@ -87,7 +90,12 @@ class NFResNet(hk.Module):
         """Classifies normalised images [N, H, W, 3]; see `create_model`."""
         out = resnet_parts.stem_pool(self.row, self.initial_conv(images), self.padding)
         out, metrics = residual.run_blocks(
-            self.blocks, out, is_training, remat=self.remat, return_metrics=return_metrics
+            self.blocks,
+            out,
+            is_training,
+            remat=self.remat,
+            scan=self.scan,
+            return_metrics=return_metrics,
         )
         features = self.activation(out)
         return metrics | residual.classify(features, self.fc, self.row.drop_rate, is_training)
@@ -108,14 +116,12 @@ class NFResBlock(hk.Module):
         conv: Callable[..., layers.ScaledWSConv2D | layers.Conv2D] = layers.ScaledWSConv2D,
         pool_shortcut: bool = False,
         alpha: float = 0.2,
-        beta: float | None = None,
         se_ratio: float | None = None,
         skipinit_gain: float | hk.initializers.Initializer = 0.0,
         name: str | None = None,
     ):
         super().__init__(name=name)
         self.plan, self.alpha, self.activation = plan, alpha, activation
-        self.beta = plan.beta if beta is None else beta
         self.skipinit_gain = layers.initializer(skipinit_gain, 'constant')
         self.convs = [conv(*shape, name=f'conv{i}') for i, shape in enumerate(branch)]
         self.pool_shortcut = pool_shortcut and plan.stride > 1
@@ -124,9 +130,9 @@ class NFResBlock(hk.Module):
             self.conv_shortcut = conv(plan.out_channels, 1, stride, name='conv_shortcut')
         self.se = layers.SqueezeExcite(plan.out_channels, se_ratio) if se_ratio else None
 
-    def __call__(self, x: Array, is_training: bool) -> tuple[Array, Array]:
+    def __call__(self, x: Array, own: residual.Own, is_training: bool) -> tuple[Array, Array]:
         """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
-        out = self.activation(x) * self.beta
+        out = own.scale(self.activation(x))
         shortcut = x
         if self.plan.is_transition:
             pooled = layers.avg_pool(out, 2, 2) if self.pool_shortcut else out
@@ -137,5 +143,5 @@ class NFResBlock(hk.Module):
         if self.se:
             out = 2 * self.se(out) * out
         gain = hk.get_parameter('skip_gain', (), jnp.float32, init=self.skipinit_gain)
-        branch = residual.drop_branch(out, self.plan, is_training)
+        branch = own.drop(out)
         return shortcut + branch * (gain * self.alpha).astype(branch.dtype), out

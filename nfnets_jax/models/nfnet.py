@@ -32,6 +32,8 @@ class NFNet(hk.Module):
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       remat: recompute blocks in the backward pass: less memory, more time.
+      scan: compile the equal blocks of a stage once: deep networks compile several times faster.
+        Slow on CPUs. See docs/scaling.md.
       **overrides: see options.Overrides. `width` does not reach the stem, as published; with
         stem='small' the stem keeps the size of the picture.
 
@@ -56,6 +58,7 @@ class NFNet(hk.Module):
         skipinit_gain: float | hk.initializers.Initializer = 0.0,
         fc_init: float | hk.initializers.Initializer = 0.01,
         remat: bool = False,
+        scan: bool = False,
         name: str = 'NFNet',
         **overrides: Unpack[options.Overrides],
     ):
@@ -74,7 +77,7 @@ class NFNet(hk.Module):
             alpha=alpha,
             final_conv_ch=final_conv_ch,
         )
-        self.remat = remat
+        self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=True)
         strides = (1, 1, 1, 1) if row.stem == 'small' else (2, 1, 1, 2)
         stem_channels = (16, 32, 64, row.widths[0] // 2)
@@ -114,7 +117,12 @@ class NFNet(hk.Module):
         for conv in self.stem[1:]:
             out = conv(self.activation(out))
         out, metrics = residual.run_blocks(
-            self.blocks, out, is_training, remat=self.remat, return_metrics=return_metrics
+            self.blocks,
+            out,
+            is_training,
+            remat=self.remat,
+            scan=self.scan,
+            return_metrics=return_metrics,
         )
         features = self.activation(self.final_conv(out))
         return metrics | residual.classify(features, self.fc, self.row.drop_rate, is_training)

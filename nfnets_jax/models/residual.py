@@ -1,8 +1,10 @@
 """What every residual network here is made of: the plan of its blocks, its body and its head."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -11,8 +13,6 @@ import jax.numpy as jnp
 from nfnets_jax import layers
 
 Array = jax.Array
-# block(x, is_training, ...) -> (output, residual branch before it is scaled and added)
-Block = Callable[..., tuple[Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,39 +73,145 @@ def plan_blocks(
     return plans
 
 
+class Own(NamedTuple):
+    """What a block has for itself besides parameters; data, so that equal blocks share a program.
+
+    Attributes:
+      beta: 1 / expected standard deviation of its input.
+      stochdepth_rate: probability of dropping its branch.
+      key: random, for dropping it; None where no branch is dropped.
+    """
+
+    beta: jax.typing.ArrayLike
+    stochdepth_rate: jax.typing.ArrayLike
+    key: Array | None
+
+    def scale(self, x: Array) -> Array:
+        """Returns x times beta, in the dtype of x."""
+        return x * jnp.asarray(self.beta, x.dtype)
+
+    def drop(self, branch: Array) -> Array:
+        """Returns the branch after stochastic depth."""
+        if self.key is None:
+            return branch
+        return layers.stochastic_depth(self.key, self.stochdepth_rate, branch)
+
+
+# block(x, own, is_training, ...) -> (output, residual branch before it is scaled and added)
+Block = Callable[..., tuple[Array, Array]]
+
+
 def run_blocks(
-    blocks: Iterable[Block], x: Array, *block_args: bool, remat: bool, return_metrics: bool
+    blocks: Sequence[Any],
+    x: Array,
+    is_training: bool,
+    *block_args: bool,
+    remat: bool,
+    scan: bool,
+    return_metrics: bool,
 ) -> tuple[Array, dict[str, dict[str, Array]]]:
     """Runs x through the blocks.
 
     Args:
-      blocks: applied in order.
+      blocks: modules with a `plan`, of type Block; applied in order.
       x: [N, H, W, C], the output of the stem.
-      *block_args: what a block takes besides x, is_training first.
+      is_training: whether branches are dropped; blocks take it.
+      *block_args: what else a block takes.
       remat: recompute each block in the backward pass instead of storing what is inside it.
+      scan: compile equal blocks that follow one another once, as the body of a loop. Results are
+        the same but for rounding. The stacked parameters are a copy of them.
       return_metrics: whether to measure the signal.
 
     Returns:
       The last block's output and {'signal': layers.signal_metrics}, or {} if not asked for.
     """
-    activations, branches = [x], []
-    for block in blocks:
+    if hk.running_init():  # Then neither is of use, and initial values must not depend on them.
+        remat = scan = False
+    alike = _kind if scan else lambda block: block.plan.index
+    activations: list[Array] = [x]
+    branches: list[Array] = []
+    for _, equal in itertools.groupby(blocks, alike):
+        group = list(equal)
+        owns = [_own(block.plan, is_training) for block in group]
+        outputs: Iterable[Array]
+        inner: Iterable[Array]
+        if len(group) > 1:
+            x, outputs, inner = _scan(
+                group, owns, x, is_training, *block_args, remat=remat, keep=return_metrics
+            )
+        else:
 
-        def apply(x: Array, block: Block = block) -> tuple[Array, Array]:
-            return block(x, *block_args)
+            def apply(x: Array, own: Own, block: Block = group[0]) -> tuple[Array, Array]:
+                return block(x, own, is_training, *block_args)
 
-        x, branch = (hk.remat(apply) if remat else apply)(x)
+            x, branch = (hk.remat(apply) if remat else apply)(x, owns[0])
+            outputs, inner = [x], [branch]
         if return_metrics:
-            activations.append(x)
-            branches.append(branch)
+            activations.extend(outputs)
+            branches.extend(inner)
     return x, {'signal': layers.signal_metrics(activations, branches)} if return_metrics else {}
 
 
-def drop_branch(branch: Array, plan: BlockPlan, is_training: bool) -> Array:
-    """In training, stochastic depth at the rate of the block."""
-    if not is_training or plan.stochdepth_rate == 0:
-        return branch
-    return layers.stochastic_depth(hk.next_rng_key(), plan.stochdepth_rate, branch)
+def _own(plan: BlockPlan, is_training: bool) -> Own:
+    drops = is_training and plan.stochdepth_rate > 0
+    return Own(plan.beta, plan.stochdepth_rate, hk.next_rng_key() if drops else None)
+
+
+def _kind(block: Any) -> tuple:
+    """Returns what consecutive blocks have in common if their parameters have the same shapes."""
+    plan = block.plan
+    position = plan.index if plan.is_transition else -1
+    return position, plan.out_channels, plan.stochdepth_rate > 0
+
+
+def _scan(
+    blocks: Sequence[Any],
+    owns: Sequence[Own],
+    x: Array,
+    *block_args: bool,
+    remat: bool,
+    keep: bool,
+) -> tuple[Array, Iterable[Array], Iterable[Array]]:
+    """Returns x after all of the blocks; if `keep`, what each returns: outputs and branches."""
+    names = [block.module_name for block in blocks]
+    params, state = (_stack(tree, names) for tree in (hk.get_params(), hk.get_current_state()))
+    # The first block with the parameters of each in turn, under its own names.
+    first = hk.transform_with_state(lambda x, own: blocks[0](x, own, *block_args))
+
+    def step(x: Array, each: tuple) -> tuple[Array, tuple]:
+        params, state, own = each
+        (x, branch), state = first.apply(params, state, None, x, own)
+        return x, (state, x, branch) if keep else (state, (), ())
+
+    if remat:
+        step = jax.checkpoint(step, prevent_cse=False)  # There is nothing to merge with in a loop.
+    own = jax.tree.map(lambda *values: jnp.stack(values), *owns)
+    x, (states, outputs, branches) = jax.lax.scan(step, x, (params, state, own))
+    for i, name in enumerate(names):
+        for module, values in states.items():
+            inside = _Named(hk.experimental.force_name(name + module.removeprefix(names[0])))
+            inside.set_state({leaf: value[i] for leaf, value in values.items()})
+    return x, outputs, branches
+
+
+def _stack(tree: Mapping[str, Mapping[str, Array]], names: Sequence[str]) -> dict:
+    """Stacks the leaves of the modules called `names`, under the names of the first."""
+    return {
+        module: {
+            leaf: jnp.stack([tree[name + module.removeprefix(names[0])][leaf] for name in names])
+            for leaf in leaves
+        }
+        for module, leaves in tree.items()
+        if f'{module}/'.startswith(f'{names[0]}/')
+    }
+
+
+class _Named(hk.Module):
+    """Reaches the state of a module by its name."""
+
+    def set_state(self, values: Mapping[str, Array]) -> None:
+        for name, value in values.items():
+            hk.set_state(name, value)
 
 
 def classify(

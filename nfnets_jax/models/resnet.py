@@ -31,6 +31,8 @@ class ResNet(hk.Module):
       activation: name in layers.activations; not scaled.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       remat: recompute blocks in the backward pass: less memory, more time.
+      scan: compile the equal blocks of a stage once: deep networks compile several times faster.
+        Slow on CPUs. See docs/scaling.md.
       **overrides: see options.ResNetOverrides.
 
     Raises:
@@ -51,6 +53,7 @@ class ResNet(hk.Module):
         activation: str = 'relu',
         fc_init: float | hk.initializers.Initializer = 0.0,
         remat: bool = False,
+        scan: bool = False,
         name: str = 'ResNet',
         **overrides: Unpack[options.ResNetOverrides],
     ):
@@ -63,7 +66,7 @@ class ResNet(hk.Module):
             bn_decay_rate=bn_decay_rate,
             se_ratio=se_ratio,
         )
-        self.preactivation, self.remat = preactivation, remat
+        self.preactivation, self.remat, self.scan = preactivation, remat, scan
         self.activation = layers.get_activation(activation, scaled=False)
 
         def make_norm(name: str) -> Norm:
@@ -113,6 +116,7 @@ class ResNet(hk.Module):
             is_training,
             test_local_stats,
             remat=self.remat,
+            scan=self.scan,
             return_metrics=return_metrics,
         )
         if self.preactivation:
@@ -142,7 +146,9 @@ class ResBlockV2(hk.Module):
             self.conv_shortcut = conv(plan.out_channels, 1, plan.stride, name='conv_shortcut')
         self.se = layers.SqueezeExcite(plan.out_channels, se_ratio) if se_ratio else None
 
-    def __call__(self, x: Array, is_training: bool, test_local_stats: bool) -> tuple[Array, Array]:
+    def __call__(
+        self, x: Array, own: residual.Own, is_training: bool, test_local_stats: bool
+    ) -> tuple[Array, Array]:
         """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
         out = self.activation(self.norms[0](x, is_training, test_local_stats))
         shortcut = self.conv_shortcut(out) if self.plan.is_transition else x
@@ -151,13 +157,15 @@ class ResBlockV2(hk.Module):
             out = conv(self.activation(norm(out, is_training, test_local_stats)))
         if self.se:
             out = self.se(out) * out
-        return shortcut + residual.drop_branch(out, self.plan, is_training), out
+        return shortcut + own.drop(out), out
 
 
 class ResBlockV1(ResBlockV2):
     """activation(x + branch(x)), normalisation after each convolution."""
 
-    def __call__(self, x: Array, is_training: bool, test_local_stats: bool) -> tuple[Array, Array]:
+    def __call__(
+        self, x: Array, own: residual.Own, is_training: bool, test_local_stats: bool
+    ) -> tuple[Array, Array]:
         """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
         shortcut = x
         if self.plan.is_transition:
@@ -168,7 +176,7 @@ class ResBlockV1(ResBlockV2):
             out = norm(conv(self.activation(out) if i else out), is_training, test_local_stats)
         if self.se:
             out = self.se(out) * out
-        branch = residual.drop_branch(out, self.plan, is_training)
+        branch = own.drop(out)
         return self.activation(shortcut + branch), out
 
 

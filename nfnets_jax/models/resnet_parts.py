@@ -30,7 +30,7 @@ def branch_shapes(row: Variant, plan: residual.BlockPlan) -> list[ConvShape]:
     return [(inner, 1, 1), (inner, 3, plan.stride), (plan.out_channels, 1, 1)]
 
 
-def plan_resnet(row: Variant, alpha: float = 1.0) -> list[residual.BlockPlan]:
+def plan_resnet(row: Variant, alpha: float = 0.0) -> list[residual.BlockPlan]:
     """Lays out the blocks: every stage but the first halves the picture."""
     return residual.plan_blocks(
         stem_shape(row)[0],

@@ -25,6 +25,8 @@ class SkipInitResNet(hk.Module):
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       remat: recompute blocks in the backward pass: less memory, more time.
+      scan: compile the equal blocks of a stage once: deep networks compile several times faster.
+        Slow on CPUs. See docs/scaling.md.
       **overrides: see options.ResNetOverrides.
 
     Raises:
@@ -40,13 +42,14 @@ class SkipInitResNet(hk.Module):
         skipinit_gain: float | hk.initializers.Initializer = 0.0,
         fc_init: float | hk.initializers.Initializer = 0.0,
         remat: bool = False,
+        scan: bool = False,
         name: str = 'SkipInit_ResNet',
         **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
         self.row = row = options.resolve('SkipInit-ResNet', variant, overrides)
         options.check('SkipInit-ResNet', num_classes=num_classes)
-        self.remat = remat
+        self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=False)
         self.initial_conv = layers.Conv2D(
             *resnet_parts.stem_shape(row), with_bias=False, name='initial_conv'
@@ -58,7 +61,6 @@ class SkipInitResNet(hk.Module):
                 self.activation,
                 conv=layers.Conv2D,
                 alpha=1.0,
-                beta=1.0,
                 skipinit_gain=skipinit_gain,
             )
             for plan in resnet_parts.plan_resnet(row)
@@ -71,7 +73,12 @@ class SkipInitResNet(hk.Module):
         """Classifies normalised images [N, H, W, 3]; see `create_model`."""
         out = resnet_parts.stem_pool(self.row, self.initial_conv(images))
         out, metrics = residual.run_blocks(
-            self.blocks, out, is_training, remat=self.remat, return_metrics=return_metrics
+            self.blocks,
+            out,
+            is_training,
+            remat=self.remat,
+            scan=self.scan,
+            return_metrics=return_metrics,
         )
         features = self.activation(out)
         return metrics | residual.classify(features, self.fc, self.row.drop_rate, is_training)

@@ -11,7 +11,7 @@ SIZES = json.loads(
     (pathlib.Path(__file__).parent.parent / 'golden' / 'model_sizes.json').read_text()
 )
 # One of each kind, among them a test size that strides do not divide; the rest take a minute.
-QUICK = {'NFNet-F0', 'NFNet-F0+', 'NF-RegNet-B0', 'NF-RegNet-B2', 'NF-ResNet50', 'ResNet50'}
+QUICK = {'NFNet-F0', 'NF-RegNet-B2', 'NF-ResNet50', 'ResNet50'}
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,28 @@ def test_macs_by_hand():
     convolutions = 9 * 32 * (30**2 * 3 + 28**2 * 32 + 12**2 * 32 + 10**2 * 32)
     linears = 32 * 128 + 128 * 32 + 32 * 10
     assert cost.macs(32) == convolutions + linears
+
+
+def test_activations_by_hand():
+    def bytes_of(saved):  # The stem and two blocks of two convolutions each, none of which shrinks.
+        return models.activation_bytes('NF-ResNet-8', 8, saved, widths=(16,), depths=(2,))
+
+    picture, plane, pool = 2 * 8 * 8 * 3, 2 * 8 * 8 * 16, 4 * 16
+    assert (
+        bytes_of('convolutions') == picture + 5 * plane
+    )  # The last convolution's is for the gain.
+    # What goes into the first block, between the two and out of the last, the signs of the latter's
+    # entries (a byte each) for the last ReLU, and the classifier's input.
+    assert bytes_of('blocks') == picture + 3 * plane + plane / 2 + pool
+    assert bytes_of('all') > 2 * bytes_of('convolutions')
+
+
+@pytest.mark.parametrize('saved', ['all', 'convolutions', 'blocks'])
+def test_activations_grow_with_the_picture_and_a_scan_keeps_as_many(saved):
+    options = {'widths': (16, 32), 'depths': (1, 3), 'group_size': 8}
+
+    def bytes_of(size, **more):
+        return models.activation_bytes('NFNet-F0', size, saved, **options, **more)
+
+    assert bytes_of(128) == pytest.approx(4 * bytes_of(64), rel=0.03)
+    assert bytes_of(128, scan=True) == pytest.approx(bytes_of(128), rel=0.01)

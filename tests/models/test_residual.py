@@ -52,24 +52,69 @@ def test_variance_grows_as_planned(random_variables):
     np.testing.assert_allclose(signal['res_avg_var'], 1, rtol=0.25)
 
 
-def test_rematerialised_blocks_compute_the_same(random_variables):
-    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
-    options = {'depths': (1, 2), 'widths': (8, 16), 'stochdepth_rate': 0.5}
+# Every kind of block; the second stage has equal ones. Fixup's first is as wide as its stem.
+TINY = {'widths': (16, 8), 'depths': (2, 3), 'stochdepth_rate': 0.5}
+FAMILIES = {
+    'NFNet-F0': {'group_size': 4},
+    'NF-RegNet-B0': {'group_size': 4},
+    'NF-ResNet-50': {'width': 1.0, 'use_se': True},
+    'ResNet-8': {'cross_replica_axis': None},
+    'ResNet-50': {'width': 1.0, 'preactivation': False},
+    'SkipInit-ResNet-8': {},
+    'Fixup-ResNet-8': {},
+}
+
+
+def tiny(name, **more):
+    options = TINY | FAMILIES[name] | more
+    network = hk.transform_with_state(
+        lambda x: models.create_model(name, 5, **options)(x, True, return_metrics=True)
+    )
+    return network, jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_scan_and_remat_change_the_program_but_not_the_parameters(name):
+    inits, applies = [], []
+    for chosen in (False, True):
+        network, x = tiny(name, scan=chosen, remat=chosen)
+        inits.append(str(jax.make_jaxpr(network.init)(jax.random.key(1), x)))
+        params, state = jax.eval_shape(network.init, jax.random.key(1), x)
+        bfloats = x.astype(jnp.bfloat16)
+        apply = jax.make_jaxpr(network.apply, return_shape=True)
+        program, shapes = apply(params, state, jax.random.key(2), bfloats)
+        applies.append(shapes)
+        assert (' scan[' in str(program)) == ('remat' in str(program)) == chosen
+    assert inits[0] == inits[1]  # The same values from the same seed.
+    assert applies[0] == applies[1]
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        ('ResNet-8', {'scan': True, 'remat': True}),
+        *(
+            pytest.param(name, options, marks=pytest.mark.slow)
+            for name in FAMILIES
+            for options in ({'remat': True}, {'scan': True}, {'scan': True, 'remat': True})
+        ),
+    ],
+)
+def test_scan_and_remat_compute_the_same(name, options, random_variables):
+    """Loss, metrics, running statistics and gradients; with the same branches dropped."""
     results = []
-    for remat in (False, True):
-        network = hk.transform_with_state(
-            lambda x, remat=remat: models.ResNet(5, '8', remat=remat, **options)(x, True)
-        )
+    for given in ({}, options):
+        network, x = tiny(name, **given)
         params, state = random_variables(network, x)
 
-        def loss(params, network=network, state=state):
+        def loss(params, network=network, state=state, x=x):
             out, new_state = network.apply(params, state, jax.random.key(2), x)
-            return jnp.sum(jnp.square(out['logits'])), new_state
+            return jnp.sum(jnp.square(out['logits'])), (out['signal'], new_state)
 
-        (value, new_state), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-        results.append((value, new_state, grads))
-        assert ('remat' in str(jax.make_jaxpr(loss)(params))) == remat
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *results)
+        results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
+    assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(a).max())
 
 
 def test_dropout_is_before_the_classifier_and_in_training_only():

@@ -1,0 +1,87 @@
+"""timm's networks on PyTorch, to be measured beside ours where both are installed."""
+
+import importlib.util
+import time
+from collections.abc import Callable
+
+import jax
+
+# What timm calls our networks: the NFNets in the authors' form, the others in its own.
+NAMES = {
+    **{f'NFNet-F{i}': f'dm_nfnet_f{i}' for i in range(7)},
+    **{f'NF-RegNet-B{i}': f'nf_regnet_b{i}' for i in range(6)},
+    **{f'NF-ResNet-{i}': f'nf_resnet{i}' for i in (50, 101)},
+}
+
+
+def available(model: str) -> bool:
+    """Whether timm is installed and has the network."""
+    return model in NAMES and all(map(importlib.util.find_spec, ('torch', 'timm')))
+
+
+def train_step(model: str, batch: int, size: int, *, autocast: bool, compiled: bool):
+    """Returns (one training step, seconds to compile): Nesterov SGD, no clipping, no average.
+
+    Args:
+      model: our name of it.
+      batch, size: of the pictures.
+      autocast: computes in bfloat16 where PyTorch thinks it safe.
+      compiled: by torch.compile.
+    """
+    import torch
+
+    network, images = _network(model, batch, size)
+    network.train()
+    labels = torch.arange(batch, device=images.device)
+    optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9, nesterov=True)
+    forward = torch.compile(network) if compiled else network
+
+    def step():
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+            loss = torch.nn.functional.cross_entropy(forward(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return _finished(images)
+
+    return _timed_first(step)
+
+
+def inference(model: str, batch: int, size: int, *, autocast: bool, compiled: bool):
+    """Returns (one batch of logits, seconds to compile); see `train_step`."""
+    import torch
+
+    network, images = _network(model, batch, size)
+    network.eval()
+    forward = torch.compile(network) if compiled else network
+
+    @torch.inference_mode()
+    def run():
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+            forward(images)
+        return _finished(images)
+
+    return _timed_first(run)
+
+
+def _network(model: str, batch: int, size: int):
+    import timm
+    import torch
+
+    device = 'cuda' if jax.default_backend() == 'gpu' and torch.cuda.is_available() else 'cpu'
+    network = timm.create_model(NAMES[model]).to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, size, size, device=device)
+    return network, images.to(memory_format=torch.channels_last)
+
+
+def _finished(images) -> None:
+    if images.is_cuda:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _timed_first(run: Callable[[], None]) -> tuple[Callable[[], None], float]:
+    start = time.perf_counter()
+    run()
+    return run, time.perf_counter() - start

@@ -1,0 +1,144 @@
+"""Measures one training step of a network, beside the plain form of our layers and beside timm.
+
+    python -m benchmarks.train_step [--model=NFNet-F0] [--image-size=96] [--batch=8]
+        [--dtype=float32] [--rounds=5] [--rows=ours,plain,timm] [--json=FILE]
+
+Our step is the whole of it: loss, gradient, AGC, weight decay, Nesterov momentum and the moving
+average of the parameters. Rows, which take turns in one process:
+
+    ours            the forms of convolution_table.py, computing in --dtype
+    plain           every convolution as XLA's own, grouped ones in one piece
+    timm            eager, channels_last, SGD with momentum: no clipping, no moving average
+    timm autocast   the same under bfloat16 autocast
+    timm compiled   under torch.compile, with autocast if --dtype=bfloat16
+
+timm's are left out where it is not installed. `processor` is the time of all the host's processors
+together, in seconds a step: where other programs run beside, compare that. `MFU` counts 3 x 2
+operations a multiply-accumulate against the device's published bfloat16 peak, or --peak-tflops.
+`memory` is what XLA allots to the program, arguments included, in MB.
+"""
+
+import argparse
+import time
+from unittest import mock
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import optax
+
+import nfnets_jax
+from benchmarks import peers, timing
+from nfnets_jax import convolution, devices, models
+
+ROWS = ('ours', 'plain', 'timm', 'timm autocast', 'timm compiled')
+
+
+def our_step(model: str, batch: int, size: int, dtype: str):
+    """Returns (one training step, seconds to compile, MB)."""
+    network = hk.transform_with_state(
+        lambda images: nfnets_jax.create_model(model, 1000)(images, True)
+    )
+    optimizer = optax.chain(
+        nfnets_jax.adaptive_grad_clip(0.01),
+        optax.add_decayed_weights(2e-5),
+        optax.sgd(1e-3, momentum=0.9, nesterov=True),
+    )
+    images = jax.random.normal(jax.random.key(0), (batch, size, size, 3), dtype)
+    labels = jnp.arange(batch)
+
+    def init(key):
+        params, state = network.init(key, images.astype(jnp.float32))
+        return params, state, optimizer.init(params), jax.tree.map(jnp.copy, params), key
+
+    def step(train_state):
+        params, state, opt_state, average, key = train_state
+        key, model_key = jax.random.split(key)
+
+        def loss_fn(params):
+            outputs, new_state = network.apply(params, state, model_key, images)
+            losses = optax.softmax_cross_entropy_with_integer_labels(outputs['logits'], labels)
+            return jnp.mean(losses), new_state
+
+        gradients, state = jax.grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        average = optax.incremental_update(params, average, 1e-4)
+        return params, state, opt_state, average, key
+
+    train_state = jax.jit(init)(jax.random.key(1))
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(train_state).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+
+    def run():
+        nonlocal train_state
+        train_state = compiled(train_state)
+        return train_state
+
+    return run, seconds, (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e6
+
+
+def prepare(row: str, args: argparse.Namespace):
+    """Returns (one training step, seconds to compile, MB or None) of a row."""
+    if row == 'ours':
+        return our_step(args.model, args.batch, args.image_size, args.dtype)
+    if row == 'plain':
+        with mock.patch.object(convolution, 'TABLE', {}):
+            return our_step(args.model, args.batch, args.image_size, args.dtype)
+    compiled = row == 'timm compiled'
+    autocast = row == 'timm autocast' or (compiled and args.dtype == 'bfloat16')
+    step = peers.train_step(
+        args.model, args.batch, args.image_size, autocast=autocast, compiled=compiled
+    )
+    return *step, None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--model', default='NFNet-F0', choices=nfnets_jax.list_models())
+    parser.add_argument('--image-size', type=int, default=96)
+    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--rows', default='ours,plain,timm,timm autocast', help=','.join(ROWS))
+    parser.add_argument('--peak-tflops', type=float)
+    parser.add_argument('--json', help='where to write the table as JSON')
+    args = parser.parse_args(argv)
+    wanted = args.rows.split(',')
+    if unknown := set(wanted) - set(ROWS):
+        parser.error(f'--rows: {", ".join(unknown)} is none of {", ".join(ROWS)}')
+    if not peers.available(args.model):
+        wanted = [row for row in wanted if not row.startswith('timm')]
+
+    prepared = {row: prepare(row, args) for row in wanted}
+    times = timing.in_turns({row: run for row, (run, *_) in prepared.items()}, args.rounds)
+
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else None
+    peak = peak or devices.peak_flops(jax.devices()[0].device_kind)
+    operations = 6 * models.model_cost(args.model).macs(args.image_size) * args.batch
+    first = times[wanted[0]]
+    rows = [
+        {
+            'row': row,
+            'images/s': args.batch / times[row].best,
+            'median': args.batch / times[row].median,
+            f'x {wanted[0]}': first.median / times[row].median,
+            'step s': times[row].median,
+            'processor': times[row].processor,
+            'GFLOP/s': operations / times[row].best / 1e9,
+            'MFU %': 100 * operations / times[row].best / peak if peak else None,
+            'compile s': compile_seconds,
+            'memory': memory,
+        }
+        for row, (_, compile_seconds, memory) in prepared.items()
+    ]
+    settings = timing.about(**vars(args))
+    print(f'{args.model}, {args.batch} x {args.image_size} px, {args.dtype}, {settings["device"]}')
+    timing.show(rows)
+    timing.write(args.json, settings, rows)
+
+
+if __name__ == '__main__':
+    main()

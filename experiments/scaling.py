@@ -1,0 +1,264 @@
+"""Computes step time, memory and cost of training on accelerators: nothing here is measured.
+
+    python -m experiments.scaling [--models=NFNet-F0,NFNet-F5] [--devices=v4:128,H100:64]
+    python -m experiments.scaling --calibrate
+
+A step is 3 x 2 operations for each multiply-accumulate of the batch (a backward pass is two forward
+passes), at a share of the chip's peak (--utilisation); one all-reduce of the float32 gradients, not
+hidden behind the computation, at the published bandwidth; and the update, which reads and writes
+all parameters, momenta and averages, at that of the memory. --calibrate shows how far that is from
+the step times which the NFNets paper measured, and where the assumed shares come from.
+
+Memory is parameters, gradients, momenta and moving average in float32, and activations in bfloat16
+(nfnets_jax.models.activation_bytes, twice what the costly operations return: see docs/scaling.md).
+Where a device's examples do not fit they are split in --config.accumulate parts of 8 at least, and
+where that does not do, blocks are computed anew in the backward pass (remat), a third more work.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+from absl import flags
+
+from experiments import cli
+from nfnets_jax import devices, models
+from nfnets_jax.errors import UsageError, nearest
+
+IMAGES = 1_281_167  # in ImageNet's training set
+# Milliseconds of a training step with 32 examples on a device, on a TPU v3 core and a V100, as the
+# NFNets paper (2102.06171) measured them.
+PUBLISHED_MS = {
+    'F0': (73.3, 56.7),
+    'F1': (158.5, 133.9),
+    'F2': (295.8, 226.3),
+    'F3': (532.2, 524.5),
+    'F4': (1033.3, 1190.6),
+    'F5': (1398.5, 2177.1),
+    'F6': (2774.1, None),
+}
+# Of the peak, what they reached in the median: see --calibrate.
+TPU_SHARE, GPU_SHARE = 0.35, 0.19
+DEFAULT_MODELS = ','.join(f'NFNet-F{level}' for level in range(8))
+DEFAULT_DEVICES = 'v4:128,v5e:128,v5p:128,v6e:128,H100:128,H200:128,H100:8,H200:8'
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What one training step on each of several devices comes to.
+
+    Attributes:
+      accumulate: parts in which a device's examples are taken.
+      remat: whether blocks are computed anew in the backward pass.
+      memory: bytes on a device.
+      fits: whether it has them.
+      compute, all_reduce, update: seconds.
+    """
+
+    accumulate: int
+    remat: bool
+    memory: float
+    fits: bool
+    compute: float
+    all_reduce: float
+    update: float
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return self.compute + self.all_reduce + self.update
+
+
+def estimate(
+    name: str, device: devices.Device, count: int, batch: int, utilisation: float | None = None
+) -> Estimate:
+    """Returns what a step of `batch` examples costs on `count` devices.
+
+    Args:
+      utilisation: of the peak; None: TPU_SHARE or GPU_SHARE.
+
+    Raises:
+      UsageError: the batch does not split evenly over the devices.
+    """
+    if batch % count:
+        raise UsageError(f'--batch={batch}: does not split evenly over {count} devices')
+    rows = batch // count
+    share = utilisation or default_share(device)
+    parameters = 4 * _cost(name).parameters  # bytes
+    for accumulate, remat in _splits(rows):
+        memory = 4 * parameters + rows / accumulate * _bytes_of_a_picture(name, remat)
+        if fits := memory <= device.memory:
+            break
+    return Estimate(
+        accumulate=accumulate,
+        remat=remat,
+        memory=memory,
+        fits=fits,
+        compute=rows * operations(name, remat) / (share * device.peak_flops),
+        all_reduce=all_reduce_seconds(parameters, device, count),
+        # Reads gradient, parameter, momentum and average, writes the latter three; AGC reads two.
+        update=9 * parameters / device.memory_bandwidth,
+    )
+
+
+def default_share(device: devices.Device) -> float:
+    """Returns the part of the peak that the paper's figures give for a device of this kind."""
+    return TPU_SHARE if device.kinds[0].startswith('TPU') else GPU_SHARE
+
+
+def _splits(rows: int) -> Iterator[tuple[int, bool]]:
+    """Yields (accumulate, remat) from what costs least to what needs least memory."""
+    for remat, least in ((False, 8), (True, 1)):
+        parts = 1
+        while parts == 1 or (rows % parts == 0 and rows // parts >= least):
+            yield parts, remat
+            parts *= 2
+
+
+def operations(name: str, remat: bool = False) -> float:
+    """Returns the operations that training takes for one picture of the training size."""
+    passes = 4 if remat else 3
+    return passes * 2 * _cost(name).macs(models.variant_info(name).train_size)
+
+
+def all_reduce_seconds(size: float, device: devices.Device, count: int) -> float:
+    """Returns the time to sum `size` bytes over all devices, at the bandwidth of their links.
+
+    Every device sends its data twice, but for a part of its own: once in adding up, once in handing
+    out. Where boxes are joined by a network each device sums its share of the box's data over it.
+    """
+    linked = min(count, device.linked)
+    seconds = 2 * size * (linked - 1) / linked / device.link_bytes
+    if (boxes := count // linked) > 1:
+        if device.network_bytes is None:
+            raise UsageError(f'--devices={device.name}:{count}: a pod has {device.linked}')
+        seconds += 2 * size / linked * (boxes - 1) / boxes / device.network_bytes
+    return seconds
+
+
+@functools.cache
+def _cost(name: str) -> models.Cost:
+    return models.model_cost(name)
+
+
+@functools.cache
+def _bytes_of_a_picture(name: str, remat: bool) -> float:
+    size = models.variant_info(name).train_size
+    if not remat:
+        return 2 * models.activation_bytes(name, size, 'convolutions', scan=True)
+    return models.activation_bytes(name, size, 'blocks', scan=True) + _largest_block(name, size)
+
+
+def _largest_block(name: str, size: int) -> float:
+    """Returns the bytes of the residual block that keeps the most of one picture."""
+    stages = len(models.variant_info(name).depths)
+    ones = (1,) * stages
+
+    def kept(depths: tuple[int, ...]) -> float:
+        return models.activation_bytes(name, size, 'convolutions', depths=depths)
+
+    return 2 * max(
+        kept((*ones[:stage], 2, *ones[stage + 1 :])) - kept(ones) for stage in range(stages)
+    )
+
+
+def parse_devices(text: str) -> list[tuple[devices.Device, int]]:
+    """Reads 'v4:128,H100:8': names as in nfnets_jax.devices, and how many."""
+    known = {device.name: device for device in devices.DEVICES}
+    parsed = []
+    for item in text.split(','):
+        name, _, count = item.partition(':')
+        if name not in known:
+            raise UsageError(f'--devices={text}: unknown {name!r}{nearest(name, known)}')
+        if not count.isdigit() or int(count) == 0:
+            raise UsageError(f'--devices={text}: give how many, like {name}:128')
+        parsed.append((known[name], int(count)))
+    return parsed
+
+
+HEADER = (
+    f'{"model":<16}{"devices":>12}{"ms/step":>9}{"images/s":>10}{"all-reduce":>11}{"GB":>7}'
+    f'{"parts":>6}{"remat":>6}{"hours":>8}{"chip-hours":>11}{"$":>9}'
+)
+
+
+def row(
+    name: str,
+    device: devices.Device,
+    count: int,
+    batch: int,
+    epochs: float,
+    utilisation: float | None,
+    price: float | None,
+) -> str:
+    """Returns the line of one network on so many devices."""
+    result = estimate(name, device, count, batch, utilisation)
+    steps = epochs * IMAGES / batch
+    hours = steps * result.step / 3600
+    rate = device.price if price is None else price
+    cost = '-' if rate is None else f'{hours * count * rate:,.0f}'
+    memory = f'{result.memory / 1e9:.1f}' + ('' if result.fits else '!')
+    return (
+        f'{name:<16}{f"{count} x {device.name}":>12}{1e3 * result.step:9.1f}'
+        f'{batch / result.step:10,.0f}{result.all_reduce / result.step:11.1%}{memory:>7}'
+        f'{result.accumulate:6}{"yes" if result.remat else "":>6}{hours:8.1f}'
+        f'{hours * count:11,.0f}{cost:>9}'
+    )
+
+
+def calibrate() -> Iterator[str]:
+    """Yields, for the paper's measured steps, the share of the peak that the formula implies."""
+    v3, v100 = (devices.find_device(kind) for kind in ('TPU v3', 'Tesla V100-SXM2-16GB'))
+    yield (
+        f'{"model":<10}{"GFLOP/image":>12}{"v3 core ms":>12}{"computed":>10}{"share":>7}'
+        f'{"V100 ms":>10}{"computed":>10}{"share":>7}'
+    )
+    for variant, measured in PUBLISHED_MS.items():
+        name = f'NFNet-{variant}'
+        work = 32 * operations(name)
+        line = f'{name:<10}{operations(name) / 1e9:12.1f}'
+        for device, width, ms in zip((v3, v100), (12, 10), measured, strict=True):
+            computed = 1e3 * work / (default_share(device) * device.peak_flops)
+            line += f'{ms or "-":>{width}}{computed:10.1f}'
+            line += f'{1e3 * work / ms / device.peak_flops:7.1%}' if ms else f'{"-":>7}'
+        yield line
+
+
+def table() -> Iterator[str]:
+    """Yields the lines that the flags ask for."""
+    values = flags.FLAGS
+    share = (
+        f'{values.utilisation:.0%}'
+        if values.utilisation
+        else (f'{TPU_SHARE:.0%} (TPUs) and {GPU_SHARE:.0%} (GPUs)')
+    )
+    yield f'COMPUTED, not measured: {share} of the peak'
+    yield f'{values.batch:,} examples a step, {values.epochs} epochs of ImageNet'
+    yield HEADER
+    for name in values.models.split(','):
+        for device, count in parse_devices(values.devices):
+            yield row(
+                name, device, count, values.batch, values.epochs, values.utilisation, values.price
+            )
+
+
+def main() -> None:
+    for line in calibrate() if flags.FLAGS.calibrate else table():
+        print(line, flush=True)
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('models', DEFAULT_MODELS, 'Networks, separated by commas.')
+    flags.DEFINE_string('devices', DEFAULT_DEVICES, 'KIND:COUNT, separated by commas.')
+    flags.DEFINE_integer('batch', 4096, 'Examples a step, over all devices.', lower_bound=1)
+    flags.DEFINE_integer('epochs', 360, 'Of ImageNet.', lower_bound=1)
+    flags.DEFINE_float(
+        'utilisation',
+        None,
+        'Part of the peak that is reached; by default what the NFNets paper reached.',
+        lower_bound=0.01,
+        upper_bound=1,
+    )
+    flags.DEFINE_float('price', None, 'US dollars a chip-hour, for all devices.', lower_bound=0)
+    flags.DEFINE_bool('calibrate', False, "Compare with the paper's measured steps instead.")
+    cli.run(main)

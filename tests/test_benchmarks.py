@@ -1,0 +1,99 @@
+"""Each benchmark runs, at the smallest size, and writes what it prints."""
+
+import json
+
+import pytest
+
+from benchmarks import convolution, dispatch, inference, timing, train_step
+from nfnets_jax.convolution import Forms, Size
+
+SMALL = ['--model=SmallCNN', '--image-size=16', '--batch=2', '--rounds=1']
+
+
+def rows(main, arguments, path):
+    main([*arguments, f'--json={path}'])
+    written = json.loads(path.read_text())
+    assert written['versions']['jax']
+    return written['rows']
+
+
+def test_train_step(tmp_path, capsys):
+    ours, plain = rows(train_step.main, [*SMALL, '--rows=ours,plain'], tmp_path / 'table.json')
+    assert ours['row'] == 'ours'
+    assert ours['images/s'] > 0
+    assert ours['memory'] > plain['memory'] / 10
+    assert 'images/s' in capsys.readouterr().out
+
+
+def test_a_row_that_is_none(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train_step.main(['--rows=ours,tim'])
+    assert exit_.value.code == 2
+    assert 'tim is none of ours' in capsys.readouterr().err
+
+
+def test_inference(tmp_path):
+    ours, folded = rows(inference.main, SMALL, tmp_path / 'table.json')[:2]
+    assert (ours['row'], folded['row']) == ('ours', 'folded')
+    assert folded['latency ms'] > 0
+
+
+def test_dispatch(tmp_path):
+    table = rows(dispatch.main, ['--leaves=3', '--rounds=1'], tmp_path / 'table.json')
+    assert [row['row'] for row in table] == ['runner', 'stacked', 'jit']
+    assert all(0 < row['call ms'] <= row['done ms'] for row in table)
+
+
+def test_convolution_writes_its_platform_and_leaves_the_others(tmp_path, monkeypatch):
+    found = convolution.sizes('NF-RegNet-B0:32', 1)
+    size = min(found)
+    source = tmp_path / 'convolution_table.py'
+    source.write_text('"""Why."""\n\nTABLE: dict = {}\n')
+    others = {'tpu': {(1, 1, 1, 8, 8, 64): ('plain', 'plain', 'plain')}}
+    monkeypatch.setattr(convolution.convolution_table, '__file__', str(source))
+    monkeypatch.setattr(convolution.convolution_table, 'TABLE', others | {'cpu': {}})
+    monkeypatch.setattr(convolution, 'sizes', lambda *_: {size: found[size]})
+
+    arguments = ['--rounds=1', '--seconds=0', '--write']
+    table = rows(convolution.main, arguments, tmp_path / 'table.json')
+    assert [row['form'] for row in table] == ['plain', 'pointwise']
+    module: dict = {}
+    exec(source.read_text(), module)
+    assert module['__doc__'] == 'Why.'
+    assert list(module['TABLE']) == ['cpu', 'tpu']
+    assert module['TABLE']['tpu'] == others['tpu']
+    assert set(module['TABLE']['cpu']) <= {size}  # None, should XLA's own form be the fastest.
+
+
+def test_an_entry_that_says_nothing_new_is_left_out():
+    wide, narrow = Forms('split', 'split', 'split'), Forms('batched', 'batched', 'batched')
+    part = {
+        Size(3, 1, 6, 128, 128, 288): wide,
+        Size(3, 1, 6, 128, 128, 1152): wide,
+        Size(3, 1, 43, 8, 8, 392): narrow,
+        Size(3, 1, 1, 64, 64, 288): Forms(),
+    }
+    short = convolution.shorten(part)
+    assert sorted(set(short.values())) == [narrow, wide]
+    assert len(short) == 2
+
+
+def test_sizes_of_a_network():
+    sizes = convolution.sizes('NFNet-F0:64', 8)
+    assert Size(3, 1, 6, 128, 128, 8 * 4 * 4) in sizes
+    assert Size(3, 2, 1, 3, 16, 8 * 32 * 32) in sizes
+
+
+def test_another_form_must_win_by_a_tenth():
+    def measured(seconds, compile_seconds=0.0):
+        times = {'plain': timing.Times(1.0, 1.0, 1.0), 'split': timing.Times(*[seconds] * 3)}
+        return {
+            (form, name): (times[form], compile_seconds if form == 'split' else 0.0)
+            for form in times
+            for name in Forms._fields
+        }
+
+    forms = ['plain', 'split']
+    assert convolution.fastest(measured(0.85), forms, False) == ('split',) * 3
+    assert convolution.fastest(measured(0.95), forms, False) == ('plain',) * 3
+    assert convolution.fastest(measured(0.85, 100), forms, False) == ('plain',) * 3
