@@ -4,6 +4,7 @@ Exit status: 0 done (or stopped on request, to be continued), 1 the training div
 2 something in the command line, the config or a file is not right, 3 another process has died.
 """
 
+import ast
 import contextlib
 import inspect
 import os
@@ -12,7 +13,8 @@ import runpy
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -68,7 +70,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
         for argument, following in zip(argv[1:], [*argv[2:], ''], strict=False):
             name, equals, value = argument.partition('=')
             if name in ('-config', '--config'):
-                _check_overrides(_load(value if equals else following), argv)
+                config = _load(value if equals else following)
+                argv = _with_options(config, argv)
+                _check_overrides(config, argv)
+        sys.argv[:] = argv  # where the flags of a config look for each other
         return flags.FLAGS(argv)
     except UsageError as error:
         _fail(str(error))
@@ -98,17 +103,77 @@ def _load(config: str) -> ConfigDict:
         ) from error
 
 
+def _with_options(config: ConfigDict, argv: Sequence[str]) -> list[str]:
+    """Returns the arguments, options that the config file does not name put into their node whole.
+
+    A model and a source of data have more options than a config file need name, but only what it
+    names is a flag: --config.model.width=2 becomes --config.model={'name': ..., 'width': 2}.
+    """
+    rest, given = [], {}
+    for argument in argv:
+        match = re.fullmatch(
+            r'--?config\.((?:\w+\.)*(model|data))\.(\w+)=(.*)', argument, re.DOTALL
+        )
+        if match:
+            path, node, option, text = match.groups()
+            fields = _node(config, path)
+            name = _last_value(argv, f'config.{path}.name') or (fields or {}).get('name')
+            if fields is not None and option not in fields and option in _options(node, name):
+                given.setdefault(path, fields.to_dict())[option] = _literal(text)
+                continue
+        rest.append(argument)
+    # Before other settings of the node, which go on top.
+    overrides = (i for i, argument in enumerate(rest) if re.match(r'--?(no)?config\.', argument))
+    first = next(overrides, len(rest))
+    rest[first:first] = [f'--config.{path}={fields!r}' for path, fields in given.items()]
+    return rest
+
+
+def _node(config: ConfigDict, path: str) -> ConfigDict | None:
+    for part in path.split('.'):
+        config = config.get(part) if isinstance(config, ConfigDict) else None
+    return config if isinstance(config, ConfigDict) else None
+
+
+def _last_value(argv: Sequence[str], flag: str) -> str | None:
+    values = [a.partition('=')[2] for a in argv if re.match(rf'--?{re.escape(flag)}=', a)]
+    return values[-1] if values else None
+
+
+def _options(node: str, name: Any) -> Collection[str]:
+    """All options of a model or a source of data; none where there is no such thing."""
+    from experiments import data  # here: these take seconds to import, and few commands need them
+    from nfnets_jax import models
+
+    try:
+        return models.model_options(name) if node == 'model' else data.options(name)
+    except UsageError:
+        return ()  # Its name is what is wrong, which is told where it is used.
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
 def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
     known = _keys(config)
     for argument in argv[1:]:
         override = re.match(r'--?(?:no)?config\.([^=]*)', argument)
         if override and (key := override[1]) not in known:
-            message = f'unknown key config.{key}{nearest(key, known)}'
-            node = key.partition('.')[0]
-            if node in ('model', 'data') and node in known:
-                # The config file need not name every option that the model or the source has.
-                message += f"; to set an option give the whole node: --config.{node}='{{...}}'"
-            raise UsageError(message)
+            raise UsageError(f'unknown key config.{key}{nearest(key, known + _options_of(config))}')
+
+
+def _options_of(config: ConfigDict) -> list[str]:
+    """The dotted names of the options of a config's model and data."""
+    return [
+        f'{node}.{option}'
+        for node in ('model', 'data')
+        if (fields := _node(config, node)) is not None
+        for option in _options(node, fields.get('name'))
+    ]
 
 
 def _keys(config: ConfigDict, prefix: str = '') -> list[str]:

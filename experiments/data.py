@@ -6,7 +6,6 @@ evaluation preprocessing; training pictures are cropped at random. Where a sourc
 one size (digits, arrays, CIFAR) they are left as they are, unless one of these options is given.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,7 +49,7 @@ def open_data(config: ConfigDict) -> tuple[Any, Any, Pictures]:
     for key in RUNNER_OPTIONS:
         options.pop(key, None)
     # A source that makes its pictures itself (digits) has an image_size of its own.
-    own = inspect.signature(sources.SOURCES[name]).parameters if name in sources.SOURCES else ()
+    own = sources.source_options(name)
     given = {key: options.pop(key) for key in _OPTIONS if key in options and key not in own}
     train, test = (sources.open_source(name, split, **options) for split in ('train', 'test'))
     image = train[0]['image']
@@ -62,6 +61,15 @@ def open_data(config: ConfigDict) -> tuple[Any, Any, Pictures]:
     test_mode = given.get('test_mode', 'crop_resize')
     transforms = make_transform('random_crop', size), make_transform(test_mode, test_size)
     return train, test, Pictures((size, size, 3), test_size, test_mode, *transforms)
+
+
+def options(name: str) -> list[str]:
+    """Returns the names of all options that `config.data` may have for a source.
+
+    Raises:
+      UsageError: there is no such source.
+    """
+    return list(dict.fromkeys([*sources.source_options(name), *_OPTIONS, *RUNNER_OPTIONS]))
 
 
 def _pixels(key: str, value: Any) -> int:

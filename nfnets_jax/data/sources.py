@@ -291,6 +291,19 @@ SOURCES = {
 }
 
 
+def source_options(name: str) -> dict[str, inspect.Parameter]:
+    """Returns the options of a source, by name.
+
+    Raises:
+        UsageError: there is no such source.
+    """
+    if name not in SOURCES:
+        raise UsageError(f'data.name={name!r}: no such data{nearest(name, SOURCES)}')
+    parameters = dict(inspect.signature(SOURCES[name]).parameters)
+    del parameters['split']
+    return parameters
+
+
 def open_source(name: str, split: str, **options):
     """Opens a source by name.
 
@@ -303,10 +316,7 @@ def open_source(name: str, split: str, **options):
     Raises:
         UsageError: unknown name, split or option, or data that is not there.
     """
-    if name not in SOURCES:
-        raise UsageError(f'data.name={name!r}: no such data{nearest(name, SOURCES)}')
-    parameters = dict(inspect.signature(SOURCES[name]).parameters)
-    del parameters['split']
+    parameters = source_options(name)
     for option in options:
         if option not in parameters:
             raise UsageError(

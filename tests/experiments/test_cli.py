@@ -1,3 +1,4 @@
+import ast
 import os
 import pathlib
 import subprocess
@@ -21,6 +22,13 @@ def main():
 cli.run(main)
 """
 
+OPTIONS = """
+from ml_collections import ConfigDict
+def get_config():
+    base = {'model': {'name': 'NF-ResNet-8', 'width': 0.5}, 'data': {'name': 'digits'}}
+    return ConfigDict({'n': 0, 'inner': {'x': 0}} | base)
+"""
+
 CONFIG = """
 import ml_collections
 def get_config(arg=''):
@@ -38,15 +46,22 @@ def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp('cli')
     (path / 'program.py').write_text(PROGRAM)
     (path / 'good.py').write_text(CONFIG)
+    (path / 'options.py').write_text(OPTIONS)
+    (path / 'options_program.py').write_text(
+        PROGRAM.replace(
+            'print(config.value.n, config.value.inner.x)',
+            'print([config.value.model.to_dict(), config.value.data.to_dict()])',
+        )
+    )
     (path / 'syntax.py').write_text('def get_config(:\n')
     (path / 'empty.py').write_text('x = 1\n')
     (path / 'plain.py').write_text(CONFIG.replace("arg=''", '').replace('arg', "''"))
     return path
 
 
-def run(directory, *arguments):
+def run(directory, *arguments, program='program.py'):
     return subprocess.run(
-        [sys.executable, 'program.py', *arguments],
+        [sys.executable, program, *arguments],
         capture_output=True,
         text=True,
         cwd=directory,
@@ -57,6 +72,26 @@ def run(directory, *arguments):
 def test_overrides_reach_the_config(directory):
     done = run(directory, '--config=good.py', '--config.n=5', '--config.inner.x=1')
     assert (done.returncode, done.stdout, done.stderr) == (0, '5 1.0\n', '')
+
+
+def test_options_that_the_file_does_not_name_can_be_set_one_by_one(directory):
+    options = ('--config.model.alpha=0.3', '--config.data.classes=(1,2)')
+    arguments = ('--config=options.py', *options, '--config.model.width=2')
+    done = run(directory, *arguments, program='options_program.py')
+    assert done.stderr == ''
+    assert ast.literal_eval(done.stdout) == [
+        {'name': 'NF-ResNet-8', 'width': 2.0, 'alpha': 0.3},
+        {'name': 'digits', 'classes': (1, 2)},
+    ]
+
+    renamed = ('--config.model.name=NFNet-F0', '--config.model.expansion=0.25')
+    done = run(directory, '--config=options.py', *renamed, program='options_program.py')
+    assert "'expansion': 0.25" in done.stdout
+    assert "'NFNet-F0'" in done.stdout
+
+    done = run(directory, '--config=options.py', '--config.model.alhpa=1')
+    assert "unknown key config.model.alhpa (did you mean 'model.alpha'?)" in done.stderr
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize(
