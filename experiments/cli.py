@@ -78,7 +78,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except UsageError as error:
         _fail(str(error))
     except (flags.Error, TypeError, ValueError) as error:  # The value of some flag.
-        _fail(_one_line(error))
+        missing = re.search(r'Flag (--\w+) must have a value other than None', str(error))
+        _fail(f'{missing[1]} is missing: see --help' if missing else _one_line(error))
+    except SystemExit:
+        sys.exit(0)  # After --help.
 
 
 def _load(config: str) -> ConfigDict:

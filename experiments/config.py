@@ -28,7 +28,7 @@ def default_config() -> ConfigDict:
             'precision': 'float32',  # what to compute in: float32 | bfloat16
             'gradient_dtype': 'float32',  # what gradients are averaged over the devices in
             # The name of a source; every other field but these two is an option of that source.
-            # skip_bad: how many pictures that cannot be read to skip, before it is an error.
+            # skip_bad: pictures that cannot be read to skip in each process, before it is an error.
             # on_device: keep the whole training set on the devices, if it is small.
             'data': {'name': 'digits', 'skip_bad': 0, 'on_device': False},
             'augment': dict(augment.DEFAULTS),
@@ -45,7 +45,7 @@ def default_config() -> ConfigDict:
             'eval': {'every': '5 epochs', 'batch_size': 256},
             # Written every so often, and at the end; the best one is kept besides the newest.
             'checkpoint': {'every': '5 epochs', 'keep': 3},
-            'profile': '',  # a duration, '5 steps': trace so much, from the third step on
+            'profile': '0 steps',  # a duration: trace so much, from the third step on
             'smoke': False,  # three steps of a tiny likeness on made data: does it run here?
             # Weights & Biases: off without a project.
             'wandb': {'project': '', 'entity': '', 'name': '', 'mode': 'online'},

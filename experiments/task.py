@@ -1,6 +1,7 @@
 """What a config describes and every command needs: the data, the model, its exact evaluation."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
         log_every=steps('log_every', config.log_every, total_steps),
         eval_every=steps('eval.every', config.eval.every, total_steps),
         checkpoint_every=steps('checkpoint.every', config.checkpoint.every, total_steps),
-        profile_steps=steps('profile', config.profile or 0, total_steps, minimum=0),
+        profile_steps=steps('profile', config.profile, total_steps, minimum=0),
     )
 
 
@@ -164,13 +165,22 @@ def init_state(
     return (init or make_init(task))(jnp.int32(task.config.seed), numbers, weights)
 
 
-def load_weights(task: Task) -> tuple[hk.Params, hk.State, pretrained.Report]:
+def load_weights(
+    task: Task, directory: str | os.PathLike = ''
+) -> tuple[hk.Params, hk.State, pretrained.Report]:
     """Reads what `config.init.weights` names, for `init_state`; a new head is random.
+
+    Args:
+      task: what to train.
+      directory: of the run. '{study}' in the name is the study it is a trial of, so that a trial's
+        config does not depend on where the study is.
 
     Raises:
       UsageError: they cannot be read, or are those of another network.
     """
-    path, options = task.config.init.weights, task.config.model
+    options = task.config.model
+    study = os.path.normpath(os.path.join(directory, os.pardir, os.pardir))
+    path = task.config.init.weights.replace('{study}', study)
     with _naming('init.weights'):
         weights = pretrained.load_pretrained(path)
     if weights.metadata.model not in (None, options.name):
@@ -313,7 +323,7 @@ def make_eval_step(task: Task) -> Callable:
 
 
 def evaluate(task: Task, eval_step: Callable, variables: Mapping[str, tuple]) -> dict[str, float]:
-    """Evaluates on every test example exactly once.
+    """Evaluates on every test example that can be read, exactly once.
 
     Neither the batch size (here rounded up to a multiple of the devices) nor the number of
     devices or processes has an influence on the result.
@@ -324,7 +334,8 @@ def evaluate(task: Task, eval_step: Callable, variables: Mapping[str, tuple]) ->
       variables: by name, (params, state) placed by `parallel.replicate`.
 
     Returns:
-      {'<name>/loss', '<name>/top1', '<name>/top5'}: means over all examples.
+      {'<name>/loss', '<name>/top1', '<name>/top5'}: means over these examples; where some may be
+      skipped, 'test/skipped_pictures' too.
     """
     devices = jax.device_count()
     batch_size = min(task.config.eval.batch_size, len(task.test_source))
@@ -343,11 +354,14 @@ def evaluate(task: Task, eval_step: Callable, variables: Mapping[str, tuple]) ->
             for name, sums in jax.device_get(eval_step(variables, batch)).items():
                 for key, value in sums.items():
                     totals[name][key] = totals[name].get(key, 0.0) + float(value)
-    return {
+    results = {
         f'{name}/{key}': sums[key] / sums['count']
         for name, sums in totals.items()
         for key in ('loss', 'top1', 'top5')
     }
+    if task.skip_bad:
+        results['test/skipped_pictures'] = len(task.test_source) - totals['test']['count']
+    return results
 
 
 def describe(results: Mapping[str, float]) -> str:

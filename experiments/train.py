@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -68,7 +69,8 @@ def train(
       stopped the run it has been saved, and only {'step'} is returned.
 
     Raises:
-      UsageError: a mistake in the config or the directory; nothing has been written.
+      UsageError: a mistake in the config or the directory, found before anything is written; or
+        what happens to the directory or the pictures meanwhile.
       DivergedError: the loss or gradient is not finite; nothing has been saved since.
     """
     # Of several processes one has the files; what it reads there it tells the others.
@@ -82,7 +84,7 @@ def train(
     if primary:
         writers.check(directory, config)
         if config.init.weights and not workdir.has_checkpoints(directory):
-            *weights, report = load_weights(task)
+            *weights, report = load_weights(task, directory)
             say(f'{config.init.weights}: {report}')
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(workdir.claimed(directory, config, active=primary))
@@ -100,7 +102,8 @@ def train(
         start_step, state = newest or (0, init_state(task, weights, init) if primary else like)
         summary_file, summary = path / 'summary.json', None
         if primary and start_step == task.total_steps and summary_file.exists():
-            summary = json.loads(summary_file.read_text())
+            with contextlib.suppress(ValueError):  # A broken one is written anew.
+                summary = json.loads(summary_file.read_text())
         start_step, summary = parallel.broadcast_json([start_step, summary])
         if summary:
             say(f'{path} is complete')
@@ -122,7 +125,8 @@ def train(
         stack.callback(writer.close)
         bar = progress.Progress(task.total_steps, active=primary and not quiet)
         stack.callback(bar.close)
-        trace = Trace(path / 'profile', first=step + 2, steps=task.profile_steps * primary)
+        traced = task.profile_steps if primary else 0
+        trace = Trace(path / 'profile', first=step + 2, steps=traced)
         stack.callback(trace.close)
         clock = Clock(config.batch_size, batches, flops_per_image(task))
 
@@ -131,7 +135,8 @@ def train(
 
         stopped = False
         while step < task.total_steps and not stopped:
-            trace.before(step, state)
+            with clock.paused():
+                trace.before(step, state)
             batch = next(batches) | {'stop': stop.flag()}
             with jax.transfer_guard('disallow'):
                 state, answer = train_step(state, batch)
@@ -139,13 +144,14 @@ def train(
             clock.tick(state)
 
             if due(task.log_every):
-                _assert_finite(state, checkpoints)
-                nonfinite = window.nonfinite_steps(state.window)
-                metrics = window.means(state.window) | clock.read()
+                sums = jax.device_get(state.window)
+                _assert_finite(sums, checkpoints)
+                nonfinite = window.nonfinite_steps(sums)
+                metrics = window.means(sums) | clock.read()
                 metrics |= {'skipped_pictures': len(bad)} if task.skip_bad else {}
                 metrics |= {'skipped_steps': nonfinite} if config.skip_nonfinite else {}
-                # The schedule counts updates.
-                metrics['learning_rate'] = float(task.optimizer.learning_rate(step - 1 - nonfinite))
+                updates = max(0, step - 1 - nonfinite)  # before the last, which the schedule counts
+                metrics['learning_rate'] = float(task.optimizer.learning_rate(updates))
                 writer.write(step, {f'train/{name}': value for name, value in metrics.items()})
             bar.update(step, metrics)
 
@@ -158,7 +164,7 @@ def train(
             stopped = stop.heard(answer)
             if due(task.checkpoint_every) or stopped:
                 with clock.paused():
-                    _assert_finite(state, checkpoints)
+                    _assert_finite(jax.device_get(state.window), checkpoints)
                     score = _score(results) if due(task.eval_every) else None
                     checkpoints.save(step, state, score=score, note=parallel.describe_devices())
 
@@ -175,7 +181,8 @@ def train(
         if primary:
             summary = summarise(state, path, results, clock)
             files.write_whole(summary_file, json.dumps(summary, indent=2) + '\n')
-        return parallel.broadcast_json(summary)
+    # Last, when everything is closed: the others may leave with it.
+    return parallel.broadcast_json(summary)
 
 
 def summarise(
@@ -227,8 +234,8 @@ def _score(results: Mapping[str, float]) -> float:
     return results.get('test_ema/top1', results['test/top1'])
 
 
-def _assert_finite(state: TrainState, checkpoints: Checkpoints) -> None:
-    bad = window.lost_at(state.window)
+def _assert_finite(sums: window.Window, checkpoints: Checkpoints) -> None:
+    bad = window.lost_at(sums)
     if bad is None:
         return
     checkpoints.wait()
@@ -255,6 +262,9 @@ def _say(line: str) -> None:
 
 def _farewell(summary: Mapping[str, Any], path: str) -> str:
     python = os.path.relpath(sys.executable)
+    if python.startswith(os.pardir):
+        python = sys.executable
+    path = shlex.quote(path)
     return f"""
 {describe(summary['final'])}  (after {summary['step']:,} steps)
 

@@ -142,8 +142,6 @@ def _in_parts(parts: int, value_and_gradient: Callable, batch: dict, state: hk.S
         add,
         (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one), state),
         (jnp.arange(parts), examples),
-        # XLA runs convolutions inside a loop many times slower on the CPU.
-        unroll=jax.default_backend() == 'cpu',
     )
     mean = jax.tree.map(lambda x: x / parts, total)
     return mean, state, outputs.reshape(-1, *outputs.shape[2:])
@@ -176,7 +174,9 @@ def program_key(config: ConfigDict) -> str:
 
     The numbers that are data make no difference: the seed and `optimizers.Numbers`.
     """
-    config = config.copy_and_resolve_references()
+    config = config.copy_and_resolve_references().unlock()
+    for key in ('init', 'checkpoint', 'profile', 'wandb'):
+        del config[key]
     config.seed = config.optimizer.learning_rate = config.optimizer.weight_decay = 0
     config.optimizer.clip.clipping = 0
     return config.to_json_best_effort(sort_keys=True)

@@ -5,6 +5,7 @@ written after the checkpoint it resumes from is dropped, for it will be written 
 run writes what belongs to a step before it saves the checkpoint of that step.
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -19,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nfnets_jax import files
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.errors import UsageError, first_line, nearest
 
 METRICS_FILE = 'metrics.jsonl'
 _WANDB_ID_FILE = 'wandb_id'
@@ -66,7 +67,9 @@ class Writer:
     def close(self) -> None:
         """Ends the record; what is written later is lost."""
         while self._sinks:
-            self._sinks.pop().close()
+            # Every write has been flushed: only what has failed already can fail again.
+            with contextlib.suppress(OSError):
+                self._sinks.pop().close()
 
 
 def check(workdir: str | os.PathLike, config: ConfigDict) -> None:
@@ -248,7 +251,7 @@ class _Wandb:
             )
         except wandb.Error as error:
             raise UsageError(
-                f'config.wandb.project={config.wandb.project!r}: {_first_line(error)} '
+                f'config.wandb.project={config.wandb.project!r}: {first_line(error)} '
                 '(--config.wandb.mode=offline needs no account)'
             ) from error
 
@@ -257,7 +260,3 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

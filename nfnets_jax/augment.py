@@ -26,7 +26,7 @@ DEFAULTS = {
     'cutmix': 0.0,
     'mix_first': True,  # before RandAugment or AutoAugment (as published), or after
     'randaugment_layers': 0,  # operations on each picture; published: 4
-    'randaugment_magnitude': 10.0,  # published: 10 for NFNet-F0 to F2, 15 for larger ones
+    'randaugment_magnitude': 10.0,  # published: F0 5, F1 and F2 10, larger ones 15
     'autoaugment': False,  # ImageNet's policy v0, instead of RandAugment
     'erasing': 0.0,  # probability of blanking a random part of a picture
     'label_smoothing': 0.0,

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from nfnets_jax.errors import UsageError
+from nfnets_jax.errors import UsageError, first_line
 
 PyTree = Any
 
@@ -187,7 +187,7 @@ class Checkpoints:
                     step, args=ocp.args.Composite(state=ocp.args.StandardRestore(blank))
                 )['state']
         except Exception as error:
-            raise DamagedCheckpointError(_first_line(error)) from error
+            raise DamagedCheckpointError(first_line(error)) from error
         # Sorted, for dicts are in another order than the fields of a tuple were.
         if sorted(_checksums(arrays)) != sorted(record['checksums']):
             raise DamagedCheckpointError('the arrays do not match their checksums')
@@ -233,8 +233,18 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
-        if self._manager:
-            self._manager.close()
+        """Ends it, once everything saved is on disk.
+
+        Raises:
+          UsageError: it cannot be written.
+        """
+        if not self._manager:
+            return
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # It raises once more what `wait` has told.
+                self._manager.close()
 
     def _make_directory(self) -> None:
         try:
@@ -252,7 +262,7 @@ class Checkpoints:
             steps = [int(path.name) for path in self._directory.glob('*') if path.name.isdigit()]
             raise UsageError(
                 f'{self._directory}: a checkpoint cannot be written: '
-                + ('no space left on the device' if full else _first_line(error))
+                + ('no space left on the device' if full else first_line(error))
                 + (f'; the last whole one is step {max(steps)}' if steps else '')
             ) from error
 
@@ -263,7 +273,7 @@ class Checkpoints:
                     step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
                 )['record']
         except Exception as error:
-            raise DamagedCheckpointError(_first_line(error)) from error
+            raise DamagedCheckpointError(first_line(error)) from error
 
     def _set_aside(self, step: int) -> pathlib.Path:
         aside = self._directory / f'damaged-{step}'
@@ -291,10 +301,6 @@ def _this_process_alone() -> ocp.options.MultiprocessingOptions:
 
 def _checksums(arrays: PyTree) -> list[int]:
     return [zlib.crc32(np.ascontiguousarray(x).data) for x in jax.tree.leaves(arrays)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @contextlib.contextmanager

@@ -13,8 +13,10 @@ unit the groups of 128 were made for.
 TABLE: dict[str, dict[tuple[int, ...], tuple[str, str, str]]] = {
     'cpu': {
         (1, 1, 1, 1536, 768, 288): ('pointwise', 'pointwise', 'pointwise'),
+        (3, 1, 1, 128, 128, 4608): ('canonical', 'canonical', 'canonical'),
         (3, 1, 2, 128, 128, 1152): ('split', 'split', 'split'),
         (3, 1, 10, 8, 8, 6272): ('split', 'batched', 'split'),
         (3, 1, 43, 8, 8, 288): ('plain', 'batched', 'batched'),
+        (3, 2, 1, 64, 128, 4608): ('canonical', 'canonical', 'canonical'),
     },
 }

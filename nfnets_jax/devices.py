@@ -1,16 +1,17 @@
-"""What accelerators can do at best, as their makers publish it: for MFU and for planning.
+"""What accelerators can do at best, for MFU and for planning.
 
 `DEVICES` is the one table of hardware figures. Peak operations are dense bfloat16 ones (float16 on
-a V100, which has no bfloat16). Sources, read in November 2026:
+a V100, which has no bfloat16). Where the figures come from:
 
-  TPUs    cloud.google.com/tpu/docs/v3, v4, v5e, v5p and v6e. What a chip sends over its links is
-          the published all-reduce bandwidth of a pod divided by its chips; v5p: 4,800 Gbit/s.
-  GPUs    NVIDIA's data sheets of V100, A100, H100, and H200, halved where they count sparsity.
-          Links are NVLink, or PCIe without it, in one direction; the network is one card for each
-          GPU of 100, 200 or 400 Gbit/s (V100, A100, Hopper).
-  prices  US dollars a chip-hour in the cheapest US region. On demand from Google: TPU v3 to v5p and
-          V100 as in the SkyPilot catalogue, v6e as announced in 2024. A100, H100, H200: EC2
-          Capacity Blocks of January 2025. Prices change; commands that use them take --price.
+  TPUs    docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p and v6e. What a chip sends over its links
+          is the published all-reduce bandwidth of a pod divided by its chips; v5p: 4,800 Gbit/s.
+          Another version of the page on v6e says 1,600 GB/s of memory.
+  GPUs    V100 and the SXM forms of A100, H100 and H200 as pages of others repeat them from NVIDIA's
+          data sheets. What is said of PCIe and NVL cards, and of the V100's links, is from memory
+          and UNVERIFIED. Links are in one direction.
+  network ASSUMED: one card for each GPU, of 100, 200 or 400 Gbit/s (V100, A100, Hopper).
+  prices  US dollars a chip-hour of EC2 Capacity Blocks at the end of 2024 (A100, H100, H200). The
+          others could not be verified and are left out. Commands that use prices take --price.
 """
 
 import dataclasses
@@ -60,12 +61,12 @@ def _device(name, kinds, tflops, memory_gb, memory_gbps, link_gbps, linked, netw
 # TFLOP/s, GB, GB/s, GB/s over links, linked, GB/s over the network, price. The first that fits is
 # taken: a longer kind stands before its own beginning.
 DEVICES = (
-    _device('v3', ('TPU v3',), 61.5, 17.2, 450, 166, 2048, None, 1.00),
-    _device('v4', ('TPU v4',), 275, 34.4, 1200, 268, 4096, None, 3.22),
-    _device('v5e', ('TPU v5 lite', 'TPU v5e'), 197, 16, 819, 200, 256, None, 1.20),
-    _device('v5p', ('TPU v5p', 'TPU v5'), 459, 95, 2765, 600, 8960, None, 4.20),
-    _device('v6e', ('TPU v6 lite', 'TPU v6e'), 918, 32, 1638, 400, 256, None, 2.70),
-    _device('V100', ('Tesla V100-SXM',), 125, 16, 900, 150, 8, 12.5, 2.48),
+    _device('v3', ('TPU v3',), 61.5, 17.2, 450, 166, 2048, None, None),
+    _device('v4', ('TPU v4',), 275, 34.4, 1200, 268, 4096, None, None),
+    _device('v5e', ('TPU v5 lite', 'TPU v5e'), 197, 16, 819, 200, 256, None, None),
+    _device('v5p', ('TPU v5p', 'TPU v5'), 459, 95, 2765, 600, 8960, None, None),
+    _device('v6e', ('TPU v6 lite', 'TPU v6e'), 918, 32, 1638, 400, 256, None, None),
+    _device('V100', ('Tesla V100-SXM',), 125, 16, 900, 150, 8, 12.5, None),
     _device('A100', ('NVIDIA A100-SXM4-40GB',), 312, 40, 1555, 300, 8, 25, 1.84),
     _device('A100 80GB', ('NVIDIA A100-SXM4-80GB',), 312, 80, 2039, 300, 8, 25, None),
     _device('A100 PCIe', ('NVIDIA A100',), 312, 40, 1555, 32, 8, 25, None),

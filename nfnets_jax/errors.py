@@ -1,4 +1,4 @@
-"""The one exception that means: the user asked for something that cannot be."""
+"""The one exception that means: the user asked for something that cannot be; and its words."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,6 +11,11 @@ class UsageError(ValueError):
     The command-line programs print it and exit with status 2; every other exception is
     a bug of ours and keeps its stack trace.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the beginning of what an exception of another library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def nearest(name: object, known: Iterable[object]) -> str:

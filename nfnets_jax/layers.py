@@ -160,7 +160,8 @@ class ScaledWSConv2D(hk.Module):
     """A convolution with scaled weight standardisation: parameters `w`, `gain` and `bias`.
 
     The weight is standardised in float32 and then cast to the dtype of the input: variances of
-    thousands of bfloat16 numbers are not worth having. See `standardize`.
+    thousands of bfloat16 numbers are not worth having. See `standardize`; without it the weight is
+    `w` times `gain`, of the same variance at initialisation, but in expectation only.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class ScaledWSConv2D(hk.Module):
         *,
         groups: int = 1,
         padding: convolution.Padding = 'SAME',
+        standardize: bool = True,
         name: str | None = None,
     ):
         super().__init__(name=name)
@@ -179,6 +181,7 @@ class ScaledWSConv2D(hk.Module):
         self.stride = stride
         self.groups = groups
         self.padding = padding
+        self.standardize = standardize
 
     def __call__(self, x: Array) -> Array:
         """[N, H, W, in] -> [N, ceil(H / stride), ceil(W / stride), out] in the dtype of x."""
@@ -192,7 +195,7 @@ class ScaledWSConv2D(hk.Module):
         w = hk.get_parameter('w', shape, jnp.float32, init=w_init)
         gain = hk.get_parameter('gain', shape[-1:], jnp.float32, init=jnp.ones)
         bias = hk.get_parameter('bias', shape[-1:], jnp.float32, init=jnp.zeros)
-        w = standardize(w, gain).astype(x.dtype)
+        w = (standardize(w, gain) if self.standardize else w * gain).astype(x.dtype)
         out = convolution.conv2d(x, w, self.stride, groups=self.groups, padding=self.padding)
         return out + bias.astype(x.dtype)
 

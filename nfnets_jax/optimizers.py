@@ -116,7 +116,7 @@ def create(
     Raises:
         UsageError: naming the field that is wrong.
     """
-    _check(config, key)
+    check(config, key)
     groups = assign_groups(config['groups'], params, key=f'{key}.groups')
     trained = [group for group in groups.values() if not group.freeze]
     if not trained:
@@ -319,8 +319,8 @@ def _parse_rule(rule: Mapping, key: str) -> Group:
     return group
 
 
-def _check(config: Mapping, key: str) -> None:
-    """Raises UsageError at the first field that is unknown, missing or has an impossible value."""
+def check(config: Mapping, key: str = 'optimizer') -> None:
+    """Raises a UsageError at the first field that is unknown, missing or out of range."""
     _check_fields(config, default_config(), key)
     _check_choice(config['name'], f'{key}.name', ('sgd', 'adam', 'adamw'))
     _check_choice(

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from nfnets_jax import files, safe_pickle
-from nfnets_jax.errors import UsageError
+from nfnets_jax.errors import UsageError, first_line
 
 
 class Contents(NamedTuple):
@@ -69,7 +69,7 @@ def _read_safetensors(path: pathlib.Path) -> Contents:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return Contents(arrays, file.metadata() or {})
     except (safetensors.SafetensorError, TypeError, ValueError) as error:
-        raise safe_pickle.RefusedError(f'damaged .safetensors ({_first_line(error)})') from error
+        raise safe_pickle.RefusedError(f'damaged .safetensors ({first_line(error)})') from error
 
 
 def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
@@ -86,7 +86,7 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
     except safe_pickle.RefusedError:
         raise
     except Exception as error:  # Damaged archives raise nearly anything.
-        reason = _first_line(error)
+        reason = first_line(error)
         if 'allow_pickle' in reason:
             reason = 'it holds pickled objects, which are not run'
         raise safe_pickle.RefusedError(f'damaged archive ({reason})') from error
@@ -127,7 +127,3 @@ def _flatten(tree: Any, prefix: str = '') -> dict[str, np.ndarray]:
                 f'{prefix}{key} is a {type(value).__name__}, not an array'
             )
     return flat
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -194,13 +194,14 @@ def test_reading_beside_a_running_job_changes_nothing(directory):
     assert sorted(directory.rglob('*')) == before
 
 
-def test_a_disk_that_fills_up_leaves_the_last_good_one(directory, capfd):
+@pytest.mark.parametrize('end', [Checkpoints.wait, Checkpoints.close])
+def test_a_disk_that_fills_up_leaves_the_last_good_one(directory, capfd, end):
     save_all(directory, {1: None})
     checkpoints = Checkpoints(directory)
     with files_no_larger_than(1000):
         checkpoints.save(2, make_state(2))
         with pytest.raises(UsageError, match='a checkpoint cannot be written: .*') as error:
-            checkpoints.wait()
+            end(checkpoints)
     assert str(error.value).endswith('; the last whole one is step 1')
     checkpoints.close()
     assert capfd.readouterr().err == '', 'no stack traces by others'

@@ -1,6 +1,7 @@
 """The forms of a convolution agree, and each platform gets its own."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ CASES = {
     'dense': (3, 5, 7, ConvShape(1, 1, 'SAME')),
     'stem': (3, 3, 7, ConvShape(2, 1, 'SAME')),
     'large stem, stride 3': (7, 3, 7, ConvShape(3, 1, 'SYMMETRIC')),
+    'pixels left over': (3, 3, 7, ConvShape(2, 1, 'VALID')),  # The last column is never read.
 }
 # A table that takes another form for each pass.
 TABLE = {
@@ -98,6 +100,32 @@ def test_bfloat16_is_rounded_once():
         assert out.dtype == jnp.bfloat16
         difference = np.abs(out.astype(jnp.float32) - exact)
         assert np.all(difference <= 2.0**-8 * np.abs(exact) + 1e-4), name
+
+
+def test_bfloat16_gradients_are_rounded_once():
+    shape, x, w = example(CASES['dense'], dtype=jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(form, x, w):
+        return jax.grad(lambda x, w: jnp.sum(form(shape, x, w) * 0.5), (0, 1))(x, w)
+
+    exact = gradients(convolution.plain, x.astype(jnp.float32), w.astype(jnp.float32))
+    for got, want in zip(gradients(convolution.canonical, x, w), exact, strict=True):
+        assert got.dtype == jnp.bfloat16
+        difference = np.abs(got.astype(jnp.float32) - want)
+        assert np.all(difference <= 2.0**-8 * np.abs(want) + 1e-4)
+
+
+def test_gradients_in_loops_have_the_axes_that_are_fast_on_the_cpu():
+    """XLA brings the axes of others into this order, but not in the body of a loop."""
+    shape, x, w = example((3, 5, 5, ConvShape(1, 1, 'SAME')))
+
+    def layers(x, ws):
+        return jnp.sum(jax.lax.scan(lambda x, w: (conv2d(shape, x, w), None), x, ws)[0])
+
+    gradients = jax.jit(jax.grad(layers, (0, 1))).lower(x, jnp.stack([w, w])).as_text()
+    axes = re.findall(r'dim_numbers = (\[.*?\])x(\[.*?\])->(\[.*?\])', gradients)
+    assert axes == [('[b, 0, 1, f]', '[0, 1, i, o]', '[b, 0, 1, f]')] * 3  # forward, of x, of w
 
 
 def test_the_nearest_entry_is_taken():

@@ -56,10 +56,16 @@ def test_there_are_sixteen_and_each_is_the_published_multiple_of_the_plain_funct
     assert len(layers.nonlinearities) == 16
     assert layers.nonlinearities.keys() == layers.activations.keys() == layers.gains.keys()
     x = normal(4, 6)
-    for name, function in layers.nonlinearities.items():
-        plain = layers.activations[name](x)
-        np.testing.assert_allclose(function(x), layers.gains[name] * plain, rtol=1e-6)
-        assert function(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+    def apply_all(functions, x):
+        return {name: function(x) for name, function in functions.items()}
+
+    scaled = jax.jit(lambda x: apply_all(layers.nonlinearities, x))(x)
+    plain = jax.jit(lambda x: apply_all(layers.activations, x))(x)
+    for name, gain in layers.gains.items():
+        np.testing.assert_allclose(scaled[name], gain * plain[name], rtol=1e-6, err_msg=name)
+    low = jax.eval_shape(lambda x: apply_all(layers.nonlinearities, x), x.astype(jnp.bfloat16))
+    assert {out.dtype for out in low.values()} == {jnp.dtype('bfloat16')}
 
 
 def test_gelu_is_the_tanh_form():
@@ -117,12 +123,25 @@ def test_ws_conv_parameters(groups):
 
 def test_ws_conv_gain_and_bias_scale_and_shift_its_output():
     network = hk.without_apply_rng(hk.transform(lambda x: layers.ScaledWSConv2D(4, 3)(x)))
-    x = normal(2, 5, 5, 3)
-    (params,) = network.init(jax.random.key(0), x).values()
-    before = network.apply({'scaled_ws_conv2_d': params}, x)
-    params = params | {'gain': jnp.full(4, 3.0), 'bias': jnp.arange(4.0)}
-    after = network.apply({'scaled_ws_conv2_d': params}, x)
-    np.testing.assert_allclose(after, 3 * before + jnp.arange(4.0), rtol=1e-5, atol=1e-5)
+    x, bias = normal(2, 5, 5, 3), np.arange(4, dtype=np.float32)
+
+    @jax.jit
+    def apply(gain, bias):
+        params = {'w': normal(3, 3, 3, 4), 'gain': gain, 'bias': bias}
+        return network.apply({'scaled_ws_conv2_d': params}, x)
+
+    before, after = apply(np.ones_like(bias), 0 * bias), apply(np.full_like(bias, 3), bias)
+    np.testing.assert_allclose(after, 3 * before + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_ws_conv_without_standardisation_is_a_convolution_with_a_gain():
+    w, x, gain = normal(1, 1, 6, 4), normal(2, 3, 3, 6), np.arange(1.0, 5.0, dtype=np.float32)
+    network = hk.without_apply_rng(
+        hk.transform(lambda x: layers.ScaledWSConv2D(4, 1, standardize=False)(x))
+    )
+    params = {'scaled_ws_conv2_d': {'w': w, 'gain': gain, 'bias': np.zeros_like(gain)}}
+    expected = np.asarray(x) @ np.asarray(w)[0, 0] * gain
+    np.testing.assert_allclose(network.apply(params, x), expected, rtol=1e-5, atol=1e-5)
 
 
 MODULES = {
@@ -133,10 +152,12 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize('module', MODULES.values(), ids=MODULES)
-def test_bfloat16_computes_in_bfloat16_with_float32_parameters(module):
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
     x = normal(2, 9, 9, 8)
-    network = hk.without_apply_rng(hk.transform(lambda x: module()(x)))
+    # In one program, which is compiled once.
+    network = hk.without_apply_rng(
+        hk.transform(lambda x: {name: module()(x) for name, module in MODULES.items()})
+    )
     params = jax.jit(network.init)(jax.random.key(0), x.astype(jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
 
@@ -144,9 +165,10 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters(module):
     def both(params, x):
         return network.apply(params, x.astype(jnp.bfloat16)), network.apply(params, x)
 
-    out, expected = both(params, x)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.05)
+    results, expected = both(params, x)
+    for name, out in results.items():
+        assert out.dtype == jnp.bfloat16
+        np.testing.assert_allclose(out.astype(jnp.float32), expected[name], atol=0.05, err_msg=name)
 
 
 def test_weights_are_standardised_in_float32_under_bfloat16():
@@ -161,19 +183,22 @@ def test_weights_are_standardised_in_float32_under_bfloat16():
 
 def test_conv_and_linear_equal_haikus():
     x = normal(2, 7, 7, 4)
-    pairs = [
-        (lambda: layers.Conv2D(5, 3, 2, name='m'), lambda: hk.Conv2D(5, 3, 2, name='m')),
-        (
-            lambda: layers.Conv2D(5, 3, padding='VALID', with_bias=False, name='m'),
-            lambda: hk.Conv2D(5, 3, padding='VALID', with_bias=False, name='m'),
-        ),
-        (lambda: layers.Linear(5, name='m'), lambda: hk.Linear(5, name='m')),
-    ]
-    for ours, haikus in pairs:
-        params, _, result, _ = init_and_apply(ours, x)
-        haiku_params, _, expected, _ = init_and_apply(haikus, x)
-        jax.tree.map(np.testing.assert_array_equal, params, haiku_params)
-        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+
+    def all_of(library):
+        def call(x):
+            return [
+                library.Conv2D(5, 3, 2, name='strided')(x),
+                library.Conv2D(5, 3, padding='VALID', with_bias=False, name='valid')(x),
+                library.Linear(5, name='linear')(x),
+            ]
+
+        return init_and_apply(lambda: call, x)
+
+    params, _, results, _ = all_of(layers)
+    haiku_params, _, expected, _ = all_of(hk)
+    jax.tree.map(np.testing.assert_array_equal, params, haiku_params)
+    for a, b in zip(results, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_initializer_reads_numbers():

@@ -37,6 +37,10 @@ def get_config(size: str = 'digits'):
         arm('plain', 'ResNet without norm', {'model': no_norm(study)}),
         arm('skipinit', 'SkipInit-ResNet, its gains at 1', skipinit),
         arm('nf', 'NF-ResNet', alpha=(0.1, 0.2, 0.5, 1.0)),
+        # What each part of it is for: one taken out at a time.
+        arm('nf_no_ws', 'NF-ResNet, weights not standardised', _without('standardize')),
+        arm('nf_no_gamma', 'NF-ResNet, activations without gamma', _without('activation_gain')),
+        arm('nf_no_beta', 'NF-ResNet, beta fixed to 1', _without('downscale')),
     )
     study.claims = (
         claim(
@@ -54,9 +58,23 @@ def get_config(size: str = 'digits'):
         claim(
             'Without weight standardisation the means of the channels run away.',
             'NF-ResNets paper',
-            better={'arm': 'skipinit'},
+            better={'arm': 'nf_no_ws'},
             worse={'arm': 'nf', 'alpha': 0.2},
             metric='signal/avg_sq_mean',
+        ),
+        claim(
+            'Without gamma the branches lose variance.',
+            'NF-ResNets paper',
+            better={'arm': 'nf', 'alpha': 0.2},
+            worse={'arm': 'nf_no_gamma'},
+            metric='signal/res_avg_var',
+        ),
+        claim(
+            'With beta fixed to 1 the branches grow with their input.',
+            'NF-ResNets paper',
+            better={'arm': 'nf_no_beta'},
+            worse={'arm': 'nf', 'alpha': 0.2},
+            metric='signal/res_avg_var',
         ),
     )
     block = {'x': 'step', 'x_label': 'block'}
@@ -76,3 +94,7 @@ def get_config(size: str = 'digits'):
         chart('table', 'Largest variance over the least', x='alpha', y='signal/avg_var_range'),
     )
     return study
+
+
+def _without(part: str) -> dict:
+    return {'model': {part: False}}

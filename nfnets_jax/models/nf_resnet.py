@@ -22,6 +22,10 @@ class NFResNet(hk.Module):
       num_classes: size of the logits.
       variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
       alpha: weight of the residual branch.
+      standardize: scaled weight standardisation. This and the next two take one part each out of
+        what preserves the variance, for ablations; parameters and initial values stay the same.
+      activation_gain: multiply activations by their gain gamma, so that they preserve variance.
+      downscale: multiply what a branch receives by beta; False fixes beta to 1.
       use_se: squeeze-and-excitation at the end of the branch.
       se_ratio: its hidden width over its width.
       activation: name in layers.nonlinearities.
@@ -44,6 +48,9 @@ class NFResNet(hk.Module):
         variant: str = '50',
         *,
         alpha: float = 0.2,
+        standardize: bool = True,
+        activation_gain: bool = True,
+        downscale: bool = True,
         use_se: bool = False,
         se_ratio: float = 0.25,
         activation: str = 'relu',
@@ -65,9 +72,11 @@ class NFResNet(hk.Module):
             conventions=conventions,
         )
         self.padding: Padding = 'SYMMETRIC' if conventions == 'timm' else 'SAME'
-        conv = functools.partial(layers.ScaledWSConv2D, padding=self.padding)
+        conv = functools.partial(
+            layers.ScaledWSConv2D, padding=self.padding, standardize=standardize
+        )
         self.remat, self.scan = remat, scan
-        self.activation = layers.get_activation(activation, scaled=True)
+        self.activation = layers.get_activation(activation, scaled=activation_gain)
         self.initial_conv = conv(*resnet_parts.stem_shape(row), name='initial_conv')
         self.blocks = [
             NFResBlock(
@@ -80,7 +89,8 @@ class NFResNet(hk.Module):
                 se_ratio=se_ratio if use_se else None,
                 skipinit_gain=skipinit_gain,
             )
-            for plan in resnet_parts.plan_resnet(row, alpha)
+            # Branches that add no variance leave nothing to scale by.
+            for plan in resnet_parts.plan_resnet(row, alpha if downscale else 0.0)
         ]
         self.fc = layers.Linear(num_classes, layers.initializer(fc_init, 'stddev'))
 

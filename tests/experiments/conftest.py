@@ -54,7 +54,7 @@ def command(tmp_path_factory):
     file = tmp_path_factory.mktemp('config') / 'tiny.py'
     file.write_text(CONFIG_FILE)
 
-    def start(name, *arguments, devices=4, **options):
+    def start(name, *arguments, devices=4, xla_flags='', **options):
         if name == 'train':
             arguments = (f'--config={file}', *arguments)
         return subprocess.Popen(
@@ -67,7 +67,7 @@ def command(tmp_path_factory):
                 **os.environ,
                 'PYTHONPATH': str(ROOT),
                 'XLA_FLAGS': re.sub(
-                    r'(device_count)=\d+', rf'\1={devices}', os.environ['XLA_FLAGS']
+                    r'(device_count)=\d+', rf'\1={devices} {xla_flags}', os.environ['XLA_FLAGS']
                 ),
             },
             **options,

@@ -112,7 +112,7 @@ def test_options_that_the_file_does_not_name_can_be_set_one_by_one(directory):
         (['--config', 'absent.py'], 'there is no file absent.py'),
         (['--config=good.py', '-config.m=1'], 'unknown key config.m'),
         (['--config=good.py', '--noconfig.inner.flags'], 'unknown key config.inner.flags'),
-        ([], 'flag --config=None'),
+        ([], '--config is missing'),
         (['--config=absent.py'], 'there is no file absent.py'),
         (['--config=syntax.py'], 'syntax.py:1: SyntaxError'),
         (['--config=empty.py'], 'defines no function get_config()'),

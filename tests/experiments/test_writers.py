@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from experiments import writers
 from nfnets_jax.errors import UsageError
+from tests.test_files import files_no_larger_than
 
 
 def _config(**wandb):
@@ -221,6 +222,14 @@ def test_a_file_that_has_vanished_is_told(tmp_path):
     (tmp_path / 'metrics.jsonl').unlink()
     with pytest.raises(UsageError, match=r'metrics of step 1 cannot be written: .* has vanished'):
         writer.write(1, {'x': 1.0})
+
+
+def test_on_a_full_disk_the_closing_says_no_more_than_the_writing(tmp_path):
+    writer = writers.open_writer(tmp_path, config=_config())
+    with files_no_larger_than(10):
+        with pytest.raises(UsageError, match='the metrics of step 1 cannot be written'):
+            writer.write(1, {'x': 1.0})
+        writer.close()
 
 
 def test_a_clock_that_is_set_back_does_not_reorder_the_record(tmp_path, monkeypatch):

@@ -75,7 +75,13 @@ def test_activations_by_hand():
     assert bytes_of('all') > 2 * bytes_of('convolutions')
 
 
-@pytest.mark.parametrize('saved', ['all', 'convolutions', 'blocks'])
+@pytest.mark.parametrize(
+    'saved',
+    [
+        'convolutions',
+        *(pytest.param(saved, marks=pytest.mark.slow) for saved in ('all', 'blocks')),
+    ],
+)
 def test_activations_grow_with_the_picture_and_a_scan_keeps_as_many(saved):
     options = {'widths': (16, 32), 'depths': (1, 3), 'group_size': 8}
 

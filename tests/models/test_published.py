@@ -8,6 +8,8 @@ stochastic depth are off.
 import json
 import pathlib
 import zlib
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import haiku as hk
 import jax
@@ -18,9 +20,11 @@ import pytest
 
 from nfnets_jax import models, optimizers, schedules
 
+LABELS = np.array([1, 2])
 GOLDEN = pathlib.Path(__file__).parent.parent / 'golden'
-# The others differ from these by what tests/models/test_zoo.py covers.
-QUICK = {'NFNet-F0', 'NF-ResNet-50', 'ResNet-50'}
+# The others differ from these by what tests/models/test_zoo.py covers; gradients take most of the
+# time to compile.
+QUICK, QUICK_FORWARD = {'NF-ResNet-50'}, ('NFNet-F0', 'ResNet-50')
 
 
 def build(golden_name, num_classes=1000, **overrides):
@@ -57,6 +61,24 @@ def reference_weights(params):
     }
 
 
+class Golden(NamedTuple):
+    values: Mapping[str, np.ndarray]
+    network: hk.TransformedWithState
+    params: dict
+    state: dict
+    images: np.ndarray
+
+
+def golden_case(name):
+    golden = np.load(GOLDEN / f'{name}.npz')
+    size = int(golden['image_size'])
+    images = np.random.RandomState(0).standard_normal((2, size, size, 3)).astype(np.float32)
+    network = build(name, drop_rate=0.0, stochdepth_rate=0.0)
+    params, state = abstract_params(network, size)
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+    return Golden(golden, network, reference_weights(params), state, images)
+
+
 def norms(tree):
     """Per-leaf norms in float64, {'module:name': norm}."""
     return {
@@ -89,19 +111,11 @@ def test_names_and_shapes(path):
     ],
 )
 def test_outputs_loss_and_gradients(name):
-    golden = np.load(GOLDEN / f'{name}.npz')
-    size = int(golden['image_size'])
-    images = np.random.RandomState(0).standard_normal((2, size, size, 3)).astype(np.float32)
-    labels = jnp.array([1, 2])
-    rates = {'drop_rate': 0.0, 'stochdepth_rate': 0.0}
-    network = build(name, **rates)
-    params, state = abstract_params(network, size)
-    params = reference_weights(params)
-    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+    golden, network, params, state, images = golden_case(name)
 
     def loss_fn(params):
         logits = network.apply(params, state, None, images, True)[0]['logits']
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
         # In one program: what evaluation has in common with training is not compiled twice.
         evaluated = network.apply(params, state, None, images, False)[0]
         return losses.mean(), (logits, evaluated)
@@ -117,6 +131,19 @@ def test_outputs_loss_and_gradients(name):
     if 'logits_eval' in golden:  # Not for batch normalisation, which has no statistics yet.
         assert_close(evaluated['logits'], golden['logits_eval'])
         assert_close(evaluated['pool'], golden['pool_eval'])
+
+
+@pytest.mark.parametrize('name', QUICK_FORWARD)
+def test_outputs_and_loss(name):
+    golden, network, params, state, images = golden_case(name)
+    out, _ = jax.jit(lambda params: network.apply(params, state, None, images, True))(params)
+    assert_close(out['logits'], golden['logits_train'])
+    loss = optax.softmax_cross_entropy_with_integer_labels(out['logits'], LABELS).mean()
+    assert_close(loss, golden['loss'])
+    if (
+        'pool_eval' in golden
+    ):  # Without normalisation, nothing being random, training pools the same.
+        assert_close(out['pool'], golden['pool_eval'])
 
 
 @pytest.mark.slow
