@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from nfnets_jax import parallel
-from nfnets_jax.errors import UsageError
+from nfnets_jax.errors import UsageError, first_line
 
 MISTAKE, PEER_LOST = 2, 3  # exit statuses
 _GRACE = 5.0  # seconds that a failing process is given to hear of it, and the others to end
@@ -51,10 +51,11 @@ def joined(peers: Peers) -> Iterator[None]:
     Raises:
       UsageError: the flags do not fit together.
     """
-    if not _start(peers):
+    with _bounded(peers):
+        lifeline = _tie(peers) if _start(peers) else None
+    if not lifeline:
         yield
         return
-    lifeline = _tie(peers)
     try:
         yield
     except UsageError as error:
@@ -91,7 +92,7 @@ def _start(peers: Peers) -> bool:
         _check(peers)
     # Its handler would swallow SIGTERM; how a run is stopped is said in `train`.
     jax.config.update('jax_enable_preemption_service', False)
-    with _bounded(peers), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of clusters that are looked for and not there
         try:
             jax.distributed.initialize(
@@ -106,11 +107,11 @@ def _start(peers: Peers) -> bool:
         except ValueError as error:
             if not explicit and 'coordinator_address' in str(error):
                 return False  # No cluster was recognised.
-            raise UsageError(f'the processes cannot be joined: {_first_line(error)}') from error
+            raise UsageError(f'the processes cannot be joined: {first_line(error)}') from error
         except Exception as error:  # Of JAX, gRPC or the client of Kubernetes.
             hint = '' if explicit else '; to train with this process alone give --num_processes=1'
             raise UsageError(
-                f'the processes cannot be joined: {_first_line(error)}{hint}'
+                f'the processes cannot be joined: {first_line(error)}{hint}'
             ) from error
         _keep_stdout()
         jax.devices()  # Waits for the others as well.
@@ -176,7 +177,18 @@ def _keep_stdout() -> None:
 
 
 def _tie(peers: Peers) -> 'Lifeline':
-    """Connects every process with process 0."""
+    """Connects every process with process 0; ends this one if another dies meanwhile."""
+    try:
+        return Lifeline(_connections(peers), peers.peer_timeout)
+    except Exception as error:  # Of a collective operation that one has left.
+        _end(
+            PEER_LOST,
+            f'stopped: a process has died while all met ({first_line(error)}); start all again',
+        )
+
+
+def _connections(peers: Peers) -> dict[int, '_Connection']:
+    """Returns what `Lifeline` takes; nothing, in all processes, if one cannot reach process 0."""
     listener = socket.create_server(('', 0)) if parallel.is_primary() else None
     port = listener.getsockname()[1] if listener else None
     hosts, port, token = parallel.broadcast_json([_hosts(peers), port, secrets.token_hex(16)])
@@ -194,8 +206,8 @@ def _tie(peers: Peers) -> 'Lifeline':
                 f'{" or ".join(hosts)}: JAX alone notices, and later, should one of them die',
                 file=sys.stderr,
             )
-        connections = {}
-    return Lifeline(connections, peers.peer_timeout)
+        return {}
+    return connections
 
 
 def _hosts(peers: Peers) -> list[str]:
@@ -217,10 +229,11 @@ def _accept(listener: socket.socket, token: str) -> dict[int, '_Connection']:
     deadline = time.monotonic() + _CONNECT_SECONDS
     while len(connections) < jax.process_count() - 1 and time.monotonic() < deadline:
         listener.settimeout(max(deadline - time.monotonic(), 0.1))
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        # Whoever else may have found the port can say anything.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             connection = _Connection(listener.accept()[0])
             greeting = connection.read_greeting()
-            if secrets.compare_digest(greeting['token'], token):
+            if secrets.compare_digest(str(greeting['token']).encode(), token.encode()):
                 connection.host = greeting['host']
                 connections[int(greeting['process'])] = connection
     return connections
@@ -316,6 +329,8 @@ class Lifeline:
             for connection in self._connections.values():
                 connection.send({})
             for index, connection in self._connections.items():
+                if index in self._ended:
+                    continue  # What has taken its leave may be silent.
                 if time.monotonic() - connection.heard > self._timeout:
                     self._end_all(
                         PEER_LOST, _lost(index, connection, f'is silent for {self._timeout:g} s')
@@ -381,7 +396,3 @@ def _end(status: int, line: str) -> NoReturn:
     _tell(line)
     sys.stdout.flush()
     os._exit(status)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
