@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/imagenet/nf_regnet.py:B0 --workdir=runs/B0
 
-arXiv 2101.08692, section 6: 1024 examples a step (learning rate 0.4) for 360 epochs, MixUp and
+arXiv 2101.08692 and its authors' code: 1024 examples a step (learning rate 0.4) for 360 epochs, MixUp and
 CutMix, stochastic depth 0.1 and the network's own dropout, weight decay 5e-5 for B0 and 1e-5 more
 with every level; no clipping. Our choice: label smoothing, the moving average of the parameters,
 and the strengths of MixUp and CutMix, which are the NFNets'.

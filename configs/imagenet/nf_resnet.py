@@ -3,9 +3,9 @@
     python -m experiments.train --config=configs/imagenet/nf_resnet.py:50 --workdir=runs/nf50
 
 The setting of the clipping study in arXiv 2102.06171: 90 epochs of 4096 examples a step, learning
-rate 1.6, adaptive gradient clipping at 0.01. Smaller batches want a larger threshold; the study
-goes from 0.01 to 0.16 for batches of 4096 to 256. Our choice: weight decay 5e-5, label smoothing,
-the moving average of the parameters, and crops and flips as the only augmentation.
+rate 1.6, adaptive gradient clipping at 0.01. Smaller batches want a larger threshold: the study
+tries 0.01 to 0.16 with each of 256 to 4096. Our choice: weight decay 5e-5, label smoothing, the
+moving average of the parameters, and crops and flips as the only augmentation.
 
     network             50   101   152   200    288    600
     GFLOP / picture   24.5  46.8  69.1  90.0  129.4  265.6

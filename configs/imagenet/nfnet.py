@@ -10,12 +10,12 @@ magnitude, and a moving average of the parameters, which is what the accuracies 
     network           F0    F1    F2    F3    F4    F5    F6    F7
     top-1, %        83.6  84.7  85.1  85.7  85.9  86.0  86.5     -
     top-5, %        96.8  97.1  97.3  97.5  97.6  97.6  97.9     -
-    TPU v4 hours      56   139   264   542   967  1353  1823  2383
+    TPU v4 hours      73   171   311   603  1043  1444  1928  2503
 
 Accuracies are the paper's, at the test size; F6's is with SAM (configs/imagenet/sam.py), and those
-of F7 and the wider F0+ to F7+ were not published. Hours are of one chip, COMPUTED from the
-operations at 35 % of its peak: docs/scaling.md tells how, with other hardware, all-reduce, memory
-and money. No run of this file has been made yet.
+of F7 and the wider F0+ to F7+ were not published. Hours are those of all 128 chips, COMPUTED, not
+measured: docs/scaling.md tells how, with other hardware, memory and money. No run of this file has
+been made yet.
 
 On few devices a step wants --config.accumulate=N or --config.model.remat=True to fit into memory.
 To try it anywhere: --config.smoke=true, three steps of a tiny likeness on made pictures.
