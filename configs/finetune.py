@@ -70,7 +70,7 @@ def get_config(arguments: str = ''):
         config.model.stochdepth_rate = 0.1 if is_nfnet else 0.0
     if pattern := given.get('freeze'):
         if pattern == 'body':
-            optimizer.groups = _head_only('linear_2' if name == 'SmallCNN' else 'linear')
+            optimizer.groups = head_only('linear_2' if name == 'SmallCNN' else 'linear')
         else:
             optimizer.groups = ({'match': pattern, 'freeze': True}, *PUBLISHED_GROUPS)
     config.eval.every = config.checkpoint.every = '10%'
@@ -78,7 +78,7 @@ def get_config(arguments: str = ''):
     return config
 
 
-def _head_only(head: str) -> tuple[dict, ...]:
+def head_only(head: str = 'linear') -> tuple[dict, ...]:
     """Of the published groups, what remains if only the classifier is trained."""
     return (
         {'match': rf'[^/]+/~/{head}/w', 'clip': False},

@@ -101,7 +101,12 @@ class Journal:
         except (ValueError, KeyError) as error:
             if isinstance(error, UsageError):
                 raise
-            raise UsageError(f'{file} cannot be read: {error}') from error
+            line = _damaged_line(file)
+            where = f'{file}, line {line}' if line else f'{file}'
+            raise UsageError(
+                f'{where} cannot be read: {error}; move the file away and give the same command, '
+                'which takes the runs in trials/ as they are'
+            ) from error
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -133,12 +138,12 @@ class Journal:
         with self.exclusive():
             there = self.records()
             attributes = self._study.user_attrs
-            _assert_same(attributes.get('base', base), base, 'base.', self.directory)
+            self._assert_same(attributes.get('base', base), base, 'config.base.')
             known = {record.id: record for record in there}
             new = []
             for trial, difference in zip(trials, differences, strict=True):
                 if record := known.get(trial.id):
-                    _assert_same(record.config_diff, difference, '', self.directory)
+                    self._assert_same(record.config_diff, difference, f'of {trial.id}, config.')
                     if not (retry and record.state == 'failed'):
                         continue
                 new.append((trial, difference))
@@ -164,6 +169,14 @@ class Journal:
                         },
                     )
                 )
+
+    def _assert_same(self, there: Mapping[str, Any], here: Mapping[str, Any], prefix: str) -> None:
+        free = workdir.FREE_TO_CHANGE
+        if differing := workdir.differences(there, here, prefix=prefix, free=free):
+            raise UsageError(
+                f'--workdir={self.directory} holds this study with another config: {differing[0]}; '
+                'choose another directory'
+            )
 
     def records(self) -> list[Record]:
         """Returns the trials in the order they were added; of one tried again, the last."""
@@ -308,19 +321,14 @@ class Journal:
             return 0
 
 
-def _assert_same(
-    there: Mapping[str, Any], here: Mapping[str, Any], prefix: str, directory: pathlib.Path
-) -> None:
-    differences = [
-        f'config.{prefix}{key} is {there.get(key)!r} there and {here.get(key)!r} here'
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and key.split('.')[0] not in workdir.FREE_TO_CHANGE
-    ]
-    if differences:
-        raise UsageError(
-            f'--workdir={directory} holds this study with another config: {differences[0]}; '
-            'choose another directory'
-        )
+def _damaged_line(file: pathlib.Path) -> int | None:
+    """Returns the number of the first line that Optuna has not written, from 1."""
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            json.loads(line)['op_code']
+        except (ValueError, KeyError, TypeError):
+            return number
+    return None
 
 
 def _drop_torn_line(file: pathlib.Path, lock: JournalFileOpenLock) -> None:

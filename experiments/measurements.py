@@ -4,6 +4,7 @@ Training is one of them. The others measure: they leave the same files as a trai
 (config.json, metrics.jsonl), so that whoever reads runs reads them too.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -17,21 +18,31 @@ from ml_collections import ConfigDict
 from experiments import task, workdir, writers
 from experiments.signal_propagation import measure
 from experiments.train import train
+from experiments.train_step import Programs
 from nfnets_jax import augment, parallel
 from nfnets_jax.checkpoints import Checkpoints
 
-# (config, directory, programs) -> metrics by name, or None if it was told to stop and will go on
+
+@dataclasses.dataclass
+class Compiled:
+    """What is compiled once for several trials, by what the programs depend on."""
+
+    training: dict[str, Programs] = dataclasses.field(default_factory=dict)
+    logits: dict[str, Callable] = dataclasses.field(default_factory=dict)
+
+
+# (config, directory, compiled) -> metrics by name, or None if it was told to stop and will go on
 # from where it was when called again.
-Measurement = Callable[[ConfigDict, str | os.PathLike, dict], dict[str, Any] | None]
+Measurement = Callable[[ConfigDict, str | os.PathLike, Compiled], dict[str, Any] | None]
 
 PROBES = 8  # pictures whose logits are looked at
 DRAWS = 4  # sets of neighbours for each
 _DISCREPANCY_PICTURES = 512
 
 
-def training(config: ConfigDict, directory, programs: dict) -> dict[str, Any] | None:
+def training(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any] | None:
     """Trains; returns the last line's training metrics, the final ones, speed and size."""
-    summary = train(config, directory, programs=programs, quiet=True)
+    summary = train(config, directory, programs=compiled.training, quiet=True)
     if 'final' not in summary:
         return None
     told = ('images_per_second', 'training_seconds', 'compile_seconds', 'parameters')
@@ -40,7 +51,7 @@ def training(config: ConfigDict, directory, programs: dict) -> dict[str, Any] | 
     return in_training | summary['final'] | {name: summary[name] for name in told}
 
 
-def signal_propagation(config: ConfigDict, directory, programs: dict) -> dict[str, Any]:
+def signal_propagation(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any]:
     """Measures the signal at initialisation, block by block (arXiv 2101.08692, section 3).
 
     Noise of `config.batch_size` examples goes through the network with freshly drawn weights and
@@ -50,7 +61,7 @@ def signal_propagation(config: ConfigDict, directory, programs: dict) -> dict[st
       For each metric of `layers.signal_metrics` the value at the last block, 'signal/avg_var', and
       the largest over the least, 'signal/avg_var_range': 1 if the signal stays as it is.
     """
-    del programs
+    del compiled
     options = config.model.to_dict()
     signal = measure(
         options.pop('name'),
@@ -80,7 +91,7 @@ def signal_propagation(config: ConfigDict, directory, programs: dict) -> dict[st
     }
 
 
-def batch_dependence(config: ConfigDict, directory, programs: dict) -> dict[str, Any]:
+def batch_dependence(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any]:
     """Measures how far what a trained network says of a picture depends on the batch it is in.
 
     The network is in training mode, as its loss sees it. Test pictures are put one by one into a
@@ -100,8 +111,8 @@ def batch_dependence(config: ConfigDict, directory, programs: dict) -> dict[str,
     state = _final_state(setting, directory)
     rng = np.random.default_rng(config.seed)
     # Of everything in a config these alone are in the program, besides the sizes of arrays.
-    key = f'logits of {config.model.to_json(sort_keys=True)} in {config.precision}'
-    program = programs.setdefault(key, _make_logits(setting))
+    key = f'{config.model.to_json(sort_keys=True)} in {config.precision}'
+    program = compiled.logits.setdefault(key, _make_logits(setting))
 
     def logits(images: np.ndarray, is_training: bool) -> np.ndarray:
         return np.asarray(program(state.params, state.state, images, is_training))

@@ -8,19 +8,18 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from experiments import measurements, workdir
 from experiments.config import default_config
+from experiments.study_format import Fields, parse_chart, parse_claim
 from experiments.train_step import program_key
 from nfnets_jax.errors import UsageError, nearest
 
-PRETRAINED = '{study}/pretrained'  # {study} is the study's directory
-
-CHARTS = ('curves', 'line', 'heatmap', 'bars', 'parallel', 'table')
+PRETRAINED = '{study}/pretrained'  # {study}, which `load_weights` knows, is the study's directory
 
 # Nodes whose fields depend on a name: with a new name come all of its own fields.
 _NAMED = ('model', 'data')
@@ -68,7 +67,7 @@ def default_study() -> ConfigDict:
             # {'text', 'source', 'compare': {'better': {axis: value}, 'worse': {axis: value},
             # 'margin', 'direction': 'greater' | 'less'}}: what was claimed before.
             'claims': (),
-            # {'kind': one of CHARTS, 'x': axis or 'step', 'y': metric, 'series': axis, 'log_x',
+            # {'kind': one of KINDS, 'x': axis or 'step', 'y': metric, 'series': axis, 'log_x',
             # 'title'} and if wanted 'where': {axis: value}, 'log_y', 'x_label'.
             'charts': (),
         }
@@ -83,9 +82,9 @@ def make_trials(study: ConfigDict) -> list[Trial]:
     """
     _check(study)
     trials: dict[str, list[Trial]] = {}
-    for arm in study.arms:
+    for i, arm in enumerate(study.arms):
         config = ConfigDict(study.base.to_dict())
-        _merge(config, arm.get('config', {}), f'arms: {arm["name"]}: ')
+        _merge(config, arm.get('config', {}), f'config.arms[{i}].config')
         grid = {**study.grid.to_dict(), **arm.get('grid', {})}
         axes = [axis for axis in study.axes if axis in grid]
         for values in itertools.product(*(grid[axis] for axis in axes)):
@@ -100,6 +99,40 @@ def difference(trial: Trial, study: ConfigDict) -> dict[str, Any]:
     base = workdir.flatten(workdir.as_json(study.base))
     here = workdir.flatten(workdir.as_json(trial.config))
     return {key: value for key, value in here.items() if key not in base or base[key] != value}
+
+
+def in_study(message: str, trial: Trial, study: ConfigDict) -> str:
+    """Returns a message about a trial's config, its keys named as they are in the study.
+
+    'config.data.path' becomes 'config.base.data.path', unless the arm or an axis sets it.
+    """
+    i = [arm['name'] for arm in study.arms].index(trial.axes['arm'])
+    changes, grid = study.arms[i].get('config', {}), study.arms[i].get('grid', {})
+    axes = {study.axes[axis]: axis for axis in trial.axes if axis != 'arm'}
+
+    def place(key: str) -> str:
+        if key in axes:
+            return f'arms[{i}].grid.{axes[key]}' if axes[key] in grid else f'grid.{axes[key]}'
+        return f'arms[{i}].config.{key}' if _has(changes, key) else f'base.{key}'
+
+    return rename_keys(message, place)
+
+
+def rename_keys(message: str, place: Callable[[str], str]) -> str:
+    """Returns a message about a run's config with each key of it replaced by `place(key)`."""
+    known = '|'.join(default_config())
+    return re.sub(
+        rf'\bconfig\.((?:{known})\b(?:\.\w+)*)', lambda match: f'config.{place(match[1])}', message
+    )
+
+
+def _has(changes: Mapping, key: str) -> bool:
+    """Whether nested changes say what a dotted key is."""
+    node, _, rest = key.partition('.')
+    value = changes.get(node)
+    if not rest or not _is_node(value) or _is_whole(node, value):
+        return node in changes
+    return _has(value, rest)
 
 
 def axis_values(study: ConfigDict) -> dict[str, list]:
@@ -124,17 +157,25 @@ def _make_trial(study: ConfigDict, axes: Mapping[str, Any], config: ConfigDict) 
     return Trial('-'.join(names), dict(axes), config, program)
 
 
-def _merge(config: ConfigDict, changes: Mapping, prefix: str) -> None:
+def _merge(config: ConfigDict, changes: Mapping, place: str) -> None:
     """Puts nested changes into a config."""
     for key, value in changes.items():
-        if key not in config and not prefix.endswith(tuple(f'{node}.' for node in _NAMED)):
-            raise UsageError(f'config.{prefix}unknown key {key!r}{nearest(key, config)}')
-        replaced = key in _NAMED and 'name' in value
-        if isinstance(value, Mapping | ConfigDict) and key in config and not replaced:
-            _merge(config[key], value, f'{prefix}{key}.')
+        if key not in config and place.rpartition('.')[2] not in _NAMED:
+            raise UsageError(f'unknown key {place}.{key}{nearest(key, config)}')
+        if _is_node(value) and _is_node(config.get(key)) and not _is_whole(key, value):
+            _merge(config[key], value, f'{place}.{key}')
         else:
             with config.ignore_type():
                 config[key] = value.to_dict() if isinstance(value, ConfigDict) else value
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping | ConfigDict)
+
+
+def _is_whole(key: str, value: Mapping) -> bool:
+    """Whether a change of a node leaves nothing of what was there."""
+    return key in _NAMED and 'name' in value
 
 
 def _set(config: ConfigDict, key: str, value: Any, axis: str) -> None:
@@ -171,18 +212,15 @@ def _check(study: ConfigDict) -> None:
             if key not in _ARM:
                 raise UsageError(f'unknown key config.arms[{i}].{key}{nearest(key, _ARM)}')
         _check_name(arm.get('name', ''), f'arms[{i}].name')
+        if arm['name'] in [other['name'] for other in study.arms[:i]]:
+            raise UsageError(f'config.arms[{i}].name={arm["name"]!r}: another arm has this name')
         _check_grid(arm.get('grid', {}), f'arms[{i}].grid', study)
     _check_grid(study.grid, 'grid', study)
-    values = axis_values(study)
-    for i, claim in enumerate(study.claims):
-        for side in ('better', 'worse'):
-            _check_point(claim['compare'][side], values, f'claims[{i}].compare.{side}')
-    for i, chart in enumerate(study.charts):
-        if chart['kind'] not in CHARTS:
-            raise UsageError(
-                f'config.charts[{i}].kind={chart["kind"]!r}{nearest(chart["kind"], CHARTS)}'
-            )
-        _check_point(chart.get('where', {}), values, f'charts[{i}].where')
+    told = to_json(study)
+    for i, claim in enumerate(told['claims']):
+        parse_claim(Fields(claim, f'config.claims[{i}]'), told['axes'], study.metric)
+    for i, chart in enumerate(told['charts']):
+        parse_chart(Fields(chart, f'config.charts[{i}]'), told['axes'])
     for axis in study.tuned:
         if axis not in study.axes:
             raise UsageError(f'config.tuned: no axis {axis!r}{nearest(axis, study.axes)}')
@@ -198,14 +236,6 @@ def _check_grid(grid: Mapping, key: str, study: ConfigDict) -> None:
             _check_name(str(value), f'{key}.{axis}')
         if len(set(values)) < len(values):
             raise UsageError(f'config.{key}.{axis}={values!r}: a value twice')
-
-
-def _check_point(point: Mapping, values: Mapping[str, list], key: str) -> None:
-    for axis, value in point.items():
-        if axis not in values:
-            raise UsageError(f'config.{key}: no axis {axis!r}{nearest(axis, values)}')
-        if value not in values[axis]:
-            raise UsageError(f'config.{key}.{axis}={value!r}{nearest(value, values[axis])}')
 
 
 def _check_name(name: str, key: str) -> None:

@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import jax
@@ -35,14 +36,19 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments import cli, measurements, studies, task, workdir
+from experiments import cli, measurements, peers, studies, task, workdir
+from experiments import config as experiment
 from experiments.journal import Journal, Record
+from experiments.study_format import SUMMARY_FILE
 from experiments.train import DivergedError, train
-from nfnets_jax import files
-from nfnets_jax.errors import UsageError
+from nfnets_jax import files, optimizers
+from nfnets_jax.errors import UsageError, nearest
 
-SUMMARY_FILE = 'study.json'
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'optuna', 'numpy')
+
+
+class LostWorkersError(Exception):
+    """Processes that shared a study ended without having been told to."""
 
 
 def run_study(
@@ -65,12 +71,14 @@ def run_study(
       command: what the user typed, to be told in study.json.
 
     Raises:
-      UsageError: a mistake in the study or the directory; no trial has begun.
+      UsageError: a mistake in the study or the directory, found before a trial has begun; or no
+        trial gives the metric, after the first.
+      LostWorkersError: what they were at can be continued.
     """
+    if jobs > 1:  # Whoever comes first shall not take all of an accelerator's memory.
+        os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     trials = studies.make_trials(study)
-    _check_programs(trials)
-    if study.pretrain:
-        task.prepare(study.pretrain, training=False)
+    _check_configs(study, trials)
     journal = open_journal(study, directory)
     base = workdir.flatten(workdir.as_json(study.base))
     journal.add(trials, [studies.difference(t, study) for t in trials], base, retry=retry)
@@ -79,13 +87,23 @@ def run_study(
     write_summary(study, journal)
     course = _Course(journal, [trial.id for trial in trials], jobs)
     course.begin(study, len({trial.program for trial in trials}))
-    with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
-        if jobs == 1:
-            work(study, directory, max_trials, on_end=course.update)
-        else:
-            _share_out(study, directory, jobs, max_trials, course)
-    write_summary(study, journal)
-    course.close(directory)
+    lost: list[int] = []
+    try:
+        with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
+            if jobs == 1:
+                work(study, directory, max_trials, on_end=course.update)
+            else:
+                lost = _share_out(study, directory, jobs, max_trials, course)
+    finally:
+        course.close()
+        write_summary(study, journal)
+    course.conclude(directory)
+    if lost:
+        statuses = ', '.join(map(str, lost))
+        killed = ' (killed: out of memory?)' if min(lost) < 0 else ''
+        raise LostWorkersError(
+            f'{len(lost)} of {jobs} worker processes ended with status {statuses}{killed}'
+        )
 
 
 def open_journal(study: ConfigDict, directory: str | os.PathLike) -> Journal:
@@ -115,20 +133,18 @@ def work(
     if study.pretrain:
         with journal.exclusive():  # The others wait for it, too.
             _pretrain(study.pretrain, directory)
-    programs: dict[str, Any] = {}
+    compiled = measurements.Compiled()
     program, done = None, 0
     while max_trials is None or done < max_trials:
         record = journal.claim(trials, program)
         if record is None:
             return
         if record.program != program:
-            programs.clear()  # What was compiled for the trials before takes memory.
+            compiled = measurements.Compiled()  # What the trials before needed takes memory.
             program = record.program
         begun = time.perf_counter()
-        trial = trials[record.id]
-        trial.config.init.weights = trial.config.init.weights.format(study=directory)
         try:
-            outcome = _do(study, trial, journal.trial_directory(record.id), programs)
+            outcome = _do(study, trials[record.id], journal.trial_directory(record.id), compiled)
         except BaseException:
             journal.leave(record)
             raise
@@ -149,34 +165,55 @@ def _keep_compiled(directory: pathlib.Path) -> None:
 def _pretrain(config: ConfigDict, directory: str | os.PathLike) -> None:
     path = studies.PRETRAINED.format(study=directory)
     try:
-        summary = train(config, path, quiet=True)
+        with _of_pretraining():
+            summary = train(config, path, quiet=True)
     except DivergedError as error:
         raise UsageError(f'config.pretrain: {error}') from error
     if 'final' not in summary:
         raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def _of_pretraining() -> Iterator[None]:
+    """Makes a mistake in the config of the pre-training one in the study's."""
+    try:
+        yield
+    except UsageError as error:
+        message = studies.rename_keys(str(error), lambda key: f'pretrain.{key}')
+        raise UsageError(message) from error
+
+
 def _do(
-    study: ConfigDict, trial: studies.Trial, directory: pathlib.Path, programs: dict[str, Any]
+    study: ConfigDict,
+    trial: studies.Trial,
+    directory: pathlib.Path,
+    compiled: measurements.Compiled,
 ) -> dict[str, Any]:
-    """Returns a trial's state, and its metrics and value or its error."""
+    """Returns a trial's state, and its metrics and value or its error.
+
+    Raises:
+      UsageError: the study's metric is not among them.
+    """
     metrics: dict[str, Any] = {}
     try:
         for name in study.measure:
-            results = measurements.MEASUREMENTS[name](trial.config, directory, programs)
+            results = measurements.MEASUREMENTS[name](trial.config, directory, compiled)
             if results is None:
                 raise KeyboardInterrupt
             metrics |= results
-        if study.metric not in metrics:
-            raise UsageError(f'config.metric={study.metric!r}: a trial gives {", ".join(metrics)}')
-        return {'state': 'complete', 'metrics': metrics, 'value': metrics[study.metric]}
     except DivergedError as error:
-        return {'state': 'diverged', 'error': str(error)}
+        return {'state': 'diverged', 'error': studies.in_study(str(error), trial, study)}
     except Exception as error:
         # Whatever it is, the other trials may do without it.
         files.write_whole(directory / 'error.txt', traceback.format_exc())
-        lines = f'{type(error).__name__}: {error}'.splitlines()
-        return {'state': 'failed', 'error': lines[0][:300]}
+        told = studies.in_study(f'{type(error).__name__}: {error}', trial, study)
+        return {'state': 'failed', 'error': told.splitlines()[0][:300]}
+    if study.metric not in metrics:
+        raise UsageError(
+            f'config.metric={study.metric!r}: trial {trial.id} has no such metric'
+            f'{nearest(study.metric, metrics)}'
+        )
+    return {'state': 'complete', 'metrics': metrics, 'value': metrics[study.metric]}
 
 
 def write_summary(study: ConfigDict, journal: Journal) -> None:
@@ -208,17 +245,31 @@ def _to_json(record: Record) -> dict[str, Any]:
     return {field: getattr(record, field) for field in fields}
 
 
-def _check_programs(trials: Iterable[studies.Trial]) -> None:
+def _check_configs(study: ConfigDict, trials: Iterable[studies.Trial]) -> None:
     """Raises a UsageError for the first config that could not be run."""
+    if study.pretrain:
+        with _of_pretraining():
+            _check_config(study.pretrain)
     checked = set()
     for trial in trials:
-        if trial.program in checked:
-            continue
-        checked.add(trial.program)
+        # Trials that have these in common differ in a few numbers; to trace the model takes time.
+        key = trial.program, trial.config.init.weights
         try:
-            task.prepare(trial.config, training=False)
+            if key in checked:
+                experiment.check(trial.config)
+                optimizers.check(trial.config.optimizer, 'config.optimizer')
+            else:
+                _check_config(trial.config, training='train' in study.measure)
         except UsageError as error:
-            raise UsageError(f'trial {trial.id}: {error}') from error
+            message = studies.in_study(str(error), trial, study)
+            raise UsageError(f'trial {trial.id}: {message}') from error
+        checked.add(key)
+
+
+def _check_config(config: ConfigDict, *, training: bool = True) -> None:
+    prepared = task.prepare(config, training=training)
+    if config.init.weights not in ('', studies.PRETRAINED):
+        task.load_weights(prepared)
 
 
 def _hardware() -> str:
@@ -232,33 +283,41 @@ def _share_out(
     jobs: int,
     max_trials: int | None,
     course: '_Course',
-) -> None:
-    """Lets `jobs` processes do the work, and tells how it goes."""
-    # Whoever comes first shall not take all of an accelerator's memory.
-    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+) -> list[int]:
+    """Lets `jobs` processes do the work, and tells how it goes.
+
+    Returns:
+      The exit statuses of those that were lost, negative for a signal.
+
+    Raises:
+      UsageError: what one of them found wrong; the others have been stopped.
+    """
     spawn = multiprocessing.get_context('spawn')
     shares = [None] * jobs
     if max_trials is not None:
         shares = [max_trials // jobs + (i < max_trials % jobs) for i in range(jobs)]
-    arguments = (study.to_dict(), os.fspath(directory))
+    mistakes = spawn.SimpleQueue()
+    arguments = (study.to_dict(), os.fspath(directory), mistakes)
     workers = [
         spawn.Process(target=_worker, args=(*arguments, share)) for share in shares if share != 0
     ]
-    for worker in workers:
-        worker.start()
+    started = []
     try:
-        while any(worker.is_alive() for worker in workers):
+        for worker in workers:
+            worker.start()
+            started.append(worker)
+        while any(worker.is_alive() for worker in workers) and mistakes.empty():
             course.update()
             time.sleep(0.5)
-    except KeyboardInterrupt:
-        for worker in workers:
-            if worker.is_alive():
-                worker.terminate()
-        raise
     finally:
-        for worker in workers:
+        for worker in started:
+            worker.terminate()  # It saves its trial first; one that has ended does not hear it.
+        for worker in started:
             worker.join()
         course.update()
+    if not mistakes.empty():
+        raise UsageError(mistakes.get())
+    return [worker.exitcode for worker in workers if worker.exitcode]
 
 
 @contextlib.contextmanager
@@ -274,7 +333,9 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _worker(study: dict[str, Any], directory: str, max_trials: int | None) -> None:
+def _worker(
+    study: dict[str, Any], directory: str, mistakes: SimpleQueue, max_trials: int | None
+) -> None:
     """A process of `_share_out`, which passes on the signals that it gets."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.set_verbosity(logging.ERROR)
@@ -283,8 +344,12 @@ def _worker(study: dict[str, Any], directory: str, max_trials: int | None) -> No
         if not multiprocessing.parent_process().is_alive():
             raise KeyboardInterrupt
 
-    with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
-        work(ConfigDict(study), directory, max_trials, on_end=stop_with_parent)
+    try:
+        with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
+            work(ConfigDict(study), directory, max_trials, on_end=stop_with_parent)
+    except UsageError as error:
+        mistakes.put(str(error))
+        sys.exit(peers.MISTAKE)
 
 
 class _Course:
@@ -327,11 +392,13 @@ class _Course:
                 f'  ({record.seconds or 0:.1f} s){self._left(records)}'
             )
 
-    def close(self, directory: str | os.PathLike) -> None:
-        """Tells what there is."""
-        records = self._records()
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    def conclude(self, directory: str | os.PathLike) -> None:
+        """Tells what there is."""
+        records = self._records()
         counts = collections.Counter(record.state for record in records)
         states = ', '.join(f'{count} {state}' for state, count in sorted(counts.items()))
         print(f'{os.path.join(directory, SUMMARY_FILE)}: {states}', file=sys.stderr)
@@ -369,14 +436,18 @@ def main() -> None:
     study = args.config
     if args.seeds is not None:
         study.grid.seed = tuple(range(args.seeds))
-    run_study(
-        study,
-        args.workdir,
-        jobs=args.jobs,
-        max_trials=args.max_trials,
-        retry=args.retry,
-        command=' '.join(['python -m experiments.study', *map(shlex.quote, sys.argv[1:])]),
-    )
+    try:
+        run_study(
+            study,
+            args.workdir,
+            jobs=args.jobs,
+            max_trials=args.max_trials,
+            retry=args.retry,
+            command=' '.join(['python -m experiments.study', *map(shlex.quote, sys.argv[1:])]),
+        )
+    except LostWorkersError as error:
+        print(f'stopped: {error}', file=sys.stderr)
+        sys.exit(peers.PEER_LOST)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -58,16 +58,12 @@ def claimed(
 
 def assert_same(config: ConfigDict) -> None:
     """Raises a UsageError, in all processes, if those of a run were given different configs."""
-    here, there = flatten(as_json(config)), flatten(parallel.broadcast_json(as_json(config)))
-    differences = [
-        f'config.{key} is {here.get(key)!r} in process {jax.process_index()} and '
-        f'{there.get(key)!r} in process 0: start all with the same --config'
-        for key in sorted(here.keys() | there.keys())
-        if here.get(key) != there.get(key)
-    ]
-    for difference in parallel.gather_text(differences[0] if differences else ''):
+    here, there = as_json(config), parallel.broadcast_json(as_json(config))
+    where = f'in process {jax.process_index()}', 'in process 0'
+    differing = differences(flatten(here), flatten(there), where)
+    for difference in parallel.gather_text(differing[0] if differing else ''):
         if difference:
-            raise UsageError(difference)
+            raise UsageError(f'{difference}: start all with the same --config')
 
 
 def has_checkpoints(workdir: str | os.PathLike) -> bool:
@@ -106,17 +102,35 @@ def _check_config(path: pathlib.Path, config: ConfigDict) -> None:
             raise UsageError(f'--workdir={path} holds checkpoints without a config.json')
         return
     there, here = flatten(as_json(load_config(path))), flatten(as_json(config))
-    differences = [
-        f'config.{key} is {there.get(key)!r} there and {here.get(key)!r} here'
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and key.split('.')[0] not in FREE_TO_CHANGE
-    ]
-    if differences:
-        more = f' (and {len(differences) - 1} more)' if len(differences) > 1 else ''
+    if differing := differences(there, here, free=FREE_TO_CHANGE):
+        more = f' (and {len(differing) - 1} more)' if len(differing) > 1 else ''
         raise UsageError(
-            f'--workdir={path} holds another experiment: {differences[0]}{more}; '
+            f'--workdir={path} holds another experiment: {differing[0]}{more}; '
             'choose another directory'
         )
+
+
+def differences(
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    where: tuple[str, str] = ('there', 'here'),
+    *,
+    prefix: str = 'config.',
+    free: Collection[str] = (),
+) -> list[str]:
+    """Tells how two flat configs differ: ['config.seed is 0 there and 1 here', ...].
+
+    Args:
+      first, second: as `flatten` returns them.
+      where: what to call each.
+      prefix: of the keys.
+      free: outermost keys that may differ.
+    """
+    return [
+        f'{prefix}{key} is {first.get(key)!r} {where[0]} and {second.get(key)!r} {where[1]}'
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key) != second.get(key) and key.split('.')[0] not in free
+    ]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

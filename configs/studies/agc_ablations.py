@@ -2,7 +2,7 @@
 
     python -m experiments.study --config=configs/studies/agc_ablations.py:digits --workdir=S
 
-Sizes: digits, cifar10, imagenet (arXiv 2102.06171, section 4.1: batch 4096, learning rate 1.6).
+Sizes: digits, cifar10, imagenet (batch 4096 and learning rate 1.6 of arXiv 2102.06171).
 Every arm changes one thing in the published choice, which clips by output unit all parameters but
 the classifier's weight.
 """
@@ -64,7 +64,7 @@ def get_config(size: str = 'digits'):
         chart('bars', 'Test top-1', x='arm'),
         chart('curves', 'Training loss', x='step', y='train/loss', log_y=True),
         chart('line', 'Test top-1 over the learning rate', x='learning_rate', log_x=True),
-        chart('table', 'Test top-1', x='learning_rate'),
+        chart('table', 'Test top-1 in figures', x='learning_rate'),
     )
     return study
 

@@ -2,7 +2,8 @@
 
     python -m experiments.study --config=configs/studies/agc_batch_size.py:digits --workdir=S
 
-Sizes: digits, cifar10, imagenet (the sweep of arXiv 2102.06171, figure 2b, with its thresholds).
+Sizes: digits, cifar10, imagenet (the batch sizes and clipping factors of the sweep in arXiv
+2102.06171).
 """
 
 from configs.studies.settings import arm, chart, claim, new_study
@@ -42,20 +43,32 @@ def get_config(size: str = 'digits'):
     study.claims = (
         claim(
             'The largest batch wants a small clipping factor.',
-            'AGC paper and figure 2b; report D',
+            'AGC paper; report D',
             better={'batch_size': large, 'clipping': tight},
             worse={'batch_size': large, 'clipping': loose},
         ),
         claim(
-            'The smallest batch wants a large one, 0.16 and more.',
-            'AGC paper, figure 2b; report D',
+            'A small batch wants a large one (0.16 and more at 128 and 256).',
+            'report D',
             better={'batch_size': small, 'clipping': loose},
             worse={'batch_size': small, 'clipping': tight},
         ),
     )
     study.charts = (
-        chart('heatmap', 'Test top-1', x='batch_size', series='clipping', log_x=True),
-        chart('line', 'Test top-1', x='clipping', series='batch_size', log_x=True),
+        chart(
+            'heatmap',
+            'Test top-1 by batch size and clipping factor',
+            x='batch_size',
+            series='clipping',
+            log_x=True,
+        ),
+        chart(
+            'line',
+            'Test top-1 over the clipping factor',
+            x='clipping',
+            series='batch_size',
+            log_x=True,
+        ),
         chart(
             'line',
             'Share of the units that are clipped, at the end',
@@ -65,6 +78,6 @@ def get_config(size: str = 'digits'):
             log_x=True,
         ),
         chart('parallel', 'All trials', x='batch_size', series='batch_size'),
-        chart('table', 'Test top-1', x='clipping', series='batch_size'),
+        chart('table', 'Test top-1 in figures', x='clipping', series='batch_size'),
     )
     return study

@@ -2,7 +2,7 @@
 
     python -m experiments.study --config=configs/studies/agc_nf.py:digits --workdir=S
 
-Sizes: digits, cifar10, imagenet (arXiv 2102.06171, figure 2a). The arm adam_agc has what the report
+Sizes: digits, cifar10, imagenet (arXiv 2102.06171). The arm plain_adam_agc has what the report
 had: AGC of every tensor, the classifier's included, and then Adam, which divides each gradient by
 its own size and so takes the clipping away again.
 """
@@ -57,15 +57,16 @@ def get_config(size: str = 'digits'):
     large, small = batches[-1], batches[0]
     study.claims = (
         claim(
-            'At the largest batch an NF-ResNet with AGC is as good as a ResNet with batch norm.',
-            'AGC paper, figure 2a',
+            'At the largest batch a network with AGC is as good as one with batch norm '
+            '(NFNet-F0, batch 4096: 83.6 against 83.4 %).',
+            'AGC paper',
             better={'arm': 'nf_agc', 'batch_size': large},
             worse={'arm': 'bn', 'batch_size': large},
             margin=-0.01,
         ),
         claim(
             'At the largest batch an NF-ResNet without AGC falls behind.',
-            'AGC paper, figure 2a',
+            'AGC paper',
             better={'arm': 'nf_agc', 'batch_size': large},
             worse={'arm': 'nf', 'batch_size': large},
         ),
@@ -82,22 +83,27 @@ def get_config(size: str = 'digits'):
         study.claims += (
             claim(
                 'AGC at 0.01 does not help a ResNet without batch norm (72.7 against 74.8 %).',
-                'report B, with Adam after AGC',
+                'report B, with Adam after AGC, batch 256',
                 better={'arm': 'plain_adam', 'batch_size': batches[1]},
                 worse={'arm': 'plain_adam_agc', 'batch_size': batches[1]},
             ),
         )
     study.charts = (
         chart('line', 'Test top-1 over the batch size', x='batch_size', log_x=True),
-        chart('curves', f'Test top-1, batch {large}', x='step', where={'batch_size': large}),
+        chart(
+            'curves',
+            f'Test top-1 in training, batch {large}',
+            x='step',
+            where={'batch_size': large},
+        ),
         chart(
             'line',
-            f'Test top-1, batch {large}',
+            f'Test top-1 over the learning rate, batch {large}',
             x='learning_rate',
             log_x=True,
             where={'batch_size': large},
         ),
         chart('parallel', 'All trials', x='arm'),
-        chart('table', 'Test top-1', x='batch_size'),
+        chart('table', 'Test top-1 in figures', x='batch_size'),
     )
     return study

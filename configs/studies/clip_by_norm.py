@@ -7,7 +7,7 @@ long as the gradient; and by Adam, as the report trained, which divides the grad
 and with it by whatever clipping did to all of it.
 """
 
-from configs.studies.settings import NO_CLIPPING, arm, chart, claim, new_study, no_norm
+from configs.studies.settings import NO_CLIPPING, OURS, arm, chart, claim, new_study, no_norm
 
 
 def get_config(size: str = 'digits'):
@@ -43,34 +43,35 @@ def get_config(size: str = 'digits'):
     study.claims = (
         claim(
             'Clipping by norm helps a ResNet without batch norm (80.9 at 0.01 against 74.8 %).',
-            'report B, Adam 1e-3',
+            'report B, Adam 1e-3, batch 256',
             better={'arm': 'adam_norm', 'learning_rate': 1e-3, 'clipping': 0.01},
             worse={'arm': 'adam', 'learning_rate': 1e-3},
             margin=0.01,
         ),
         claim(
-            'At learning rate 0.01 of Adam the network trains with clipping and not without.',
-            'report F',
+            'Adam trains the network better with clipping by norm at learning rate 0.01.',
+            OURS,
             better={'arm': 'adam_norm', 'learning_rate': 1e-2},
             worse={'arm': 'adam', 'learning_rate': 1e-2},
         ),
         claim(
             'By SGD, clipping by norm helps at the highest learning rate.',
-            'report F',
+            OURS,
             better={'arm': 'norm', 'learning_rate': 1.6},
             worse={'arm': 'none', 'learning_rate': 1.6},
         ),
         claim(
             'Much hangs on the threshold: at 0.01 SGD is worse than at 1.',
-            'report F',
+            OURS,
             better={'arm': 'norm', 'clipping': 1.0},
             worse={'arm': 'norm', 'clipping': 0.01},
         ),
         claim(
-            'AGC is better than clipping by norm, each at its best threshold.',
-            'AGC paper',
-            better={'arm': 'agc'},
-            worse={'arm': 'norm'},
+            'Clipping by norm is better than AGC (80.9 against 72.7 %, both at 0.01 and by Adam; '
+            'here by SGD, each at its best threshold).',
+            'report B, batch 256',
+            better={'arm': 'norm'},
+            worse={'arm': 'agc'},
         ),
     )
     study.charts = (
@@ -78,16 +79,21 @@ def get_config(size: str = 'digits'):
         chart('line', 'Test top-1 over the learning rate', x='learning_rate', log_x=True),
         chart(
             'heatmap',
-            'Clipping by norm',
+            'Test top-1 of clipping by norm',
             x='learning_rate',
             series='clipping',
             where={'arm': 'norm'},
             log_x=True,
         ),
         chart(
-            'heatmap', 'AGC', x='learning_rate', series='clipping', where={'arm': 'agc'}, log_x=True
+            'heatmap',
+            'Test top-1 of AGC',
+            x='learning_rate',
+            series='clipping',
+            where={'arm': 'agc'},
+            log_x=True,
         ),
         chart('parallel', 'All trials', x='arm'),
-        chart('table', 'Test top-1', x='clipping'),
+        chart('table', 'Test top-1 in figures', x='clipping'),
     )
     return study

@@ -10,15 +10,9 @@ pictures each of 5 to 9; caltech101, NFNet-F0 from the published weights (docs/p
 
 from ml_collections import ConfigDict
 
-from configs.studies.settings import arm, chart, claim, new_study
+from configs.finetune import head_only
+from configs.studies.settings import OURS, arm, chart, claim, new_study
 from experiments.studies import PRETRAINED
-
-# The head alone: its weight is not clipped and its bias not decayed, as in PUBLISHED_GROUPS.
-_HEAD_ONLY = (
-    {'match': r'[^/]+/~/linear/w', 'clip': False},
-    {'match': r'[^/]+/~/linear/b', 'decay': False},
-    {'match': r'.*', 'freeze': True},
-)
 
 
 def get_config(size: str = 'digits'):
@@ -59,26 +53,26 @@ def get_config(size: str = 'digits'):
     study.arms = (
         arm('scratch', 'from random weights', scratch),
         arm('finetune', 'fine-tuned'),
-        arm('head', 'only the new head trained', {'optimizer': {'groups': _HEAD_ONLY}}),
+        arm('head', 'only the new head trained', {'optimizer': {'groups': head_only()}}),
     )
     study.claims = (
         claim(
             'Fine-tuning is better than starting from nothing.',
-            'report E; AGC paper',
+            OURS,
             better={'arm': 'finetune'},
             worse={'arm': 'scratch'},
         ),
         claim(
             'Training all of it is better than training the head alone.',
-            'AGC paper',
+            OURS,
             better={'arm': 'finetune'},
             worse={'arm': 'head'},
         ),
     )
     study.charts = (
-        chart('curves', 'Test top-1', x='step'),
+        chart('curves', 'Test top-1 in training', x='step'),
         chart('bars', 'Test top-1', x='arm'),
         chart('line', 'Test top-1 over the learning rate', x='learning_rate', log_x=True),
-        chart('table', 'Test top-1', x='learning_rate'),
+        chart('table', 'Test top-1 in figures', x='learning_rate'),
     )
     return study

@@ -5,7 +5,7 @@
 Sizes: digits, cifar10.
 """
 
-from configs.studies.settings import NO_CLIPPING, arm, batch_norm, chart, claim, new_study
+from configs.studies.settings import NO_CLIPPING, OURS, arm, batch_norm, chart, claim, new_study
 
 
 def get_config(size: str = 'digits'):
@@ -22,37 +22,42 @@ def get_config(size: str = 'digits'):
     whole, fifth = {'rho': 0.05}, {'rho': 0.05, 'ascent_fraction': 0.2}
     study.arms = (
         arm('nf_agc', 'NF-ResNet with AGC'),
-        arm('nf_agc_sam', 'the same with SAM', {'sam': whole}),
-        arm('nf_agc_sam_20', 'SAM, ascent by 20 %', {'sam': fifth}),
+        arm('nf_agc_sam', 'NF-ResNet with AGC and SAM', {'sam': whole}),
+        arm('nf_agc_sam_20', 'NF-ResNet with AGC and SAM, ascent by 20 %', {'sam': fifth}),
         arm('bn', 'ResNet with batch norm', bn),
         arm('bn_sam', 'ResNet with batch norm and SAM', bn | {'sam': whole}),
     )
     study.claims = (
         claim(
-            'SAM improves a Normalizer-Free network.',
-            'AGC paper: NFNet-F5 86.3 with, 86.0 % without',
+            'SAM improves a Normalizer-Free network (NFNet-F5: 86.3 with, 86.0 % without).',
+            'AGC paper',
             better={'arm': 'nf_agc_sam'},
             worse={'arm': 'nf_agc'},
         ),
         claim(
             'An ascent by 20 % of the batch is as good.',
-            'AGC paper',
+            OURS,
             better={'arm': 'nf_agc_sam_20'},
             worse={'arm': 'nf_agc_sam'},
             margin=-0.005,
         ),
         claim(
             'SAM improves a batch-normalised network.',
-            'SAM paper',
+            OURS,
             better={'arm': 'bn_sam'},
             worse={'arm': 'bn'},
         ),
     )
     study.charts = (
         chart('bars', 'Test top-1', x='arm'),
-        chart('curves', 'Test loss', x='step', y='test/loss'),
-        chart('bars', 'Test loss', x='arm', y='test/loss'),
-        chart('bars', 'Images a second', x='arm', y='images_per_second'),
-        chart('table', 'Test top-1', x='learning_rate'),
+        chart('curves', 'Test loss in training', x='step', y='test/loss'),
+        chart('bars', 'Test loss at the end', x='arm', y='test/loss'),
+        chart(
+            'bars',
+            'Images a second in training, if nothing else ran',
+            x='arm',
+            y='images_per_second',
+        ),
+        chart('table', 'Test top-1 in figures', x='learning_rate'),
     )
     return study

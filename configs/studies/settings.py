@@ -19,6 +19,9 @@ from experiments.studies import default_study
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError, nearest
 
+# The source of a claim that is neither the papers' nor the report's, as far as we know.
+OURS = 'our question'
+
 NO_CLIPPING = {'optimizer': {'clip': {'name': 'none'}}}
 
 # The network of each size, without normalisation.

@@ -1,10 +1,11 @@
 """Writes what came out of studies as one page that opens anywhere, without a network.
 
-    python -m experiments.report --workdir=S [--workdir=S2 ...] [--out=report.html] [--static=DIR]
+    python -m experiments.report --workdir=S [--workdir=S2 ...] [--out=PAGE] [--static=DIR]
 
-Each --workdir is the directory of an `experiments.study`, finished or not. The page holds the
-question, what was claimed and what came out, figures to hover and click in, tables, and how all of
-it was made. --static=DIR also writes it as PNG pictures and a README.md.
+Each --workdir is the directory of an `experiments.study`, finished or not. The page, report.html
+in the first of them unless --out says another, holds the question, what was claimed and what came
+out, figures to hover and click in, tables, and how all of it was made. --static=DIR also writes it
+as PNG pictures and a README.md.
 """
 
 import datetime
@@ -17,19 +18,19 @@ import sys
 from absl import flags
 
 from experiments import cli
-from experiments.report import page, static, studies
+from experiments.report import page, reading, static
 from nfnets_jax import files
 from nfnets_jax.errors import UsageError
 
 
 def main() -> None:
     args = flags.FLAGS
-    out = pathlib.Path(args.out)
+    found = [reading.load(directory) for directory in args.workdir]
+    out = pathlib.Path(args.out or pathlib.Path(args.workdir[0]) / 'report.html')
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f'--out={out}: give a file, in a directory that exists')
     if args.static and pathlib.Path(args.static).is_file():
         raise UsageError(f'--static={args.static} is a file: give a directory')
-    found = [studies.load(directory) for directory in args.workdir]
     now = datetime.datetime.now(datetime.UTC)
     made = (
         f'{now:%Y-%m-%d %H:%M} UTC, Python {platform.python_version()}, '
@@ -48,6 +49,6 @@ if __name__ == '__main__':
     flags.DEFINE_multi_string(
         'workdir', None, 'The directory of a study; may be given more than once.', required=True
     )
-    flags.DEFINE_string('out', 'report.html', 'The page to write.')
+    flags.DEFINE_string('out', None, 'The page to write, else report.html in the first --workdir.')
     flags.DEFINE_string('static', None, 'A directory for PNG pictures and a README.md.')
     cli.run(main)

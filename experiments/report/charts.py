@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from experiments.report.reading import Study, Trial
 from experiments.report.results import sample, select, settings
 from experiments.report.statistics import Sample
-from experiments.report.studies import DONE, ChartSpec, Point, Study, Trial, Value
 from experiments.report.wording import (
     Table,
     axis_label,
@@ -21,6 +21,7 @@ from experiments.report.wording import (
     number,
     scale,
 )
+from experiments.study_format import DONE, ChartSpec, Point, Value
 
 _SPREAD = 0.06  # of the threads through one value of an axis, in heights
 _TABLE_ROWS = 25  # of a learning curve; more of them nobody reads

@@ -104,7 +104,8 @@ def _broken(label: str) -> str:
 def _xy(chart: XY) -> dict[str, Any]:
     x_axis, y_axis = _axis(chart.x_label), _axis(chart.y_label)
     if chart.x_ticks is not None:
-        x_axis |= _ticks(chart.x_ticks)
+        # Room for each, also where nothing is drawn yet.
+        x_axis |= _ticks(chart.x_ticks) | {'range': [-0.5, len(chart.x_ticks) - 0.5]}
     elif chart.log_x:
         # What was run is what is marked: 32, 128, 512 and not the powers of ten.
         values = sorted({m.x for s in chart.series for m in s.marks})

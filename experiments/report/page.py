@@ -10,8 +10,8 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from experiments.report import charts, interactive, results, summaries
+from experiments.report.reading import Study
 from experiments.report.statistics import Verdict
-from experiments.report.studies import Study
 from experiments.report.wording import Table
 
 _HERE = pathlib.Path(__file__).parent

@@ -5,8 +5,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from experiments.report.reading import Study, Trial
 from experiments.report.statistics import Comparison, Sample, Verdict, compare
-from experiments.report.studies import DONE, Claim, Point, Study, Trial, Value
+from experiments.study_format import DONE, Claim, Point, Value
 
 Key = tuple[tuple[str, Value], ...]  # a Point that can be compared and be a key
 
@@ -133,17 +134,17 @@ class Judgement(NamedTuple):
 
     claim: Claim
     comparison: Comparison
-    better: Sample
-    worse: Sample
+    samples: tuple[Sample, Sample] | None  # better, worse; None where the study does not test it
 
 
 def judge(study: Study, claim: Claim) -> Judgement:
     """Holds a claim against the trials there are."""
-    if claim.better is None or claim.worse is None:
+    points = claim.better, claim.worse
+    if not all(point is not None and matching(study.trials, point) for point in points):
         nothing = Comparison(
             Verdict.UNTESTED, math.nan, (math.nan, math.nan), 'this study does not test it'
         )
-        return Judgement(claim, nothing, Sample(()), Sample(()))
-    sides = [sample(study, select(study, p), claim.metric) for p in (claim.better, claim.worse)]
-    comparison = compare(*sides, margin=claim.margin, direction=claim.direction)
-    return Judgement(claim, comparison, *sides)
+        return Judgement(claim, nothing, None)
+    better, worse = (sample(study, select(study, point), claim.metric) for point in points)
+    comparison = compare(better, worse, margin=claim.margin, direction=claim.direction)
+    return Judgement(claim, comparison, (better, worse))

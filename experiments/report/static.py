@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from experiments.report import charts, interactive, results, summaries
-from experiments.report.studies import Study
+from experiments.report.reading import Study
 from experiments.report.wording import Table, in_lines
 from nfnets_jax import files
 from nfnets_jax.errors import UsageError
@@ -154,7 +154,7 @@ def _lines(axes: Axes, chart: charts.XY) -> None:
     if chart.log_y:
         axes.set_yscale('log')
     if chart.x_ticks is not None:
-        axes.set_xticks(range(len(chart.x_ticks)), _broken(chart.x_ticks))
+        _categories(axes, chart.x_ticks)
 
 
 def _positions(chart: charts.XY, series: charts.Series) -> list:
@@ -163,8 +163,9 @@ def _positions(chart: charts.XY, series: charts.Series) -> list:
     return [list(chart.x_ticks).index(mark.x) for mark in series.marks]
 
 
-def _broken(labels: Sequence[str]) -> list[str]:
-    return ['\n'.join(in_lines(label)) for label in labels]
+def _categories(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_xticks(range(len(labels)), ['\n'.join(in_lines(label)) for label in labels])
+    axes.set_xlim(-0.5, len(labels) - 0.5)  # Room for each, also where nothing is drawn yet.
 
 
 def _bars(axes: Axes, chart: charts.XY) -> None:
@@ -182,7 +183,7 @@ def _bars(axes: Axes, chart: charts.XY) -> None:
             capsize=3,
             label=None if own_colours else series.name or None,
         )
-    axes.set_xticks(range(len(chart.x_ticks or ())), _broken(chart.x_ticks or ()))
+    _categories(axes, chart.x_ticks or ())
 
 
 def _heatmap(axes: Axes, chart: charts.Heatmap) -> None:

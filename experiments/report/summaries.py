@@ -3,9 +3,9 @@
 import collections
 import math
 
+from experiments.report.reading import Study
 from experiments.report.results import Judgement, Tuning, key, sample
 from experiments.report.statistics import CONFIDENCE, Verdict
-from experiments.report.studies import DONE, STATES, ChartSpec, Point, Study
 from experiments.report.wording import (
     Table,
     axis_label,
@@ -15,6 +15,7 @@ from experiments.report.wording import (
     metric_label,
     number,
 )
+from experiments.study_format import DONE, STATES, ChartSpec, Point
 
 METHOD = (
     'Figures are means over seeds ± the standard error of the mean, with the number of seeds in '
@@ -70,11 +71,11 @@ def describe_point(study: Study, point: Point) -> str:
 def outcome(study: Study, judgement: Judgement) -> str:
     """Returns what came out for a claim, with the figures the verdict rests on."""
     claim, comparison = judgement.claim, judgement.comparison
-    if claim.better is None or claim.worse is None:
+    if judgement.samples is None:
         return f'{comparison.reason}.'.capitalize()
     sides = ', '.join(
         f'{mean_and_error(found, claim.metric)} of {describe_point(study, point)}'
-        for point, found in ((claim.better, judgement.better), (claim.worse, judgement.worse))
+        for point, found in zip((claim.better, claim.worse), judgement.samples, strict=True)
     )
     text = f'{metric_label(claim.metric)}: {sides}. '
     if not math.isnan(comparison.difference):

@@ -10,8 +10,9 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import studies, study, train_step, writers
+from experiments import studies, study, task, train_step, writers
 from experiments.journal import MAX_ATTEMPTS, Journal
+from experiments.report import reading, results
 from experiments.studies import default_study, make_trials
 from nfnets_jax.errors import UsageError
 from tests.experiments.conftest import ROOT, tiny_config
@@ -161,12 +162,34 @@ def test_a_trial_that_fails_does_not_end_the_study(tmp_path, monkeypatch):
     ]
 
 
-def test_a_metric_that_no_trial_gives_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(study.measurements.MEASUREMENTS, 'train', lambda *_: {'test/top1': 0.5})
-    study.run_study(tiny_study(metric='test/top2'), tmp_path, max_trials=1)
-    assert (
-        "config.metric='test/top2': a trial gives test/top1" in read(tmp_path)['trials'][0]['error']
+def test_a_metric_that_no_trial_gives_is_named_after_the_first(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setitem(
+        study.measurements.MEASUREMENTS, 'train', lambda *_: begun.append(1) or {'test/top1': 0.5}
     )
+    with pytest.raises(UsageError, match=r"config.metric='test/top2'.*did you mean 'test/top1'"):
+        study.run_study(tiny_study(metric='test/top2'), tmp_path)
+    assert len(begun) == 1
+    study.run_study(tiny_study(), tmp_path)
+    assert set(states(tmp_path).values()) == {'complete'}
+
+
+CLAIM = {'text': 'AGC is better.', 'source': 'me'}
+BOTH_SIDES = {'better': {'arm': 'a'}, 'worse': {'arm': 'a'}}
+
+
+def test_claims_and_words_may_change_and_the_grid_may_leave_them_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(study.measurements.MEASUREMENTS, 'train', lambda *_: {'test/top1': 0.5})
+    study.run_study(tiny_study(), tmp_path)
+    trials = read(tmp_path)['trials']
+    sides = {'better': {'arm': 'agc', 'learning_rate': 6.4}, 'worse': {'arm': 'loose'}}
+    claims = ({**CLAIM, 'compare': sides},)
+    study.run_study(tiny_study(title='Another', claims=claims), tmp_path)
+    assert read(tmp_path)['trials'] == trials
+    found = reading.load(tmp_path)
+    assert found.title == 'Another'
+    judged = results.judge(found, found.claims[0])
+    assert judged.comparison.reason == 'this study does not test it'
 
 
 CLAIMER = """
@@ -249,8 +272,19 @@ def test_what_was_cut_off_at_the_end_of_the_journal_is_dropped(journal, tmp_path
     again = Journal(tmp_path, 'tiny', higher_is_better=True)
     assert [record.id for record in again.records()] == ['a0', 'a1', 'b0', 'b1']
     (tmp_path / 'journal.log').write_text('{}\nnothing\n')
-    with pytest.raises(UsageError, match=r'journal.log cannot be read'):
+    with pytest.raises(UsageError, match=r'journal.log, line 1 cannot be read.*move the file away'):
         Journal(tmp_path, 'tiny', higher_is_better=True)
+
+
+def test_without_its_journal_a_study_takes_the_runs_there_are(tmp_path):
+    only = tiny_study(
+        arms=({'name': 'agc', 'grid': {'learning_rate': (0.1,)}},), grid={'seed': (0,)}
+    )
+    study.run_study(only, tmp_path)
+    before = read(tmp_path)['trials'][0]
+    (tmp_path / 'journal.log').unlink()
+    study.run_study(only, tmp_path)
+    assert read(tmp_path)['trials'] == [before | {'seconds': read(tmp_path)['seconds']}]
 
 
 @pytest.mark.parametrize(
@@ -265,11 +299,25 @@ def test_what_was_cut_off_at_the_end_of_the_journal_is_dropped(journal, tmp_path
         ({'arms': ({'name': 'a', 'conf': 1},)}, 'unknown key config.arms[0].conf'),
         (
             {'arms': ({'name': 'a', 'config': {'optimizer': {'clp': 1}}},)},
-            "arms: a: optimizer.unknown key 'clp' (did you mean 'clip'?)",
+            "unknown key config.arms[0].config.optimizer.clp (did you mean 'clip'?)",
         ),
+        ({'arms': ({'name': 'a'}, {'name': 'a'})}, "config.arms[1].name='a': another arm"),
         ({'axes': {'seed': 'sed'}}, "config.axes.seed='sed': there is no such key"),
         ({'tuned': ('rate',)}, "config.tuned: no axis 'rate'"),
         ({'charts': ({'kind': 'pie'},)}, "config.charts[0].kind='pie'"),
+        ({'charts': ({'x': 'seed'},)}, 'config.charts[0].kind is missing'),
+        ({'charts': ({'kind': 'line', 'x': 'sed'},)}, "config.charts[0].x='sed': no such axis"),
+        ({'charts': ({'kind': 'line', 'logx': True},)}, 'config.charts[0].logx is unknown'),
+        ({'claims': ({**CLAIM, 'compares': {}},)}, 'config.claims[0].compares is unknown'),
+        ({'claims': ({**CLAIM, 'compare': {}},)}, 'config.claims[0].compare.better is missing'),
+        (
+            {'claims': ({**CLAIM, 'compare': {'better': {'arm': 'b'}}},)},
+            "config.claims[0].compare.better.arm='b'",
+        ),
+        (
+            {'claims': ({**CLAIM, 'compare': {**BOTH_SIDES, 'direction': 'lesss'}},)},
+            "config.claims[0].compare.direction='lesss' is unknown (did you mean 'less'?)",
+        ),
     ],
 )
 def test_a_mistake_in_a_study_is_named(changes, message):
@@ -283,6 +331,47 @@ def test_a_mistake_in_a_study_is_named(changes, message):
                 wrong[key] = ConfigDict(changes[key])
     with pytest.raises(UsageError, match=re.escape(message)):
         make_trials(wrong)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'base': tiny_config(batch_size=66)}, r'trial agc-\S+: config.base.batch_size=66'),
+        ({'base': tiny_config(data__name='folder')}, r'config.base.data.path'),
+        (
+            {'arms': ({'name': 'agc', 'grid': {'clipping': (0.1, 0.0)}},)},
+            r'trial agc-clipping=0.0-\S+: config.arms\[0\].grid.clipping=0.0: it must',
+        ),
+        (
+            {'arms': ({'name': 'agc', 'config': {'optimizer': {'momentum': 2.0}}},)},
+            r'trial agc-\S+: config.arms\[0\].config.optimizer.momentum=2.0: it must',
+        ),
+        (
+            {'pretrain': tiny_config(init__weights='nowhere.npz')},
+            r'config.pretrain.init.weights\b.*nowhere.npz',
+        ),
+    ],
+)
+def test_every_trial_is_checked_and_keys_are_those_of_the_study(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        study.run_study(tiny_study(**changes), tmp_path / 's')
+    assert not (tmp_path / 's').exists()
+
+
+def test_a_trials_config_does_not_say_where_the_study_is(tmp_path, monkeypatch):
+    """So a trial that was stopped can go on where the directory is mounted elsewhere."""
+
+    def training(config, directory, compiled):
+        assert config.init.weights == '{study}/pretrained'
+        with pytest.raises(UsageError, match=re.escape(f'{tmp_path}/pretrained')):
+            task.load_weights(task.prepare(config), directory)
+        return {'test/top1': 0.5}
+
+    monkeypatch.setitem(study.measurements.MEASUREMENTS, 'train', training)
+    monkeypatch.setattr(study, 'train', lambda *_, **__: {'final': {}})
+    base = tiny_config(init__weights=studies.PRETRAINED)
+    study.run_study(tiny_study(base=base, pretrain=tiny_config()), tmp_path, max_trials=1)
+    assert collections.Counter(states(tmp_path).values()) == {'complete': 1, 'pending': 4}
 
 
 def test_a_model_of_another_name_takes_no_options_over():
@@ -332,8 +421,28 @@ def test_a_mistake_on_the_command_line_is_one_line(command, config_file, tmp_pat
     start = ('study', f'--config={config_file}', f'--workdir={tmp_path / "s"}')
     status, _, err = finish(command(*start, '--config.base.model.name=NF-ResNet-9'))
     assert status == 2
-    assert re.fullmatch(r"error: trial agc-\S+: config.model: .*unknown 'NF-ResNet-9'.*\n", err)
+    assert re.fullmatch(
+        r"error: trial agc-\S+: config.base.model: .*unknown 'NF-ResNet-9'.*\n", err
+    )
     assert not (tmp_path / 's').exists()
+
+
+def test_what_a_worker_finds_wrong_ends_the_study(tmp_path):
+    (tmp_path / 'pretrained').write_text('in the way')
+    with pytest.raises(UsageError, match='pretrained is a file'):
+        study.run_study(tiny_study(pretrain=tiny_config()), tmp_path, jobs=2)
+    assert set(states(tmp_path).values()) == {'pending'}
+
+
+def test_a_lost_worker_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, '_worker', _killed)
+    with pytest.raises(study.LostWorkersError, match=r'2 of 2 .* status -9, -9 \(killed: out of'):
+        study.run_study(tiny_study(), tmp_path, jobs=2)
+    assert set(states(tmp_path).values()) == {'pending'}
+
+
+def _killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def long_study() -> ConfigDict:

@@ -125,6 +125,6 @@ def study_directory(write_study, study_fields):
 
 @pytest.fixture
 def study(study_directory):
-    from experiments.report import studies
+    from experiments.report import reading
 
-    return studies.load(study_directory)
+    return reading.load(study_directory)

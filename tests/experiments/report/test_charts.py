@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from experiments.report import charts, studies
+from experiments import study_format
+from experiments.report import charts, reading
 from tests.experiments.report.conftest import chart
 
 
@@ -11,7 +12,7 @@ def build(write_study, study_fields):
     """A function that builds the charts of one spec of the small study."""
 
     def of(spec, **changes):
-        study = studies.load(write_study(study_fields | {'charts': [spec]} | changes))
+        study = reading.load(write_study(study_fields | {'charts': [spec]} | changes))
         return charts.build(study, study.charts[0])
 
     return of
@@ -123,7 +124,7 @@ def test_a_long_table_is_thinned_and_keeps_its_ends():
     assert table.rows[-1] == ['1,000', '1000']
 
 
-@pytest.mark.parametrize('kind', studies.KINDS)
+@pytest.mark.parametrize('kind', study_format.KINDS)
 def test_a_study_that_has_not_begun_has_no_charts(build, study_fields, kind):
     trials = [t | {'state': 'pending', 'metrics': {}} for t in study_fields['trials']]
     x = 'step' if kind == 'curves' else 'batch_size'

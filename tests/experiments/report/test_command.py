@@ -33,6 +33,13 @@ def test_a_broken_study_is_one_line_and_nothing_is_written(command, study_direct
     assert not out.exists()
 
 
+def test_the_page_is_in_the_study_unless_said_otherwise(command, study_directory):
+    status, printed, _ = _finish(command('report', f'--workdir={study_directory}'))
+    assert status == 0
+    assert f'wrote {study_directory / "report.html"}' in printed
+    assert 'A small study' in (study_directory / 'report.html').read_text()
+
+
 def test_the_directory_of_the_page_must_exist(command, study_directory, tmp_path):
     status, _, errors = _finish(
         command('report', f'--workdir={study_directory}', f'--out={tmp_path}/nowhere/report.html')

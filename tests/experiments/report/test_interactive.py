@@ -4,7 +4,8 @@ import json
 import plotly.graph_objects as go
 import pytest
 
-from experiments.report import charts, interactive, studies
+from experiments import study_format
+from experiments.report import charts, interactive, reading
 from tests.experiments.report.conftest import chart
 
 
@@ -27,7 +28,7 @@ def _coloured(figure):
     return json.loads(text, object_pairs_hook=paint), text
 
 
-@pytest.mark.parametrize('kind', [kind for kind in studies.KINDS if kind != 'table'])
+@pytest.mark.parametrize('kind', [kind for kind in study_format.KINDS if kind != 'table'])
 def test_plotly_knows_every_field(drawn, kind):
     painted, _ = _coloured(interactive.figure(drawn[kind]))
     go.Figure(painted)  # It refuses what it does not know.
@@ -61,7 +62,7 @@ def test_what_diverged_is_crossed(drawn):
 
 def test_texts_are_no_markup(write_study, study_fields):
     study_fields['arms']['nf'] = '<a href="javascript:alert(1)">NF</a> & co'
-    study = studies.load(write_study(study_fields))
+    study = reading.load(write_study(study_fields))
     for spec in study.charts:
         text = json.dumps(interactive.figure(charts.build(study, spec)[0]))
         assert '<a' not in text
@@ -98,7 +99,7 @@ def test_figures_in_a_heat_map_can_be_read():
 
 
 def test_many_series_are_told_apart_by_colour_and_dash(write_study, study_fields):
-    study = studies.load(write_study(study_fields | {'charts': [chart('curves', 'step')]}))
+    study = reading.load(write_study(study_fields | {'charts': [chart('curves', 'step')]}))
     (found,) = charts.build(study, study.charts[0])
     styles = [entry[1:] for entry in interactive.legend(found)]
     assert all(a != b for a, b in itertools.combinations(styles, 2))

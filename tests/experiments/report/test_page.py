@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from experiments.report import page, studies
+from experiments.report import page, reading
 
 VOID = {'meta', 'link', 'br', 'img'}
 
@@ -84,8 +84,8 @@ def test_figures_are_told_to_those_who_do_not_see_them(text):
 
 
 def test_several_studies_have_an_overview(write_study, study_fields):
-    first = studies.load(write_study(study_fields, 'first'))
-    second = studies.load(write_study(study_fields | {'title': 'Another'}, 'second'))
+    first = reading.load(write_study(study_fields, 'first'))
+    second = reading.load(write_study(study_fields | {'title': 'Another'}, 'second'))
     checker = _parse(_render(first, second))
     assert len(checker.ids) == len(set(checker.ids))
     links = [attrs['href'] for tag, attrs in checker.elements if tag == 'a']
@@ -95,14 +95,14 @@ def test_several_studies_have_an_overview(write_study, study_fields):
 
 def test_an_unfinished_study_says_so(write_study, study_fields):
     study_fields['trials'][0] |= {'state': 'running', 'metrics': {}}
-    words = ' '.join(_parse(_render(studies.load(write_study(study_fields)))).text)
+    words = ' '.join(_parse(_render(reading.load(write_study(study_fields)))).text)
     assert '1 running. What follows is what there is so far.' in words
 
 
 def test_a_study_that_has_not_begun_has_a_page(write_study, study_fields):
     for trial in study_fields['trials']:
         trial |= {'state': 'pending', 'metrics': {}}
-    words = ' '.join(_parse(_render(studies.load(write_study(study_fields)))).text)
+    words = ' '.join(_parse(_render(reading.load(write_study(study_fields)))).text)
     assert '0 of 48 trials are complete; 48 pending.' in words
     assert words.count('cannot say') == 3
     assert 'The curves: no trial has recorded test/top1 yet.' in words
@@ -128,8 +128,8 @@ def _evil(fields):
 
 
 def test_texts_are_no_markup(write_study, study_fields):
-    clean = _parse(_render(studies.load(write_study(study_fields, 'clean'))))
-    dirty = _parse(_render(studies.load(write_study(_evil(study_fields), 'dirty'))))
+    clean = _parse(_render(reading.load(write_study(study_fields, 'clean'))))
+    dirty = _parse(_render(reading.load(write_study(_evil(study_fields), 'dirty'))))
     assert [tag for tag, _ in dirty.elements] == [tag for tag, _ in clean.elements]
     assert not any(name.startswith('on') for _, attrs in dirty.elements for name in attrs)
 
@@ -237,7 +237,7 @@ def test_the_theme_may_change_and_print_is_light(browser, file):
 @pytest.mark.slow
 def test_markup_in_texts_runs_nowhere(browser, write_study, study_fields, tmp_path):
     path = tmp_path / 'evil.html'
-    path.write_text(_render(studies.load(write_study(_evil(study_fields)))))
+    path.write_text(_render(reading.load(write_study(_evil(study_fields)))))
     _open(browser, path)
     assert browser.execute_script('return window.pwned') is None
     assert '</script>' in browser.find_element('css selector', '.question').text

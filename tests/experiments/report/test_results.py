@@ -1,11 +1,11 @@
 import pytest
 
-from experiments.report import results, studies
+from experiments.report import reading, results, summaries
 from experiments.report.statistics import Verdict
 
 
 def _load(write_study, fields):
-    return studies.load(write_study(fields))
+    return reading.load(write_study(fields))
 
 
 def _tuning(study, **setting):
@@ -118,9 +118,12 @@ def test_a_claim_may_be_of_another_metric(write_study, study_fields):
     assert results.judge(study, study.claims[0]).comparison.verdict is Verdict.AGREES
 
 
-def test_a_claim_without_a_comparison_cannot_be_judged(write_study, study_fields):
-    study_fields['claims'][0]['compare'] = None
+@pytest.mark.parametrize(
+    'compare', [None, {'better': {'arm': 'agc', 'batch_size': 1024}, 'worse': {'arm': 'bn'}}]
+)
+def test_what_the_grid_does_not_hold_cannot_be_judged(write_study, study_fields, compare):
+    study_fields['claims'][0]['compare'] = compare
     study = _load(write_study, study_fields)
     judgement = results.judge(study, study.claims[0])
     assert judgement.comparison.verdict is Verdict.UNTESTED
-    assert judgement.comparison.reason
+    assert summaries.outcome(study, judgement) == 'This study does not test it.'

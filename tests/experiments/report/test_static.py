@@ -1,8 +1,9 @@
 import matplotlib.image
 import pytest
 
-from experiments.report import charts, static, studies
+from experiments.report import charts, interactive, reading, static
 from nfnets_jax.errors import UsageError
+from tests.experiments.report.conftest import chart
 
 
 def test_pictures_and_a_readme_that_names_them(study, tmp_path):
@@ -20,6 +21,18 @@ def test_pictures_and_a_readme_that_names_them(study, tmp_path):
         assert picture.std() > 0.01
 
 
+@pytest.mark.parametrize('kind', ['bars', 'line'])
+def test_a_category_without_a_result_yet_has_its_room(write_study, study_fields, kind):
+    for trial in study_fields['trials']:
+        if trial['axes']['arm'] == 'agc':
+            trial |= {'state': 'pending', 'metrics': {}}
+    study_fields['charts'] = [chart(kind, 'arm', where={'batch_size': 32})]
+    found = reading.load(write_study(study_fields))
+    (drawn,) = charts.build(found, found.charts[0])
+    assert static.draw(drawn).axes[0].get_xlim() == (-0.5, 2.5)
+    assert interactive.figure(drawn)['layout']['xaxis']['range'] == [-0.5, 2.5]
+
+
 def test_the_same_study_gives_the_same_files(study, tmp_path):
     names = static.write([study], tmp_path / 'a', made='now')
     static.write([study], tmp_path / 'b', made='now')
@@ -35,7 +48,7 @@ def test_two_studies_do_not_overwrite_one_another(study, tmp_path):
 
 def test_markdown_is_text(write_study, study_fields, tmp_path):
     study_fields['title'] = 'a | b <b>*c*</b>\n# d'
-    study = studies.load(write_study(study_fields))
+    study = reading.load(write_study(study_fields))
     static.write([study], tmp_path / 'out', made='now')
     text = (tmp_path / 'out' / 'README.md').read_text()
     assert text.splitlines()[0] == r'# a \| b \<b\>\*c\*\</b\> \# d'
@@ -43,7 +56,7 @@ def test_markdown_is_text(write_study, study_fields, tmp_path):
 
 def test_dollars_are_no_formula(write_study, study_fields):
     study_fields['charts'][0]['title'] = 'from $1 to $x_{ y'
-    study = studies.load(write_study(study_fields))
+    study = reading.load(write_study(study_fields))
     figure = static.draw(charts.build(study, study.charts[0])[0])
     figure.canvas.draw()
     assert figure.axes[0].get_title(loc='left') == 'from $1 to $x_{ y'

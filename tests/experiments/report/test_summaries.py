@@ -1,12 +1,12 @@
 import pytest
 
-from experiments.report import results, studies, summaries
+from experiments.report import reading, results, summaries
 
 
 def test_progress(write_study, study_fields):
     for trial, state in zip(study_fields['trials'], ('failed', 'pending'), strict=False):
         trial |= {'state': state, 'metrics': {}}
-    study = studies.load(write_study(study_fields))
+    study = reading.load(write_study(study_fields))
     assert summaries.progress(study) == (
         '40 of 48 trials are complete, 6 diverged; 1 failed, 1 pending.'
     )

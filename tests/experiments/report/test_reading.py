@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from experiments.report import studies
+from experiments.report import reading
 from nfnets_jax.errors import UsageError
 
 
@@ -18,13 +18,13 @@ def test_trials_and_their_curves(study):
 
 def test_a_trial_that_never_started_has_no_curve(write_study, study_fields):
     study_fields['trials'][0] |= {'state': 'pending', 'metrics': {}, 'seconds': None}
-    study = studies.load(write_study(study_fields))
+    study = reading.load(write_study(study_fields))
     assert study.curve(study.trials[0], 'test/top1') == []
 
 
 def test_null_metrics_are_none_at_all(write_study, study_fields):
     study_fields['trials'][0]['metrics'] = {'test/top1': None, 'test/loss': 1.0}
-    assert studies.load(write_study(study_fields)).trials[0].metrics == {'test/loss': 1.0}
+    assert reading.load(write_study(study_fields)).trials[0].metrics == {'test/loss': 1.0}
 
 
 def test_labels(study):
@@ -37,19 +37,19 @@ def test_labels(study):
 
 def test_the_learning_rate_is_tuned_unless_the_study_says_otherwise(write_study, study_fields):
     del study_fields['tuned']
-    assert studies.load(write_study(study_fields)).tuned == ['learning_rate']
+    assert reading.load(write_study(study_fields)).tuned == ['learning_rate']
 
 
 def test_no_study(tmp_path):
     with pytest.raises(UsageError, match=r'holds no study: there is no .*study\.json'):
-        studies.load(tmp_path / 'nowhere')
+        reading.load(tmp_path / 'nowhere')
 
 
 @pytest.mark.parametrize('text', ['', '{"name": ', '[]', 'null', '3'])
 def test_what_is_no_json_object_is_refused_by_name(tmp_path, text):
     (tmp_path / 'study.json').write_text(text)
     with pytest.raises(UsageError, match=r'study\.json'):
-        studies.load(tmp_path)
+        reading.load(tmp_path)
 
 
 def _set(**changes):
@@ -74,15 +74,20 @@ def _in(key, place, **changes):
         (_set(higher_is_better=1), r'higher_is_better=1 must be bool'),
         (_set(chance=True), r'chance=True must be float or int or null'),
         (_set(axes={'arm': 'bn'}), r"axes\.arm='bn' must be a list"),
-        (_set(tuned=['rate']), r"tuned has the unknown axis 'rate'"),
+        (_set(tuned=['rate']), r"tuned has no axis 'rate'"),
         (_in('trials', 0, state='done'), r"trials\[0\]\.state='done' is unknown"),
         (_in('trials', 0, id='../../x'), r'must be the name of a directory'),
         (_in('trials', 0, id='..'), r'must be the name of a directory'),
-        (_in('trials', 0, axes={'arms': 'bn'}), r"unknown axis 'arms' \(did you mean 'arm'"),
-        (_in('trials', 0, axes={'arm': 'xn'}), r"arm='xn', which is not in axes\.arm"),
+        (
+            _in('trials', 0, axes={'arms': 'bn'}),
+            r"trials\[0\]\.axes has no axis 'arms' \(did you mean 'arm'",
+        ),
+        (_in('trials', 0, axes={'arm': 'xn'}), r"trials\[0\]\.axes\.arm='xn'"),
+        (_in('trials', 0, axes={'seed': 9}), r'seed=9, which is not in axes\.seed'),
         (_in('charts', 0, kind='curve'), r"charts\[0\]\.kind='curve' is unknown.*'curves'"),
-        (_in('charts', 1, x='rate'), r"the chart 'The line' has the unknown axis 'rate'"),
-        (_in('charts', 0, where={'arm': 'x'}), r"arm='x', which is not in axes\.arm"),
+        (_in('charts', 1, x='rate'), r"charts\[1\]\.x='rate': no such axis"),
+        (_in('charts', 0, where={'arm': 'x'}), r"charts\[0\]\.where\.arm='x'"),
+        (_in('charts', 0, logx=True), r'charts\[0\]\.logx is unknown.*log_x'),
         (_in('claims', 0, compare={'better': {}}), r'worse is missing'),
         (
             _in('claims', 0, compare={'better': {}, 'worse': {}, 'direction': 'up'}),
@@ -95,6 +100,6 @@ def test_a_broken_study_is_one_line_that_names_the_file(write_study, study_field
     directory = write_study({'trials': []})
     (directory / 'study.json').write_text(json.dumps(study_fields))
     with pytest.raises(UsageError, match=message) as error:
-        studies.load(directory)
+        reading.load(directory)
     assert str(directory / 'study.json') in str(error.value)
     assert '\n' not in str(error.value)

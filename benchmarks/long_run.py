@@ -1,0 +1,88 @@
+"""Trains for 20,000 steps, and looks at whether memory grows or the steps become slower.
+
+    python -m benchmarks.long_run --workdir=runs/long --out=docs/long_run.png
+
+A narrow NF-ResNet-8 on 8x8 digits, whose steps take milliseconds: what the runner itself does for
+each step, each line of the log, each evaluation and checkpoint is most of it. The picture shows
+images per second at each line of the log, and the memory of the process (Linux).
+"""
+
+import pathlib
+import threading
+import time
+
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+
+from configs.digits import get_config
+from experiments import cli, writers
+from experiments.train import train
+
+_PAGE = 4096  # bytes, of /proc/self/statm
+
+
+def run(directory: str, steps: int) -> tuple[list[dict], np.ndarray]:
+    """Returns the lines of the log, and [n, 2]: seconds since the start, memory in MiB."""
+    config = get_config()
+    config.model = {'name': 'NF-ResNet-8', 'width': 0.5}
+    config.data.image_size = 8
+    config.augment.shift = 1
+    config.duration, config.log_every = f'{steps} steps', '1%'
+    config.eval.every = config.checkpoint.every = '5%'
+    memory, ended, begun = [], threading.Event(), time.monotonic()
+
+    def watch():
+        while not ended.wait(0.5):
+            pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+            memory.append((time.monotonic() - begun, pages * _PAGE / 2**20))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        train(config, directory)
+    finally:
+        ended.set()
+        watcher.join()
+    lines = [line for line in writers.read_metrics(directory) if 'train/images_per_second' in line]
+    return lines, np.array(memory)
+
+
+def draw(lines: list[dict], memory: np.ndarray) -> Figure:
+    """Returns the figure: speed above, memory below."""
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    speed, used = figure.subplots(2)
+    speed.plot(
+        [line['step'] for line in lines],
+        [line['train/images_per_second'] for line in lines],
+        '.-',
+        color='#0072B2',
+    )
+    speed.set(xlabel='step', ylabel='images per second')
+    used.plot(memory[:, 0], memory[:, 1], color='#D55E00')
+    used.set(xlabel='seconds since the start', ylabel='memory, MiB')
+    for axes in (speed, used):
+        axes.set_ylim(bottom=0)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def main() -> None:
+    args = flags.FLAGS
+    lines, memory = run(args.workdir, args.steps)
+    draw(lines, memory).savefig(args.out, dpi=110)
+    speed = np.array([line['train/images_per_second'] for line in lines])
+    fifth = len(speed) // 5
+    first, last = memory[len(memory) // 5, 1], memory[-1, 1]
+    print(f'images/s, median of the first fifth: {np.median(speed[:fifth]):,.0f}')
+    print(f'images/s, median of the last fifth:  {np.median(speed[-fifth:]):,.0f}')
+    print(f'memory after a fifth of the time: {first:.0f} MiB, at the end {last:.0f} MiB')
+    print(f'wrote {args.out}')
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('workdir', None, 'Where the run is kept; a new directory.', required=True)
+    flags.DEFINE_string('out', 'long_run.png', 'The picture to write.')
+    flags.DEFINE_integer('steps', 20_000, 'Of training.', lower_bound=500)
+    cli.run(main)
