@@ -17,7 +17,7 @@ import pytest
 from tests.experiments.conftest import ROOT, tiny_config
 
 CASES = 1000
-FEW = 40
+FEW = 10
 
 # Started once for many cases: takes a line of JSON, forks, runs the command in the child, and tells
 # its status. JAX has no threads before its first use, so the child is as good as a new process.
@@ -26,7 +26,7 @@ import json, os, sys
 from absl import flags
 from ml_collections import config_flags
 from experiments import cli, train
-import grain.python, matplotlib.pyplot, orbax.checkpoint, tensorboardX, sklearn.datasets
+import grain.python, matplotlib.pyplot, orbax.checkpoint, sklearn.datasets
 config_flags.DEFINE_config_file('config', None, '', lock_config=True)
 flags.DEFINE_string('workdir', None, '')
 for line in sys.stdin:

@@ -26,10 +26,10 @@ def test_a_request_of_one_device_of_many_is_enough():
 
 
 def test_the_first_signal_asks_and_the_second_has_its_usual_effect():
-    usual = signal.getsignal(signal.SIGTERM)
+    usual, interrupt = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with stopping.on_signals() as requests:
         no = requests.flag()
         os.kill(os.getpid(), signal.SIGTERM)
         assert requests.flag() is not no
         assert signal.getsignal(signal.SIGTERM) == usual
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == interrupt
