@@ -56,6 +56,9 @@ def default_config() -> ConfigDict:
 def check(config: ConfigDict) -> None:
     """Raises a UsageError naming the first field that is unknown, missing or out of range."""
     _check_fields(config, default_config())
+    for node in ('model', 'data'):
+        if not isinstance(config[node].get('name'), str):
+            raise UsageError(f'config.{node}.name is missing, or no string')
     _check_number(config, 'seed', low=0, below=2**31)
     _check_number(config, 'batch_size', low=1)
     _check_number(config, 'eval.batch_size', low=1)

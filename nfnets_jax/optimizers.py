@@ -326,6 +326,8 @@ def check(config: Mapping, key: str = 'optimizer') -> None:
     _check_choice(
         config['clip']['name'], f'{key}.clip.name', ('agc', 'global_norm', 'leaf_norm', 'none')
     )
+    if not isinstance(config['groups'], list | tuple):
+        raise UsageError(f'{key}.groups={config["groups"]!r}: it must be a list of rules')
     for field in ('learning_rate', 'weight_decay'):
         _check_number(config[field], f'{key}.{field}')
     for field in ('momentum', 'b1', 'b2'):
