@@ -9,7 +9,6 @@ of CPU time, which a busy machine changes least; the last column but one is the 
 
 import argparse
 import itertools
-import json
 import time
 
 import haiku as hk
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 import nfnets_jax
+from benchmarks import timing
 
 
 def main(argv=None):
@@ -30,8 +30,8 @@ def main(argv=None):
 
     jax.config.update('jax_enable_compilation_cache', False)
     rows = []
-    device = jax.devices()[0].device_kind
-    print(f'value_and_grad, {args.batch} x {args.image_size} px, {device}')
+    settings = timing.about(**vars(args))
+    print(f'value_and_grad, {args.batch} x {args.image_size} px, {settings["device"]}')
     columns = ('lower', 'compile', 'together', 'wall clock')
     print(f'{"":24}' + ''.join(f'{column:>12}' for column in columns) + f'{"x first":>10}')
     names = args.models.split(',')
@@ -41,10 +41,7 @@ def main(argv=None):
         seconds = ''.join(f'{row[column]:10.1f} s' for column in columns)
         ratio = row['together'] / rows[0 if scan else len(names)]['together']
         print(f'{name + (", scan" if scan else ""):24}{seconds}{ratio:10.2f}', flush=True)
-    if args.json:
-        about = vars(args) | {'device': device, 'jax': jax.__version__}
-        with open(args.json, 'w') as file:
-            json.dump(about | {'rows': rows}, file, indent=2)
+    timing.write(args.json, settings, rows)
 
 
 def measure(name: str, scan: bool, batch: int, image_size: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 import nfnets_jax
 from benchmarks import timing
-from nfnets_jax import convolution, convolution_table
+from nfnets_jax import convolution, convolution_table, files
 from nfnets_jax.convolution import ConvShape, Forms, Size
 
 NETWORKS = {
@@ -167,7 +167,7 @@ def main(argv=None):
         if platform == 'gpu':
             platform = 'cuda' if device.device_kind.startswith('NVIDIA') else 'rocm'
         text = table_source(convolution_table.TABLE | {platform: shorten(part)})
-        pathlib.Path(convolution_table.__file__).write_text(text)
+        files.write_whole(convolution_table.__file__, text)
 
 
 if __name__ == '__main__':

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from nfnets_jax import files
+
 
 class Times(NamedTuple):
     """Seconds for one call.
@@ -100,6 +102,5 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 def write(path: str | None, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes settings and rows as JSON, if there is a path."""
     if path:
-        with open(path, 'w') as file:
-            json.dump({**settings, 'rows': list(rows)}, file, indent=2)
-            file.write('\n')
+        text = json.dumps({**settings, 'rows': list(rows)}, indent=2)
+        files.write_whole(path, text + '\n')
