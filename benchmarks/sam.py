@@ -1,15 +1,12 @@
 """Measures the gradient of SAM against the plain gradient, by the share of the batch that climbs.
 
-    python -m benchmarks.sam [--model=NF-ResNet-50] [--batch=20] [--image-size=64] [--repeats=5]
+    python -m benchmarks.sam [--model=NF-ResNet-50] [--batch=20] [--image-size=64] [--rounds=5]
 
 The ascent costs its fraction of a plain gradient, and what one pass over the parameters costs.
 """
 
 import argparse
 import functools
-import json
-import statistics
-import time
 
 import haiku as hk
 import jax
@@ -17,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import nfnets_jax
+from benchmarks import timing
 
 FRACTIONS = (0.2, 0.5, 1.0)
 
@@ -26,7 +24,7 @@ def main(argv=None):
     parser.add_argument('--model', default='NF-ResNet-50')
     parser.add_argument('--batch', type=int, default=20)
     parser.add_argument('--image-size', type=int, default=64)
-    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--json', help='where to write the table as JSON')
     args = parser.parse_args(argv)
 
@@ -51,23 +49,24 @@ def main(argv=None):
     steps |= {f'SAM, ascent on {f:.0%}': sam(ascent_fraction=f) for f in FRACTIONS}
     steps = {name: jax.jit(f).lower(params, batch, key).compile() for name, f in steps.items()}
 
-    times = {name: [] for name in steps}
-    for _ in range(args.repeats + 1):  # In turns; the first turn is not counted.
-        for name, step in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step(params, batch, key))
-            times[name].append(1e3 * (time.perf_counter() - start))
-    medians = {name: statistics.median(t[1:]) for name, t in times.items()}
-    print(f'{args.model}, {args.batch} x {args.image_size} px, {jax.devices()[0].device_kind}')
-    print(f'{"":22} {"ms":>8} {"median":>8} {"x plain":>8}')
-    for name, median in medians.items():
-        print(
-            f'{name:22} {min(times[name][1:]):8.1f} {median:8.1f} {median / medians["plain"]:8.2f}'
-        )
-    if args.json:
-        about = vars(args) | {'device': jax.devices()[0].device_kind, 'jax': jax.__version__}
-        with open(args.json, 'w') as file:
-            json.dump(about | {'median_ms': medians}, file, indent=2)
+    settings = timing.about(**vars(args))
+    times = timing.in_turns(
+        {name: functools.partial(step, params, batch, key) for name, step in steps.items()},
+        args.rounds,
+    )
+    rows = [
+        {
+            'row': name,
+            'ms': 1e3 * row.best,
+            'median': 1e3 * row.median,
+            'x plain': row.median / times['plain'].median,
+            'processor ms': 1e3 * row.processor,
+        }
+        for name, row in times.items()
+    ]
+    print(f'{args.model}, {args.batch} x {args.image_size} px, {settings["device"]}')
+    timing.show(rows)
+    timing.write(args.json, settings, rows)
 
 
 if __name__ == '__main__':

@@ -3,13 +3,14 @@
     python -m benchmarks.train_step [--model=NFNet-F0] [--image-size=96] [--batch=8]
         [--dtype=float32] [--rounds=5] [--rows=ours,plain,timm] [--json=FILE]
 
-Our step is the whole of it: loss, gradient, AGC, weight decay, Nesterov momentum and the moving
+A step is the whole of it: loss, gradient, AGC, weight decay, Nesterov momentum and the moving
 average of the parameters. Rows, which take turns in one process:
 
     ours            the forms of convolution_table.py, computing in --dtype
     plain           every convolution as XLA's own, grouped ones in one piece
-    timm            eager, channels_last, SGD with momentum: no clipping, no moving average
-    timm autocast   the same under bfloat16 autocast
+    timm            eager, channels_last, with timm's AGC and moving average
+    timm bare       the same without AGC, weight decay and moving average
+    timm autocast   the whole step under bfloat16 autocast
     timm compiled   under torch.compile, with autocast if --dtype=bfloat16
 
 timm's are left out where it is not installed. `processor` is the time of all the host's processors
@@ -31,7 +32,7 @@ import nfnets_jax
 from benchmarks import peers, timing
 from nfnets_jax import convolution, devices, models
 
-ROWS = ('ours', 'plain', 'timm', 'timm autocast', 'timm compiled')
+ROWS = ('ours', 'plain', 'timm', 'timm bare', 'timm autocast', 'timm compiled')
 
 
 def our_step(model: str, batch: int, size: int, dtype: str):
@@ -88,9 +89,13 @@ def prepare(row: str, args: argparse.Namespace):
         with mock.patch.object(convolution, 'TABLE', {}):
             return our_step(args.model, args.batch, args.image_size, args.dtype)
     compiled = row == 'timm compiled'
-    autocast = row == 'timm autocast' or (compiled and args.dtype == 'bfloat16')
     step = peers.train_step(
-        args.model, args.batch, args.image_size, autocast=autocast, compiled=compiled
+        args.model,
+        args.batch,
+        args.image_size,
+        autocast=row == 'timm autocast' or (compiled and args.dtype == 'bfloat16'),
+        compiled=compiled,
+        bare=row == 'timm bare',
     )
     return *step, None
 
@@ -102,7 +107,7 @@ def main(argv=None):
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--rows', default='ours,plain,timm,timm autocast', help=','.join(ROWS))
+    parser.add_argument('--rows', default='ours,plain,timm,timm bare', help=','.join(ROWS))
     parser.add_argument('--peak-tflops', type=float)
     parser.add_argument('--json', help='where to write the table as JSON')
     args = parser.parse_args(argv)
