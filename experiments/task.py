@@ -71,11 +71,11 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
       UsageError: naming the config key that is wrong.
     """
     experiment.check(config)
-    with _naming('data'):
+    with naming('data'):
         train_source, test_source, pictures = open_data(config)
     num_classes = len(train_source.class_names)
     skip_bad = config.data.get('skip_bad', 0)
-    with _naming('data'):
+    with naming('data'):
         pipeline.BadPictures(skip_bad)  # It knows what it can be.
     steps_per_epoch = len(train_source) / config.batch_size
     if steps_per_epoch < 1:
@@ -95,9 +95,9 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
 
     total_steps = steps('duration', config.duration, None)
     model = _build_model(config, num_classes)
-    with _naming('model'):
+    with naming('model'):
         params, _ = jax.eval_shape(lambda: _init_variables(model, config.seed, pictures.shape))
-    with _naming('augment'):
+    with naming('augment'):
         augmentation = augment.make_augment(config.augment, num_classes, dtype=config.precision)
         if training:
             _check_rows(config, augmentation, pictures)
@@ -181,7 +181,7 @@ def load_weights(
     options = task.config.model
     study = os.path.normpath(os.path.join(directory, os.pardir, os.pardir))
     path = task.config.init.weights.replace('{study}', study)
-    with _naming('init.weights'):
+    with naming('init.weights'):
         weights = pretrained.load_pretrained(path)
     if weights.metadata.model not in (None, options.name):
         raise UsageError(
@@ -255,7 +255,7 @@ def _check_rows(config: ConfigDict, augmentation: Callable, pictures: Pictures) 
 
 
 @contextlib.contextmanager
-def _naming(node: str) -> Iterator[None]:
+def naming(node: str) -> Iterator[None]:
     """Puts the config's node before a UsageError of the library, which does not know of configs."""
     try:
         yield

@@ -78,6 +78,7 @@ def train(
     say = _say if primary and not quiet else lambda line: None
     if config.get('smoke'):
         config = smoke.shrink(config)
+        say(smoke.describe(config))
     task = prepare(config)
     workdir.assert_same(config)
     weights = None

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nfnets_jax import pieces
 from nfnets_jax.convolution_table import TABLE
 
 Array = jax.Array
@@ -28,8 +29,8 @@ def conv2d(
 ) -> Array:
     """Convolves [N, H, W, in] with [K, K, in / groups, out] -> [N, H', W', out].
 
-    Reverse-mode differentiable any number of times. Where another form than XLA's own is chosen
-    on any platform jax.jvp applies to its gradient only, not to itself.
+    Reverse-mode differentiable any number of times; where another form than XLA's own is chosen on
+    any platform forward mode (jax.jvp) does not apply.
     """
     shape = ConvShape(stride, groups, padding)
     size = measure(shape, x.shape, w.shape)
@@ -211,13 +212,16 @@ def split(shape: ConvShape, x: Array, w: Array) -> Array:
     inputs, outputs = w.shape[2], w.shape[3] // shape.groups
     dense = shape._replace(groups=1)
     merged = max(1, CHUNK // inputs)
-    parts = []
-    for first in range(0, shape.groups, merged):
-        last = min(first + merged, shape.groups)
-        x_part = x[..., first * inputs : last * inputs]
-        w_part = _block_diagonal(w[..., first * outputs : last * outputs], last - first)
-        parts.append(canonical(dense, x_part, w_part))
-    return jnp.concatenate(parts, axis=-1)
+    sizes = [min(merged, shape.groups - first) for first in range(0, shape.groups, merged)]
+    xs = pieces.split(x, tuple(size * inputs for size in sizes), -1)
+    ws = pieces.split(w, tuple(size * outputs for size in sizes), -1)
+    return pieces.join(
+        [
+            canonical(dense, x_part, _block_diagonal(w_part, size))
+            for x_part, w_part, size in zip(xs, ws, sizes, strict=True)
+        ],
+        -1,
+    )
 
 
 # Channels of a dense convolution made of narrow groups. At 8 channels a group, 64 costs 1.7-2.2

@@ -86,6 +86,31 @@ def test_the_likeness_keeps_the_recipe():
     assert config.duration == '360 epochs'
 
 
+def test_the_likeness_of_a_changed_recipe_is_one_that_trains():
+    config = nf_resnet.get_config('50')
+    config.optimizer.schedule.name = 'step'
+    config.optimizer.schedule.boundaries = ('30 epochs', '60 epochs')
+    late = {'match': r'.*/nf_res_block_15/.*', 'lr_scale': 0.1}
+    config.optimizer.groups = (late, *config.optimizer.groups)
+    config.wandb.project = 'mine'
+    tiny = smoke.shrink(config)
+    assert task.prepare(tiny).total_steps == 3
+    assert [rule['match'] for rule in tiny.optimizer.groups] == [
+        rule['match'] for rule in nf_resnet.get_config('50').optimizer.groups
+    ]
+    assert tiny.wandb.project == ''
+
+
+def test_a_rule_for_no_parameter_of_the_recipes_network_is_told():
+    config = nf_resnet.get_config('50')
+    config.optimizer.groups = ({'match': '.*/nf_res_block_16/.*'}, *config.optimizer.groups)
+    with pytest.raises(UsageError, match=r"config.optimizer.groups\[0\].match='.*16.*' matches no"):
+        smoke.shrink(config)
+    config.model.name = 'NF-ResNet-51'
+    with pytest.raises(UsageError, match=r"config.model: .*'NF-ResNet-51' .did you mean"):
+        smoke.shrink(config)
+
+
 def test_nfnets_have_the_papers_recipe():
     config = nfnet.get_config('F2+')
     assert config.model.name == 'NFNet-F2+'

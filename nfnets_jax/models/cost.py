@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nfnets_jax import layers
+from nfnets_jax.models import residual
 from nfnets_jax.models.registry import create_model
 
 # Every network here reduces the picture 32-fold at most, so each feature map has a whole size.
@@ -98,7 +99,7 @@ def activation_bytes(
             return network.apply(params, state, key, images)[0]
 
         if saved == 'convolutions':
-            logits = jax.checkpoint(logits, policy=lambda prim, *_, **__: prim.name in _COSTLY)
+            logits = jax.checkpoint(logits, policy=residual.is_costly)
         return jax.vjp(logits, params)[1]
 
     residuals = jax.tree.leaves(jax.eval_shape(pull_back, params, state, key, images))
@@ -108,5 +109,3 @@ def activation_bytes(
 
 
 _BATCH = 13  # the size of no other leading axis
-# Primitives; layers of convolution.py are custom_vjp_call.
-_COSTLY = frozenset({'conv_general_dilated', 'custom_vjp_call', 'dot_general', 'reduce_window_max'})

@@ -3,14 +3,14 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from nfnets_jax import layers
+from nfnets_jax import layers, pieces
 
 Array = jax.Array
 
@@ -118,8 +118,9 @@ def run_blocks(
       is_training: whether branches are dropped; blocks take it.
       *block_args: what else a block takes.
       remat: recompute each block in the backward pass instead of storing what is inside it.
-      scan: compile equal blocks that follow one another once, as the body of a loop. Results are
-        the same but for rounding. The stacked parameters are a copy of them.
+      scan: compile equal blocks that follow one another once, as the body of a loop, where they are
+        SHORTEST_LOOP or more. Results are the same but for rounding. The stacked parameters are a
+        copy of them.
       return_metrics: whether to measure the signal.
 
     Returns:
@@ -127,11 +128,9 @@ def run_blocks(
     """
     if hk.running_init():  # Then neither is of use, and initial values must not depend on them.
         remat = scan = False
-    alike = _kind if scan else lambda block: block.plan.index
     activations: list[Array] = [x]
     branches: list[Array] = []
-    for _, equal in itertools.groupby(blocks, alike):
-        group = list(equal)
+    for group in _loops(blocks) if scan else [[block] for block in blocks]:
         owns = [_own(block.plan, is_training) for block in group]
         outputs: Iterable[Array]
         inner: Iterable[Array]
@@ -157,6 +156,18 @@ def _own(plan: BlockPlan, is_training: bool) -> Own:
     return Own(plan.beta, plan.stochdepth_rate, hk.next_rng_key() if drops else None)
 
 
+# Six equal blocks take as long to compile in a loop as without: XLA compiles operations that occur
+# several times once, and a loop's are others than those of the blocks around it.
+SHORTEST_LOOP = 6
+
+
+def _loops(blocks: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yields the blocks, those together that are worth a loop."""
+    for _, equal in itertools.groupby(blocks, _kind):
+        group = list(equal)
+        yield from [group] if len(group) >= SHORTEST_LOOP else ([block] for block in group)
+
+
 def _kind(block: Any) -> tuple:
     """Returns what consecutive blocks have in common if their parameters have the same shapes."""
     plan = block.plan
@@ -174,7 +185,10 @@ def _scan(
 ) -> tuple[Array, Iterable[Array], Iterable[Array]]:
     """Returns x after all of the blocks; if `keep`, what each returns: outputs and branches."""
     names = [block.module_name for block in blocks]
-    params, state = (_stack(tree, names) for tree in (hk.get_params(), hk.get_current_state()))
+    params, state = (
+        [_under(name, names[0], tree) for name in names]
+        for tree in (hk.get_params(), hk.get_current_state())
+    )
     # The first block with the parameters of each in turn, under its own names.
     first = hk.transform_with_state(lambda x, own: blocks[0](x, own, *block_args))
 
@@ -183,27 +197,40 @@ def _scan(
         (x, branch), state = first.apply(params, state, None, x, own)
         return x, (state, x, branch) if keep else (state, (), ())
 
-    if remat:
-        step = jax.checkpoint(step, prevent_cse=False)  # There is nothing to merge with in a loop.
-    own = jax.tree.map(lambda *values: jnp.stack(values), *owns)
-    x, (states, outputs, branches) = jax.lax.scan(step, x, (params, state, own))
+    # A loop stores for each block what its backward pass reads; elsewhere XLA computes anew what is
+    # cheap. There is nothing to merge with in a loop.
+    step = jax.checkpoint(step, prevent_cse=False, policy=None if remat else is_costly)
+    stacked = jax.tree.map(_stack, *zip(params, state, owns, strict=True))
+    x, (states, outputs, branches) = jax.lax.scan(step, x, stacked)
     for i, name in enumerate(names):
-        for module, values in states.items():
-            inside = _Named(hk.experimental.force_name(name + module.removeprefix(names[0])))
+        for module, values in _under(names[0], name, states).items():
+            inside = _Named(hk.experimental.force_name(module))
             inside.set_state({leaf: value[i] for leaf, value in values.items()})
     return x, outputs, branches
 
 
-def _stack(tree: Mapping[str, Mapping[str, Array]], names: Sequence[str]) -> dict:
-    """Stacks the leaves of the modules called `names`, under the names of the first."""
+def is_costly(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for jax.checkpoint: whether to keep a result rather than compute it anew."""
+    return primitive.name in _COSTLY
+
+
+# The custom_vjp_call are layers of convolution.py.
+_COSTLY = frozenset(
+    {'conv_general_dilated', 'custom_vjp_call', 'dot_general', 'psum', 'reduce_window_max'}
+)
+
+
+def _under(name: str, new: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the module called `name` and those inside it have, with that name changed."""
     return {
-        module: {
-            leaf: jnp.stack([tree[name + module.removeprefix(names[0])][leaf] for name in names])
-            for leaf in leaves
-        }
+        new + module.removeprefix(name): leaves
         for module, leaves in tree.items()
-        if f'{module}/'.startswith(f'{names[0]}/')
+        if f'{module}/'.startswith(f'{name}/')
     }
+
+
+def _stack(*leaves: jax.typing.ArrayLike) -> Array:
+    return pieces.join([jnp.expand_dims(leaf, 0) for leaf in leaves], 0)
 
 
 class _Named(hk.Module):

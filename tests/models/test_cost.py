@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from nfnets_jax import models
+from nfnets_jax.models import residual
 
 SIZES = json.loads(
     (pathlib.Path(__file__).parent.parent / 'golden' / 'model_sizes.json').read_text()
@@ -82,11 +83,16 @@ def test_activations_by_hand():
         *(pytest.param(saved, marks=pytest.mark.slow) for saved in ('all', 'blocks')),
     ],
 )
-def test_activations_grow_with_the_picture_and_a_scan_keeps_as_many(saved):
+def test_activations_grow_with_the_picture_and_a_scan_keeps_no_more(saved, monkeypatch):
+    monkeypatch.setattr(residual, 'SHORTEST_LOOP', 2)
     options = {'widths': (16, 32), 'depths': (1, 3), 'group_size': 8}
 
     def bytes_of(size, **more):
         return models.activation_bytes('NFNet-F0', size, saved, **options, **more)
 
     assert bytes_of(128) == pytest.approx(4 * bytes_of(64), rel=0.03)
-    assert bytes_of(128, scan=True) == pytest.approx(bytes_of(128), rel=0.01)
+    scanned = bytes_of(128, scan=True)
+    if saved == 'all':  # Of the two blocks in a loop only what is costly is.
+        assert scanned < 0.95 * bytes_of(128)
+    else:
+        assert scanned == pytest.approx(bytes_of(128), rel=0.01)
