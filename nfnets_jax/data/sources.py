@@ -14,8 +14,11 @@ Reading is thread-safe and has no order: shuffling, sharding and batching belong
 """
 
 import inspect
+import numbers
 import os
 import pathlib
+import types
+import typing
 import zipfile
 from collections.abc import Sequence
 
@@ -199,7 +202,13 @@ class ImageFolder:
         split_seed: draws it.
     """
 
-    def __init__(self, split: str, path, test_fraction: float = 0.2, split_seed: int = 0):
+    def __init__(
+        self,
+        split: str,
+        path: str | os.PathLike,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+    ):
         root = pathlib.Path(path).expanduser()
         if not path or not root.is_dir():
             raise UsageError(f'data.path={str(path)!r}: not a directory; give one with the classes')
@@ -314,15 +323,32 @@ def open_source(name: str, split: str, **options):
             dataset for tfds.
 
     Raises:
-        UsageError: unknown name, split or option, or data that is not there.
+        UsageError: unknown name, split or option, a value of the wrong type, or data that is not
+            there.
     """
     parameters = source_options(name)
-    for option in options:
+    for option, value in options.items():
         if option not in parameters:
             raise UsageError(
                 f'data.{option}: not an option of {name!r}{nearest(option, parameters)}'
             )
+        kind = parameters[option].annotation
+        if not _is_of(kind, value):
+            wanted = inspect.formatannotation(kind).replace('collections.abc.', '')
+            raise UsageError(f'data.{option}={value!r}: must be of type {wanted}')
     for option, parameter in parameters.items():
         if parameter.default is parameter.empty and option not in options:
             raise UsageError(f'data.{option}: {name!r} needs it')
     return SOURCES[name](split, **options)
+
+
+def _is_of(kind: typing.Any, value: typing.Any) -> bool:
+    """Whether a value has an annotated type: a class, several of them, or a sequence of one."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(each, value) for each in typing.get_args(kind))
+    if typing.get_origin(kind) is Sequence:
+        (inner,) = typing.get_args(kind)
+        return isinstance(value, list | tuple) and all(_is_of(inner, each) for each in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
