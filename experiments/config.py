@@ -66,7 +66,7 @@ def check(config: ConfigDict) -> None:
     _check_number(config, 'ema', low=0, below=1)
     _check_number(config, 'sam.rho', low=0)
     _check_number(config, 'accumulate', low=1)
-    _check_number(config, 'skip_nonfinite', low=0)
+    _check_number(config, 'skip_nonfinite', low=0, below=2**31)
     if not 0 < config.sam.ascent_fraction <= 1:
         raise UsageError(
             f'config.sam.ascent_fraction={config.sam.ascent_fraction}: must be in (0, 1]'

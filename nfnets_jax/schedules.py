@@ -16,6 +16,8 @@ from nfnets_jax.errors import UsageError, nearest
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
+MAX_STEPS = 2**31 - 1  # Steps are counted in int32.
+
 _DURATION = re.compile(r'(?P<amount>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?P<unit>[a-z]*|%)', re.IGNORECASE)
 _UNITS = {'': 'steps', 'step': 'steps', 'steps': 'steps', 'epoch': 'epochs', 'epochs': 'epochs'}
 
@@ -40,7 +42,8 @@ def num_steps(
         minimum: the fewest steps allowed, e.g. 0 for a warm-up that may be absent.
 
     Raises:
-        UsageError: if the duration cannot be read, or is shorter than `minimum`.
+        UsageError: if the duration cannot be read, is shorter than `minimum` or longer than
+            MAX_STEPS.
     """
     amount, unit = _parse(duration, key)
     if unit == '%':
@@ -58,6 +61,8 @@ def num_steps(
     steps = round(steps)
     if amount < 0 or steps < minimum:
         raise UsageError(f'{key}={duration!r} is {steps} steps: it must be at least {minimum}')
+    if steps > MAX_STEPS:
+        raise UsageError(f'{key}={duration!r} is {steps} steps: it must be at most {MAX_STEPS}')
     return steps
 
 

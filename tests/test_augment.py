@@ -15,8 +15,15 @@ def images():
     return np.random.default_rng(0).integers(1, 256, (N, SIZE, SIZE, 3), dtype=np.uint8)
 
 
+make_keys = jax.jit(augment.example_keys)
+
+
 def keys(step=0, seed=0, positions=range(N)):
-    return augment.example_keys(seed, step, jnp.asarray(positions))
+    return make_keys(seed, step, jnp.asarray(positions))
+
+
+def compiled(config, **options):
+    return jax.jit(augment.make_augment(config, 10, **options))
 
 
 def test_keys_depend_on_seed_step_and_position():
@@ -26,18 +33,21 @@ def test_keys_depend_on_seed_step_and_position():
 
 
 def test_flip_mirrors_about_half(images):
-    flipped = np.asarray(augment.random_flip(keys(), images))
+    flipped = np.asarray(jax.jit(augment.random_flip)(keys(), images))
     is_flipped = (flipped == images[:, :, ::-1]).all((1, 2, 3))
     is_kept = (flipped == images).all((1, 2, 3))
     np.testing.assert_array_equal(is_flipped, ~is_kept)
     assert 0.3 < is_flipped.mean() < 0.7
 
 
+shift_crop = jax.jit(augment.random_shift_crop, static_argnums=(2, 3))
+
+
 @pytest.mark.parametrize('fill', ['constant', 'edge', 'reflect'])
 def test_shift_crop_is_a_crop_of_the_padded_image(images, fill):
     shift = 2
     padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode=fill)
-    shifted = np.asarray(augment.random_shift_crop(keys(), images, shift, fill))
+    shifted = np.asarray(shift_crop(keys(), images, shift, fill))
     offsets = set()
     for whole, crop in zip(padded, shifted, strict=True):
         found = [
@@ -79,7 +89,7 @@ def test_augment_without_options_only_normalises(images):
 def test_augment_takes_its_options(images):
     config = {'flip': True, 'shift': 2, 'shift_fill': 'edge', 'label_smoothing': 0.1}
     labels = jnp.arange(N) % 10
-    out, targets = augment.make_augment(config, 10, dtype=jnp.bfloat16)(keys(), images, labels)
+    out, targets = compiled(config, dtype=jnp.bfloat16)(keys(), images, labels)
     chex.assert_shape(out, (N, SIZE, SIZE, 3))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(targets.max(-1), 0.91, rtol=1e-6)
@@ -90,15 +100,14 @@ def test_augment_takes_its_options(images):
 
 def test_operations_do_not_share_random_numbers(images):
     """With shared keys every flipped picture would also be shifted alike."""
-    shift_only = augment.make_augment({'shift': 1}, 10)
-    both = augment.make_augment({'shift': 1, 'flip': True}, 10)
+    shift_only = compiled({'shift': 1})
+    both = compiled({'shift': 1, 'flip': True})
     labels = jnp.zeros(N, jnp.int32)
     shifted, _ = shift_only(keys(), images, labels)
     flipped, _ = both(keys(), images, labels)
     same = np.asarray((shifted == flipped).all((1, 2, 3)))
-    offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 3))(
-        jax.vmap(jax.random.fold_in, (0, None))(keys(), 1)
-    )
+    draw = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 1), (2,), 0, 3))
+    offsets = jax.jit(draw)(keys())
     left = np.asarray(offsets)[:, 1]
     assert {0, 1, 2} == set(left[same]) == set(left[~same])
 
@@ -211,8 +220,8 @@ def test_mixing_needs_whole_groups(kinds, count):
 
 
 def test_smoothed_and_mixed_targets_are_exact():
-    apply = augment.make_augment({'mixup': 1.0, 'cutmix': 1.0, 'label_smoothing': 0.1}, 10)
-    images, targets = jax.jit(apply)(keys(), BLACK_AND_WHITE, labels)
+    apply = compiled({'mixup': 1.0, 'cutmix': 1.0, 'label_smoothing': 0.1})
+    images, targets = apply(keys(), BLACK_AND_WHITE, labels)
     own = shares(np.asarray(images) * augment.IMAGENET_STD + augment.IMAGENET_MEAN).mean((1, 2))
     hard = own[:, None] * one_hot(labels) + (1 - own)[:, None] * one_hot(
         labels.reshape(-1, 2)[:, ::-1].ravel()
@@ -247,22 +256,21 @@ def test_the_order_of_mixing_and_distorting(mix_first, monkeypatch):
     )
     config = {'mixup': 1.0, 'randaugment_layers': 1, 'mix_first': mix_first}
     grey = np.where(BLACK_AND_WHITE > 0, 160, 10).astype(np.uint8)
-    apply = augment.make_augment(config, 10, mean=(0, 0, 0), std=(1, 1, 1))
-    images, _ = apply(keys(), grey, labels)
+    images, _ = compiled(config, mean=(0, 0, 0), std=(1, 1, 1))(keys(), grey, labels)
     assert np.isin(images, (0, 255)).all() == mix_first
 
 
-def run(config, images, step=7):
-    apply = augment.make_augment(config, 10, dtype=jnp.bfloat16)
-    return jax.jit(lambda step: apply(keys(step), images, labels))(jnp.int32(step))
+@pytest.fixture(scope='module')
+def plain(images):
+    return compiled({}, dtype=jnp.bfloat16)(keys(), images, labels)
 
 
 ALONE = [{'flip': True}, {'shift': 2}, {'cutmix': 1.0}, {'mixup': 1.0}, {'label_smoothing': 0.1}]
 
 
 @pytest.mark.parametrize('config', ALONE, ids=lambda config: next(iter(config)))
-def test_every_option_alone_does_something(images, config):
-    out, plain = run(config, images), run({}, images)
+def test_every_option_alone_does_something(images, plain, config):
+    out = compiled(config, dtype=jnp.bfloat16)(keys(), images, labels)
     chex.assert_trees_all_equal_shapes_and_dtypes(out, plain)
     chex.assert_tree_all_finite(out)
     assert (out[0] != plain[0]).any() or (out[1] != plain[1]).any()
@@ -274,7 +282,7 @@ EVERYTHING = {'shift': 2, 'erasing': 0.5, 'cutmix': 1.0, 'mix_first': False, 'au
 @pytest.mark.parametrize('config', [PUBLISHED, EVERYTHING], ids=['published', 'everything else'])
 def test_examples_depend_on_their_group_of_four_alone(images, config):
     """Whatever else is in the batch: so neither on the batch's size nor on the devices."""
-    apply = jax.jit(augment.make_augment(config, 10, dtype=jnp.bfloat16))
+    apply = compiled(config, dtype=jnp.bfloat16)
     groups = np.random.default_rng(0).permutation(N // 4)
     order = (4 * groups[:, None] + np.arange(4)).ravel()
     whole = apply(keys(), images, labels)

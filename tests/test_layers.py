@@ -158,7 +158,13 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
     network = hk.without_apply_rng(
         hk.transform(lambda x: {name: module()(x) for name, module in MODULES.items()})
     )
-    params = jax.jit(network.init)(jax.random.key(0), x.astype(jnp.bfloat16))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), x.astype(jnp.bfloat16))
+
+    def fill(path, leaf):
+        x = normal(*leaf.shape, dtype=leaf.dtype)
+        return 1 + 0.1 * x if path[-1].key == 'gain' else 0.15 * x
+
+    params = jax.tree.map_with_path(fill, shapes)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
 
     @jax.jit
@@ -326,3 +332,17 @@ def test_signal_metrics():
         assert metrics['avg_var'][i] == pytest.approx(np.mean(flat.var(0)), rel=1e-4)
     flat = np.asarray(branches[1], np.float64).reshape(-1, 7)
     assert metrics['res_avg_var'][1] == pytest.approx(np.mean(flat.var(0)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('layer', 'published'),
+    [
+        (layers.Conv2D, hk.initializers.TruncatedNormal(72**-0.5)),
+        (layers.ScaledWSConv2D, hk.initializers.VarianceScaling(1.0, 'fan_in', 'normal')),
+    ],
+)
+def test_initial_weights_are_drawn_as_haiku_draws_them(layer, published):
+    x, key = jnp.ones((1, 4, 4, 8)), jax.random.key(3)
+    params = hk.transform(lambda: layer(9, 3, name='conv')(x)).init(key)
+    expected = hk.transform(lambda: hk.get_parameter('w', (3, 3, 8, 9), init=published)).init(key)
+    np.testing.assert_array_equal(params['conv']['w'], expected['~']['w'])

@@ -29,7 +29,7 @@ def network(batch, is_training=True):
 
 MODEL = hk.transform_with_state(network)
 BATCH = {'x': normal(10, 4), 'label': jnp.arange(10) % 3}
-PARAMS, STATE = MODEL.init(jax.random.key(0), BATCH)
+PARAMS, STATE = jax.jit(MODEL.init)(jax.random.key(0), BATCH)
 
 
 def loss_fn(params, batch, state, key):
@@ -86,9 +86,10 @@ def test_adaptive_quadratic():
     hessian, w = np.diag([1.0, 4.0, 0.5]), np.array([3.0, -1.0, 0.0])
     size, slope = np.abs(w) + 0.01, hessian @ w
     top = w + 0.5 * size**2 * slope / np.linalg.norm(size * slope)
-    _, grad = sam_value_and_grad(
+    fn = sam_value_and_grad(
         lambda w, batch: w @ jnp.asarray(hessian, jnp.float32) @ w / 2, 0.5, adaptive=True
-    )(jnp.asarray(w, jnp.float32), jnp.ones(1))
+    )
+    _, grad = jax.jit(fn)(jnp.asarray(w, jnp.float32), jnp.ones(1))
     np.testing.assert_allclose(grad, hessian @ top, rtol=1e-5)
 
 
@@ -166,19 +167,27 @@ class TestAux:
         value, final = loss_fn(top, BATCH, STATE, self.key)
         return value, first, final
 
+    def run(self, fraction, **options):
+        """What is returned with auxiliary outputs, and what is expected; in one program."""
+        fn = sam_value_and_grad(loss_fn, RHO, ascent_fraction=fraction, has_aux=True, **options)
+
+        @jax.jit
+        def both():
+            return fn(PARAMS, BATCH, STATE, self.key), self.passes(fraction)
+
+        return both()
+
     @pytest.mark.parametrize('fraction', [1.0, 0.4])
     def test_from_the_first_pass(self, fraction):
-        fn = sam_value_and_grad(loss_fn, RHO, ascent_fraction=fraction, has_aux=True)
-        (value, (state, logits)), _ = fn(PARAMS, BATCH, STATE, self.key)
-        expected_value, (expected_state, expected_logits), _ = self.passes(fraction)
+        ((value, (state, logits)), _), expected = self.run(fraction)
+        expected_value, (expected_state, expected_logits), _ = expected
         chex.assert_trees_all_close(state, expected_state, rtol=1e-6)
         chex.assert_trees_all_close(logits, expected_logits, rtol=1e-6)
         np.testing.assert_allclose(value, expected_value, rtol=1e-5)
 
     def test_of_both_passes(self):
-        fn = sam_value_and_grad(loss_fn, RHO, ascent_fraction=0.4, has_aux=True, both_aux=True)
-        (_, (first, final)), _ = fn(PARAMS, BATCH, STATE, self.key)
-        _, expected_first, expected_final = self.passes(0.4)
+        ((_, (first, final)), _), expected = self.run(0.4, both_aux=True)
+        _, expected_first, expected_final = expected
         chex.assert_trees_all_close(first, expected_first, rtol=1e-6)
         chex.assert_trees_all_close(final, expected_final, rtol=1e-4, atol=1e-6)
         assert first[1].shape == (4, 3)
@@ -229,7 +238,7 @@ class TestDevices:
     def test_synchronised_ascent_is_that_of_one_device(self):
         whole = jax.tree.map(lambda leaf: leaf[:8], BATCH)
         got = self.mean_gradient(axis_name='devices')
-        _, one_device = sam_value_and_grad(dense_loss, RHO)(DENSE, whole)
+        _, one_device = jax.jit(sam_value_and_grad(dense_loss, RHO))(DENSE, whole)
         chex.assert_trees_all_close(got, one_device, rtol=1e-4, atol=1e-6)
         per_device = self.mean_gradient()
         assert np.max(np.abs(per_device['w2'] - got['w2'])) > 1e-6
@@ -238,8 +247,9 @@ class TestDevices:
 def test_rho_by_step():
     schedule = optax.linear_schedule(0.0, 0.1, 10)
     fn = jax.jit(sam_value_and_grad(dense_loss, schedule))
+    by_value = jax.jit(lambda rho: sam_value_and_grad(dense_loss, rho)(DENSE, BATCH))
     for step in (0, 5, 10):
-        expected = sam_value_and_grad(dense_loss, 0.01 * step)(DENSE, BATCH)
+        expected = by_value(0.01 * step)
         chex.assert_trees_all_close(fn(DENSE, BATCH, step=jnp.asarray(step)), expected, rtol=1e-5)
 
 
@@ -263,14 +273,17 @@ def test_zero_gradient(adaptive):
     np.testing.assert_array_equal(grad, 0)
 
 
-@pytest.mark.parametrize('scale', [1e-30, 1e-20, 1.0, 1e18, 1e30])
-def test_scale_of_the_loss_cancels(scale):
+def test_scale_of_the_loss_cancels():
     """Loss scaling, and squares that would leave float32's range."""
-    value, grad = sam_value_and_grad(lambda p, b: scale * dense_loss(p, b))(DENSE, BATCH)
-    expected_value, expected = sam_value_and_grad(dense_loss)(DENSE, BATCH)
-    np.testing.assert_allclose(value / scale, expected_value, rtol=1e-5)
-    unscaled = jax.tree.map(lambda g: g / scale, grad)
-    chex.assert_trees_all_close(unscaled, expected, rtol=1e-4, atol=1e-6)
+    scaled = jax.jit(
+        lambda scale: sam_value_and_grad(lambda p, b: scale * dense_loss(p, b))(DENSE, BATCH)
+    )
+    expected_value, expected = scaled(1.0)
+    for scale in (1e-30, 1e-20, 1e18, 1e30):
+        value, grad = scaled(scale)
+        np.testing.assert_allclose(value / scale, expected_value, rtol=1e-5)
+        unscaled = jax.tree.map(lambda g, scale=scale: g / scale, grad)
+        chex.assert_trees_all_close(unscaled, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])

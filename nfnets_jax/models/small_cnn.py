@@ -6,9 +6,11 @@ import haiku as hk
 import jax
 
 from nfnets_jax import layers
+from nfnets_jax.errors import UsageError
 from nfnets_jax.models import options, residual
 
 Array = jax.Array
+SMALLEST = 14  # pixels: of smaller pictures the unpadded convolutions leave nothing
 
 
 class SmallCNN(hk.Module):
@@ -52,7 +54,12 @@ class SmallCNN(hk.Module):
         self.fc = layers.Linear(num_classes)
 
     def __call__(self, images: Array, is_training: bool) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, 3], H and W at least 16; see `create_model`."""
+        """Classifies normalised images [N, H, W, 3] of SMALLEST or more; see `create_model`."""
+        if min(images.shape[1:3]) < SMALLEST:
+            raise UsageError(
+                f'SmallCNN: pictures must have at least {SMALLEST} x {SMALLEST} pixels, not '
+                f'{images.shape[1]} x {images.shape[2]}'
+            )
         out = images
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             out = conv(out)

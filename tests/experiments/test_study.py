@@ -15,7 +15,7 @@ from experiments.journal import MAX_ATTEMPTS, Journal
 from experiments.report import reading, results
 from experiments.studies import default_study, make_trials
 from nfnets_jax.errors import UsageError
-from tests.experiments.conftest import ROOT, tiny_config
+from tests.experiments.conftest import ONE_BLOCK, ROOT, tiny_config
 
 
 def tiny_study(**changes) -> ConfigDict:
@@ -383,7 +383,7 @@ def test_a_model_of_another_name_takes_no_options_over():
         grid={'seed': (0,)},
     )
     same, other = make_trials(two)
-    assert same.config.model.to_dict() == {'name': 'NF-ResNet-8', 'width': 0.25}
+    assert same.config.model.to_dict() == {'name': 'NF-ResNet-8', 'width': 0.25, **ONE_BLOCK}
     assert other.config.model.to_dict() == {'name': 'ResNet-8'}
     assert studies.difference(other, two) == {'model.name': 'ResNet-8'}
 

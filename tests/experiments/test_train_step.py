@@ -11,6 +11,7 @@ from experiments.task import init_state, prepare
 from experiments.train import train
 from experiments.train_step import compile_programs, make_train_step
 from nfnets_jax import parallel
+from tests.experiments.conftest import ONE_BLOCK, tiny_config
 
 ROWS = 64
 
@@ -42,8 +43,6 @@ def two_steps(config):
 
 @pytest.fixture(scope='module')
 def plain():
-    from tests.experiments.conftest import tiny_config
-
     return two_steps(tiny_config())
 
 
@@ -60,8 +59,8 @@ def test_parts_of_a_batch_add_up_to_the_whole(plain, tiny):
     'changes',
     [
         {'sam__rho': 0.05, 'sam__ascent_fraction': 0.5},
-        {'model': {'name': 'ResNet-8', 'width': 0.5, 'cross_replica_axis': 'devices'}},
-        {'model': {'name': 'NF-ResNet-8', 'width': 0.5, 'stochdepth_rate': 0.5}},
+        {'model': {'name': 'ResNet-8', 'cross_replica_axis': 'devices', **ONE_BLOCK}},
+        {'model__stochdepth_rate': 0.5},
         {'precision': 'bfloat16', 'ema': 0.0},
     ],
     ids=['sam', 'batchnorm', 'stochastic_depth', 'bfloat16'],

@@ -62,6 +62,18 @@ def test_a_mistake_is_one_line_that_names_it(name, overrides, message):
     assert '\n' not in str(error.value)
 
 
+def test_pictures_too_small_for_the_small_cnn_are_told():
+    network = hk.transform_with_state(lambda x: models.SmallCNN(10)(x, True))
+
+    def init(height):
+        image = jax.ShapeDtypeStruct((1, height, 32, 3), jnp.float32)
+        return jax.eval_shape(network.init, jax.random.key(0), image)
+
+    init(14)
+    with pytest.raises(UsageError, match='SmallCNN: .* at least 14 x 14 pixels, not 13 x 32'):
+        init(13)
+
+
 def test_classes_name_their_mistakes_too():
     with pytest.raises(UsageError, match=r"NFNet variant: unknown 'G0' \(did you mean 'F0'"):
         hk.transform(lambda: models.NFNet(10, variant='G0')).init(None)

@@ -33,6 +33,7 @@ ZOO = {
     'ResNet, post-activation': ('ResNet-8', STAGE | BN | {'preactivation': False}, False),
     'ResNet, no norm': ('ResNet-8', STAGES | {'norm': 'none'}, False),
     'SkipInit': ('SkipInit-ResNet-50', STAGES | RATES | {'width': 1}, True),
+    'SkipInit, basic': ('SkipInit-ResNet-8', STAGE, False),
     'Fixup': ('Fixup-ResNet-50', STAGE | RATES | {'width': 1}, True),
     'Fixup, basic': ('Fixup-ResNet-8', STAGES, False),
     'SmallCNN': ('SmallCNN', BN, False),
@@ -125,6 +126,25 @@ def test_evaluation(zoo_name, random_variables):
         lambda x: network.init(jax.random.key(0), x, True), images().astype(jnp.bfloat16)
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {np.dtype('float32')}
+
+
+def test_a_batch_norm_in_the_stem_is_all_that_stem_bn_adds(random_variables):
+    network = make('NF-ResNet, basic', stem_bn=True)
+    params, state = random_variables(network, images(), True)
+    of_stem = {name for name in {*params, *state} if 'initial_bn' in name}
+    assert of_stem >= {*state}
+    without, _ = random_variables(make('NF-ResNet, basic'), images(), True)
+    assert {name: params[name].keys() for name in {*params} - of_stem} == {
+        name: leaves.keys() for name, leaves in without.items()
+    }
+    # In training mode, what a picture gets depends on the others.
+    train = jax.jit(lambda images: network.apply(params, state, None, images, True))
+    (out, new_state), changed = train(images()), images()
+    changed[0] = images(1)[0]
+    assert np.any(train(changed)[0]['logits'][1:] != out['logits'][1:])
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    for name, leaves in state.items():
+        assert np.any(new_state[name]['average'] != leaves['average']), name
 
 
 def assert_close(got, want, tolerance):
