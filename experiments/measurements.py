@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from experiments import task, workdir, writers
 from experiments.signal_propagation import measure
 from experiments.train import train
-from experiments.train_step import Programs
+from experiments.train_step import Programs, make_train_step, program_key
 from nfnets_jax import augment, parallel
 from nfnets_jax.checkpoints import Checkpoints
 
@@ -29,6 +29,7 @@ class Compiled:
 
     training: dict[str, Programs] = dataclasses.field(default_factory=dict)
     logits: dict[str, Callable] = dataclasses.field(default_factory=dict)
+    memory: dict[str, float] = dataclasses.field(default_factory=dict)  # what one program takes
 
 
 # (config, directory, compiled) -> metrics by name, or None if it was told to stop and will go on
@@ -151,10 +152,27 @@ def batch_dependence(config: ConfigDict, directory, compiled: Compiled) -> dict[
     }
 
 
+def step_memory(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any]:
+    """Measures the memory of a training step, which does not hang on what else the process did.
+
+    Returns:
+      'memory/step_mib': MiB on each device, as XLA lays out the compiled program: parameters,
+        optimizer state and batch, and what comes and goes between them, activations most of all.
+        A training set that lives on the devices is not counted, nor what libraries that the
+        program calls take for themselves.
+    """
+    del directory
+    key = program_key(config)
+    if key not in compiled.memory:
+        compiled.memory[key] = _step_mib(task.prepare(config)._replace(on_device=False))
+    return {'memory/step_mib': compiled.memory[key]}
+
+
 MEASUREMENTS: dict[str, Measurement] = {
     'train': training,
     'signal_propagation': signal_propagation,
     'batch_dependence': batch_dependence,
+    'step_memory': step_memory,
 }
 
 
@@ -166,6 +184,22 @@ def _final_state(setting: task.Task, directory) -> task.TrainState:
         )
     finally:
         checkpoints.close()
+
+
+def _step_mib(setting: task.Task) -> float:
+    devices = jax.local_device_count()
+    rows = parallel.local_batch_size(setting.config.batch_size) // devices
+    batch = {
+        'image': jax.ShapeDtypeStruct((devices, rows, *setting.pictures.shape), np.uint8),
+        'label': jax.ShapeDtypeStruct((devices, rows), np.int32),
+        'position': jax.ShapeDtypeStruct((devices, rows), np.int32),
+        'stop': jax.ShapeDtypeStruct((devices, 1), np.float32),
+    }
+    state = jax.eval_shape(lambda: task.init_state(setting))
+    plan = make_train_step(setting).lower(state, batch).compile().memory_analysis()
+    # What is updated in place is an argument and an output at once.
+    outputs = plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return (plan.argument_size_in_bytes + plan.temp_size_in_bytes + outputs) / 2**20
 
 
 def _pictures(source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,11 +12,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(
     path.stem for path in (ROOT / 'configs' / 'studies').glob('*.py') if path.stem != 'settings'
 )
-SIZES = ('digits', 'cifar10', 'caltech101', 'imagenet')
+SIZES = ('digits', 'cifar10_small', 'cifar10', 'caltech101', 'imagenet')
 # What trials tell: training, and the measurements.
 METRICS = {
     *('test/top1', 'test/loss', 'train/loss', 'train/clipped_fraction', 'images_per_second'),
-    *('dependence/logit_change', 'discrepancy/loss'),
+    *('dependence/logit_change', 'discrepancy/loss', 'memory/step_mib'),
     *('signal/avg_var', 'signal/avg_sq_mean', 'signal/res_avg_var', 'signal/avg_var_range'),
 }
 
@@ -42,6 +42,8 @@ def test_every_experiment_of_the_report_is_there():
     assert len(FILES) == 10
     assert all(f'{name}-digits' in STUDIES for name in FILES)
     assert sum(name.endswith('-cifar10') for name in STUDIES) == 9
+    small = {name.removesuffix('-cifar10_small') for name in STUDIES if name.endswith('_small')}
+    assert small == {'bn_benefits', 'bn_price', 'agc_nf', 'agc_batch_size'}
     assert all(study.name == key.rpartition('-')[0] for key, study in STUDIES.items())
 
 

@@ -2,8 +2,8 @@
 
     python -m experiments.study --config=configs/studies/agc_batch_size.py:digits --workdir=S
 
-Sizes: digits, cifar10, imagenet (the batch sizes and clipping factors of the sweep in arXiv
-2102.06171).
+Sizes: digits, cifar10_small, cifar10, imagenet (the batch sizes and clipping factors of the sweep
+in arXiv 2102.06171).
 """
 
 from configs.studies.settings import arm, chart, claim, new_study
@@ -13,6 +13,11 @@ _GRIDS = {
         'batch_size': (16, 128, 1024),
         'clipping': (0.01, 0.04, 0.16, 0.64),
         'learning_rate': (0.5, 2.0),
+    },
+    'cifar10_small': {
+        'batch_size': (128, 512),
+        'clipping': (0.01, 0.04, 0.16),
+        'learning_rate': (0.4, 1.6),
     },
     'cifar10': {
         'batch_size': (128, 256, 1024, 4096),

@@ -2,19 +2,25 @@
 
     python -m experiments.study --config=configs/studies/agc_nf.py:digits --workdir=S
 
-Sizes: digits, cifar10, imagenet (arXiv 2102.06171). The arm plain_adam_agc has what the report
-had: AGC of every tensor, the classifier's included, and then Adam, which divides each gradient by
-its own size and so takes the clipping away again.
+Sizes: digits, cifar10_small, cifar10, imagenet (arXiv 2102.06171). The arm plain_adam_agc has what
+the report had: AGC of every tensor, the classifier's included, and then Adam, which divides each
+gradient by its own size and so takes the clipping away again.
 """
 
 from configs.studies.settings import NO_CLIPPING, arm, batch_norm, chart, claim, new_study, no_norm
 
 _GRIDS = {
     'digits': {'batch_size': (16, 128, 1024), 'learning_rate': (0.25, 1.0, 4.0)},
+    'cifar10_small': {'batch_size': (32, 128, 512), 'learning_rate': (0.4, 1.6)},
     'cifar10': {'batch_size': (32, 256, 1024, 4096), 'learning_rate': (0.1, 0.4, 1.6)},
     'imagenet': {'batch_size': (256, 1024, 4096), 'learning_rate': (0.05, 0.1, 0.2)},
 }
-_CLIPPING = {'digits': (0.04, 0.16), 'cifar10': (0.02, 0.16), 'imagenet': (0.01, 0.04, 0.16)}
+_CLIPPING = {
+    'digits': (0.04, 0.16),
+    'cifar10_small': (0.01, 0.04),
+    'cifar10': (0.02, 0.16),
+    'imagenet': (0.01, 0.04, 0.16),
+}
 
 
 def get_config(size: str = 'digits'):

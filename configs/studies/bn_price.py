@@ -2,16 +2,18 @@
 
     python -m experiments.study --config=configs/studies/bn_price.py:digits --workdir=S
 
-Sizes: digits, cifar10. Besides training, every trial measures how far what the network says of a
-picture depends on the others in its batch, and what changes from training mode to evaluation mode:
-see `batch_dependence` in experiments/measurements.py. The figure of images a second means something
-only of a study that ran by itself, with --jobs=1; so nothing is claimed of it.
+Sizes: digits, cifar10_small, cifar10. Besides training, every trial measures how far what the
+network says of a picture depends on the others in its batch, and what changes from training mode to
+evaluation mode (`batch_dependence` in experiments/measurements.py), and the memory that a training
+step takes (`step_memory`). The figure of images a second means something only of a study that ran
+by itself, with --jobs=1; so nothing is claimed of it.
 """
 
 from configs.studies.settings import NO_CLIPPING, OURS, arm, batch_norm, chart, claim, new_study
 
 _GRIDS = {
     'digits': {'batch_size': (8, 64, 512), 'learning_rate': (0.25, 1.0, 4.0)},
+    'cifar10_small': {'batch_size': (8, 64, 512), 'learning_rate': (0.4, 1.6)},
     'cifar10': {'batch_size': (8, 32, 256, 1024), 'learning_rate': (0.1, 0.4, 1.6)},
 }
 
@@ -25,7 +27,7 @@ def get_config(size: str = 'digits'):
     )
     study.axes.batch_size = 'batch_size'
     study.grid = {**_GRIDS[size], 'seed': (0, 1, 2)}
-    study.measure = ('train', 'batch_dependence')
+    study.measure = ('train', 'batch_dependence', 'step_memory')
     study.base.optimizer.clip.clipping = 0.16  # No weight of a small batch is to be held back.
     study.arms = (
         arm('bn', 'ResNet with batch norm', {'model': batch_norm(study), **NO_CLIPPING}),
@@ -60,11 +62,18 @@ def get_config(size: str = 'digits'):
             margin=0.01,
         ),
         claim(
-            'With batch norm a small batch makes training and evaluation differ.',
+            'With batch norm a small batch makes evaluation worse than training mode.',
             OURS,
             better={'arm': 'bn', 'batch_size': small},
             worse={'arm': 'nf_agc', 'batch_size': small},
             metric='discrepancy/loss',
+        ),
+        claim(
+            'With batch norm a training step of the largest batch takes more memory.',
+            OURS,
+            better={'arm': 'bn', 'batch_size': large},
+            worse={'arm': 'nf_agc', 'batch_size': large},
+            metric='memory/step_mib',
         ),
     )
     over_batch = {'x': 'batch_size', 'log_x': True}
@@ -86,6 +95,13 @@ def get_config(size: str = 'digits'):
             'line',
             'Images a second in training, if nothing else ran',
             y='images_per_second',
+            **over_batch,
+        ),
+        chart(
+            'line',
+            'Memory of a training step, MiB',
+            y='memory/step_mib',
+            log_y=True,
             **over_batch,
         ),
         chart('table', 'Test top-1 in figures', x='batch_size'),

@@ -4,6 +4,9 @@
     cifar10   NF-ResNet-20 on CIFAR-10, from TensorFlow Datasets (docs/data.md)
     imagenet  NF-ResNet-50 on ImageNet, as in configs/imagenet
 
+    cifar10_small  NF-ResNet-8 of half the width, three epochs of a fifth of CIFAR-10: small
+                   enough for one core of a CPU
+
 (and caltech101, of which a folder must be given, in the two studies that the report did on it.)
 
 Every size has the same recipe: SGD with Nesterov momentum 0.9, a learning rate in proportion to the
@@ -27,14 +30,18 @@ NO_CLIPPING = {'optimizer': {'clip': {'name': 'none'}}}
 # The network of each size, without normalisation.
 _NETWORKS = {
     'digits': {'name': 'NF-ResNet-8', 'width': 0.5},
+    'cifar10_small': {'name': 'NF-ResNet-8', 'width': 0.5, 'stem': 'imagenet'},
     'cifar10': {'name': 'NF-ResNet-20'},
     'caltech101': {'name': 'NF-ResNet-50'},
     'imagenet': {'name': 'NF-ResNet-50'},
 }
-_CLASSES = {'digits': 10, 'cifar10': 10, 'caltech101': 101, 'imagenet': 1000}
+_CLASSES = {'digits': 10, 'cifar10_small': 10, 'cifar10': 10, 'caltech101': 101, 'imagenet': 1000}
 _SETTINGS = {
     'digits': '8x8 digits, 1442 to train on and 355 to test with, shifted by up to a pixel; '
     'NF-ResNet-8 of half the width (19,957 parameters) or the ResNet-8 like it',
+    'cifar10_small': 'CIFAR-10, 10,000 pictures to train on and 2,000 to test with, shifted by up '
+    'to 4 pixels and mirrored, 3 epochs; NF-ResNet-8 of half the width with a stem that quarters '
+    'the side, or the ResNet-8 like it',
     'cifar10': 'CIFAR-10, shifted by up to 4 pixels and mirrored; NF-ResNet-20 or ResNet-20',
     'caltech101': 'Caltech-101 at 224 pixels, 30 pictures of each class, random crops, mirrored',
     'imagenet': 'ImageNet at 224 pixels, random crops, mirrored; NF-ResNet-50 or ResNet-50',
@@ -118,6 +125,14 @@ def _cifar10() -> ConfigDict:
     return _small(config)
 
 
+def _cifar10_small() -> ConfigDict:
+    config = _cifar10()
+    config.data.train_split, config.data.test_split = 'train[:20%]', 'test[:20%]'
+    config.duration = '3 epochs'
+    config.checkpoint.every = '100%'
+    return config
+
+
 def _small(config: ConfigDict) -> ConfigDict:
     config.optimizer.schedule.warmup = '10%'
     config.ema = 0.0
@@ -150,6 +165,7 @@ def _caltech101() -> ConfigDict:
 
 _BASES = {
     'digits': _digits,
+    'cifar10_small': _cifar10_small,
     'cifar10': _cifar10,
     'caltech101': _caltech101,
     'imagenet': _imagenet,

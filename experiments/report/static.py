@@ -123,8 +123,12 @@ def draw(chart: charts.Chart) -> Figure:
         axes.grid(axis='y', color='#dddddd', linewidth=0.8)
         axes.set_axisbelow(True)
     if handles := axes.get_legend_handles_labels()[0]:
-        below = {'loc': 'outside lower center', 'ncols': min(3, len(handles)), 'frameon': False}
-        figure.legend(handles=handles, **below)
+        for columns in range(min(3, len(handles)), 0, -1):
+            below = {'loc': 'outside lower center', 'ncols': columns, 'frameon': False}
+            legend = figure.legend(handles=handles, **below)
+            if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+                break
+            legend.remove()
     return figure
 
 

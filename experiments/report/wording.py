@@ -32,9 +32,10 @@ def scale(metric: str) -> float:
 
 
 def metric_label(metric: str) -> str:
-    """'test_ema/top1' -> 'test EMA top-1, %'."""
+    """'test_ema/top1' -> 'test EMA top-1, %', 'memory/step_mib' -> 'memory step, MiB'."""
     words = metric.replace('/', ' ').replace('_', ' ').replace(' ema ', ' EMA ')
     words = words.replace('top1', 'top-1').replace('top5', 'top-5')
+    words = words.replace(' mib', ', MiB').replace(' gib', ', GiB')
     return words + (', %' if is_percent(metric) else '')
 
 

@@ -31,6 +31,9 @@ class NFResNet(hk.Module):
       activation: name in layers.nonlinearities.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
+      stem_bn: batch norm after the first convolution. No NF-ResNet has it; it is there to compare
+        with networks in which it was left.
+      cross_replica_axis: of that batch norm, as in ResNet.
       conventions: 'timm' pads convolutions symmetrically and pools shortcuts before their
         convolution instead of striding it.
       remat: recompute blocks in the backward pass: less memory, more time.
@@ -56,6 +59,8 @@ class NFResNet(hk.Module):
         activation: str = 'relu',
         skipinit_gain: float | hk.initializers.Initializer = 0.0,
         fc_init: float | hk.initializers.Initializer = 0.01,
+        stem_bn: bool = False,
+        cross_replica_axis: str | None = None,
         conventions: options.Conventions = 'published',
         remat: bool = False,
         scan: bool = False,
@@ -78,6 +83,11 @@ class NFResNet(hk.Module):
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=activation_gain)
         self.initial_conv = conv(*resnet_parts.stem_shape(row), name='initial_conv')
+        self.initial_bn = (
+            layers.BatchNorm(cross_replica_axis=cross_replica_axis, name='initial_bn')
+            if stem_bn
+            else None
+        )
         self.blocks = [
             NFResBlock(
                 plan,
@@ -98,7 +108,10 @@ class NFResNet(hk.Module):
         self, images: Array, is_training: bool, return_metrics: bool = False
     ) -> dict[str, Any]:
         """Classifies normalised images [N, H, W, 3]; see `create_model`."""
-        out = resnet_parts.stem_pool(self.row, self.initial_conv(images), self.padding)
+        out = self.initial_conv(images)
+        if self.initial_bn:
+            out = self.initial_bn(out, is_training)
+        out = resnet_parts.stem_pool(self.row, out, self.padding)
         out, metrics = residual.run_blocks(
             self.blocks,
             out,

@@ -33,6 +33,17 @@ def test_a_category_without_a_result_yet_has_its_room(write_study, study_fields,
     assert interactive.figure(drawn)['layout']['xaxis']['range'] == [-0.5, 2.5]
 
 
+@pytest.mark.parametrize('length', [20, 40, 80])
+def test_a_legend_is_in_the_picture(write_study, study_fields, length):
+    study_fields['arms'] = {name: name.ljust(length, 'n') for name in study_fields['axes']['arm']}
+    study = reading.load(write_study(study_fields))
+    figure = static.draw(charts.build(study, study.charts[0])[0])
+    figure.canvas.draw()
+    extent = figure.legends[0].get_window_extent()
+    assert extent.x0 >= 0
+    assert extent.x1 <= figure.bbox.x1
+
+
 def test_the_same_study_gives_the_same_files(study, tmp_path):
     names = static.write([study], tmp_path / 'a', made='now')
     static.write([study], tmp_path / 'b', made='now')

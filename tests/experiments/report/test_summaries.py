@@ -58,3 +58,15 @@ def test_unsuccessful_trials_are_listed_with_their_error(study):
 )
 def test_duration(seconds, text):
     assert summaries.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ('metric', 'label'),
+    [
+        ('test_ema/top1', 'test EMA top-1, %'),
+        ('train/loss', 'train loss'),
+        ('memory/step_mib', 'memory step, MiB'),
+    ],
+)
+def test_a_metric_is_labelled_with_its_unit(metric, label):
+    assert summaries.metric_label(metric) == label
