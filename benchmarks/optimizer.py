@@ -107,7 +107,8 @@ def main(argv=None):
 
     settings = timing.about(**vars(args))
     shapes = parameter_shapes(args.model)
-    copy_gb = 4e-9 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    copy_gb = 4e-9 * parameters
     prepared = {name: prepare(chain, shapes) for name, (chain, _) in CHAINS.items()}
     runs = {name: run for name, (run, _) in prepared.items()}
     if settings['platform'] == 'cpu':
@@ -131,7 +132,7 @@ def main(argv=None):
         }
         facts = prepared[name][1] if name in CHAINS else dict.fromkeys(FACTS)
         rows.append(measured | facts)
-    print(f'{args.model}, {copy_gb / 4:.3f}e9 parameters, float32, {settings["device"]}')
+    print(f'{args.model}, {parameters:,} parameters, float32, {settings["device"]}')
     timing.show(rows)
     timing.write(args.json, settings, rows)
 

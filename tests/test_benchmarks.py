@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import convolution, dispatch, inference, timing, train_step
+from benchmarks import convolution, dispatch, inference, optimizer, sam, timing, train_step
 from nfnets_jax.convolution import Forms, Size
 
 SMALL = ['--model=SmallCNN', '--image-size=16', '--batch=2', '--rounds=1']
@@ -36,6 +36,22 @@ def test_inference(tmp_path):
     ours, folded = rows(inference.main, SMALL, tmp_path / 'table.json')[:2]
     assert (ours['row'], folded['row']) == ('ours', 'folded')
     assert folded['latency ms'] > 0
+
+
+def test_optimizer(tmp_path):
+    arguments = ['--model=SmallCNN', '--rounds=1']
+    sgd, *chains, dot = rows(optimizer.main, arguments, tmp_path / 'table.json')
+    assert sgd['x SGD'] == sgd['floor'] == 1
+    assert [row['floor'] for row in chains] == [7 / 5] * 3
+    assert all(row['ms'] > 0 and row['scratch MB'] >= 0 for row in chains)
+    assert dot['row'] == 'BLAS dot'
+
+
+@pytest.mark.slow
+def test_sam(tmp_path):
+    plain, *ascents = rows(sam.main, SMALL, tmp_path / 'table.json')
+    assert plain['x plain'] == 1
+    assert [row['row'] for row in ascents] == [f'SAM, ascent on {k}%' for k in (20, 50, 100)]
 
 
 def test_dispatch(tmp_path):
