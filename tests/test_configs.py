@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -60,7 +61,15 @@ def test_data_model_optimizer_and_augmentation_of_a_tiny_likeness_fit(file, vari
     assert clipped.count(False) == 1  # the classifier's weight
 
 
+@pytest.fixture
+def forget_programs():
+    """Each takes thousands of memory maps, and a process may have 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @some(QUICK)
+@pytest.mark.usefixtures('forget_programs')
 def test_a_tiny_likeness_trains_three_steps(file, variant, tmp_path):
     config = file.get_config(variant)
     config.smoke = True
