@@ -38,11 +38,11 @@ def main() -> None:
     )
     command = shlex.join(['python', '-m', 'experiments.report', *sys.argv[1:]])
     text = page.render(found, command=command, made=made)
-    files.write_whole(out, text)
-    print(f'wrote {out} ({len(text) / 1e6:.1f} MB)')
-    if args.static:
+    if args.static:  # First, as it can be refused.
         written = static.write(found, args.static, made=made)
         print(f'wrote {len(written)} files into {args.static}')
+    files.write_whole(out, text)
+    print(f'wrote {out} ({len(text) / 1e6:.1f} MB)')
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from experiments.report.reading import Study, Trial
-from experiments.report.results import sample, select, settings
+from experiments.report.results import matching, sample, select, settings
 from experiments.report.statistics import Sample
 from experiments.report.wording import (
     Table,
@@ -24,6 +24,7 @@ from experiments.report.wording import (
 from experiments.study_format import DONE, ChartSpec, Point, Value
 
 _SPREAD = 0.06  # of the threads through one value of an axis, in heights
+NUM_COLOURS = 7  # of a palette; with the next series the colours begin anew
 _TABLE_ROWS = 25  # of a learning curve; more of them nobody reads
 
 
@@ -199,8 +200,9 @@ def _styles(study: Study, spec: ChartSpec, groups: Sequence[Point]) -> list[tupl
             for a, v in group.items()
             if v is not None or a == spec.series
         ]
-        styles.append((', '.join(parts), colour, seen[colour]))
-        seen[colour] += 1
+        shown = colour % NUM_COLOURS
+        styles.append((', '.join(parts), colour, seen[shown]))
+        seen[shown] += 1
     return styles
 
 
@@ -294,12 +296,17 @@ def _heatmaps(study: Study, spec: ChartSpec) -> list[Chart]:
     charts: list[Chart] = []
     for group in others:
         point = {**spec.where, **group}
+        here = matching(study.trials, point)
+        columns, rows = (
+            [v for v in study.axes[axis] if any(t.axes.get(axis) == v for t in here)]
+            for axis in (spec.x, spec.series)
+        )
         samples = [
             [
                 sample(study, select(study, {**point, spec.series: y, spec.x: x}), spec.y)
-                for x in study.axes[spec.x]
+                for x in columns
             ]
-            for y in study.axes[spec.series]
+            for y in rows
         ]
         if not any(s.values for row in samples for s in row):
             continue
@@ -315,8 +322,8 @@ def _heatmaps(study: Study, spec: ChartSpec) -> list[Chart]:
                 axis_label(spec.x),
                 axis_label(spec.series),
                 metric_label(spec.y),
-                [study.label(spec.x, v) for v in study.axes[spec.x]],
-                [study.label(spec.series, v) for v in study.axes[spec.series]],
+                [study.label(spec.x, v) for v in columns],
+                [study.label(spec.series, v) for v in rows],
                 [[s.mean * scale(spec.y) for s in row] for row in samples],
                 [['' if s == empty else mean_and_error(s, spec.y) for s in r] for r in samples],
                 min(means),

@@ -8,21 +8,20 @@ import html
 import itertools
 from typing import Any
 
-from experiments.report.charts import XY, Chart, Heatmap, Parallel, Series
+from experiments.report.charts import NUM_COLOURS, XY, Chart, Heatmap, Parallel, Series
 from experiments.report.wording import in_lines
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; dark enough on white, and
 # light enough on black, for a contrast of at least 3 (WCAG 2.2, 1.4.11).
 _SERIES = {
-    'light': ('#0072B2', '#C24A00', '#007A5A', '#A8508A', '#8A6A00', '#2F7FB0', '#444444'),
-    'dark': ('#56B4E9', '#F0934E', '#2FBF94', '#E29BC6', '#E6C84A', '#9AD0F0', '#C8C8C8'),
+    'light': ('#0072B2', '#C24A00', '#007A5A', '#A8508A', '#8A6A00', '#4B2BBF', '#444444'),
+    'dark': ('#56B4E9', '#F0934E', '#2FBF94', '#E29BC6', '#E6C84A', '#8C8CFF', '#C8C8C8'),
 }
 _PAGE = {
     'light': {'ink': '#1b1f24', 'muted': '#57606a', 'grid': '#dfe3e8', 'paper': '#ffffff'},
     'dark': {'ink': '#e8eaed', 'muted': '#a3abb5', 'grid': '#3a414b', 'paper': '#16191d'},
 }
 HEAT = ('#f3f6fa', '#0b3c6f')  # from low to high, linear between
-NUM_COLOURS = len(_SERIES['light'])
 DASHES = ('solid', 'dash', 'dot', 'dashdot')
 
 
@@ -113,7 +112,7 @@ def _xy(chart: XY) -> dict[str, Any]:
         if chart.kind == 'line':
             x_axis |= {'tickvals': values, 'ticktext': [f'{value:g}' for value in values]}
     if chart.log_y:
-        y_axis |= {'type': 'log'}
+        y_axis |= {'type': 'log', 'dtick': 'D2'}  # 1, 2, 5: of all digits the labels overlap
     if chart.kind == 'bars':
         y_axis |= {'rangemode': 'tozero'}
     traces = [

@@ -145,10 +145,7 @@ def _study(study: Study, place: str, judgements: Sequence[results.Judgement]) ->
         caption = 'Mean ± standard error (seeds), at the tuned values'
         parts += ['<h3>Results</h3>', _table(summaries.results_table(study, tunings), caption)]
         if summaries.has_edges(tunings):
-            parts.append(
-                '<p class="notice">A best value at the edge of what was tried may not be the best: '
-                'the grid should go on there.</p>'
-            )
+            parts.append(f'<p class="notice">{_e(summaries.EDGES)}</p>')
         grid = _table(summaries.grid_table(study, tunings), 'All that was tried')
         parts.append(_details('Everything that was tried, before tuning', grid))
     if any(trial.state != 'complete' for trial in study.trials):

@@ -110,6 +110,7 @@ def _parse(path: pathlib.Path, fields: Fields) -> Study:
     for axis, values in axes.items():
         if not isinstance(values, list) or not all(isinstance(v, Value) for v in values):
             raise UsageError(f'axes.{axis}={values!r:.60} must be a list of texts and numbers')
+    axes = {axis: _in_order(values) for axis, values in axes.items()}
     tuned = fields.take('tuned', list, [a for a in ('learning_rate',) if a in axes])
     for axis in tuned:
         if axis not in axes:
@@ -136,6 +137,12 @@ def _parse(path: pathlib.Path, fields: Fields) -> Study:
         hardware=fields.take('hardware', str, ''),
         seconds=fields.take('seconds', (*NUMBER, NONE), None),
     )
+
+
+def _in_order(values: Sequence[Value]) -> Sequence[Value]:
+    """Sorts numbers: those of a later grid, and of single arms, come after the others."""
+    numbers = all(isinstance(v, NUMBER) and not isinstance(v, bool) for v in values)
+    return sorted(values) if numbers else values
 
 
 def _trial(fields: Fields, axes: Mapping[str, Any]) -> Trial:

@@ -116,17 +116,21 @@ def select(study: Study, point: Point) -> list[Trial]:
 
     Tuned is by the study's metric, at every setting of the other axes apart.
     """
+    selected = []
+    for here, tuning in _tuned(study, point):
+        selected += matching(here, tuning.chosen) if tuning else here
+    return selected
+
+
+def _tuned(study: Study, point: Point) -> list[tuple[list[Trial], Tuning | None]]:
+    """Returns the trials of a point and how they were tuned, at every setting of its other axes."""
     trials = matching(study.trials, point)
     open_axes = [axis for axis in study.tuned if axis not in point]
     if not open_axes:
-        return trials
+        return [(trials, None)]
     others = [a for a in study.axes if a not in (*open_axes, 'seed')]
-    selected = []
-    for setting in settings(study, trials, others):
-        here = matching(trials, setting)
-        tuning = tune(study, here, open_axes)
-        selected += matching(here, tuning.chosen) if tuning else here
-    return selected
+    found = [matching(trials, setting) for setting in settings(study, trials, others)]
+    return [(here, tune(study, here, open_axes)) for here in found]
 
 
 class Judgement(NamedTuple):
@@ -135,6 +139,7 @@ class Judgement(NamedTuple):
     claim: Claim
     comparison: Comparison
     samples: tuple[Sample, Sample] | None  # better, worse; None where the study does not test it
+    tunings: tuple[list[Tuning], list[Tuning]] = ([], [])  # of what was tuned on either side
 
 
 def judge(study: Study, claim: Claim) -> Judgement:
@@ -147,4 +152,5 @@ def judge(study: Study, claim: Claim) -> Judgement:
         return Judgement(claim, nothing, None)
     better, worse = (sample(study, select(study, point), claim.metric) for point in points)
     comparison = compare(better, worse, margin=claim.margin, direction=claim.direction)
-    return Judgement(claim, comparison, (better, worse))
+    tunings = tuple([t for _, t in _tuned(study, point) if t] for point in points)
+    return Judgement(claim, comparison, (better, worse), tunings)

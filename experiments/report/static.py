@@ -19,7 +19,7 @@ from experiments.report.wording import Table, in_lines
 from nfnets_jax import files
 from nfnets_jax.errors import UsageError
 
-_COLOURS = [interactive.palette('light')[f'c{i}'] for i in range(interactive.NUM_COLOURS)]
+_COLOURS = [interactive.palette('light')[f'c{i}'] for i in range(charts.NUM_COLOURS)]
 _DASHES = ('-', '--', ':', '-.')
 
 
@@ -82,6 +82,7 @@ def _section(study: Study, figures: Sequence[str]) -> str:
         lines += ['## Claimed, and what came out', '', _markdown(Table(header, rows))]
     if tunings:
         lines += ['## Results', '', _markdown(summaries.results_table(study, tunings))]
+        lines += [summaries.EDGES, ''] if summaries.has_edges(tunings) else []
     lines += ['## Figures', '', *figures] if figures else []
     if any(trial.state != 'complete' for trial in study.trials):
         table = summaries.trials_table(study, only_unsuccessful=True)

@@ -31,6 +31,10 @@ METHOD = (
     'scatter too much to say. With fewer than two seeds on either side nothing can be said.',
 )
 
+EDGES = (
+    'A best value at the edge of what was tried may not be the best: the grid should go on there.'
+)
+
 # What a reader may not know of each verdict's word.
 SYMBOLS = {
     Verdict.AGREES: '✓',
@@ -85,7 +89,14 @@ def outcome(study: Study, judgement: Judgement) -> str:
             text += f' ({CONFIDENCE:.0%} interval {low} to {high})'
         bound = 'more' if claim.direction == 'greater' else 'less'
         text += f'; claimed is {bound} than {_signed(claim.margin, claim.metric)}. '
-    text += f'{comparison.reason.capitalize()}.' if comparison.reason else ''
+    text += f'{comparison.reason.capitalize()}. ' if comparison.reason else ''
+    edges = [
+        f'{axis_label(axis)} {_with_edge(study, tuning, axis)} of {describe_point(study, point)}'
+        for point, tunings in zip((claim.better, claim.worse), judgement.tunings, strict=True)
+        for tuning in tunings
+        for axis in tuning.at_edge()
+    ]
+    text += f'Perhaps not the best: {"; ".join(edges)}.' if edges else ''
     return text[:1].upper() + text[1:].strip()
 
 

@@ -85,6 +85,14 @@ def test_heat_map(build):
     assert 'at clipping 0.01, batch size 256' in found.describe()
 
 
+def test_a_heat_map_has_no_place_for_the_values_of_other_arms(build, study_fields):
+    axes = study_fields['axes'] | {'clipping': [0.01, 0.16, 10.0]}
+    (found,) = build(
+        chart('heatmap', 'batch_size', series='clipping', where={'arm': 'agc'}), axes=axes
+    )
+    assert found.rows == ['0.01', '0.16']
+
+
 def test_divergence_does_not_stretch_the_colours(build):
     spec = chart('heatmap', 'learning_rate', series='batch_size', where={'arm': 'nf'})
     (found,) = build(spec)

@@ -33,6 +33,22 @@ def test_a_broken_study_is_one_line_and_nothing_is_written(command, study_direct
     assert not out.exists()
 
 
+def test_a_static_version_that_is_refused_leaves_the_page_alone(command, study_directory, tmp_path):
+    out = tmp_path / 'report.html'
+    out.write_text('what was there')
+    status, printed, errors = _finish(
+        command(
+            'report',
+            f'--workdir={study_directory}',
+            f'--workdir={study_directory}',
+            f'--out={out}',
+            f'--static={tmp_path}/static',
+        )
+    )
+    assert (status, printed, errors.count('\n')) == (2, '', 1)
+    assert out.read_text() == 'what was there'
+
+
 def test_the_page_is_in_the_study_unless_said_otherwise(command, study_directory):
     status, printed, _ = _finish(command('report', f'--workdir={study_directory}'))
     assert status == 0

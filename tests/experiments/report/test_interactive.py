@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 
 import plotly.graph_objects as go
 import pytest
@@ -82,7 +83,7 @@ def _contrast(first, second):
 @pytest.mark.parametrize('theme', ['light', 'dark'])
 def test_colours_can_be_seen(theme):
     palette = interactive.palette(theme)
-    for i in range(interactive.NUM_COLOURS):
+    for i in range(charts.NUM_COLOURS):
         assert _contrast(palette[f'c{i}'], palette['paper']) >= 3.0, i
     assert _contrast(palette['ink'], palette['paper']) >= 7.0
     assert _contrast(palette['muted'], palette['paper']) >= 4.5
@@ -103,3 +104,38 @@ def test_many_series_are_told_apart_by_colour_and_dash(write_study, study_fields
     (found,) = charts.build(study, study.charts[0])
     styles = [entry[1:] for entry in interactive.legend(found)]
     assert all(a != b for a, b in itertools.combinations(styles, 2))
+
+
+def test_more_arms_than_colours_are_told_apart(write_study, study_fields):
+    names = [f'arm{i}' for i in range(charts.NUM_COLOURS + 1)]
+    study_fields |= {'axes': study_fields['axes'] | {'arm': names}, 'claims': []}
+    study_fields['charts'] = [chart('line', 'learning_rate')]
+    template = next(t for t in study_fields['trials'] if t['axes']['arm'] == 'bn')
+    study_fields['trials'] = [
+        template | {'id': name, 'axes': template['axes'] | {'arm': name}} for name in names
+    ]
+    study = reading.load(write_study(study_fields))
+    (found,) = charts.build(study, study.charts[0])
+    styles = [entry[1:] for entry in interactive.legend(found)]
+    assert len(set(styles)) == len(names)
+
+
+def _lab(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    x, y, z = (
+        t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116
+        for t in (
+            (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.9505,
+            0.2126 * r + 0.7152 * g + 0.0722 * b,
+            (0.0193 * r + 0.1192 * g + 0.9505 * b) / 1.089,
+        )
+    )
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+def test_no_two_colours_look_alike(theme):
+    palette = interactive.palette(theme)
+    colours = [_lab(palette[f'c{i}']) for i in range(charts.NUM_COLOURS)]
+    assert min(math.dist(a, b) for a, b in itertools.combinations(colours, 2)) > 30

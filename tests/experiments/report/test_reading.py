@@ -103,3 +103,10 @@ def test_a_broken_study_is_one_line_that_names_the_file(write_study, study_field
         reading.load(directory)
     assert str(directory / 'study.json') in str(error.value)
     assert '\n' not in str(error.value)
+
+
+def test_numbers_are_in_order_whenever_they_were_added(write_study, study_fields):
+    study_fields['axes'] |= {'learning_rate': [1.6, 0.4], 'arm': ['nf', 'agc', 'bn']}
+    axes = reading.load(write_study(study_fields)).axes
+    assert axes['learning_rate'] == [0.4, 1.6]
+    assert axes['arm'] == ['nf', 'agc', 'bn']

@@ -23,8 +23,23 @@ def test_outcome_tells_what_the_verdict_rests_on(study):
     assert text == (
         'Test top-1, %: 91.00 ± 0.58 (3) of NF with AGC, batch size 256, 61.00 ± 0.58 (3) of NF, '
         'batch size 256. Difference +30.00 points (90% interval +28.26 points to +31.74 points); '
-        'claimed is more than 0.00 points.'
+        'claimed is more than 0.00 points. Perhaps not the best: '
+        'learning rate 0.4 (the smallest tried) of NF with AGC, batch size 256; '
+        'clipping 0.01 (the smallest tried) of NF with AGC, batch size 256; '
+        'learning rate 0.4 (the smallest tried) of NF, batch size 256.'
     )
+
+
+def test_a_side_with_its_tuned_axes_named_has_no_edge(write_study, study_fields):
+    for side in study_fields['claims'][0]['compare'].values():
+        if isinstance(side, dict):
+            side |= (
+                {'learning_rate': 0.4, 'clipping': 0.01}
+                if side['arm'] == 'agc'
+                else {'learning_rate': 0.4}
+            )
+    study = reading.load(write_study(study_fields))
+    assert 'Perhaps' not in summaries.outcome(study, results.judge(study, study.claims[0]))
 
 
 def test_results_name_what_was_tuned_and_its_edge(study):
