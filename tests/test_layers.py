@@ -1,3 +1,5 @@
+import functools
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -339,6 +341,10 @@ def test_signal_metrics():
     [
         (layers.Conv2D, hk.initializers.TruncatedNormal(72**-0.5)),
         (layers.ScaledWSConv2D, hk.initializers.VarianceScaling(1.0, 'fan_in', 'normal')),
+        (
+            functools.partial(layers.Conv2D, w_init=layers.he_init),
+            hk.initializers.VarianceScaling(2.0, 'fan_in', 'truncated_normal'),
+        ),
     ],
 )
 def test_initial_weights_are_drawn_as_haiku_draws_them(layer, published):

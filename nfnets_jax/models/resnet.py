@@ -22,7 +22,8 @@ class ResNet(hk.Module):
       num_classes: size of the logits.
       variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
       preactivation: False for the order of arXiv 1512.03385, activation after the addition.
-      norm: 'batch', or 'none' for the same network with normalisation removed and biases added.
+      norm: 'batch', or 'none' for the same network with normalisation removed and biases added. Its
+        weights are drawn by He et al.'s rule, as nothing else keeps the size of the signal.
       bn_decay_rate: of the running statistics.
       cross_replica_axis: name of the mapped axis over which batch statistics are averaged; None
         keeps them to each device's own batch.
@@ -74,8 +75,11 @@ class ResNet(hk.Module):
                 return _no_norm
             return layers.BatchNorm(bn_decay_rate, cross_replica_axis=cross_replica_axis, name=name)
 
-        # A normalisation's offset makes the bias before it idle.
-        conv = functools.partial(layers.Conv2D, with_bias=norm == 'none')
+        # A normalisation makes the bias before it idle, and the scale of the weights.
+        if norm == 'none':
+            conv = functools.partial(layers.Conv2D, w_init=layers.he_init)
+        else:
+            conv = functools.partial(layers.Conv2D, with_bias=False)
         self.initial_conv = conv(*resnet_parts.stem_shape(row), name='initial_conv')
         if not preactivation:
             self.initial_bn = make_norm('initial_bn')

@@ -40,9 +40,9 @@ class SmallCNN(hk.Module):
         super().__init__(name=name)
         options.check('SmallCNN', num_classes=num_classes, norm=norm, bn_decay_rate=bn_decay_rate)
         self.activation = layers.get_activation(activation, scaled=False)
-        he = hk.initializers.VarianceScaling(2.0, 'fan_in', 'truncated_normal')
         self.convs = [
-            layers.Conv2D(32, 3, padding='VALID', w_init=he, name=f'conv{i}') for i in range(4)
+            layers.Conv2D(32, 3, padding='VALID', w_init=layers.he_init, name=f'conv{i}')
+            for i in range(4)
         ]
         self.norms = [
             layers.BatchNorm(bn_decay_rate, cross_replica_axis=cross_replica_axis, name=f'bn{i}')
@@ -50,7 +50,7 @@ class SmallCNN(hk.Module):
             else None
             for i in range(4)
         ]
-        self.hidden = [layers.Linear(128, he), layers.Linear(32, he)]
+        self.hidden = [layers.Linear(128, layers.he_init), layers.Linear(32, layers.he_init)]
         self.fc = layers.Linear(num_classes)
 
     def __call__(self, images: Array, is_training: bool) -> dict[str, Any]:
