@@ -26,6 +26,7 @@ _NAMED = ('model', 'data')
 
 _ARM = ('name', 'label', 'config', 'grid')
 _NAME = re.compile(r'[A-Za-z0-9][\w.+-]*')
+_VALUE = re.compile(r'[\w.+-]+')
 
 
 class Trial(NamedTuple):
@@ -44,7 +45,7 @@ def default_study() -> ConfigDict:
             'name': '',
             'title': '',
             'question': '',
-            'setting': '',  # data, network and recipe, in words
+            'setting': '',  # data and network, in words; the recipe comes on top, see `recipe`
             'size': '',  # digits | cifar10 | imagenet | ...
             'cost': '',  # what it took where, in words, as measured
             'base': default_config(),  # what all trials start from
@@ -233,16 +234,47 @@ def _check_grid(grid: Mapping, key: str, study: ConfigDict) -> None:
         if not isinstance(values, tuple | list) or not values:
             raise UsageError(f'config.{key}.{axis}={values!r}: give a tuple of values')
         for value in values:
-            _check_name(str(value), f'{key}.{axis}')
+            _check_name(str(value), f'{key}.{axis}', _VALUE)
         if len(set(values)) < len(values):
             raise UsageError(f'config.{key}.{axis}={values!r}: a value twice')
 
 
-def _check_name(name: str, key: str) -> None:
-    if not _NAME.fullmatch(name):
+def _check_name(name: str, key: str, allowed: re.Pattern = _NAME) -> None:
+    if not allowed.fullmatch(name):
         raise UsageError(
-            f'config.{key}: {name!r} becomes part of a directory: letters, digits, _ . + only'
+            f'config.{key}: {name!r} becomes part of a directory: letters, digits, _ . + - only'
         )
+
+
+def recipe(study: ConfigDict) -> str:
+    """Returns how the study's networks are trained, in words; '' where nothing is trained."""
+    if 'train' not in study.measure:
+        return ''
+    base = study.base
+    optimizer, clip, schedule = base.optimizer, base.optimizer.clip, base.optimizer.schedule
+    if optimizer.name == 'sgd':
+        nesterov = 'Nesterov ' if optimizer.nesterov else ''
+        trained_by = f'SGD with {nesterov}momentum {optimizer.momentum:g}'
+    else:
+        trained_by = optimizer.name.capitalize()
+    told = {
+        'batch_size': f'batch size {base.batch_size}',
+        'duration': base.duration,
+        'optimizer.name': trained_by,
+        'optimizer.schedule.name': f'{schedule.name} schedule, {schedule.warmup} warm-up',
+        'optimizer.weight_decay': f'weight decay {optimizer.weight_decay:g}',
+        'optimizer.clip.clipping': {
+            'none': 'no clipping',
+            'agc': f'AGC at {clip.clipping:g}',
+        }.get(clip.name, f'clipping {clip.name} at {clip.clipping:g}'),
+        'optimizer.scale_lr_by_batch': 'learning rates of SGD for 256 examples, in proportion to '
+        'the batch'
+        if optimizer.scale_lr_by_batch
+        else 'learning rates whatever the batch',
+    }
+    varied = set(study.axes.values())
+    words = ', '.join(text for key, text in told.items() if key not in varied)
+    return f'Where arms and figures do not say otherwise: {words}.'
 
 
 def to_json(study: ConfigDict) -> dict[str, Any]:
@@ -251,4 +283,5 @@ def to_json(study: ConfigDict) -> dict[str, Any]:
     fields = (*words, 'metric', 'higher_is_better', 'chance', 'tuned', 'claims', 'charts')
     labels = {arm['name']: arm.get('label', arm['name']) for arm in study.arms}
     told = {field: study[field] for field in fields} | {'axes': axis_values(study), 'arms': labels}
+    told['setting'] = '. '.join(filter(None, (study.setting, recipe(study))))
     return json.loads(json.dumps(told, default=dict))

@@ -374,7 +374,7 @@ class _Course:
         print(f'{study.name} ({study.size}): {trials}', file=sys.stderr, flush=True)
         self._metric = study.metric
         if sys.stderr.isatty():
-            form = 'trial {n_fmt}/{total_fmt} |{bar}| {desc}'
+            form = 'trial {n_fmt}/{total_fmt} |{bar}|{desc}'
             self._bar = tqdm(
                 total=len(self._ids), initial=len(self._told), bar_format=form, dynamic_ncols=True
             )
@@ -387,10 +387,10 @@ class _Course:
             self._told.add(record.id)
             ended = record.metrics.get(self._metric) if record.state == 'complete' else None
             outcome = record.state if ended is None else f'{self._metric} {ended:.4g}'
-            self._say(
-                f'{len(self._told):>4}/{len(self._ids)} {record.id}: {outcome}'
-                f'  ({record.seconds or 0:.1f} s){self._left(records)}'
-            )
+            if record.state == 'failed':
+                outcome += f': {record.error}'
+            line = f'{len(self._told):>4}/{len(self._ids)} {record.id}: {outcome}'
+            self._say(f'{line}  ({record.seconds or 0:.1f} s)', self._left(records))
 
     def close(self) -> None:
         if self._bar is not None:
@@ -423,11 +423,12 @@ class _Course:
         left = sum(known.get(r.program, typical) for r in records if not r.ended) / self._jobs
         return f', {tqdm.format_interval(left)} left' if left else ''
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: str, left: str) -> None:
         if self._bar is None:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self._bar.set_description_str(line.split(' ', 1)[-1], refresh=False)
+            print(line + left, file=sys.stderr, flush=True)
+        else:  # What came out scrolls by; the bar has room for the time left on any terminal.
+            self._bar.write(line, file=sys.stderr)
+            self._bar.set_description_str(left.replace(',', ''), refresh=False)
             self._bar.update(len(self._told) - self._bar.n)
 
 

@@ -1,4 +1,5 @@
 import collections
+import io
 import json
 import os
 import re
@@ -135,7 +136,7 @@ def test_a_trial_told_to_stop_goes_on_where_it_was(tmp_path, monkeypatch, capsys
     assert after[: len(before)] == before, 'not trained anew'
 
 
-def test_a_trial_that_fails_does_not_end_the_study(tmp_path, monkeypatch):
+def test_a_trial_that_fails_does_not_end_the_study(tmp_path, monkeypatch, capsys):
     def training(config, directory, programs):
         if config.seed == 1:
             raise MemoryError('too large\nfor this machine')
@@ -146,6 +147,7 @@ def test_a_trial_that_fails_does_not_end_the_study(tmp_path, monkeypatch):
     failed = [trial for trial in read(tmp_path)['trials'] if trial['state'] == 'failed']
     assert [trial['axes']['seed'] for trial in failed] == [1, 1]
     assert failed[0]['error'] == 'MemoryError: too large'
+    assert 'seed=1: failed: MemoryError: too large' in capsys.readouterr().err
     assert 'Traceback' in (tmp_path / 'trials' / failed[0]['id'] / 'error.txt').read_text()
 
     monkeypatch.setitem(study.measurements.MEASUREMENTS, 'train', lambda *_: {'test/top1': 0.25})
@@ -160,6 +162,23 @@ def test_a_trial_that_fails_does_not_end_the_study(tmp_path, monkeypatch):
         0.25,
         0.5,
     ]
+
+
+def test_a_terminal_of_80_columns_is_told_what_came_out_and_how_long(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    monkeypatch.setenv('COLUMNS', '80')
+    monkeypatch.setenv('LINES', '24')
+    monkeypatch.setitem(
+        study.measurements.MEASUREMENTS, 'train', lambda *_: time.sleep(0.01) or {'test/top1': 0.5}
+    )
+    study.run_study(tiny_study(), tmp_path)
+    written = re.split('[\r\n]', terminal.getvalue())
+    assert any('agc-learning_rate=0.1-seed=0: test/top1 0.5' in line for line in written)
+    bars = [line for line in written if line.startswith('trial 2/5')]
+    assert bars
+    assert all('left' in bar and len(bar) <= 80 for bar in bars)
 
 
 def test_a_metric_that_no_trial_gives_is_named_after_the_first(tmp_path, monkeypatch):
@@ -285,6 +304,24 @@ def test_without_its_journal_a_study_takes_the_runs_there_are(tmp_path):
     (tmp_path / 'journal.log').unlink()
     study.run_study(only, tmp_path)
     assert read(tmp_path)['trials'] == [before | {'seconds': read(tmp_path)['seconds']}]
+
+
+def test_the_recipe_is_told_as_it_is():
+    config = default_study()
+    config.setting = 'digits'
+    config.base.batch_size, config.base.duration = 48, '7 epochs'
+    told = studies.to_json(config)['setting']
+    assert told.startswith('digits. Where arms and figures do not say otherwise: batch size 48, ')
+    assert '7 epochs, SGD with Nesterov momentum 0.9' in told
+    assert 'learning rates of SGD for 256 examples' in told
+    config.axes.batch_size = 'batch_size'
+    config.base.optimizer.name, config.base.optimizer.scale_lr_by_batch = 'adam', False
+    told = studies.recipe(config)
+    assert 'batch size' not in told, 'it is an axis'
+    assert 'Adam' in told
+    assert 'SGD' not in told
+    config.measure = ('signal_propagation',)
+    assert studies.to_json(config)['setting'] == 'digits'
 
 
 @pytest.mark.parametrize(
