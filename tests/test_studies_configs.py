@@ -71,12 +71,14 @@ def test_a_study_says_what_a_report_needs(key):
         tuned = [{**study.grid.to_dict(), **arm['grid']} for arm in study.arms]
         few = 1 if key.endswith('imagenet') else 2
         assert all(len(grid['learning_rate']) >= few for grid in tuned)
+        if key.endswith(('digits', 'cifar10_small')):  # So that the best may have both sides tried.
+            assert all(len(grid['learning_rate']) >= 3 for grid in tuned)
 
 
 @pytest.mark.parametrize('key', [key for key in STUDIES if key.endswith('-digits')])
 def test_every_program_of_the_digits_size_can_be_run(key):
     trials = studies.make_trials(STUDIES[key])
-    assert len(trials) <= 120
+    assert len(trials) <= 250
     for trial in {trial.program: trial for trial in trials}.values():
         task.prepare(trial.config)
 

@@ -12,7 +12,7 @@ from nfnets_jax import models
 from nfnets_jax.optimizers import PUBLISHED_GROUPS
 
 _BATCHES = {'digits': 256, 'cifar10': 1024, 'imagenet': 4096}
-_RATES = {'digits': (1.0, 4.0), 'cifar10': (0.4, 1.6), 'imagenet': (0.1,)}
+_RATES = {'digits': (0.25, 1.0, 4.0), 'cifar10': (0.4, 1.6), 'imagenet': (0.1,)}
 _CLIPPING = {'digits': (0.04,), 'cifar10': (0.02,), 'imagenet': (0.01,)}
 
 
@@ -32,7 +32,13 @@ def get_config(size: str = 'digits'):
     study.arms = (
         arm('published', 'all but the classifier, unit by unit'),
         arm('layerwise', 'layer by layer', {'optimizer': {'clip': {'unitwise': False}}}),
-        arm('with_classifier', 'the classifier too', {'optimizer': {'groups': everything}}),
+        arm(
+            'with_classifier',
+            'the classifier too',
+            {'optimizer': {'groups': everything}},
+            # A classifier that is clipped wants a larger one.
+            learning_rate=(*_RATES[size], 4 * _RATES[size][-1]),
+        ),
         arm('without_first', 'not the first convolution', _exempt('initial_conv')),
         *(
             arm(f'without_stage_{number}', f'not stage {number}', _exempt(*blocks))

@@ -12,12 +12,12 @@ _GRIDS = {
     'digits': {
         'batch_size': (16, 128, 1024),
         'clipping': (0.01, 0.04, 0.16, 0.64),
-        'learning_rate': (0.5, 2.0),
+        'learning_rate': (0.12, 0.5, 2.0, 8.0),
     },
     'cifar10_small': {
         'batch_size': (128, 512),
         'clipping': (0.01, 0.04, 0.16),
-        'learning_rate': (0.4, 1.6),
+        'learning_rate': (0.1, 0.4, 1.6, 6.4),
     },
     'cifar10': {
         'batch_size': (128, 256, 1024, 4096),

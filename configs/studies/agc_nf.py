@@ -7,16 +7,25 @@ the report had: AGC of every tensor, the classifier's included, and then Adam, w
 gradient by its own size and so takes the clipping away again.
 """
 
-from configs.studies.settings import NO_CLIPPING, arm, batch_norm, chart, claim, new_study, no_norm
+from configs.studies.settings import (
+    NO_CLIPPING,
+    OURS,
+    arm,
+    batch_norm,
+    chart,
+    claim,
+    new_study,
+    no_norm,
+)
 
 _GRIDS = {
-    'digits': {'batch_size': (16, 128, 1024), 'learning_rate': (0.25, 1.0, 4.0)},
-    'cifar10_small': {'batch_size': (32, 128, 512), 'learning_rate': (0.4, 1.6)},
+    'digits': {'batch_size': (16, 128, 1024), 'learning_rate': (0.06, 0.25, 1.0, 4.0, 16.0)},
+    'cifar10_small': {'batch_size': (32, 128, 512), 'learning_rate': (0.025, 0.1, 0.4, 1.6)},
     'cifar10': {'batch_size': (32, 256, 1024, 4096), 'learning_rate': (0.1, 0.4, 1.6)},
     'imagenet': {'batch_size': (256, 1024, 4096), 'learning_rate': (0.05, 0.1, 0.2)},
 }
 _CLIPPING = {
-    'digits': (0.04, 0.16),
+    'digits': (0.04, 0.16, 0.64),
     'cifar10_small': (0.01, 0.04),
     'cifar10': (0.02, 0.16),
     'imagenet': (0.01, 0.04, 0.16),
@@ -34,17 +43,19 @@ def get_config(size: str = 'digits'):
     study.axes.clipping = 'optimizer.clip.clipping'
     study.grid = {**_GRIDS[size], 'seed': (0, 1, 2)}
     study.tuned = ('learning_rate', 'clipping')
+    batches = study.grid.batch_size
+    # With AGC larger rates are best.
+    agc_rates = {'learning_rate': (0.1, 0.4, 1.6, 6.4)} if size == 'cifar10_small' else {}
     study.arms = (
         arm('bn', 'ResNet with batch norm', {'model': batch_norm(study), **NO_CLIPPING}),
         arm('nf', 'NF-ResNet', NO_CLIPPING),
-        arm('nf_agc', 'NF-ResNet with AGC', clipping=_CLIPPING[size]),
+        arm('nf_agc', 'NF-ResNet with AGC', clipping=_CLIPPING[size], **agc_rates),
     )
-    batches = study.grid.batch_size
     if size != 'imagenet':
         adam = {'name': 'adam', 'scale_lr_by_batch': False, 'weight_decay': 0.0}
         adam['groups'] = ({'match': '.*'},)  # The classifier's weight too.
         plain = {'model': no_norm(study)}
-        grid = {'batch_size': batches[1:-1], 'learning_rate': (1e-3, 1e-2)}
+        grid = {'batch_size': batches[1:-1], 'learning_rate': (1e-3, 1e-2, 1e-1)}
         study.arms += (
             arm(
                 'plain_adam',
@@ -89,7 +100,13 @@ def get_config(size: str = 'digits'):
         study.claims += (
             claim(
                 'AGC at 0.01 does not help a ResNet without batch norm (72.7 against 74.8 %).',
-                'report B, with Adam after AGC, batch 256',
+                'report B, Adam 1e-3 after AGC, batch 256',
+                better={'arm': 'plain_adam', 'batch_size': batches[1], 'learning_rate': 1e-3},
+                worse={'arm': 'plain_adam_agc', 'batch_size': batches[1], 'learning_rate': 1e-3},
+            ),
+            claim(
+                'So it is with each at its best learning rate.',
+                OURS,
                 better={'arm': 'plain_adam', 'batch_size': batches[1]},
                 worse={'arm': 'plain_adam_agc', 'batch_size': batches[1]},
             ),

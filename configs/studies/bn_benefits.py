@@ -6,11 +6,21 @@ Sizes: digits, cifar10_small, cifar10. The small CNN of the report's experiment 
 in its experiment B, with and without batch norm, trained by Adam at learning rates up to 1e-1.
 """
 
-from configs.studies.settings import OURS, arm, batch_norm, chart, claim, new_study, no_norm
+from configs.studies.settings import (
+    DATA_WORDS,
+    OURS,
+    RESNET_WORDS,
+    arm,
+    batch_norm,
+    chart,
+    claim,
+    new_study,
+    no_norm,
+)
 
 _LEARNING_RATES = {
     'digits': (1e-4, 1e-3, 1e-2, 1e-1),
-    'cifar10_small': (1e-3, 1e-2),
+    'cifar10_small': (1e-4, 1e-3, 1e-2, 1e-1),
     'cifar10': (1e-4, 1e-3, 1e-2, 1e-1),
 }
 
@@ -21,7 +31,7 @@ def get_config(size: str = 'digits'):
     study.question = (
         'How much better is a network with batch norm, and over how wide a range of learning rates?'
     )
-    study.setting += '; besides it the small CNN of the report (37,322 parameters)'
+    cnn_words = 'the small CNN of the report (37,322 parameters)'
     optimizer = study.base.optimizer
     optimizer.name, optimizer.scale_lr_by_batch, optimizer.weight_decay = 'adam', False, 0.0
     optimizer.schedule.warmup = '0%'
@@ -32,9 +42,9 @@ def get_config(size: str = 'digits'):
         cnn |= {'data': {'image_size': 16}, 'augment': {'shift': 2}}  # It needs so many pixels.
     if size == 'cifar10_small':  # A picture costs it over ten times what it costs the others.
         cnn |= {'duration': '0.5 epochs', 'eval': {'every': '50%'}}
-        study.setting += ', for half an epoch'
+        cnn_words += ', half an epoch'
+    study.setting = f'{DATA_WORDS[size]}; {RESNET_WORDS[size]}, or {cnn_words}'
     cnn_bn = cnn | {'model': {'name': 'SmallCNN', 'cross_replica_axis': 'devices'}}
-    study.setting += '; Adam, no warm-up'
     study.arms = (
         arm('cnn', 'small CNN', cnn),
         arm('cnn_bn', 'small CNN with batch norm', cnn_bn),
@@ -60,6 +70,12 @@ def get_config(size: str = 'digits'):
         claim(
             'A ResNet is better with batch norm (ResNet-20, batch 256: 83.3 against 74.8 %).',
             'report B, Adam 1e-3',
+            better={'arm': 'resnet_bn', 'learning_rate': 1e-3},
+            worse={'arm': 'resnet', 'learning_rate': 1e-3},
+        ),
+        claim(
+            'So it is with each at its best learning rate.',
+            OURS,
             better={'arm': 'resnet_bn'},
             worse={'arm': 'resnet'},
         ),

@@ -7,7 +7,17 @@ long as the gradient; and by Adam, as the report trained, which divides the grad
 and with it by whatever clipping did to all of it.
 """
 
-from configs.studies.settings import NO_CLIPPING, OURS, arm, chart, claim, new_study, no_norm
+from configs.studies.settings import (
+    DATA_WORDS,
+    NO_CLIPPING,
+    OURS,
+    RESNET_WORDS,
+    arm,
+    chart,
+    claim,
+    new_study,
+    no_norm,
+)
 
 
 def get_config(size: str = 'digits'):
@@ -19,12 +29,13 @@ def get_config(size: str = 'digits'):
     )
     study.axes.clipping = 'optimizer.clip.clipping'
     study.base.model = no_norm(study)
+    study.setting = f'{DATA_WORDS[size]}; {RESNET_WORDS[size]}, without normalisation'
     study.base.batch_size = 64 if size == 'digits' else 256
-    study.grid.learning_rate = (0.1, 0.4, 1.6)
+    study.grid.learning_rate = (0.1, 0.4, 1.6, 6.4)
     study.tuned = ('learning_rate', 'clipping')
     by_norm, not_at_all = {'clip': {'name': 'global_norm'}}, {'clip': {'name': 'none'}}
     adam = {'name': 'adam', 'scale_lr_by_batch': False, 'weight_decay': 0.0}
-    adam_rates = (1e-3, 1e-2)
+    adam_rates = (1e-4, 1e-3, 1e-2, 1e-1)
     study.arms = (
         arm('none', 'SGD', NO_CLIPPING),
         arm(

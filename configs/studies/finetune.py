@@ -11,7 +11,7 @@ pictures each of 5 to 9; caltech101, NFNet-F0 from the published weights (docs/p
 from ml_collections import ConfigDict
 
 from configs.finetune import head_only
-from configs.studies.settings import OURS, arm, chart, claim, new_study
+from configs.studies.settings import DATA_WORDS, OURS, arm, chart, claim, new_study
 from experiments.studies import PRETRAINED
 
 
@@ -47,8 +47,8 @@ def get_config(size: str = 'digits'):
         study.base.sam.rho = 0.05
         study.base.sam.ascent_fraction = 0.25
         study.base.optimizer.weight_decay = 1e-5
-        study.setting = f'{study.setting}; NFNet-F0 at 192 pixels with SAM'
-    study.grid.learning_rate = (0.1, 0.4, 1.6)
+        study.setting = f'{DATA_WORDS[size]}; NFNet-F0 at 192 pixels with SAM'
+    study.grid.learning_rate = (0.4, 1.6, 6.4, 25.6) if size == 'digits' else (0.1, 0.4, 1.6)
     scratch = {'init': {'weights': '', 'new_head': False}}
     study.arms = (
         arm('scratch', 'from random weights', scratch),

@@ -10,7 +10,16 @@ and with that batch norm, and a second pair of arms trains by SGD with weight de
 with AGC.
 """
 
-from configs.studies.settings import NO_CLIPPING, OURS, arm, batch_norm, chart, claim, new_study
+from configs.studies.settings import (
+    DATA_WORDS,
+    NO_CLIPPING,
+    OURS,
+    arm,
+    batch_norm,
+    chart,
+    claim,
+    new_study,
+)
 
 _NARROW = {'depths': (1, 1, 1, 1), 'width': 0.25, 'stem': 'small'}
 _SMALL_STEM = {'stem': 'small'}
@@ -18,7 +27,7 @@ _OPTIONS = {'digits': _NARROW, 'cifar10': _SMALL_STEM, 'caltech101': {}}
 _NETWORKS = {
     'digits': 'networks of one bottleneck block a stage, 16 to 128 channels',
     'cifar10': '50 layers with a stem for small pictures',
-    'caltech101': 'the networks of 50 layers as published',
+    'caltech101': 'the networks of 50 layers as published, at 224 pixels',
 }
 
 
@@ -26,14 +35,14 @@ def get_config(size: str = 'digits'):
     study = new_study('resnet50_vs_nf', size, tuple(_OPTIONS))
     study.title = 'ResNet-50 against NF-ResNet-50, batch 32'
     study.question = 'How much better is NF-ResNet-50 than ResNet-50 where batches are small?'
-    study.setting = f'{study.setting}; {_NETWORKS[size]}'
+    study.setting = f'{DATA_WORDS[size]}; {_NETWORKS[size]}'
     study.base.model = {'name': 'NF-ResNet-50', **_OPTIONS[size]}
     study.base.batch_size = 32
     if size == 'digits':
         study.base.duration = '5 epochs'
     adam = {'optimizer': {'name': 'adam', 'scale_lr_by_batch': False, 'weight_decay': 0.0}}
     adam['optimizer'] |= NO_CLIPPING['optimizer']
-    rates = (2e-4, 1e-3, 5e-3)
+    rates = (2e-4, 1e-3, 5e-3, 2.5e-2)
     bn = {'model': batch_norm(study)}
     stem_bn = {'model': {'stem_bn': True, 'cross_replica_axis': 'devices'}}
     study.arms = (
@@ -48,7 +57,7 @@ def get_config(size: str = 'digits'):
         arm('bn', 'ResNet-50, SGD', bn | NO_CLIPPING),
         arm('nf_agc', 'NF-ResNet-50, SGD with AGC'),
     )
-    study.grid.learning_rate = (0.4, 1.6, 6.4) if size == 'digits' else (0.1, 0.4, 1.6)
+    study.grid.learning_rate = (0.1, 0.4, 1.6, 6.4) if size == 'digits' else (0.1, 0.4, 1.6)
     study.base.optimizer.clip.clipping = 0.16
     study.claims = (
         claim(

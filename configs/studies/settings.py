@@ -36,15 +36,28 @@ _NETWORKS = {
     'imagenet': {'name': 'NF-ResNet-50'},
 }
 _CLASSES = {'digits': 10, 'cifar10_small': 10, 'cifar10': 10, 'caltech101': 101, 'imagenet': 1000}
-_SETTINGS = {
-    'digits': '8x8 digits, 1442 to train on and 355 to test with, shifted by up to a pixel; '
-    'NF-ResNet-8 of half the width (19,957 parameters) or the ResNet-8 like it',
+DATA_WORDS = {
+    'digits': '8x8 digits, 1442 to train on and 355 to test with, shifted by up to a pixel',
     'cifar10_small': 'CIFAR-10, 10,000 pictures to train on and 2,000 to test with, shifted by up '
-    'to 4 pixels and mirrored, 3 epochs; NF-ResNet-8 of half the width with a stem that quarters '
-    'the side, or the ResNet-8 like it',
-    'cifar10': 'CIFAR-10, shifted by up to 4 pixels and mirrored; NF-ResNet-20 or ResNet-20',
-    'caltech101': 'Caltech-101 at 224 pixels, 30 pictures of each class, random crops, mirrored',
-    'imagenet': 'ImageNet at 224 pixels, random crops, mirrored; NF-ResNet-50 or ResNet-50',
+    'to 4 pixels and mirrored',
+    'cifar10': 'CIFAR-10, shifted by up to 4 pixels and mirrored',
+    'caltech101': 'Caltech-101, 30 pictures of each class, random crops, mirrored',
+    'imagenet': 'ImageNet, random crops, mirrored',
+}
+_NETWORK_WORDS = {
+    'digits': 'NF-ResNet-8 of half the width (19,957 parameters), or the ResNet-8 like it',
+    'cifar10_small': 'NF-ResNet-8 of half the width with a stem that quarters the side, or the '
+    'ResNet-8 like it',
+    'cifar10': 'NF-ResNet-20 or ResNet-20',
+    'caltech101': 'NF-ResNet-50 or ResNet-50, at 224 pixels',
+    'imagenet': 'NF-ResNet-50 or ResNet-50, at 224 pixels',
+}
+
+# Where all networks of a study are batch-normalised, or have no normalisation.
+RESNET_WORDS = {
+    'digits': 'ResNet-8 of half the width',
+    'cifar10_small': 'ResNet-8 of half the width with a stem that quarters the side',
+    'cifar10': 'ResNet-20',
 }
 
 
@@ -57,7 +70,8 @@ def new_study(name: str, size: str, sizes: tuple[str, ...] = ('digits', 'cifar10
     if size not in sizes:
         raise UsageError(f'{name} has no size {size!r}{nearest(size, sizes)}')
     study = default_study()
-    study.name, study.size, study.setting = name, size, _SETTINGS[size]
+    study.name, study.size = name, size
+    study.setting = f'{DATA_WORDS[size]}; {_NETWORK_WORDS[size]}'
     study.base = _BASES[size]()
     study.base.model = dict(_NETWORKS[size])
     study.chance = 1 / _CLASSES[size]

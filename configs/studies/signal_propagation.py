@@ -70,7 +70,7 @@ def get_config(size: str = 'digits'):
             metric='signal/res_avg_var',
         ),
         claim(
-            'With beta fixed to 1 the branches grow with their input.',
+            'With beta fixed to 1 the branches are stronger, by the variance of their input.',
             'NF-ResNets paper',
             better={'arm': 'nf_no_beta'},
             worse={'arm': 'nf', 'alpha': 0.2},
