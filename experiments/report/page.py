@@ -204,7 +204,7 @@ def _legend(chart: charts.Chart) -> str:
         return f'<p class="muted">{_e(what)}</p>'
     buttons = ''.join(
         f'<button type="button" aria-pressed="true" data-series="{i}">'
-        f'<i class="{interactive.DASHES[dash]}" style="border-color: var(--c{colour})"></i>'
+        f'<i class="{interactive.DASHES[dash]}" style="color: var(--c{colour})"></i>'
         f'{_e(name)}</button>'
         for i, (name, colour, dash) in enumerate(interactive.legend(chart))
     )

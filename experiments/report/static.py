@@ -169,7 +169,8 @@ def _positions(chart: charts.XY, series: charts.Series) -> list:
 
 
 def _categories(axes: Axes, labels: Sequence[str]) -> None:
-    axes.set_xticks(range(len(labels)), ['\n'.join(in_lines(label)) for label in labels])
+    width = min(16, 80 // len(labels))  # A figure is some 80 letters wide.
+    axes.set_xticks(range(len(labels)), ['\n'.join(in_lines(label, width)) for label in labels])
     axes.set_xlim(-0.5, len(labels) - 0.5)  # Room for each, also where nothing is drawn yet.
 
 

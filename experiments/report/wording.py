@@ -60,9 +60,9 @@ def mean_and_error(sample: Sample, metric: str) -> str:
     return f'{number(sample.mean, metric)}{spread} ({", ".join(notes)})'.replace(' ', space)
 
 
-def in_lines(label: str) -> list[str]:
-    """Breaks a label that has little room."""
-    return textwrap.wrap(label, 16) or ['']
+def in_lines(label: str, width: int = 16) -> list[str]:
+    """Breaks a label that has little room, between words."""
+    return textwrap.wrap(label, width, break_long_words=False) or ['']
 
 
 def duration(seconds: float | None) -> str:
