@@ -12,7 +12,7 @@ from nfnets_jax import models
 from nfnets_jax.optimizers import PUBLISHED_GROUPS
 
 _BATCHES = {'digits': 256, 'cifar10': 1024, 'imagenet': 4096}
-_RATES = {'digits': (0.25, 1.0, 4.0), 'cifar10': (0.4, 1.6), 'imagenet': (0.1,)}
+_RATES = {'digits': (0.06, 0.25, 1.0, 4.0), 'cifar10': (0.4, 1.6), 'imagenet': (0.1,)}
 _CLIPPING = {'digits': (0.04,), 'cifar10': (0.02,), 'imagenet': (0.01,)}
 
 

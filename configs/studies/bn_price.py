@@ -13,7 +13,7 @@ from configs.studies.settings import NO_CLIPPING, OURS, arm, batch_norm, chart, 
 
 _GRIDS = {
     'digits': {'batch_size': (8, 64, 512), 'learning_rate': (0.06, 0.25, 1.0, 4.0, 16.0)},
-    'cifar10_small': {'batch_size': (8, 64, 512), 'learning_rate': (0.1, 0.4, 1.6, 6.4)},
+    'cifar10_small': {'batch_size': (8, 64, 512), 'learning_rate': (0.025, 0.1, 0.4, 1.6, 6.4)},
     'cifar10': {'batch_size': (8, 32, 256, 1024), 'learning_rate': (0.1, 0.4, 1.6)},
 }
 
