@@ -4,6 +4,7 @@ Writes HTML to docs/api/. Each module of the package is given by name: the names
 nfnets_jax/__init__.py imports on first use are documented where they are defined.
 """
 
+import importlib
 import pathlib
 import pkgutil
 import sys
@@ -18,9 +19,11 @@ import nfnets_jax  # noqa: E402
 
 
 def main(output=DOCS / 'api'):
-    modules = pkgutil.iter_modules(nfnets_jax.__path__, 'nfnets_jax.')
+    modules = [m.name for m in pkgutil.iter_modules(nfnets_jax.__path__, 'nfnets_jax.')]
+    for module in map(importlib.import_module, modules):
+        vars(module).pop('Array', None)  # Or pdoc documents all of jax.Array as ours.
     pdoc.render.configure(docformat='google', show_source=False, footer_text=nfnets_jax.__version__)
-    pdoc.pdoc(*(module.name for module in modules), output_directory=pathlib.Path(output))
+    pdoc.pdoc(*modules, output_directory=pathlib.Path(output))
     print(f'open {output}/index.html')
 
 

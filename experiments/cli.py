@@ -155,6 +155,8 @@ def _options(node: str, name: Any) -> Collection[str]:
 
 
 def _literal(text: str) -> Any:
+    if text in ('true', 'false'):  # As absl's flags know them.
+        return text == 'true'
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):

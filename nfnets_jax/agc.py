@@ -114,9 +114,7 @@ def adaptive_grad_clip(
         leaf names it by its path.
     """
     scheduled = _is_schedule(clipping)
-    if not callable(clipping):
-        _check_not_negative('clipping', clipping)
-    _check_not_negative('eps', eps)
+    _check_arguments(clipping, eps)
 
     def init(params: PyTree) -> AdaptiveGradClipState:
         leaves = _plan(params, _at_step(clipping, 0), axis, mask, specs)
@@ -185,6 +183,7 @@ def describe_clipping(
     head    (16, 10)       -              -         -  head
     17 units in 2 of 3 leaves: gradient norm <= clipping * max(parameter norm, 0.001)
     """
+    _check_arguments(clipping, eps)
     leaves = _plan(params, _at_step(clipping, 0), axis, mask, None)
     rows = [('leaf', 'shape', 'norm over', 'units', 'clipping', 'group')]
     for leaf in leaves:
@@ -366,7 +365,11 @@ def _plan(
         split_by = tuple(name for i in range(leaf.ndim) if i not in axes for name in names[i])
         leaves.append(_Leaf(path, group, shape, ratio, axes, sum_over, split_by))
 
-    floats = [path for path, (_, value) in zip(paths, entries, strict=True) if _is_float(value)]
+    floats = [
+        path
+        for path, (_, value) in zip(paths, entries, strict=True)
+        if _is_float(value) and np.size(value)
+    ]
     if floats and all(leaf.clipping is None for leaf in leaves):
         raise ValueError(
             f'mask and clipping select none of the {len(floats)} leaves (the first is '
@@ -440,10 +443,17 @@ def _at_step(clipping: Scalar | optax.Schedule | PerLeaf, step: Any) -> Any:
     return cast(optax.Schedule, clipping)(step) if _is_schedule(clipping) else clipping
 
 
+def _check_arguments(clipping: Scalar | optax.Schedule | PerLeaf, eps: Scalar) -> None:
+    if not callable(clipping):
+        _check_not_negative('clipping', clipping)
+    _check_not_negative('eps', eps)
+
+
 def _check_not_negative(name: str, value: Scalar) -> None:
     if isinstance(value, jax.core.Tracer):  # Not known yet: a hyperparameter under jit.
         return
-    if np.ndim(value) or not float(value) >= 0:  # NaN is refused too.
+    is_number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
+    if not is_number or np.ndim(value) or not float(value) >= 0:  # NaN is refused too.
         raise ValueError(f'{name} must be a number >= 0, got {value}')
 
 
@@ -463,7 +473,7 @@ def _is_absent(leaf: Any) -> bool:
 
 def _is_float(leaf: Any) -> bool:
     """Whether a leaf holds floating-point or complex numbers."""
-    if _is_absent(leaf):
-        return False
     dtype = getattr(leaf, 'dtype', None)
-    return jnp.issubdtype(jnp.result_type(leaf) if dtype is None else dtype, jnp.inexact)
+    if dtype is None:
+        return isinstance(leaf, float | complex)
+    return jnp.issubdtype(dtype, jnp.inexact)

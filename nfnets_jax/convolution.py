@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from nfnets_jax import pieces
 from nfnets_jax.convolution_table import TABLE
+from nfnets_jax.errors import UsageError
 
 Array = jax.Array
 # 'SYMMETRIC' is PyTorch's: K // 2 zeros at both ends, where 'SAME' may put one more at the end.
@@ -31,7 +32,13 @@ def conv2d(
 
     Reverse-mode differentiable any number of times; where another form than XLA's own is chosen on
     any platform forward mode (jax.jvp) does not apply.
+
+    Raises:
+      UsageError: x holds integers, as pictures that were not normalised do: the weights, which take
+        its dtype, would all become zero.
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UsageError(f'images must be normalised floats, not {x.dtype}')
     shape = ConvShape(stride, groups, padding)
     size = measure(shape, x.shape, w.shape)
     choices = {platform: choose(entries, size) for platform, entries in TABLE.items()}

@@ -20,12 +20,16 @@ from nfnets_jax.errors import UsageError
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
 
-def fold_standardization(params: hk.Params) -> hk.Params:
-    """Replaces 'w' and 'gain' of every standardised convolution by the weight they make."""
+def fold_standardization(params: hk.Params, standardize: bool = True) -> hk.Params:
+    """Replaces 'w' and 'gain' of every `ScaledWSConv2D` by the weight they make.
+
+    Args:
+      params: of a model.
+      standardize: the model's option of that name.
+    """
+    fold = layers.standardize if standardize else jnp.multiply
     return {
-        module: {'w': np.asarray(layers.standardize(p['w'], p['gain'])), 'bias': p['bias']}
-        if 'gain' in p
-        else p
+        module: {'w': np.asarray(fold(p['w'], p['gain'])), 'bias': p['bias']} if 'gain' in p else p
         for module, p in params.items()
     }
 
@@ -40,7 +44,8 @@ def make_classifier(
       conv2d: computes all convolutions; takes what `convolution.conv2d` takes.
     """
     metadata = weights.metadata
-    model, params = pretrained.network(metadata), fold_standardization(weights.params)
+    model = pretrained.network(metadata)
+    params = fold_standardization(weights.params, metadata.options.get('standardize', True))
     interceptor = functools.partial(convolve_folded, conv2d)
 
     def classify(pixels: jax.Array) -> jax.Array:
@@ -108,6 +113,11 @@ def _conv2d_as_onnx_knows_it(x, w, *, stride, groups, padding):
 
 
 def picture_size(weights: pretrained.Weights) -> int:
+    """Returns the side in pixels of the pictures the weights are tested on.
+
+    Raises:
+      UsageError: the metadata do not say.
+    """
     if weights.metadata.test_size is None:
         raise UsageError('the weights do not say for which size of pictures they are')
     return weights.metadata.test_size

@@ -6,7 +6,6 @@ params, state, report = pretrained.fit_weights(weights, params, state)
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnets_jax import augment, convert_timm, models, weight_files
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.errors import UsageError, first_line, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,7 +223,9 @@ def decode_metadata(text: str, path: str | os.PathLike) -> Metadata:
             key: tuple(values[key]) for key in ('class_names', 'mean', 'std') if key in values
         }
         metadata = Metadata(**values)
-    except (AttributeError, TypeError, RecursionError, json.JSONDecodeError) as error:
+    except UsageError:
+        raise
+    except (AttributeError, TypeError, RecursionError, ValueError) as error:
         raise UsageError(f'{path}: its metadata cannot be read: {error}') from error
     for name, holds in _METADATA_RULES.items():
         value = getattr(metadata, name)
@@ -243,7 +244,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_rgb(value: Any) -> bool:
-    return len(value) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+    return len(value) == 3 and all(type(v) in (int, float) and abs(v) < 1e6 for v in value)
 
 
 # What a stranger's metadata must be for the rest of the code to rely on them.
@@ -267,8 +268,8 @@ def _load_file(path: str | os.PathLike) -> Weights:
     if not arrays:
         raise UsageError(f'{path} holds no arrays')
     for name, array in arrays.items():
-        # Kind V is what NumPy makes of the bfloat16 of ml_dtypes.
-        if array.dtype.kind not in 'fiubV' or array.dtype.names:
+        # Kind V is what NumPy makes of the bfloat16 of ml_dtypes; in an .npz it loses its name.
+        if array.dtype.kind not in 'fiubV' or array.dtype.type is np.void:
             raise UsageError(f'{path} cannot be read: {name} holds {array.dtype}, not numbers')
     options, added = {}, ()
     if convert_timm.is_timm(arrays):
@@ -276,14 +277,21 @@ def _load_file(path: str | os.PathLike) -> Weights:
             arrays, options, added = convert_timm.convert(arrays)
         except UsageError as error:
             raise UsageError(f'{path}: {error}') from error
-        except (KeyError, ZeroDivisionError) as error:
+        except (KeyError, ValueError, ZeroDivisionError) as error:
             raise UsageError(f"{path}: timm's state dict is not whole: {error}") from error
     params, state = _split(_normalise(arrays))
     if _METADATA_KEY not in text:
         return Weights(params, state, _recognise(params, options), added)
     weights = Weights(params, state, decode_metadata(text[_METADATA_KEY], path))
-    if weights.metadata.model is not None and not (report := _report(weights)).fits:
-        raise UsageError(f'{path} does not fit {weights.metadata.model}: {report}')
+    if weights.metadata.model is not None:
+        try:
+            report = _report(weights)
+        except Exception as error:  # Of options of a stranger a model may raise nearly anything.
+            raise UsageError(
+                f'{path}: its metadata describe no model: {first_line(error)}'
+            ) from error
+        if report.new_head or not report.fits:
+            raise UsageError(f'{path} does not fit {weights.metadata.model}: {report}')
     return weights
 
 

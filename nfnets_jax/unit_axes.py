@@ -127,8 +127,8 @@ def dense_general(inputs: int) -> Rule:
 def flax_attention(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     """Flax's `MultiHeadAttention` (Linen and NNX), by its names; every other leaf as `hwio`.
 
-    query, key and value kernels [in, heads, size]: one unit per head and feature. Their biases
-    [heads, size]: one unit. The out kernel [heads, size, out]: one unit per output feature.
+    One unit per head and feature in the query, key and value kernels [in, heads, size], one for
+    each of their biases [heads, size]; one per output feature in the out kernel [heads, size, out].
     """
     names = path.split('/')
     for module, name in zip(names, names[1:], strict=False):

@@ -112,16 +112,20 @@ def _state_dict(tree: Any) -> Any:
     return tree.get('state_dict', tree) if isinstance(tree, dict) else tree
 
 
-def _flatten(tree: Any, prefix: str = '') -> dict[str, np.ndarray]:
+def _flatten(tree: Any, prefix: str = '', seen: set[int] | None = None) -> dict[str, np.ndarray]:
     """{'module': {'name': array}} -> {'module/name': array}; what is not an array is refused."""
     if not isinstance(tree, dict):
         raise safe_pickle.RefusedError(f'it holds a {type(tree).__name__}, not a dict of arrays')
+    seen = set() if seen is None else seen
+    if id(tree) in seen:  # Few of them, each within the next, would be more than memory holds.
+        raise safe_pickle.RefusedError('it holds one dict in two places')
+    seen.add(id(tree))
     flat = {}
     for key, value in tree.items():
         if isinstance(value, np.ndarray):
             flat[f'{prefix}{key}'] = value
         elif isinstance(value, dict):
-            flat |= _flatten(value, f'{prefix}{key}/')
+            flat |= _flatten(value, f'{prefix}{key}/', seen)
         else:
             raise safe_pickle.RefusedError(
                 f'{prefix}{key} is a {type(value).__name__}, not an array'

@@ -181,6 +181,7 @@ def test_leaves_that_are_no_gradients_pass():
         'empty': jnp.ones((0, 3)),
     }
     params |= {'frozen': jnp.ones(3), 'steps': jnp.arange(3), 'key': key, 'number': 2.0}
+    params['function'] = jax.nn.relu  # an Equinox module that was not filtered
     grads = {
         'w': jnp.ones((4, 2)),
         'none': None,
@@ -188,6 +189,7 @@ def test_leaves_that_are_no_gradients_pass():
         'empty': jnp.ones((0, 3)),
     }
     grads |= {'frozen': None, 'steps': np.zeros(3, jax.dtypes.float0), 'key': key, 'number': 5.0}
+    grads['function'] = None
     tx = adaptive_grad_clip(0.01)
     ours, state = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(ours['w'], 0.01, rtol=1e-6)
@@ -199,6 +201,13 @@ def test_leaves_that_are_no_gradients_pass():
     assert ours['masked'] == optax.MaskedNode()
     assert ours['empty'].shape == (0, 3)
     assert state.clipped_fraction == 1
+
+
+def test_only_empty_leaves():
+    tx, params = adaptive_grad_clip(), {'w': jnp.ones((0, 3))}
+    updates, state = tx.update(params, tx.init(params), params)
+    assert updates['w'].shape == (0, 3)
+    assert state.clipped_fraction == 0
 
 
 def test_empty_tree():
@@ -331,10 +340,21 @@ class TestFraction:
 class TestErrors:
     params = {'conv': {'w': jnp.ones((3, 3, 2, 4)), 'b': jnp.ones(4)}}
 
-    @pytest.mark.parametrize('kwargs', [{'clipping': -0.1}, {'eps': -1e-3}, {'clipping': np.nan}])
-    def test_negative(self, kwargs):
+    @pytest.mark.parametrize(
+        'kwargs',
+        [
+            {'clipping': -0.1},
+            {'eps': -1e-3},
+            {'clipping': np.nan},
+            {'clipping': '0.01'},
+            {'clipping': None},
+        ],
+    )
+    def test_no_number_or_negative(self, kwargs):
         with pytest.raises(ValueError, match=f'{next(iter(kwargs))} must be a number >= 0'):
             adaptive_grad_clip(**kwargs)
+        with pytest.raises(ValueError, match='must be a number >= 0'):
+            describe_clipping(self.params, **kwargs)
 
     def test_negative_for_a_leaf(self):
         tx = adaptive_grad_clip(lambda path, leaf: -1.0 if path == 'conv/w' else 0.01)

@@ -25,9 +25,9 @@ MODELS = {
 
 
 @functools.cache
-def trained(name: str) -> Weights:
+def trained(name: str, **options) -> Weights:
     """Weights unlike their initial values, where half of the network would be 0."""
-    metadata = Metadata(model=name, num_classes=5, options=MODELS[name], test_size=16)
+    metadata = Metadata(model=name, num_classes=5, options=MODELS[name] | options, test_size=16)
     rng = np.random.RandomState(0)
 
     def draw(leaf):
@@ -91,6 +91,13 @@ def test_weights_are_standardised_once_and_not_in_the_program():
     gain = weights.params['NF_ResNet/~/initial_conv']['gain']
     np.testing.assert_allclose(w.mean((0, 1, 2)), 0, atol=1e-6)
     np.testing.assert_allclose(w.var((0, 1, 2)) * 27, gain**2, rtol=1e-5)
+
+
+def test_weights_that_the_model_does_not_standardise_are_not_standardised():
+    weights = trained('NF-ResNet-8', standardize=False)
+    x = pixels(2)
+    logits = jax.jit(export.make_classifier(weights))(x)
+    chex.assert_trees_all_close(logits, expected_logits(weights, x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_normalisation_of_the_weights_is_in_the_program():

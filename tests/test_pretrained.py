@@ -8,6 +8,7 @@ import zlib
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -153,6 +154,20 @@ def test_another_model_than_the_one_named_is_told(weights, tmp_path):
         ('{"std": [0, 0, 0]}', 'std is'),
         ('{"class_names": ["a"], "num_classes": 3}', 'name 1 of 3 classes'),
         ('[' * 100_000, 'cannot be read'),
+        ('{"train_size": ' + '1' * 5000 + '}', 'cannot be read'),
+        ('{"mean": [1, 1, 1' + '0' * 400 + ']}', 'mean is'),
+        (
+            '{"model": "NF-ResNet-8", "num_classes": 1000000}',
+            'does not fit NF-ResNet-8: .* new head',
+        ),
+        (
+            '{"model": "NF-ResNet-8", "num_classes": 3, "options": {"foo": 1}}',
+            "w.safetensors: .*'foo'",
+        ),
+        (
+            '{"model": "NF-ResNet-8", "num_classes": 3, "options": {"width": 1e300}}',
+            'w.safetensors: its metadata describe no model',
+        ),
     ],
 )
 def test_wrong_metadata_are_named(metadata, named, weights, tmp_path):
@@ -164,7 +179,13 @@ def test_wrong_metadata_are_named(metadata, named, weights, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'array', [np.array(['a', 'b']), np.ones((2, 2), complex), np.zeros(2, 'datetime64[s]')]
+    'array',
+    [
+        np.array(['a', 'b']),
+        np.ones((2, 2), complex),
+        np.zeros(2, 'datetime64[s]'),
+        np.ones((2, 2), jnp.bfloat16),  # as void in an .npz
+    ],
 )
 def test_arrays_that_are_not_numbers_are_named(array, tmp_path):
     np.savez(tmp_path / 'w.npz', **{'NFNet/~/linear/w': array})
@@ -176,6 +197,15 @@ def test_a_part_of_a_timm_state_dict_is_told(tmp_path):
     np.savez(tmp_path / 'w.npz', **{'stages.0.0.conv1.weight': np.ones((4, 4, 1, 1), np.float32)})
     with pytest.raises(UsageError, match='not whole|holds'):
         load_pretrained(tmp_path / 'w.npz')
+
+
+@pytest.mark.parametrize('stage', ['999999999', '9' * 5000])
+def test_a_stage_number_out_of_reason_is_told(stage, tmp_path):
+    names = ['stages.0.0.conv1.weight', f'stages.{stage}.0.conv1.weight']
+    weights = dict.fromkeys(names, np.ones((4, 4, 1, 1), np.float32))
+    pretrained.weight_files.write_safetensors(tmp_path / 'w', weights, {})
+    with pytest.raises(UsageError, match='w: .*not whole'):
+        load_pretrained(tmp_path / 'w')
 
 
 def test_a_head_for_other_classes_is_left_as_it_is(weights):

@@ -180,6 +180,15 @@ def test_other_content_is_refused(content, problem, tmp_path):
         weight_files.read(path)
 
 
+def test_shared_dicts_do_not_multiply(tmp_path):
+    tree = {'a': np.zeros(1)}
+    for _ in range(15):
+        tree = {str(i): tree for i in range(10)}  # 10^15 arrays in 1 kB
+    (tmp_path / 'w').write_bytes(pickle.dumps(tree))
+    with pytest.raises(UsageError, match='one dict in two places'):
+        weight_files.read(tmp_path / 'w')
+
+
 def test_an_npz_of_objects_is_not_unpickled(tmp_path):
     with open(tmp_path / 'w', 'wb') as file:
         np.savez(file, a=np.array([{'x': 1}], object))

@@ -4,6 +4,7 @@ import jax
 
 from nfnets_jax import layers
 from nfnets_jax.convolution import Padding
+from nfnets_jax.errors import UsageError
 from nfnets_jax.models import residual
 from nfnets_jax.models.variants import Variant
 
@@ -31,7 +32,14 @@ def branch_shapes(row: Variant, plan: residual.BlockPlan) -> list[ConvShape]:
 
 
 def plan_resnet(row: Variant, alpha: float = 0.0) -> list[residual.BlockPlan]:
-    """Lays out the blocks: every stage but the first halves the picture."""
+    """Lays out the blocks: every stage but the first halves the picture.
+
+    Raises:
+      UsageError: the width leaves a convolution without channels.
+    """
+    inner = min(row.channels) // (4 if row.block == 'bottleneck' else 1)
+    if min(stem_shape(row)[0], inner) < 1:
+        raise UsageError(f'{row.family} width: {row.width} leaves a convolution without channels')
     return residual.plan_blocks(
         stem_shape(row)[0],
         row.channels,

@@ -75,12 +75,13 @@ def test_overrides_reach_the_config(directory):
 
 
 def test_options_that_the_file_does_not_name_can_be_set_one_by_one(directory):
-    options = ('--config.model.alpha=0.3', '--config.data.classes=(1,2)')
+    flags = ('--config.model.use_se=false', '--config.model.remat=true')
+    options = ('--config.model.alpha=0.3', '--config.data.classes=(1,2)', *flags)
     arguments = ('--config=options.py', *options, '--config.model.width=2')
     done = run(directory, *arguments, program='options_program.py')
     assert done.stderr == ''
     assert ast.literal_eval(done.stdout) == [
-        {'name': 'NF-ResNet-8', 'width': 2.0, 'alpha': 0.3},
+        {'name': 'NF-ResNet-8', 'width': 2.0, 'alpha': 0.3, 'use_se': False, 'remat': True},
         {'name': 'digits', 'classes': (1, 2)},
     ]
 

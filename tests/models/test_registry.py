@@ -49,6 +49,15 @@ def test_variant_info():
         ('NFNet-F0', {'group_size': 1024}, 'group_size: must be at most the 128 channels'),
         ('NFNet-F0', {'final_conv_mult': None}, 'NFNet final_conv_ch: must be given'),
         ('NFNet-F0', {'activation': 'rellu'}, "activation: unknown 'rellu' .*'relu'"),
+        ('NFNet-F0', {'activation': ['relu']}, "activation: unknown \\['relu'\\]"),
+        ('NFNet-F0', {'final_conv_mult': '2'}, 'final_conv_mult: must be a positive number'),
+        ('NFNet-F0', {'fc_init': '0.1'}, "initial values must be a number .*, not '0.1'"),
+        ('NFNet-F0', {'remat': 'no'}, "NFNet-F0 remat: must be True or False, not 'no'"),
+        ('NF-ResNet-50', {'use_se': 0}, 'NF-ResNet-50 use_se: must be True or False, not 0'),
+        ('NF-ResNet-50', {'width': 0.05}, 'width: 0.05 leaves a convolution without channels'),
+        ('ResNet-8', {'width': 0.01}, 'width: 0.01 leaves a convolution without channels'),
+        ('SkipInit-ResNet-8', {'width': 0.01}, 'width: 0.01 leaves'),
+        ('Fixup-ResNet-8', {'width': 0.01}, 'width: 0.01 leaves'),
         ('NF-ResNet-50', {'stem': 'tiny'}, "stem: must be 'imagenet' or 'small', not 'tiny'"),
         ('NF-ResNet-50', {'width': '4'}, "width: must be a positive number, not '4'"),
         ('ResNet-20', {'norm': 'layer'}, "ResNet norm: must be 'batch' or 'none', not 'layer'"),
@@ -60,6 +69,13 @@ def test_a_mistake_is_one_line_that_names_it(name, overrides, message):
     with pytest.raises(UsageError, match=message) as error:
         make(name, **overrides)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['NF-ResNet-8', 'ResNet-8'])
+def test_pictures_of_integers_are_refused(name):
+    network = hk.transform_with_state(lambda x: models.create_model(name, 10)(x, True))
+    with pytest.raises(UsageError, match='images must be normalised floats, not uint8'):
+        network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
 
 
 def test_pictures_too_small_for_the_small_cnn_are_told():
