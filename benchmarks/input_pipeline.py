@@ -20,6 +20,7 @@ round it is, the median. tf.data works some batches ahead, unseen: give --batche
 augmentation, RandAugment included, on this machine's device.
 """
 
+import argparse
 import concurrent.futures
 import functools
 import itertools
@@ -36,22 +37,31 @@ SIZE, BATCH_SIZE = 224, 128
 
 
 def main() -> None:
-    arguments = dict(argument.removeprefix('--').split('=', 1) for argument in sys.argv[1:])
-    if 'row' in arguments:
-        print(json.dumps(measure(**arguments)))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--pictures', required=True, help='a directory of JPEGs, at any depth')
+    parser.add_argument('--tensorflow', help='a Python that has TensorFlow')
+    parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--batches', type=int, default=16)
+    parser.add_argument('--threads', type=int, default=os.cpu_count())
+    parser.add_argument('--row', choices=_ROWS, help='measure this one only, in this process')
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(measure(args.row, args.pictures, args.batches, args.threads)))
         return
     python = dict.fromkeys(('nfnets_jax', 'pillow', 'overhead', 'augment'), sys.executable)
-    if 'tensorflow' in arguments:
-        tensorflow = arguments.pop('tensorflow')
+    if args.tensorflow:
         rows = ('tf.data', 'tf.data, RandAugment', 'tf.data, recipe')
-        python |= dict.fromkeys(rows, tensorflow)
+        python |= dict.fromkeys(rows, args.tensorflow)
     results = {row: [] for row in python}
-    for _ in range(int(arguments.pop('rounds', 3))):
+    for _ in range(args.rounds):
         for row, interpreter in python.items():
             command = [interpreter, __file__, f'--row={row}']
-            command += [f'--{key}={value}' for key, value in arguments.items()]
+            for key in ('pictures', 'batches', 'threads'):
+                command.append(f'--{key}={getattr(args, key)}')
             environment = os.environ | {'PYTHONPATH': os.getcwd()}
-            result = subprocess.run(command, env=environment, check=True, capture_output=True)
+            result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
+            if result.returncode:  # What is wrong has been said.
+                sys.exit(result.returncode)
             results[row].append(json.loads(result.stdout.splitlines()[-1]))
     print(f'{"":21}{"images/s":>9}{"CPU ms/image":>13}{"x":>6}{"first batch s":>14}{"MB":>6}')
     ours_cpu = [result['cpu'] for result in results['nfnets_jax']]
@@ -64,21 +74,21 @@ def main() -> None:
         )
 
 
-def measure(row: str, pictures: str, batches: str = '16', threads: str = '') -> dict:
+def measure(row: str, pictures: str, batches: int, threads: int) -> dict:
     """Returns images per second, CPU milliseconds an image, seconds to the first batch, and MB."""
     paths = sorted(str(path) for path in pathlib.Path(pictures).rglob('*.JP*G'))
     paths += sorted(str(path) for path in pathlib.Path(pictures).rglob('*.jp*g'))
     if not paths:
         sys.exit(f'--pictures={pictures}: no JPEGs in it')
-    stream = _ROWS[row](paths * (1 + BATCH_SIZE // len(paths)), int(threads or os.cpu_count()))
+    stream = _ROWS[row](paths * (1 + BATCH_SIZE // len(paths)), threads)
     begun = time.perf_counter()
     next(stream)
     first = time.perf_counter() - begun
     next(stream)
     wall, cpu = time.perf_counter(), time.process_time()
-    for _ in itertools.islice(stream, int(batches)):
+    for _ in itertools.islice(stream, batches):
         pass
-    images = int(batches) * BATCH_SIZE
+    images = batches * BATCH_SIZE
     return {
         'rate': images / (time.perf_counter() - wall),
         'cpu': (time.process_time() - cpu) / images * 1000,

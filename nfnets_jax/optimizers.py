@@ -249,7 +249,7 @@ def clip_by_norm(max_norm: jax.typing.ArrayLike, *, per_leaf: bool) -> optax.Gra
 
     Returns:
         A transformation whose state holds `clipped_fraction`: of the leaves if `per_leaf`,
-        else 0 or 1.
+        else 0 or 1. A norm that is NaN counts as clipped and spreads over all that share it.
     """
 
     def init(params):
@@ -261,13 +261,13 @@ def clip_by_norm(max_norm: jax.typing.ArrayLike, *, per_leaf: bool) -> optax.Gra
         leaves, structure = jax.tree.flatten(updates)
         squares = jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves])
         norms = jnp.sqrt(squares if per_leaf else jnp.sum(squares, keepdims=True))
-        clipped = norms > max_norm
-        scales = jnp.where(clipped, max_norm / norms, 1)
+        within = norms <= max_norm
+        scales = jnp.where(within, 1, max_norm / norms)
         scales = jnp.broadcast_to(scales, squares.shape)
         leaves = [
             leaf * scale.astype(leaf.dtype) for leaf, scale in zip(leaves, scales, strict=True)
         ]
-        return structure.unflatten(leaves), ClipByNormState(jnp.mean(clipped, dtype=jnp.float32))
+        return structure.unflatten(leaves), ClipByNormState(jnp.mean(~within, dtype=jnp.float32))
 
     return optax.GradientTransformation(init, update)
 

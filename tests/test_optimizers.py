@@ -181,6 +181,16 @@ def test_numbers_may_be_data_of_a_compiled_program(clip):
     assert first_two_updates._cache_size() == 1
 
 
+@pytest.mark.parametrize('per_leaf', [False, True])
+def test_a_norm_that_is_nan_counts_as_clipped_and_spreads(per_leaf):
+    tx = optimizers.clip_by_norm(1.0, per_leaf=per_leaf)
+    grads = {'bad': jnp.array([jnp.nan, 1.0]), 'good': jnp.array([0.5])}
+    updates, state = tx.update(grads, tx.init(grads))
+    assert np.isnan(updates['bad']).all()
+    assert np.isnan(updates['good']).all() == (not per_leaf)
+    assert state.clipped_fraction == (0.5 if per_leaf else 1)
+
+
 def test_global_norm_leaves_out_what_is_not_clipped():
     params, gradient = _trees(2)
     config = _config(clip__name='global_norm', clip__clipping=0.5)
