@@ -24,6 +24,11 @@ _GRIDS = {
     'cifar10': {'batch_size': (32, 256, 1024, 4096), 'learning_rate': (0.1, 0.4, 1.6)},
     'imagenet': {'batch_size': (256, 1024, 4096), 'learning_rate': (0.05, 0.1, 0.2)},
 }
+# Without AGC much hangs on the rate at the largest batch, and it is small; with AGC it is large.
+_OWN_RATES = {
+    'digits': {'nf': (0.06, 0.12, 0.25, 1.0, 4.0, 16.0)},
+    'cifar10_small': {'nf': (0.025, 0.05, 0.1, 0.4, 1.6), 'nf_agc': (0.1, 0.4, 1.6, 6.4)},
+}
 _CLIPPING = {
     'digits': (0.04, 0.16, 0.64),
     'cifar10_small': (0.01, 0.04),
@@ -44,12 +49,11 @@ def get_config(size: str = 'digits'):
     study.grid = {**_GRIDS[size], 'seed': (0, 1, 2)}
     study.tuned = ('learning_rate', 'clipping')
     batches = study.grid.batch_size
-    # With AGC larger rates are best.
-    agc_rates = {'learning_rate': (0.1, 0.4, 1.6, 6.4)} if size == 'cifar10_small' else {}
+    own = {arm: {'learning_rate': rates} for arm, rates in _OWN_RATES.get(size, {}).items()}
     study.arms = (
         arm('bn', 'ResNet with batch norm', {'model': batch_norm(study), **NO_CLIPPING}),
-        arm('nf', 'NF-ResNet', NO_CLIPPING),
-        arm('nf_agc', 'NF-ResNet with AGC', clipping=_CLIPPING[size], **agc_rates),
+        arm('nf', 'NF-ResNet', NO_CLIPPING, **own.get('nf', {})),
+        arm('nf_agc', 'NF-ResNet with AGC', clipping=_CLIPPING[size], **own.get('nf_agc', {})),
     )
     if size != 'imagenet':
         adam = {'name': 'adam', 'scale_lr_by_batch': False, 'weight_decay': 0.0}

@@ -37,7 +37,7 @@ def get_config(size: str = 'digits'):
     adam = {'name': 'adam', 'scale_lr_by_batch': False, 'weight_decay': 0.0}
     adam_rates = (1e-4, 1e-3, 1e-2, 1e-1)
     study.arms = (
-        arm('none', 'SGD', NO_CLIPPING),
+        arm('none', 'SGD', NO_CLIPPING, learning_rate=(0.025, *study.grid.learning_rate)),
         arm(
             'norm', 'SGD, clipped by norm', {'optimizer': by_norm}, clipping=(0.01, 0.1, 1.0, 10.0)
         ),
