@@ -69,8 +69,9 @@ class Clock:
         }
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves out what is done inside."""
+    def paused(self, state) -> Iterator[None]:
+        """Leaves out what is done inside, but no step: waits for those that `state` comes from."""
+        jax.block_until_ready(state)
         begun = time.perf_counter()
         yield
         self._started += time.perf_counter() - begun

@@ -94,6 +94,10 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
         )
 
     total_steps = steps('duration', config.duration, None)
+    if (axis := config.model.get('cross_replica_axis')) not in (None, parallel.AXIS):
+        raise UsageError(
+            f'config.model.cross_replica_axis={axis!r}: must be {parallel.AXIS!r}, or None'
+        )
     model = _build_model(config, num_classes)
     with naming('model'):
         params, _ = jax.eval_shape(lambda: _init_variables(model, config.seed, pictures.shape))

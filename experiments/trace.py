@@ -21,15 +21,17 @@ class Trace:
         self._directory, self._first, self._last = os.fspath(directory), first, first + steps
         self._tracing = False
 
-    def before(self, step: int, state) -> None:
-        """To be called before each step, with the state that the ones before have made or will."""
-        if step == self._first < self._last:
-            jax.block_until_ready(state)
+    def turns(self, step: int) -> bool:
+        """Returns whether it begins or ends before a step: then call `turn`, and none under way."""
+        return step == self._first < self._last or step == self._last and self._tracing
+
+    def turn(self) -> None:
+        """Begins, or writes the trace."""
+        if self._tracing:
+            self.close()
+        else:
             jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
             self._tracing = True
-        elif step == self._last and self._tracing:
-            jax.block_until_ready(state)
-            self.close()
 
     def close(self) -> None:
         """Writes the trace, if one is under way."""

@@ -136,8 +136,9 @@ def train(
 
         stopped = False
         while step < task.total_steps and not stopped:
-            with clock.paused():
-                trace.before(step, state)
+            if trace.turns(step):
+                with clock.paused(state):
+                    trace.turn()
             batch = next(batches) | {'stop': stop.flag()}
             with jax.transfer_guard('disallow'):
                 state, answer = train_step(state, batch)
@@ -157,14 +158,14 @@ def train(
             bar.update(step, metrics)
 
             if due(task.eval_every):
-                with clock.paused():
+                with clock.paused(state):
                     results = evaluate(task, eval_step, state.variables())
                     writer.write(step, results)
                     bar.say(f'step {step:,}: {describe(results)}')
 
             stopped = stop.heard(answer)
             if due(task.checkpoint_every) or stopped:
-                with clock.paused():
+                with clock.paused(state):
                     _assert_finite(jax.device_get(state.window), checkpoints)
                     score = _score(results) if due(task.eval_every) else None
                     checkpoints.save(step, state, score=score, note=parallel.describe_devices())
@@ -176,13 +177,14 @@ def train(
             plots.draw_curves(writers.read_metrics(path), path / 'curves.png', title=title)
         if step < task.total_steps:
             say(f'stopped; step {step:,} is saved, and the same command continues from there')
-            return {'step': step}
-        if step == start_step:  # All steps were done, but not all that follows.
-            results = evaluate(task, eval_step, state.variables())
-        if primary:
-            summary = summarise(state, path, results, clock)
-            files.write_whole(summary_file, json.dumps(summary, indent=2) + '\n')
-    # Last, when everything is closed: the others may leave with it.
+            summary = {'step': step}
+        else:
+            if step == start_step:  # All steps were done, but not all that follows.
+                results = evaluate(task, eval_step, state.variables())
+            if primary:
+                summary = summarise(state, path, results, clock)
+                files.write_whole(summary_file, json.dumps(summary, indent=2) + '\n')
+    # Last, when everything is closed: the others may leave with it, stopped or not.
     return parallel.broadcast_json(summary)
 
 
@@ -281,6 +283,8 @@ def main() -> None:
     try:
         summary = train(flags.FLAGS.config, flags.FLAGS.workdir)
     except DivergedError as error:
+        # All have diverged; process 0 alone still has a checkpoint to write, and something to say.
+        parallel.gather(np.zeros(1, np.uint32))
         if parallel.is_primary():
             _say(f'stopped: {error}')
         sys.exit(1)

@@ -80,7 +80,7 @@ def get_activation(name: str, *, scaled: bool) -> Activation:
     """
     if name == 'swish':  # The other name of silu, which the authors' code knows too.
         name = 'silu'
-    if not isinstance(name, str) or name not in activations:
+    if name not in activations:
         raise UsageError(f'activation: unknown {name!r}{nearest(name, activations)}')
     return nonlinearities[name] if scaled else activations[name]
 
@@ -88,15 +88,9 @@ def get_activation(name: str, *, scaled: bool) -> Activation:
 def initializer(
     value: float | hk.initializers.Initializer, number_means: Literal['constant', 'stddev']
 ) -> hk.initializers.Initializer:
-    """Returns an initialiser; a number, as configs hold, is a constant or a normal's stddev.
-
-    Raises:
-      UsageError: it is neither.
-    """
+    """Returns an initialiser; a number, as configs hold, is a constant or a normal's stddev."""
     if callable(value):
         return value
-    if not isinstance(value, int | float):
-        raise UsageError(f'initial values must be a number or an initialiser, not {value!r}')
     if number_means == 'constant' or value == 0:
         return hk.initializers.Constant(value)
     return hk.initializers.RandomNormal(stddev=value)

@@ -65,7 +65,6 @@ class NFNet(hk.Module):
         super().__init__(name=name)
         self.row = row = options.resolve('NFNet', variant, overrides)
         if final_conv_mult is not None:
-            options.check('NFNet', final_conv_mult=final_conv_mult)
             final_conv_ch = int(final_conv_mult * row.channels[-1])
         elif final_conv_ch is None:
             raise UsageError('NFNet final_conv_ch: must be given, as final_conv_mult is None')

@@ -1,6 +1,7 @@
 """Constructor options: a variant's own values, overridden and checked."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -79,7 +80,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _one_of(*choices: str) -> _Rule:
@@ -89,6 +90,9 @@ def _one_of(*choices: str) -> _Rule:
 _POSITIVE_INT = _Rule('a positive integer', lambda v: _is_int(v) and v > 0)
 _POSITIVE = _Rule('a positive number', lambda v: _is_number(v) and v > 0)
 _RATE = _Rule('a number in [0, 1)', lambda v: _is_number(v) and 0 <= v < 1)
+_BOOL = _Rule('True or False', lambda v: isinstance(v, bool))
+_NAME = _Rule('a name', lambda v: isinstance(v, str))
+_START = _Rule('a number or an initialiser', lambda v: callable(v) or _is_number(v))
 _STAGES = _Rule(
     'positive integers, one a stage',
     lambda v: isinstance(v, Sequence) and len(v) > 0 and all(_is_int(n) and n > 0 for n in v),
@@ -112,4 +116,18 @@ _RULES = {
     'stem': _one_of('imagenet', 'small'),
     'norm': _one_of('batch', 'none'),
     'conventions': _one_of('published', 'timm'),
+    'activation': _NAME,
+    'cross_replica_axis': _NAME,
+    'skipinit_gain': _START,
+    'fc_init': _START,
+    'remat': _BOOL,
+    'scan': _BOOL,
+    'use_se': _BOOL,
+    'stem_bn': _BOOL,
+    'downscale': _BOOL,
+    'standardize': _BOOL,
+    'activation_gain': _BOOL,
+    'preactivation': _BOOL,
+    'big_width': _BOOL,
+    'use_two_convs': _BOOL,
 }

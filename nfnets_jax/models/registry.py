@@ -59,13 +59,10 @@ def create_model(name: str, num_classes: int, **overrides: Any) -> Network:
     row = variant_info(name)
     family = FAMILIES[row.family]
     known = model_options(name)
-    parameters = inspect.signature(family).parameters
-    for option, value in overrides.items():
+    for option in overrides:
         if option not in known:
             raise UsageError(f'{name}: unknown option {option!r}{nearest(option, known)}')
-        is_flag = option in parameters and parameters[option].annotation is bool
-        if is_flag and not isinstance(value, bool):  # 'no' is a true value.
-            raise UsageError(f'{name} {option}: must be True or False, not {value!r}')
+    options.check(row.family, **{k: v for k, v in overrides.items() if v is not None})
     if row.variant:
         overrides['variant'] = row.variant
     return family(num_classes, **overrides)

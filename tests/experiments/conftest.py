@@ -52,12 +52,12 @@ def get_config():
 
 @pytest.fixture(scope='session')
 def command(tmp_path_factory):
-    """A function that starts `python -m experiments.NAME`, with --config for the tiny run."""
+    """A function that starts `python -m experiments.NAME`, by default for the tiny run."""
     file = tmp_path_factory.mktemp('config') / 'tiny.py'
     file.write_text(CONFIG_FILE)
 
     def start(name, *arguments, devices=4, xla_flags='', **options):
-        if name == 'train':
+        if name == 'train' and not any(str(x).startswith('--config=') for x in arguments):
             arguments = (f'--config={file}', *arguments)
         return subprocess.Popen(
             [sys.executable, '-m', f'experiments.{name}', *map(str, arguments)],

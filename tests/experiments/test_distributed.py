@@ -138,6 +138,46 @@ def test_where_one_dies_the_other_ends_and_the_restart_continues(command, tmp_pa
     assert_same_run(directory, tmp_path / 'whole')
 
 
+# Checkpoints take longer than the others would wait for a process that is silent.
+SLOW_DISK = """
+import time
+from nfnets_jax.checkpoints import Checkpoints
+from tests.experiments.conftest import tiny_config
+wait = Checkpoints.wait
+def wait_long(checkpoints):
+    time.sleep(3 if checkpoints._manager else 0)
+    wait(checkpoints)
+Checkpoints.wait = wait_long
+def get_config():
+    return tiny_config()
+"""
+DIVERGING = {
+    'optimizer__learning_rate': 1e30,
+    'optimizer__clip__name': 'none',
+    'optimizer__schedule__name': 'constant',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('end', ['stopped', 'diverged'])
+def test_the_others_wait_for_the_last_checkpoint(command, tmp_path, end):
+    (tmp_path / 'slow_disk.py').write_text(SLOW_DISK)
+    directory, changes = tmp_path / 'run', LONGER | {'log_every': '10 steps'}
+    flags = [f'--config={tmp_path}/slow_disk.py', '--peer_timeout=5']
+    flags += as_flags(changes | (DIVERGING if end == 'diverged' else {}))
+    job = Job(command, 2, directory, *flags)
+    if end == 'stopped':
+        wait_for(job, lambda: newest_step(directory) >= 10)
+        job.processes[1].send_signal(signal.SIGTERM)
+        step = int(re.search(r'stopped; step (\d+) is saved', finish(job))[1])
+        assert newest_step(directory) == step
+    else:
+        (status, _, err), (other_status, _, other_err) = job.wait()
+        assert (status, other_status) == (1, 1)
+        assert 'stopped: the loss or the gradient was not finite at step' in err
+        assert 'stopped' not in other_err
+
+
 @pytest.mark.slow
 def test_processes_with_different_configs_end_with_one_line(command, tmp_path):
     job = Job(command, 2, tmp_path / 'run', flags_of_1=['--config.seed=1'])

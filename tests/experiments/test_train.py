@@ -276,6 +276,7 @@ def test_divergence_stops_with_the_step_and_the_last_good_checkpoint(tiny, tmp_p
     [
         ({'model__name': 'NF-ResNet-9'}, r"config.model.*'NF-ResNet-9' \(did you mean 'NF-ResNet-"),
         ({'model__widht': 2}, r"unknown option 'widht' \(did you mean 'width'"),
+        ({'model__cross_replica_axis': 'batch'}, r"cross_replica_axis='batch': must be 'devices'"),
         ({'data__name': 'digit'}, r"config.data.name='digit'.*'digits'"),
         ({'data__image_size': 4}, r'image_size=4'),
         ({'data__skip_bad': -1}, r'data.skip_bad=-1'),

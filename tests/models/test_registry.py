@@ -6,6 +6,7 @@ import pytest
 import nfnets_jax
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError
+from nfnets_jax.models import options
 
 
 def make(name, num_classes=10, **overrides):
@@ -49,11 +50,12 @@ def test_variant_info():
         ('NFNet-F0', {'group_size': 1024}, 'group_size: must be at most the 128 channels'),
         ('NFNet-F0', {'final_conv_mult': None}, 'NFNet final_conv_ch: must be given'),
         ('NFNet-F0', {'activation': 'rellu'}, "activation: unknown 'rellu' .*'relu'"),
-        ('NFNet-F0', {'activation': ['relu']}, "activation: unknown \\['relu'\\]"),
+        ('NFNet-F0', {'width': float('inf')}, 'NFNet width: must be a positive number, not inf'),
+        ('NFNet-F0', {'activation': ['relu']}, 'NFNet activation: must be a name, not'),
         ('NFNet-F0', {'final_conv_mult': '2'}, 'final_conv_mult: must be a positive number'),
-        ('NFNet-F0', {'fc_init': '0.1'}, "initial values must be a number .*, not '0.1'"),
-        ('NFNet-F0', {'remat': 'no'}, "NFNet-F0 remat: must be True or False, not 'no'"),
-        ('NF-ResNet-50', {'use_se': 0}, 'NF-ResNet-50 use_se: must be True or False, not 0'),
+        ('NFNet-F0', {'fc_init': '0.1'}, "fc_init: must be a number or an initialiser, not '0.1'"),
+        ('NFNet-F0', {'remat': 'no'}, "NFNet remat: must be True or False, not 'no'"),
+        ('NF-ResNet-50', {'use_se': 0}, 'NF-ResNet use_se: must be True or False, not 0'),
         ('NF-ResNet-50', {'width': 0.05}, 'width: 0.05 leaves a convolution without channels'),
         ('ResNet-8', {'width': 0.01}, 'width: 0.01 leaves a convolution without channels'),
         ('SkipInit-ResNet-8', {'width': 0.01}, 'width: 0.01 leaves'),
@@ -110,3 +112,8 @@ def test_class_and_name_make_the_same_network():
 
 def test_none_is_the_variants_own_value():
     assert make('NF-ResNet-50', width=None, drop_rate=None, stem=None) == {}
+
+
+def test_every_option_has_a_rule():
+    for name in models.list_models():
+        assert set(models.model_options(name)) <= set(options._RULES)
