@@ -1,7 +1,8 @@
 """What every command does alike: parse flags, and turn a user's mistake into one line.
 
 Exit status: 0 done (or stopped on request, to be continued), 1 the training diverged,
-2 something in the command line, the config or a file is not right, 3 another process has died.
+2 something in the command line, the config or a file is not right, 3 another process has died,
+130 interrupted (Ctrl-C), where that is not how training is asked to stop.
 """
 
 import ast
@@ -44,6 +45,9 @@ def run(main: Callable[..., None], *, positional: bool = False, distributed: boo
                 main(argv[1:]) if positional else main()
         except UsageError as error:
             _fail(str(error))
+        except KeyboardInterrupt:
+            print('interrupted', file=sys.stderr)
+            sys.exit(peers.INTERRUPTED)
 
     app.run(guarded, flags_parser=_parse)
 

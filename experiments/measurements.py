@@ -60,7 +60,8 @@ def signal_propagation(config: ConfigDict, directory, compiled: Compiled) -> dic
 
     Returns:
       For each metric of `layers.signal_metrics` the value at the last block, 'signal/avg_var', and
-      the largest over the least, 'signal/avg_var_range': 1 if the signal stays as it is.
+      how many powers of ten lie between the largest and the least, 'signal/avg_var_decades': 0 if
+      the signal stays as it is. (What grows exponentially has no mean over seeds to speak of.)
     """
     del compiled
     options = config.model.to_dict()
@@ -86,7 +87,7 @@ def signal_propagation(config: ConfigDict, directory, compiled: Compiled) -> dic
         writer.close()
     last = {f'signal/{name}': float(values[-1]) for name, values in signal.items()}
     return last | {
-        f'signal/{name}_range': float(np.max(values) / np.min(values))
+        f'signal/{name}_decades': float(np.log10(np.max(values) / np.min(values)))
         for name, values in signal.items()
         if name != 'avg_sq_mean'
     }

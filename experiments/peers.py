@@ -27,7 +27,7 @@ import numpy as np
 from nfnets_jax import parallel
 from nfnets_jax.errors import UsageError, first_line
 
-MISTAKE, PEER_LOST = 2, 3  # exit statuses
+MISTAKE, PEER_LOST, INTERRUPTED = 2, 3, 130  # exit statuses
 _GRACE = 5.0  # seconds that a failing process is given to hear of it, and the others to end
 
 
@@ -64,6 +64,8 @@ def joined(peers: Peers) -> Iterator[None]:
         if ending.code:
             lifeline.fail(ending.code if isinstance(ending.code, int) else 1, '')
         raise
+    except KeyboardInterrupt:
+        lifeline.fail(INTERRUPTED, 'interrupted')
     except BaseException as error:
         # Where a peer has died a collective operation may fail before the lifeline tells.
         lifeline.wait_for_news(_GRACE)

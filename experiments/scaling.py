@@ -86,7 +86,9 @@ def estimate(
     share = utilisation or default_share(device)
     parameters = 4 * _cost(name).parameters  # bytes
     for accumulate, remat in _splits(rows):
-        memory = 4 * parameters + rows / accumulate * _bytes_of_a_picture(name, remat)
+        # The parameters, the gradient, the momentum, the average; and the sum over parts so far.
+        copies = 4 if accumulate == 1 else 5
+        memory = copies * parameters + rows / accumulate * _bytes_of_a_picture(name, remat)
         if fits := memory <= device.memory:
             break
     return Estimate(
@@ -129,7 +131,7 @@ def all_reduce_seconds(size: float, device: devices.Device, count: int) -> float
     """
     linked = min(count, device.linked)
     seconds = 2 * size * (linked - 1) / linked / device.link_bytes
-    if (boxes := count // linked) > 1:
+    if (boxes := -(-count // linked)) > 1:
         if device.network_bytes is None:
             raise UsageError(f'--devices={device.name}:{count}: a pod has {device.linked}')
         seconds += 2 * size / linked * (boxes - 1) / boxes / device.network_bytes
@@ -170,7 +172,7 @@ def parse_devices(text: str) -> list[tuple[devices.Device, int]]:
         name, _, count = item.partition(':')
         if name not in known:
             raise UsageError(f'--devices={text}: unknown {name!r}{nearest(name, known)}')
-        if not count.isdigit() or int(count) == 0:
+        if not count.isdecimal() or int(count) == 0:
             raise UsageError(f'--devices={text}: give how many, like {name}:128')
         parsed.append((known[name], int(count)))
     return parsed
@@ -227,6 +229,9 @@ def calibrate() -> Iterator[str]:
 def table() -> Iterator[str]:
     """Yields the lines that the flags ask for."""
     values = flags.FLAGS
+    names, machines = values.models.split(','), parse_devices(values.devices)
+    for name in names:
+        models.variant_info(name)  # Told before the first line of the table, if there is none.
     share = (
         f'{values.utilisation:.0%}'
         if values.utilisation
@@ -235,8 +240,8 @@ def table() -> Iterator[str]:
     yield f'COMPUTED, not measured: {share} of the peak'
     yield f'{values.batch:,} examples a step, {values.epochs} epochs of ImageNet'
     yield HEADER
-    for name in values.models.split(','):
-        for device, count in parse_devices(values.devices):
+    for name in names:
+        for device, count in machines:
             yield row(
                 name, device, count, values.batch, values.epochs, values.utilisation, values.price
             )

@@ -14,8 +14,12 @@ from ml_collections import ConfigDict
 from nfnets_jax import files, parallel
 from nfnets_jax.errors import UsageError
 
-# What may change when a run is continued, since the parameters it ends with do not depend on it.
-FREE_TO_CHANGE = ('log_every', 'eval', 'checkpoint', 'profile', 'wandb')
+# What may change when a run is continued: where it is written and how it fits into memory, as the
+# number of devices may; and what to do from a step on that would have ended it.
+FREE_TO_CHANGE = (
+    *('log_every', 'eval', 'checkpoint', 'profile', 'wandb'),
+    *('accumulate', 'model.remat', 'model.scan', 'skip_nonfinite'),
+)
 
 
 @contextlib.contextmanager
@@ -124,12 +128,13 @@ def differences(
       first, second: as `flatten` returns them.
       where: what to call each.
       prefix: of the keys.
-      free: outermost keys that may differ.
+      free: keys that may differ, with all that is in them.
     """
     return [
         f'{prefix}{key} is {first.get(key)!r} {where[0]} and {second.get(key)!r} {where[1]}'
         for key in sorted(first.keys() | second.keys())
-        if first.get(key) != second.get(key) and key.split('.')[0] not in free
+        if first.get(key) != second.get(key)
+        and not any(f'{key}.'.startswith(f'{name}.') for name in free)
     ]
 
 

@@ -17,7 +17,7 @@ SIZES = ('digits', 'cifar10_small', 'cifar10', 'caltech101', 'imagenet')
 METRICS = {
     *('test/top1', 'test/loss', 'train/loss', 'train/clipped_fraction', 'images_per_second'),
     *('dependence/logit_change', 'discrepancy/loss', 'memory/step_mib'),
-    *('signal/avg_var', 'signal/avg_sq_mean', 'signal/res_avg_var', 'signal/avg_var_range'),
+    *('signal/avg_var', 'signal/avg_sq_mean', 'signal/res_avg_var', 'signal/avg_var_decades'),
 }
 
 

@@ -9,9 +9,9 @@ moving average of the parameters, and crops and flips as the only augmentation.
 
     network             50   101   152   200    288    600
     GFLOP / picture   24.5  46.8  69.1  90.0  129.4  265.6
-    TPU v4 hours         8    16    23    30     43     88
+    TPU v4 hours        10    18    27    34     52    106
 
-Costs are COMPUTED, from the operations at 35 % of a chip's peak: see docs/scaling.md. No run of
+Costs are COMPUTED, of all 128 chips together: see docs/scaling.md. No run of
 this file has been made yet. To try it anywhere: --config.smoke=true, three steps of a tiny likeness
 on made pictures.
 """

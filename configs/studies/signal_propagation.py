@@ -25,7 +25,7 @@ def get_config(size: str = 'digits'):
     )
     study.setting = f'{name} and its relatives; unit Gaussian noise of {pixels} pixels'
     study.measure = ('signal_propagation',)
-    study.metric, study.higher_is_better, study.chance = 'signal/avg_var_range', False, 0.0
+    study.metric, study.higher_is_better, study.chance = 'signal/avg_var_decades', False, 0.0
     study.tuned = ()
     study.base.model = {'name': name}
     study.base.data = {'name': 'noise', 'image_size': pixels}
@@ -91,7 +91,12 @@ def get_config(size: str = 'digits'):
             log_y=True,
             **block,
         ),
-        chart('table', 'Largest variance over the least', x='alpha', y='signal/avg_var_range'),
+        chart(
+            'table',
+            'Powers of ten between the largest variance and the least',
+            x='alpha',
+            y='signal/avg_var_decades',
+        ),
     )
     return study
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 import threading
 
 import jax
@@ -123,6 +124,14 @@ def test_watching_waits_and_passes_over_what_is_damaged(run, tmp_path, capsys):
     timer = threading.Timer(0.1, (tmp_path / 'summary.json').rename, [directory / 'summary.json'])
     timer.start()
     assert list(watching) == []
+
+
+def test_watching_ends_with_ctrl_c_in_one_line(command, tmp_path):
+    process = command('evaluate', f'--workdir={tmp_path}/none', '--watch')
+    assert process.stderr.readline() == f'waiting for a run in {tmp_path}/none\n'
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, '', 'interrupted\n')
 
 
 def test_the_sums_ignore_padding(run):

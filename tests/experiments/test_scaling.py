@@ -21,6 +21,8 @@ def test_all_reduce_sends_everything_twice():
     # Boxes of eight: NVLink, and an eighth of the data between four boxes at 50 GB/s.
     links, network = 2 * 7 / 8 / 450, 2 / 8 * 3 / 4 / 50
     assert scaling.all_reduce_seconds(1e9, H100, 32) == pytest.approx(links + network)
+    # The last box need not be full.
+    assert scaling.all_reduce_seconds(1e9, H100, 12) > 2 * 7 / 8 / 450 + 2 / 8 * 1 / 2 / 50 - 1e-9
     with pytest.raises(UsageError, match='--devices=v5e:512: a pod has 256'):
         scaling.all_reduce_seconds(1e9, V5E, 512)
 

@@ -45,6 +45,13 @@ def test_what_the_result_does_not_depend_on_may_change(tmp_path):
     assert workdir.load_config(tmp_path).eval.every == '2 epochs'
 
 
+def test_what_makes_a_step_fit_or_survive_may_change_too(tmp_path):
+    claim(tmp_path, model={'name': 'a', 'remat': False})
+    claim(tmp_path, model={'name': 'a', 'remat': True}, accumulate=2, skip_nonfinite=3)
+    with pytest.raises(UsageError, match="config.model.name is 'a' there and 'b' here; choose"):
+        claim(tmp_path, model={'name': 'b', 'remat': True}, accumulate=2, skip_nonfinite=3)
+
+
 def test_a_second_process_is_refused(tmp_path):
     program = (
         'import sys; from ml_collections import ConfigDict; from experiments import workdir\n'
