@@ -137,6 +137,7 @@ def test_another_model_than_the_one_named_is_told(weights, tmp_path):
         load_pretrained(tmp_path / 'w', 'NFNet-f0')
 
 
+@pytest.mark.filterwarnings('ignore:overflow')  # a width of 1e300
 @pytest.mark.parametrize(
     ('metadata', 'named'),
     [
