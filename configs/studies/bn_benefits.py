@@ -7,7 +7,6 @@ in its experiment B, with and without batch norm, trained by Adam at learning ra
 """
 
 from configs.studies.settings import (
-    DATA_WORDS,
     OURS,
     RESNET_WORDS,
     arm,
@@ -18,20 +17,14 @@ from configs.studies.settings import (
     no_norm,
 )
 
-_LEARNING_RATES = {
-    'digits': (1e-4, 1e-3, 1e-2, 1e-1),
-    'cifar10_small': (1e-4, 1e-3, 1e-2, 1e-1),
-    'cifar10': (1e-4, 1e-3, 1e-2, 1e-1),
-}
-
 
 def get_config(size: str = 'digits'):
-    study = new_study('bn_benefits', size, tuple(_LEARNING_RATES))
+    study = new_study('bn_benefits', size, tuple(RESNET_WORDS), RESNET_WORDS)
     study.title = 'What batch norm buys'
     study.question = (
         'How much better is a network with batch norm, and over how wide a range of learning rates?'
     )
-    cnn_words = 'the small CNN of the report (37,322 parameters)'
+    study.setting += ', or the small CNN of the report (37,322 parameters)'
     optimizer = study.base.optimizer
     optimizer.name, optimizer.scale_lr_by_batch, optimizer.weight_decay = 'adam', False, 0.0
     optimizer.schedule.warmup = '0%'
@@ -42,8 +35,7 @@ def get_config(size: str = 'digits'):
         cnn |= {'data': {'image_size': 16}, 'augment': {'shift': 2}}  # It needs so many pixels.
     if size == 'cifar10_small':  # A picture costs it over ten times what it costs the others.
         cnn |= {'duration': '0.5 epochs', 'eval': {'every': '50%'}}
-        cnn_words += ', half an epoch'
-    study.setting = f'{DATA_WORDS[size]}; {RESNET_WORDS[size]}, or {cnn_words}'
+        study.setting += ', half an epoch'
     cnn_bn = cnn | {'model': {'name': 'SmallCNN', 'cross_replica_axis': 'devices'}}
     study.arms = (
         arm('cnn', 'small CNN', cnn),
@@ -51,7 +43,7 @@ def get_config(size: str = 'digits'):
         arm('resnet', 'ResNet without norm', {'model': no_norm(study)}),
         arm('resnet_bn', 'ResNet with batch norm', {'model': batch_norm(study)}),
     )
-    study.grid.learning_rate = _LEARNING_RATES[size]
+    study.grid.learning_rate = (1e-4, 1e-3, 1e-2, 1e-1)
     study.claims = (
         claim(
             'At learning rate 0.01 the small CNN trains with batch norm and not at all without '

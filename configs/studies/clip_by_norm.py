@@ -8,7 +8,6 @@ and with it by whatever clipping did to all of it.
 """
 
 from configs.studies.settings import (
-    DATA_WORDS,
     NO_CLIPPING,
     OURS,
     RESNET_WORDS,
@@ -21,7 +20,7 @@ from configs.studies.settings import (
 
 
 def get_config(size: str = 'digits'):
-    study = new_study('clip_by_norm', size)
+    study = new_study('clip_by_norm', size, networks=RESNET_WORDS)
     study.title = 'Clipping by norm and its threshold'
     study.question = (
         'Does clipping the norm of the gradient let a network without batch norm learn at higher '
@@ -29,7 +28,7 @@ def get_config(size: str = 'digits'):
     )
     study.axes.clipping = 'optimizer.clip.clipping'
     study.base.model = no_norm(study)
-    study.setting = f'{DATA_WORDS[size]}; {RESNET_WORDS[size]}, without normalisation'
+    study.setting += ', without normalisation'
     study.base.batch_size = 64 if size == 'digits' else 256
     study.grid.learning_rate = (0.1, 0.4, 1.6, 6.4)
     study.tuned = ('learning_rate', 'clipping')

@@ -11,12 +11,18 @@ pictures each of 5 to 9; caltech101, NFNet-F0 from the published weights (docs/p
 from ml_collections import ConfigDict
 
 from configs.finetune import head_only
-from configs.studies.settings import DATA_WORDS, OURS, arm, chart, claim, new_study
+from configs.studies.settings import OURS, arm, chart, claim, new_study
 from experiments.studies import PRETRAINED
+
+_NETWORKS = {
+    'digits': 'NFNet of 4 blocks, trained on the 8x8 digits 0 to 4; then on 5 to 9, '
+    'ten pictures each',
+    'caltech101': 'NFNet-F0 at 192 pixels with SAM',
+}
 
 
 def get_config(size: str = 'digits'):
-    study = new_study('finetune', size, ('digits', 'caltech101'))
+    study = new_study('finetune', size, tuple(_NETWORKS), _NETWORKS)
     study.title = 'An NFNet, fine-tuned'
     study.question = (
         'How much better is an NFNet that starts from trained weights than one that starts from '
@@ -37,9 +43,7 @@ def get_config(size: str = 'digits'):
         study.base.duration = '40 epochs'
         study.base.init.weights = PRETRAINED
         study.chance = 0.2
-        study.setting = (
-            'NFNet of 4 blocks, trained on the 8x8 digits 0 to 4; then on 5 to 9, ten pictures each'
-        )
+        study.setting = _NETWORKS[size]  # It says of the data what is other here.
     else:
         study.base.model = {'name': 'NFNet-F0', 'drop_rate': 0.25, 'stochdepth_rate': 0.1}
         study.base.data.image_size, study.base.data.test_image_size = 192, 256
@@ -47,7 +51,6 @@ def get_config(size: str = 'digits'):
         study.base.sam.rho = 0.05
         study.base.sam.ascent_fraction = 0.25
         study.base.optimizer.weight_decay = 1e-5
-        study.setting = f'{DATA_WORDS[size]}; NFNet-F0 at 192 pixels with SAM'
     study.grid.learning_rate = (0.4, 1.6, 6.4, 25.6) if size == 'digits' else (0.1, 0.4, 1.6)
     scratch = {'init': {'weights': '', 'new_head': False}}
     study.arms = (

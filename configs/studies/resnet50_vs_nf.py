@@ -11,7 +11,6 @@ with AGC.
 """
 
 from configs.studies.settings import (
-    DATA_WORDS,
     NO_CLIPPING,
     OURS,
     arm,
@@ -32,10 +31,9 @@ _NETWORKS = {
 
 
 def get_config(size: str = 'digits'):
-    study = new_study('resnet50_vs_nf', size, tuple(_OPTIONS))
+    study = new_study('resnet50_vs_nf', size, tuple(_OPTIONS), _NETWORKS)
     study.title = 'ResNet-50 against NF-ResNet-50, batch 32'
     study.question = 'How much better is NF-ResNet-50 than ResNet-50 where batches are small?'
-    study.setting = f'{DATA_WORDS[size]}; {_NETWORKS[size]}'
     study.base.model = {'name': 'NF-ResNet-50', **_OPTIONS[size]}
     study.base.batch_size = 32
     if size == 'digits':

@@ -14,6 +14,8 @@ batch (the numbers are for 256 examples) that rises for a tenth of the training 
 cosine, weight decay that is part of the gradient, no moving average of the parameters.
 """
 
+from collections.abc import Mapping
+
 from ml_collections import ConfigDict
 
 from configs.imagenet import recipe
@@ -36,7 +38,7 @@ _NETWORKS = {
     'imagenet': {'name': 'NF-ResNet-50'},
 }
 _CLASSES = {'digits': 10, 'cifar10_small': 10, 'cifar10': 10, 'caltech101': 101, 'imagenet': 1000}
-DATA_WORDS = {
+_DATA_WORDS = {
     'digits': '8x8 digits, 1442 to train on and 355 to test with, shifted by up to a pixel',
     'cifar10_small': 'CIFAR-10, 10,000 pictures to train on and 2,000 to test with, shifted by up '
     'to 4 pixels and mirrored',
@@ -61,8 +63,19 @@ RESNET_WORDS = {
 }
 
 
-def new_study(name: str, size: str, sizes: tuple[str, ...] = ('digits', 'cifar10')) -> ConfigDict:
+def new_study(
+    name: str,
+    size: str,
+    sizes: tuple[str, ...] = ('digits', 'cifar10'),
+    networks: Mapping[str, str] = _NETWORK_WORDS,
+) -> ConfigDict:
     """Returns a study of a size, with its data, its network and the recipe in place.
+
+    Args:
+      name: of the study's file.
+      size: one of `sizes`.
+      sizes: that the study has.
+      networks: what it trains at each size, in words.
 
     Raises:
       UsageError: the study has no such size.
@@ -71,7 +84,7 @@ def new_study(name: str, size: str, sizes: tuple[str, ...] = ('digits', 'cifar10
         raise UsageError(f'{name} has no size {size!r}{nearest(size, sizes)}')
     study = default_study()
     study.name, study.size = name, size
-    study.setting = f'{DATA_WORDS[size]}; {_NETWORK_WORDS[size]}'
+    study.setting = f'{_DATA_WORDS[size]}; {networks[size]}'
     study.base = _BASES[size]()
     study.base.model = dict(_NETWORKS[size])
     study.chance = 1 / _CLASSES[size]
