@@ -150,7 +150,7 @@ def create(
     def with_numbers(numbers: Numbers) -> optax.GradientTransformation:
         clip = _clip(config['clip'], numbers.clipping, marked('clip'))
         decay = optax.add_decayed_weights(numbers.weight_decay, marked('decay'))
-        adam = optax.scale_by_adam(config['b1'], config['b2'], config['eps'])
+        adam = _promoting(optax.scale_by_adam(config['b1'], config['b2'], config['eps']))
         match config['name']:
             case 'sgd':
                 # Without momentum there is nothing to remember.
@@ -322,6 +322,16 @@ def _clip(
             return optax.masked(clip_by_norm(clipping, per_leaf=per_leaf), mask)
         case 'none':
             return optax.identity()
+
+
+def _promoting(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Lets optax mix dtypes, as its Adam does, where jax_numpy_dtype_promotion is 'strict'."""
+
+    def update(updates, state, params=None):
+        with jax.numpy_dtype_promotion('standard'):
+            return transformation.update(updates, state, params)
+
+    return optax.GradientTransformation(transformation.init, update)
 
 
 def _scale_leaves(factors: Callable[[optax.Params], optax.Params]):
