@@ -315,8 +315,8 @@ def make_eval_step(task: Task) -> Callable:
             hits = ranked == labels[:, None]
             return {
                 'loss': jnp.sum(losses * mask),
-                'top1': jnp.sum(hits[:, 0] * mask),
-                'top5': jnp.sum(hits.any(axis=1) * mask),
+                'top1': jnp.sum(jnp.where(hits[:, 0], mask, 0)),
+                'top5': jnp.sum(jnp.where(hits.any(axis=1), mask, 0)),
                 'count': jnp.sum(mask),
             }
 

@@ -140,7 +140,8 @@ def train(
                 with clock.paused(state):
                     trace.turn()
             batch = next(batches) | {'stop': stop.flag()}
-            with jax.transfer_guard('disallow'):
+            # With jax_disable_jit each operation of the step hands over constants of its own.
+            with jax.transfer_guard('allow' if jax.config.jax_disable_jit else 'disallow'):
                 state, answer = train_step(state, batch)
             step, metrics = step + 1, None
             clock.tick(state)

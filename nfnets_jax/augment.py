@@ -114,7 +114,7 @@ def mix_neighbours(
             half = (side * size).astype(int) // 2
             centre = jax.random.randint(place_key, (), 0, size)
             covers.append((centre - half <= jnp.arange(size)) & (jnp.arange(size) < centre + half))
-        own = 1.0 - jnp.outer(*covers)
+        own = 1 - jnp.outer(*covers).astype(jnp.float32)
         return own, own.mean()
 
     own, weight = jax.vmap(average if mixup else paste)(keys)

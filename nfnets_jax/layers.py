@@ -331,8 +331,10 @@ class BatchNorm(hk.Module):
         else:
             mean, var = self.mean_ema.average, self.var_ema.average
         if is_training:
-            self.mean_ema(mean)
-            self.var_ema(var)
+            # Haiku's moving averages take a float32 to the power of an int32.
+            with jax.numpy_dtype_promotion('standard'):
+                self.mean_ema(mean)
+                self.var_ema(var)
         out = (x32 - mean) * (scale * jax.lax.rsqrt(var + self.eps)) + offset
         return out.astype(x.dtype)
 

@@ -252,5 +252,6 @@ def classify(
     pool = jnp.mean(features.astype(jnp.float32), (1, 2))
     dropped = pool
     if is_training and drop_rate > 0:
-        dropped = hk.dropout(hk.next_rng_key(), drop_rate, pool)
+        with jax.numpy_dtype_promotion('standard'):  # Haiku's dropout multiplies by a bool.
+            dropped = hk.dropout(hk.next_rng_key(), drop_rate, pool)
     return {'pool': pool, 'logits': classifier(dropped)}
