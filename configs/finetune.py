@@ -25,7 +25,7 @@ from experiments.config import default_config
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.optimizers import PUBLISHED_GROUPS
-from nfnets_jax.pretrained import Metadata, load_pretrained
+from nfnets_jax.pretrained import Metadata, load_metadata
 
 _ARGUMENTS = ('data', 'weights', 'model', 'freeze')
 
@@ -38,7 +38,7 @@ def get_config(arguments: str = ''):
         )
     weights, metadata = given.get('weights', ''), Metadata(model=given.get('model'))
     if weights:
-        metadata = load_pretrained(weights, metadata.model).metadata
+        metadata = load_metadata(weights, metadata.model)
     name = metadata.model
     if name is None:
         raise UsageError('finetune.py needs model=NAME where no weights tell it')
