@@ -18,4 +18,4 @@ def check_split(source: str, split: str, splits: Collection[str] = ('train', 'te
         source: what to call the source in the error.
     """
     if split not in splits:
-        raise MissingSplit(f'{source}: no split {split!r}{nearest(split, splits)}')
+        raise MissingSplit(f'{source} has no split {split!r}{nearest(split, splits)}')
