@@ -72,7 +72,7 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
     """
     experiment.check(config)
     with naming('data'):
-        train_source, test_source, pictures = open_data(config)
+        train_source, _, test_source, pictures = open_data(config)
     num_classes = len(train_source.class_names)
     skip_bad = config.data.get('skip_bad', 0)
     with naming('data'):
