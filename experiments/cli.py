@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from experiments import peers
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.errors import UsageError
 
 
 def run(main: Callable[..., None], *, positional: bool = False, distributed: bool = False) -> None:
@@ -190,7 +190,9 @@ def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
     for argument in argv[1:]:
         override = re.match(r'--?(?:no)?config\.([^=]*)', argument)
         if override and (key := override[1]) not in known:
-            raise UsageError(f'unknown key config.{key}{nearest(key, known + _options_of(config))}')
+            from experiments.config import unknown_key  # here: a slow import
+
+            raise unknown_key(key, known + _options_of(config))
 
 
 def _options_of(config: ConfigDict) -> list[str]:
