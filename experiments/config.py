@@ -7,6 +7,7 @@ reads them; what is left is checked here.
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -52,6 +53,29 @@ def default_config() -> ConfigDict:
             'wandb': {'project': '', 'entity': '', 'name': '', 'mode': 'online'},
         }
     )
+
+
+def adapted(key: str, value: Any, why: str) -> None:
+    """Says that a config file has chosen a value by what it found; `adaptations` tells it later.
+
+    Args:
+      key: of a field at the top of the config.
+      value: what was chosen.
+      why: follows the value in the line.
+    """
+    _adapted[key] = value, why
+
+
+def adaptations(config: ConfigDict) -> list[str]:
+    """Returns a line for each value that a config file has adapted and nothing has overridden."""
+    return [
+        f'config.{key}={value} {why}'
+        for key, (value, why) in _adapted.items()
+        if config[key] == value
+    ]
+
+
+_adapted: dict[str, tuple[Any, str]] = {}
 
 
 def unknown_key(key: str, known: Iterable[str], *, prefix: str = '') -> UsageError:

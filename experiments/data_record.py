@@ -11,11 +11,16 @@ import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from nfnets_jax import files, pretrained
 from nfnets_jax.data import sources
 from nfnets_jax.errors import UsageError
 
 DATA_FILE = 'data.json'
+# Keys of a config that say where the data lie, and how they are read: the data are the same.
+PLACES = ('data.path', 'data.data_dir')
+HANDLING = ('data.skip_bad', 'data.on_device')
 
 # {'class_names': [...], 'splits': {split: {'num_examples': int, 'checksum': str}}}
 Record = Mapping[str, Any]
@@ -35,6 +40,46 @@ def describe(splits: Mapping[str, Any]) -> Record:
             for split, identity in identities.items()
         },
     }
+
+
+def key(config: ConfigDict) -> str:
+    """Returns what data a config asks for, wherever they lie."""
+    options = {
+        name: x for name, x in config.data.items() if f'data.{name}' not in PLACES + HANDLING
+    }
+    return json.dumps(options, sort_keys=True, default=list)
+
+
+def check_study(directory: str | os.PathLike, data: Mapping[str, Record]) -> None:
+    """Raises a UsageError if data of a study are no longer those that it was started on.
+
+    Args:
+      directory: of the study; where it has no record yet nothing is compared.
+      data: the records of today, by `key`.
+    """
+    for name, then in _of_study(directory).items():
+        if name in data and (changed := changes(then, data[name])):
+            raise UsageError(
+                f'--workdir={directory} holds a study on other data: {in_words(changed)}'
+            )
+
+
+def add_to_study(directory: str | os.PathLike, data: Mapping[str, Record]) -> None:
+    """Adds records to those of a study, but for data that have one already."""
+    known = _of_study(directory)
+    if new := {name: record for name, record in data.items() if name not in known}:
+        text = json.dumps(known | new, indent=1)
+        files.write_whole(pathlib.Path(directory) / DATA_FILE, text + '\n')
+
+
+def _of_study(directory: str | os.PathLike) -> dict[str, Record]:
+    path = pathlib.Path(directory) / DATA_FILE
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f'{path} cannot be read: {error}') from error
 
 
 def read(directory: str | os.PathLike) -> Record | None:

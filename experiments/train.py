@@ -34,6 +34,7 @@ from experiments import (
     workdir,
     writers,
 )
+from experiments import config as experiment
 from experiments.clock import Clock
 from experiments.task import (
     Task,
@@ -105,7 +106,8 @@ def train(
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(workdir.claimed(directory, config, data, active=primary))
         stop = stack.enter_context(stopping.on_signals())
-        for line in (describe_network(task), *describe_data(task), describe_steps(task)):
+        lines = describe_network(task), *describe_data(task), describe_steps(task)
+        for line in (*lines, *experiment.adaptations(config)):
             say(line)  # Not before: a mistake is one line.
 
         # Where were we?

@@ -23,10 +23,8 @@ from nfnets_jax.schedules import canonical_duration
 FREE_TO_CHANGE = (
     *('log_every', 'eval', 'checkpoint', 'profile', 'wandb'),
     *('accumulate', 'model.remat', 'model.scan', 'skip_nonfinite'),
-    *('data.skip_bad', 'data.on_device'),
+    *data_record.HANDLING,
 )
-# Where the data lie: may change too, if they are the same data.
-PLACES = ('data.path', 'data.data_dir')
 
 _DURATIONS = frozenset(
     ('duration', 'log_every', 'eval.every', 'checkpoint.every', 'profile')
@@ -133,14 +131,21 @@ def _check_config(path: pathlib.Path, config: ConfigDict) -> None:
             raise UsageError(f'--workdir={path} holds checkpoints without a config.json')
         return
     there, here = flatten(as_json(load_config(path))), flatten(as_json(config))
-    # Without a record nothing tells whether the data in another place are the same.
-    places = PLACES if (path / data_record.DATA_FILE).exists() else ()
-    if differing := differences(there, here, free=(*FREE_TO_CHANGE, *places)):
+    if differing := differences(there, here, free=free_to_change(path)):
         more = f' (and {len(differing) - 1} more)' if len(differing) > 1 else ''
         raise UsageError(
             f'--workdir={path} holds another experiment: {differing[0]}{more}; '
             'choose another directory'
         )
+
+
+def free_to_change(workdir: str | os.PathLike) -> tuple[str, ...]:
+    """Returns the keys that may change when what is in a directory is continued.
+
+    Where the data lie is one of them if there is a record to tell whether they are the same.
+    """
+    recorded = (pathlib.Path(workdir) / data_record.DATA_FILE).exists()
+    return FREE_TO_CHANGE + (data_record.PLACES if recorded else ())
 
 
 def differences(
