@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from experiments import peers
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.errors import UsageError
 
 
 def run(main: Callable[..., None], *, positional: bool = False, distributed: bool = False) -> None:
@@ -74,7 +74,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         for argument, following in zip(argv[1:], [*argv[2:], ''], strict=False):
             name, equals, value = argument.partition('=')
             if name in ('-config', '--config'):
-                config = _load(value if equals else following)
+                given = value if equals else following
+                config = _load(given)
+                flags.FLAGS['config'].parser = _Loaded(given, config)
                 argv = _with_options(config, argv)
                 _check_overrides(config, argv)
         sys.argv[:] = argv  # where the flags of a config look for each other
@@ -88,8 +90,18 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(0)  # After --help.
 
 
+class _Loaded(flags.ArgumentParser):
+    """Gives the flag the config that has been loaded, so that its file is run only once."""
+
+    def __init__(self, given: str, config: ConfigDict):
+        self._given, self._config = given, config
+
+    def parse(self, argument: str) -> ConfigDict:
+        return self._config.lock() if argument == self._given else _load(argument).lock()
+
+
 def _load(config: str) -> ConfigDict:
-    """Runs a config file, given as 'path' or 'path:argument', as the flag will."""
+    """Runs a config file, given as 'path' or 'path:argument'."""
     path, colon, argument = config.partition(':')
     if not os.path.isfile(path):
         raise UsageError(f'--config={config}: there is no file {path}')
@@ -99,7 +111,13 @@ def _load(config: str) -> ConfigDict:
             raise UsageError(f'--config={path} defines no function get_config()')
         if colon and not inspect.signature(get_config).parameters:
             raise UsageError(f'--config={config}: get_config() of {path} takes no argument')
-        return get_config(argument) if colon else get_config()
+        loaded = get_config(argument) if colon else get_config()
+        if not isinstance(loaded, ConfigDict):
+            raise UsageError(
+                f'--config={path}: get_config() must return a ConfigDict, not '
+                f'{type(loaded).__name__}'
+            )
+        return loaded
     except UsageError as error:
         raise UsageError(
             f'--config={config}: {error}' if str(error)[:2] != '--' else error
@@ -172,7 +190,9 @@ def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
     for argument in argv[1:]:
         override = re.match(r'--?(?:no)?config\.([^=]*)', argument)
         if override and (key := override[1]) not in known:
-            raise UsageError(f'unknown key config.{key}{nearest(key, known + _options_of(config))}')
+            from experiments.config import unknown_key  # here: a slow import
+
+            raise unknown_key(key, known + _options_of(config))
 
 
 def _options_of(config: ConfigDict) -> list[str]:

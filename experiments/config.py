@@ -6,11 +6,13 @@ reads them; what is left is checked here.
 """
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from nfnets_jax import augment, optimizers
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.errors import UsageError, fold, nearest
 
 PRECISIONS = ('float32', 'bfloat16')
 
@@ -53,6 +55,53 @@ def default_config() -> ConfigDict:
     )
 
 
+def adapted(key: str, value: Any, why: str) -> None:
+    """Says that a config file has chosen a value by what it found; `adaptations` tells it later.
+
+    Args:
+      key: of a field at the top of the config.
+      value: what was chosen.
+      why: follows the value in the line.
+    """
+    _adapted[key] = value, why
+
+
+def adaptations(config: ConfigDict) -> list[str]:
+    """Returns a line for each value that a config file has adapted and nothing has overridden."""
+    return [
+        f'config.{key}={value} {why}'
+        for key, (value, why) in _adapted.items()
+        if config[key] == value
+    ]
+
+
+_adapted: dict[str, tuple[Any, str]] = {}
+
+
+def unknown_key(key: str, known: Iterable[str], *, prefix: str = '') -> UsageError:
+    """Returns the error of a key that no config has: the nearest one, or why there is none.
+
+    Args:
+      key: after `prefix`.
+      known: what it may be, without `prefix`.
+      prefix: of the node that holds it, 'optimizer.'.
+    """
+    word = fold(key.rpartition('.')[2])
+    reason = next((f': {why}' for words, why in _NOT_FIELDS.items() if word in words), None)
+    return UsageError(f'unknown key config.{prefix}{key}{reason or nearest(key, known)}')
+
+
+# Fields of other trainers that ours has no use for, folded.
+_NOT_FIELDS = {
+    ('workers', 'numworkers', 'threads', 'numthreads', 'loaderworkers'): (
+        'images are read by one thread for each core'
+    ),
+    ('gpus', 'numgpus', 'device', 'devices', 'ngpus'): 'all devices of the machine are used',
+    ('outputdir', 'outdir', 'logdir', 'savedir', 'output', 'workdir'): 'give --workdir=DIRECTORY',
+    ('resume', 'resumefrom'): 'the same command with the same --workdir resumes',
+}
+
+
 def check(config: ConfigDict) -> None:
     """Raises a UsageError naming the first field that is unknown, missing or out of range."""
     _check_fields(config, default_config())
@@ -85,7 +134,7 @@ _OPEN = ('model', 'data', 'augment', 'optimizer')
 def _check_fields(config, known, prefix: str = '') -> None:
     for key in config:
         if key not in known:
-            raise UsageError(f'unknown key config.{prefix}{key}{nearest(key, known)}')
+            raise unknown_key(key, known, prefix=prefix)
     for key, default in known.items():
         if key not in config:
             hint = '' if isinstance(default, ConfigDict) else f' (default: {default!r})'

@@ -171,7 +171,7 @@ class Journal:
                 )
 
     def _assert_same(self, there: Mapping[str, Any], here: Mapping[str, Any], prefix: str) -> None:
-        free = workdir.FREE_TO_CHANGE
+        free = workdir.free_to_change(self.directory)
         if differing := workdir.differences(there, here, prefix=prefix, free=free):
             raise UsageError(
                 f'--workdir={self.directory} holds this study with another config: {differing[0]}; '

@@ -109,17 +109,60 @@ def load_pretrained(
     Raises:
       UsageError: naming the file and what is wrong with it.
     """
-    if model is not None:
-        models.variant_info(model)
+    model = model if model is None else models.variant_info(model).name
     if os.path.isdir(path):
         weights = _load_run(pathlib.Path(path), str(checkpoint), ema)
     else:
-        weights = _load_file(path)
+        weights = _read_ahead.pop(_file_key(path), None) or _load_file(path)
     if model not in (None, weights.metadata.model):
         found = weights.metadata.model
         problem = f'are those of {found}' if found else _misfit(weights, model)
         raise UsageError(f'{path} does not hold weights of {model}: they {problem}')
     return weights
+
+
+def load_metadata(path: str | os.PathLike, model: str | None = None) -> Metadata:
+    """Returns the metadata of what `load_pretrained` reads. Uses no device.
+
+    The directory of a run and .safetensors of `save_weights` say it themselves, and no array is
+    read. Where the model must be recognized from the parameters, the file is read whole, and the
+    next `load_pretrained` of it takes what was read.
+
+    Args:
+      path: a file, or the workdir of a run.
+      model: name in `list_models()`; fails unless the weights are of this model.
+
+    Raises:
+      UsageError: naming the file and what is wrong with it.
+    """
+    if os.path.isdir(path):
+        metadata = _run_metadata(pathlib.Path(path))
+    elif _METADATA_KEY in (text := weight_files.read_header(path)):
+        metadata = decode_metadata(text[_METADATA_KEY], path)
+    else:
+        weights = load_pretrained(path, model)
+        _read_ahead.clear()
+        _read_ahead[_file_key(path)] = weights
+        return weights.metadata
+    model = model if model is None else models.variant_info(model).name
+    if model not in (None, metadata.model):
+        raise UsageError(
+            f'{path} does not hold weights of {model}: they are those of {metadata.model}'
+        )
+    return metadata
+
+
+# Weights that `load_metadata` had to read, until they are asked for: at most one file's.
+_read_ahead: dict[tuple, Weights] = {}
+
+
+def _file_key(path: str | os.PathLike) -> tuple | None:
+    """Identifies a file and its content, as far as that is known without reading it."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None  # Reading it says why.
+    return os.path.realpath(path), stat.st_mtime_ns, stat.st_size
 
 
 def save_weights(path: str | os.PathLike, weights: Weights) -> None:
@@ -298,10 +341,7 @@ def _load_file(path: str | os.PathLike) -> Weights:
 def _load_run(directory: pathlib.Path, checkpoint: str, ema: bool) -> Weights:
     from nfnets_jax.checkpoints import Checkpoints, DamagedCheckpointError  # needs Orbax
 
-    try:
-        text = (directory / 'model.json').read_text()
-    except OSError as error:
-        raise UsageError(f'{directory} holds no run: there is no {error.filename}') from error
+    metadata = _run_metadata(directory)
     checkpoints = Checkpoints(directory / 'checkpoints', read_only=True)
     try:
         step = checkpoints.choose(checkpoint)
@@ -312,7 +352,17 @@ def _load_run(directory: pathlib.Path, checkpoint: str, ema: bool) -> Weights:
         checkpoints.close()
     prefix = 'ema_' if ema and tree['ema_params'] else ''
     params, state = tree[f'{prefix}params'], tree[f'{prefix}state']
-    return Weights(params, state, decode_metadata(text, directory / 'model.json'))
+    return Weights(params, state, metadata)
+
+
+def _run_metadata(directory: pathlib.Path) -> Metadata:
+    path = directory / 'model.json'
+    try:
+        return decode_metadata(path.read_text(encoding='utf-8'), path)
+    except OSError as error:
+        raise UsageError(f'{directory} holds no run: there is no {path}') from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f'{path}: its metadata cannot be read: {error}') from error
 
 
 _METADATA_KEY = 'nfnets_jax'

@@ -35,7 +35,7 @@ def num_steps(
     Args:
         duration: a number of steps (500, '500', '500 steps'), of epochs ('30 epochs', '2.5
             epochs') or a part of the whole training ('10%'). The result is rounded to the
-            nearest step.
+            nearest step; a percentage above 0 is at least one step.
         steps_per_epoch: optimizer steps in one epoch; may be fractional.
         total_steps: steps of the whole training; None where a percentage has no meaning.
         key: the config key the duration came from, for messages.
@@ -52,6 +52,8 @@ def num_steps(
                 f"{key}={duration!r}: give it in steps or epochs, '%' has no meaning here"
             )
         steps = amount / 100 * total_steps
+        if 0 < steps < 1:
+            steps = 1
     elif unit == 'epochs':
         steps = amount * steps_per_epoch
     elif amount == int(amount):
@@ -64,6 +66,18 @@ def num_steps(
     if steps > MAX_STEPS:
         raise UsageError(f'{key}={duration!r} is {steps} steps: it must be at most {MAX_STEPS}')
     return steps
+
+
+def canonical_duration(duration: int | str) -> str:
+    """Returns the one spelling of a duration: '40 epochs' of '40 epoch', '500 steps' of 500.
+
+    Raises:
+        UsageError: if the duration cannot be read.
+    """
+    amount, unit = _parse(duration, 'duration')
+    # As an integer where it is one, for a float would round the largest.
+    number = int(amount) if amount == int(amount) else repr(amount)
+    return f'{number}%' if unit == '%' else f'{number} {unit}'
 
 
 def _parse(duration: int | str, key: str) -> tuple[float, str]:

@@ -23,6 +23,8 @@ from nfnets_jax.errors import UsageError
         ('10%', 20),
         ('0.7 %', 1),
         (' 7 steps ', 7),
+        ('0.1%', 1),
+        ('0.001%', 1),
     ],
 )
 def test_durations(duration, steps):
@@ -59,9 +61,46 @@ def test_bad_durations_name_their_key(duration, message):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ('one', 'other'),
+    [
+        ('40 epoch', '40 epochs'),
+        ('40epochs', '40.0 Epochs'),
+        ('50 %', '50%'),
+        (500, '500 steps'),
+        ('500', '500 step'),
+        ('.5 epochs', '0.50 epochs'),
+    ],
+)
+def test_spellings_of_one_duration_are_one(one, other):
+    assert schedules.canonical_duration(one) == schedules.canonical_duration(other)
+    told = schedules.num_steps(one, steps_per_epoch=10, total_steps=200)
+    canonical = schedules.canonical_duration(one)
+    assert schedules.num_steps(canonical, steps_per_epoch=10, total_steps=200) == told
+
+
+@pytest.mark.parametrize(('one', 'other'), [('5 epochs', '5 steps'), ('5%', 5), ('1.5%', '1%')])
+def test_durations_that_differ_stay_apart(one, other):
+    assert schedules.canonical_duration(one) != schedules.canonical_duration(other)
+
+
+@pytest.mark.parametrize(
+    ('given', 'unit'), [('40ep', 'epochs'), ('3 iters', 'steps'), ('5 percent', '%')]
+)
+def test_units_of_other_trainers_are_understood_in_the_hint(given, unit):
+    with pytest.raises(UsageError, match=f"did you mean '{unit}'"):
+        schedules.num_steps(given, steps_per_epoch=10)
+
+
 def test_percent_needs_a_whole():
     with pytest.raises(UsageError, match='no meaning'):
         schedules.num_steps('10%', steps_per_epoch=10)
+
+
+def test_a_percentage_never_rounds_to_nothing_but_zero_percent_does():
+    for minimum in (0, 1):
+        assert schedules.num_steps('1%', steps_per_epoch=10, total_steps=6, minimum=minimum) == 1
+    assert schedules.num_steps('0%', steps_per_epoch=10, total_steps=6, minimum=0) == 0
 
 
 def test_absent_warmup_is_allowed_but_not_a_negative_one():

@@ -9,10 +9,14 @@ A source is any object with
     source.where(i)       what to call example i in an error: its file, or its place in the arrays
     source.class_names    tuple of str, label -> name
     source.name           str
+    source.origin         str, the directory or file it was found in, or what makes it
+    source.left_out       dict, kind of file -> how many lie beside the examples and are not taken
+    source.checksum()     str, see `identify`
 
 Reading is thread-safe and has no order: shuffling, sharding and batching belong to the pipeline.
 """
 
+import hashlib
 import inspect
 import numbers
 import os
@@ -20,17 +24,62 @@ import pathlib
 import types
 import typing
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
 from nfnets_jax.data.preprocessing import PictureError, resize
+from nfnets_jax.data.splits import check_split
 from nfnets_jax.data.tfds_source import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
 
 PICTURE_SUFFIXES = frozenset(
     ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.pnm')
 )
+
+
+class Identity(NamedTuple):
+    """What tells one set of examples from another, cheaply.
+
+    Attributes:
+        class_names: label -> name.
+        num_examples: how many there are.
+        checksum: 64 hexadecimal digits.
+    """
+
+    class_names: tuple[str, ...]
+    num_examples: int
+    checksum: str
+
+
+def identify(source) -> Identity:
+    """Returns the identity of a source, to be compared with that of an earlier day.
+
+    The checksum is SHA-256 over
+        folder: the name of every file relative to the directory of its split, with its class, in
+            the order of the examples;
+        arrays, digits, synthetic images: dtype, shape and bytes of the images, and the labels;
+        tfds: the data set with its version, and which examples of which record files are taken.
+
+    It sees an example or class that is added, removed, renamed or moved to another split, and
+    another order of the examples. It does not see where the data are (a directory may be moved as a
+    whole), nor, for files, contents that change under the same name: files are not read.
+    """
+    return Identity(source.class_names, len(source), source.checksum())
+
+
+def sha256(parts: Iterable[bytes | np.ndarray]) -> str:
+    """Returns the hexadecimal SHA-256 of byte strings, or arrays, one after another.
+
+    Each is preceded by its length, so that no two sequences of parts have the same bytes.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(b'%d:' % memoryview(part).nbytes)
+        digest.update(part)
+    return digest.hexdigest()
 
 
 class ArraySource:
@@ -41,9 +90,14 @@ class ArraySource:
         labels: integers [N], each in [0, len(class_names)).
         class_names: names of the classes; by default '0', '1', ... up to the largest label.
         name: what to call the source in messages.
+        origin: the file they come from, or what makes them.
     """
 
-    def __init__(self, images, labels, class_names=None, name: str = 'arrays'):
+    left_out: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(
+        self, images, labels, class_names=None, name: str = 'arrays', origin: str = 'memory'
+    ):
         images, labels = np.asarray(images), np.asarray(labels)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise UsageError(
@@ -57,7 +111,8 @@ class ArraySource:
             )
         if class_names is None:
             class_names = map(str, range(labels.max(initial=-1) + 1))
-        self.images, self.labels, self.name = images, labels.astype(np.int32), name
+        self.images, self.labels = images, labels.astype(np.int32)
+        self.name, self.origin = name, origin
         self.class_names = tuple(class_names)
         if labels.size and not 0 <= labels.min() <= labels.max() < len(self.class_names):
             raise UsageError(
@@ -73,6 +128,11 @@ class ArraySource:
 
     def where(self, index: int) -> str:
         return f'{self.name}[{index}]'
+
+    def checksum(self) -> str:
+        images = np.ascontiguousarray(self.images)
+        kind = f'{images.dtype.str} {images.shape}'
+        return sha256([kind.encode(), images, self.labels.astype('<i8')])
 
 
 class Digits(ArraySource):
@@ -111,8 +171,7 @@ class Digits(ArraySource):
         for label in range(10):
             is_test[np.flatnonzero(labels == label)[4::5]] = True
         chosen = {'train': ~is_test, 'test': is_test}
-        if split not in chosen:
-            raise UsageError(f'digits have no split {split!r}{nearest(split, chosen)}')
+        check_split('digits', split)
         first = per_class if split == 'train' else None
         index = np.sort(
             np.concatenate([np.flatnonzero(chosen[split] & (labels == d))[:first] for d in classes])
@@ -124,6 +183,7 @@ class Digits(ArraySource):
             [classes.index(label) for label in labels[index]],
             class_names=map(str, classes),
             name=f'digits/{split}',
+            origin='scikit-learn',
         )
 
 
@@ -137,8 +197,7 @@ class ArrayFile(ArraySource):
     """
 
     def __init__(self, split: str, path: str):
-        if split not in (splits := ('train', 'test')):
-            raise UsageError(f'arrays have no split {split!r}{nearest(split, splits)}')
+        check_split('arrays', split)
         try:
             with np.load(os.path.expanduser(path), allow_pickle=False) as file:
                 images, labels = file[f'{split}_images'], file[f'{split}_labels']
@@ -151,7 +210,9 @@ class ArrayFile(ArraySource):
                 f'data.path={str(path)!r}: not an .npz file with train_images, train_labels, '
                 f'test_images and test_labels: {reason}'
             ) from error
-        super().__init__(images, labels, map(str, names), name=f'{path} ({split})')
+        super().__init__(
+            images, labels, map(str, names), name=f'{path} ({split})', origin=str(path)
+        )
 
 
 class Noise(ArraySource):
@@ -167,16 +228,14 @@ class Noise(ArraySource):
     """
 
     def __init__(self, split: str, image_size: int = 32, classes: int = 10, examples: int = 1024):
-        splits = ('train', 'test')
-        if split not in splits:
-            raise UsageError(f'noise has no split {split!r}{nearest(split, splits)}')
+        check_split('noise', split)
         for name, value in ('image_size', image_size), ('classes', classes), ('examples', examples):
             if value < 1:
                 raise UsageError(f'data.{name}={value}: must be positive')
         patterns = np.random.default_rng(0).uniform(64, 192, (classes, 4, 4, 3))
         cells = np.arange(image_size) * 4 // image_size
         labels = np.arange(examples) % classes
-        noise = np.random.default_rng(1 + splits.index(split)).normal(
+        noise = np.random.default_rng({'train': 1, 'test': 2}[split]).normal(
             0, 32, (examples, image_size, image_size, 3)
         )
         images = patterns[:, cells][:, :, cells][labels] + noise
@@ -185,6 +244,7 @@ class Noise(ArraySource):
             labels,
             class_names=map(str, range(classes)),
             name=f'noise/{split}',
+            origin='made here',
         )
 
 
@@ -217,7 +277,8 @@ class ImageFolder:
         if split_seed < 0:
             raise UsageError(f'data.split_seed={split_seed}: must not be negative')
         train, directory = _split_directories(root, split)
-        self.name = f'{root} ({split})'
+        self.name, self.origin, self._root = f'{root} ({split})', str(directory), directory
+        self.left_out = {}
         self.class_names = tuple(path.name for path in _class_directories(train))
         self._paths, self._labels = [], []
         for class_directory in _class_directories(directory):
@@ -246,12 +307,18 @@ class ImageFolder:
     def where(self, index: int) -> str:
         return str(self._paths[index])
 
+    def checksum(self) -> str:
+        parts = []
+        for path, label in zip(self._paths, self._labels, strict=True):
+            name = path.relative_to(self._root).as_posix()
+            parts += [os.fsencode(name), os.fsencode(self.class_names[label])]
+        return sha256(parts)
+
 
 def _split_directories(root: pathlib.Path, split: str) -> tuple[pathlib.Path, pathlib.Path]:
     """Returns the directories that hold the training classes and those of `split`."""
     names = {'train': ('train',), 'test': ('test', 'val', 'validation')}
-    if split not in names:
-        raise UsageError(f'a folder has no split {split!r}{nearest(split, names)}')
+    check_split('folder', split, names)
     if not (root / 'train').is_dir():
         return root, root
     found = [root / name for name in names[split] if (root / name).is_dir()]

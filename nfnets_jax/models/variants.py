@@ -165,12 +165,24 @@ def list_models() -> list[str]:
     return list(VARIANTS)
 
 
+# What timm calls networks of ours -> the name here.
+ALIASES: dict[str, str] = {
+    'nf_resnet50': 'NF-ResNet-50',
+    'nf_resnet101': 'NF-ResNet-101',
+    **{f'dm_nfnet_f{level}': f'NFNet-F{level}' for level in range(7)},
+    **{f'nf_regnet_b{level}': f'NF-RegNet-B{level}' for level in range(6)},
+}
+
+
 def variant_info(name: str) -> Variant:
     """Returns the data of a model, `variant_info('NFNet-F0').train_size`.
+
+    Knows timm's names, too ('dm_nfnet_f0'); the `.name` of the result is ours.
 
     Raises:
       UsageError: no model has that name.
     """
-    if name not in VARIANTS:
-        raise UsageError(f'model: unknown {name!r}{nearest(name, VARIANTS)}')
-    return VARIANTS[name]
+    row = VARIANTS.get(ALIASES.get(name, name))
+    if row is None:
+        raise UsageError(f'model: unknown {name!r}{nearest(name, VARIANTS, ALIASES)}')
+    return row

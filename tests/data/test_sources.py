@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from nfnets_jax.data.preprocessing import PictureError
-from nfnets_jax.data.sources import ArraySource, Digits, ImageFolder, open_source
+from nfnets_jax.data.sources import ArraySource, Digits, ImageFolder, identify, open_source
 from nfnets_jax.errors import UsageError
 
 
@@ -187,3 +187,49 @@ def test_open_source(tmp_path):
 def test_open_source_names_what_is_wrong(arguments, options, match):
     with pytest.raises(UsageError, match=match):
         open_source(*arguments, **options)
+
+
+def test_identity_of_arrays_sees_pixels_labels_and_names():
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    first = identify(ArraySource(images, [1, 0], ('cat', 'dog')))
+    assert first.class_names == ('cat', 'dog')
+    assert first.num_examples == 2
+    assert first == identify(ArraySource(images.copy(), np.int8([1, 0]), ('cat', 'dog')))
+    others = [
+        ArraySource(images, [1, 1], ('cat', 'dog')),
+        ArraySource(images, [1, 0], ('cat', 'fox')),
+        ArraySource(images[::-1], [1, 0], ('cat', 'dog')),
+        ArraySource(images.reshape(2, 2, 8, 3), [1, 0], ('cat', 'dog')),
+    ]
+    assert first not in [identify(other) for other in others]
+    assert identify(Digits('train')) != identify(Digits('test'))
+    assert identify(Digits('test')) == identify(open_source('digits', 'test'))
+
+
+def test_identity_of_a_folder_sees_names_and_not_where_they_are(tmp_path):
+    make_folder(tmp_path / 'here' / 'train', ['cat', 'dog'])
+    make_folder(tmp_path / 'here' / 'test', ['cat', 'dog'])
+
+    def found(split='train', root='here'):
+        return identify(ImageFolder(split, tmp_path / root))
+
+    first = found()
+    assert first[:2] == (('cat', 'dog'), 10)
+    assert first.checksum == found('test').checksum  # the names are the same: the split is not seen
+    (tmp_path / 'here').rename(tmp_path / 'there')
+    assert found(root='there') == first
+    file = tmp_path / 'there' / 'train' / 'cat' / '1.jpg'
+    seen = [first]
+    for change in (
+        lambda: file.rename(file.with_stem('7')),
+        lambda: (file.parent / '9.jpg').touch(),
+        lambda: (file.parent / '9.jpg').rename(tmp_path / 'there' / 'train' / 'dog' / '9.jpg'),
+        lambda: file.parent.rename(tmp_path / 'there' / 'train' / 'eel'),
+    ):
+        change()
+        try:
+            seen.append(found(root='there'))
+        except UsageError:
+            (tmp_path / 'there' / 'test' / 'cat').rename(tmp_path / 'there' / 'test' / 'eel')
+            seen.append(found(root='there'))
+    assert len(set(seen)) == 5

@@ -1,3 +1,5 @@
+import re
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -117,3 +119,32 @@ def test_none_is_the_variants_own_value():
 def test_every_option_has_a_rule():
     for name in models.list_models():
         assert set(models.model_options(name)) <= set(options._RULES)
+
+
+@pytest.mark.parametrize(
+    ('name', 'ours'),
+    [
+        ('dm_nfnet_f0', 'NFNet-F0'),
+        ('dm_nfnet_f6', 'NFNet-F6'),
+        ('nf_resnet50', 'NF-ResNet-50'),
+        ('nf_regnet_b1', 'NF-RegNet-B1'),
+    ],
+)
+def test_timms_names_are_aliases(name, ours):
+    assert models.variant_info(name).name == ours
+    assert models.model_options(name) == models.model_options(ours)
+
+
+@pytest.mark.parametrize(
+    ('name', 'ours'),
+    [
+        ('nfnet_f0', 'NFNet-F0'),
+        ('NFNET-F5+', 'NFNet-F5+'),
+        ('NF_ResNet_50', 'NF-ResNet-50'),
+        ('DM-NFNet-F1', 'NFNet-F1'),
+        ('resnet50', 'ResNet-50'),
+    ],
+)
+def test_case_and_dashes_do_not_lead_to_another_network(name, ours):
+    with pytest.raises(UsageError, match=re.escape(f'unknown {name!r} (did you mean {ours!r}?)')):
+        models.variant_info(name)
