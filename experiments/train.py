@@ -100,6 +100,8 @@ def train(
     weights = None
     if primary:
         writers.check(directory, config)
+        for change in workdir.free_changes(directory, config):
+            say(f'resuming with a changed config: {change}')
         if config.init.weights and not workdir.has_checkpoints(directory):
             *weights, report = load_weights(task, directory)
             say(f'{config.init.weights}: {report}')
@@ -271,9 +273,9 @@ def _open_batches(
     task: Task, start_step: int, bad: pipeline.BadPictures
 ) -> pipeline.Prefetch | resident.ResidentBatches:
     """Returns this process's training batches on its devices, from `start_step` on."""
-    process, rows = jax.process_index(), parallel.local_batch_size(task.config.batch_size)
+    process, rows = jax.process_index(), parallel.local_batch_size(task.images_per_step)
     options = {
-        'batch_size': task.config.batch_size,
+        'batch_size': task.images_per_step,
         'seed': task.config.seed,
         'start_step': start_step,
         'transform': task.pictures.train_transform,

@@ -29,6 +29,7 @@ _MODEL_STREAM = 1 << 16
 def make_train_step(task: Task) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
     """Returns the parallel update: (state, batch of images, labels, positions) -> (state, stop).
 
+    The batch is of `task.images_per_step` images, from which the augmentation makes the examples.
     The batch also holds `stop`, float32 [devices, 1], and its mean is returned: see `stopping`.
     """
     config = task.config
@@ -64,7 +65,7 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], tuple[TrainState
     def train_step(s: TrainState, batch: dict) -> tuple[TrainState, jax.Array]:
         stop = batch['stop'][0]
         if task.on_device:
-            batch = resident.take(batch, s.step, config.batch_size)
+            batch = resident.take(batch, s.step, task.images_per_step)
         keys = augment.example_keys(s.seed, s.step, batch['position'])
         images, targets = task.augmentation(keys, batch['image'], batch['label'])
         key = jax.random.fold_in(keys[0], _MODEL_STREAM)

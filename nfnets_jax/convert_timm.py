@@ -21,7 +21,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,16 @@ _VARIANCE_EPS = 1e-5  # timm's, added to the variance
 _FLOOR = 1e-4  # ours, of the variance times the fan-in: see layers.standardize
 
 
-# Pixels in training and in testing, where timm's differ from the published.
-SIZES = {'NF-ResNet-50': (256, 288), 'NF-RegNet-B0': (192, 256), 'NF-RegNet-B1': (256, 288)}
+# What timm trains and tests a network with, where that is not as published: fields of
+# `pretrained.Metadata`. Crops are timm's `crop_mode` and `crop_pct` at the test size.
+_CROPS = (0.9, 0.91, 0.92, 0.94, 0.951, 0.954, 0.956)  # of dm_nfnet_f0 to f6
+PREPROCESSING: dict[str, dict[str, Any]] = (
+    {f'NFNet-F{level}': {'eval_mode': f'timm_squash_{crop}'} for level, crop in enumerate(_CROPS)}
+    | {f'NF-RegNet-B{level}': {'eval_mode': 'timm_center_0.9'} for level in range(6)}
+    | {'NF-ResNet-50': {'eval_mode': 'timm_center_0.94', 'train_size': 256, 'test_size': 288}}
+)
+PREPROCESSING['NF-RegNet-B0'] |= {'train_size': 192, 'test_size': 256}
+PREPROCESSING['NF-RegNet-B1'] |= {'train_size': 256, 'test_size': 288}
 
 
 class Converted(NamedTuple):

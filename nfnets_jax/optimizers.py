@@ -134,9 +134,8 @@ def create(
             lambda path, _: getattr(groups[_name(path)], field), tree
         )
 
-    peak = config['learning_rate']
-    if config['scale_lr_by_batch']:
-        peak *= batch_size / 256
+    scale = batch_size / 256 if config['scale_lr_by_batch'] else 1.0
+    peak = config['learning_rate'] * scale
 
     def learning_rate(peak: jax.typing.ArrayLike) -> schedules.Schedule:
         return schedules.create(
@@ -144,6 +143,7 @@ def create(
             peak,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
+            scale=scale,
             key=f'{key}.schedule',
         )
 

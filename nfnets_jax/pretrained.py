@@ -31,7 +31,8 @@ class Metadata:
       num_classes: size of the logits.
       class_names: of the logits in their order; empty where unknown.
       train_size, test_size: side of the pictures in pixels.
-      eval_mode: how a picture becomes `test_size` pixels, a mode of `make_transform`.
+      eval_mode: how a picture becomes `test_size` pixels, a mode of `make_transform`; by default
+        that of the model's authors, `Variant.eval_mode`.
       mean, std: of the normalisation, three values on a scale of 0..255.
     """
 
@@ -41,9 +42,15 @@ class Metadata:
     class_names: tuple[str, ...] = ()
     train_size: int | None = None
     test_size: int | None = None
-    eval_mode: str = 'crop_resize'
+    eval_mode: str = ''
     mean: tuple[float, ...] = augment.IMAGENET_MEAN
     std: tuple[float, ...] = augment.IMAGENET_STD
+
+    def __post_init__(self):
+        if not self.eval_mode:
+            known = self.model in models.list_models()
+            published = models.variant_info(self.model).eval_mode if known else 'crop_resize'
+            object.__setattr__(self, 'eval_mode', published)  # As the dataclass is frozen.
 
 
 class Weights(NamedTuple):
@@ -314,8 +321,9 @@ def _load_file(path: str | os.PathLike) -> Weights:
         # Kind V is what NumPy makes of the bfloat16 of ml_dtypes; in an .npz it loses its name.
         if array.dtype.kind not in 'fiubV' or array.dtype.type is np.void:
             raise UsageError(f'{path} cannot be read: {name} holds {array.dtype}, not numbers')
-    options, added = {}, ()
+    options, added, preprocessing = {}, (), {}
     if convert_timm.is_timm(arrays):
+        preprocessing = convert_timm.PREPROCESSING
         try:
             arrays, options, added = convert_timm.convert(arrays)
         except UsageError as error:
@@ -324,7 +332,9 @@ def _load_file(path: str | os.PathLike) -> Weights:
             raise UsageError(f"{path}: timm's state dict is not whole: {error}") from error
     params, state = _split(_normalise(arrays))
     if _METADATA_KEY not in text:
-        return Weights(params, state, _recognise(params, options), added)
+        metadata = _recognise(params, options)
+        metadata = dataclasses.replace(metadata, **preprocessing.get(metadata.model, {}))
+        return Weights(params, state, metadata, added)
     weights = Weights(params, state, decode_metadata(text[_METADATA_KEY], path))
     if weights.metadata.model is not None:
         try:
@@ -436,16 +446,13 @@ def _recognise(params: hk.Params, options: Mapping[str, Any]) -> Metadata:
         row = models.variant_info(name)
         if row.family.lower() != root or sum(row.depths) != len(blocks):
             continue
-        sizes = row.train_size, row.test_size
-        if options.get('conventions') == 'timm':
-            sizes = convert_timm.SIZES.get(name, sizes)
         with_se = {'use_se': True} if has_se and 'use_se' in models.model_options(name) else {}
         metadata = Metadata(
             model=name,
             options=dict(options) | with_se,
             num_classes=num_classes,
-            train_size=sizes[0],
-            test_size=sizes[1],
+            train_size=row.train_size,
+            test_size=row.test_size,
         )
         # Files of parameters alone are common: batch norm's statistics may be missing.
         shapes, _ = variable_shapes(metadata)

@@ -52,6 +52,19 @@ def test_logits_are_timms(file, model, tolerance):
     assert np.abs(logits - golden['logits']).max() / scale < tolerance
 
 
+@pytest.mark.parametrize(
+    ('file', 'size', 'mode'),
+    [('dm_nfnet_f0', 256, 'timm_squash_0.9'), ('nf_resnet50', 288, 'timm_center_0.94')],
+)
+def test_timms_weights_are_evaluated_as_timm_does(file, size, mode, monkeypatch):
+    golden = np.load(GOLDEN / f'timm-{file}.npz')
+    shapes = zip(golden['names'].tolist(), map(json.loads, golden['shapes']), strict=True)
+    arrays = {name: np.ones(shape, np.float32) for name, shape in shapes}
+    monkeypatch.setattr(pretrained.weight_files, 'read', lambda path: (arrays, {}))
+    metadata = pretrained.load_pretrained('weights').metadata
+    assert (metadata.test_size, metadata.eval_mode) == (size, mode)
+
+
 def state_dict(metadata: pretrained.Metadata, *, attention: str) -> dict[str, np.ndarray]:
     """A state dict of timm's for a model of ours, by the inverse of the names."""
     inverse = {ours: theirs for theirs, ours in convert_timm._IN_BLOCK.items()}
@@ -97,6 +110,8 @@ def test_a_regnet_has_all_its_arrays_and_timms_widths(tmp_path):
     weights = pretrained.load_pretrained(tmp_path / 'nf_regnet_b1.npz')
     assert weights.metadata.model == 'NF-RegNet-B1'
     assert weights.metadata.options == {'conventions': 'timm'}
+    assert weights.metadata.test_size == 288
+    assert weights.metadata.eval_mode == 'timm_center_0.9'
     assert len(weights.added) == 20
     assert all(name.endswith('skip_gain') for name in weights.added)
     squeeze = weights.params['NF_RegNet/~/nf_block_3/~/squeeze_excite/~/linear']

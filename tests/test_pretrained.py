@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nfnets_jax import load_pretrained, pretrained
+from nfnets_jax import load_pretrained, models, pretrained
 from nfnets_jax.checkpoints import Checkpoints
 from nfnets_jax.errors import UsageError
 from nfnets_jax.pretrained import Metadata, Weights, fit_weights, save_weights
 
+EVAL_MODES = {'NFNet-F0': 'resize_crop_32'}
 TREES = pathlib.Path(__file__).parent / 'golden' / 'param_trees'
 SMALL = Metadata(
     model='NF-ResNet-8',
@@ -73,8 +74,18 @@ def test_the_authors_files_are_recognised(name, options, tmp_path):
     assert weights.metadata.options == options
     assert weights.metadata.num_classes == 1000
     assert weights.metadata.test_size == {'NFNet-F0': 256}.get(name, 224)
+    assert weights.metadata.eval_mode == EVAL_MODES.get(name, 'crop_resize')
     chex.assert_trees_all_equal(weights.params, tree)
     assert weights.added == ()
+
+
+def test_the_evaluation_mode_follows_the_model_unless_it_is_given():
+    for name in models.list_models():
+        expected = 'resize_crop_32' if name.startswith('NFNet') else 'crop_resize'
+        assert Metadata(model=name).eval_mode == expected
+    assert Metadata().eval_mode == Metadata(model='unknown').eval_mode == 'crop_resize'
+    told = '{"model": "NFNet-F0", "eval_mode": "crop_resize"}'  # As earlier versions wrote.
+    assert pretrained.decode_metadata(told, 'w').eval_mode == 'crop_resize'
 
 
 def test_parameters_of_no_known_model_are_read_all_the_same(tmp_path):

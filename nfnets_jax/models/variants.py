@@ -21,6 +21,8 @@ class Variant:
       depths: residual blocks of each stage.
       train_size: side in pixels of the pictures it is trained on.
       test_size: side in pixels of the pictures it is tested on.
+      eval_mode: how its authors prepare an image for testing, a mode of
+        `data.preprocessing.make_transform`.
       width: default width multiplier.
       block: residual branch of the ResNets, 1x1-3x3-1x1 or 3x3-3x3.
       stem: 'imagenet' reduces the picture before the first block, 'small' keeps its size.
@@ -37,6 +39,7 @@ class Variant:
     depths: tuple[int, ...]
     train_size: int
     test_size: int
+    eval_mode: str = 'crop_resize'
     width: float = 1.0
     block: Literal['bottleneck', 'basic'] = 'bottleneck'
     stem: Literal['imagenet', 'small'] = 'imagenet'
@@ -79,6 +82,7 @@ def _nfnets():
                 depths=tuple((level + 1) * depth for depth in (1, 2, 6, 3)),
                 train_size=train,
                 test_size=test,
+                eval_mode='resize_crop_32',
                 drop_rate=drop,
                 stochdepth_rate=0.25,
                 randaugment=magnitude,
