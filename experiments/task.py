@@ -187,7 +187,7 @@ def load_weights(
     path = task.config.init.weights.replace('{study}', study)
     with naming('init.weights'):
         weights = pretrained.load_pretrained(path)
-    if weights.metadata.model not in (None, options.name):
+    if weights.metadata.model not in (None, models.variant_info(options.name).name):
         raise UsageError(
             f'config.init.weights={path}: weights of {weights.metadata.model}, but '
             f'config.model.name={options.name!r}'

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # For readers of types; `__getattr__` does the same when a na
         NFResNet,
         ResNet,
         SkipInitResNet,
+        build,
         create_model,
         list_models,
     )
@@ -31,6 +32,7 @@ __all__ = [
     'ResNet',
     'SkipInitResNet',
     'adaptive_grad_clip',
+    'build',
     'create_model',
     'describe_clipping',
     'list_models',

@@ -47,23 +47,20 @@ class Metadata:
     std: tuple[float, ...] = augment.IMAGENET_STD
 
     def __post_init__(self):
+        row = models.find_variant(self.model)
+        own = {'model': row.name} if row else {}  # What an alias stands for.
         if not self.eval_mode:
-            known = self.model in models.list_models()
-            published = models.variant_info(self.model).eval_mode if known else 'crop_resize'
-            object.__setattr__(self, 'eval_mode', published)  # As the dataclass is frozen.
+            own['eval_mode'] = row.eval_mode if row else 'crop_resize'
+        for name, value in own.items():
+            object.__setattr__(self, name, value)  # As the dataclass is frozen.
 
 
 class Weights(NamedTuple):
-    """Parameters and state as Haiku trees of float32 numpy arrays, and what they are for.
-
-    Attributes:
-      added: names of parameters that the file does not hold and its format implies.
-    """
+    """Parameters and state as Haiku trees of float32 numpy arrays, and what they are for."""
 
     params: hk.Params
     state: hk.State
     metadata: Metadata
-    added: tuple[str, ...] = ()
 
 
 class Report(NamedTuple):
@@ -101,7 +98,7 @@ def load_pretrained(
 
     Kinds, told apart by content: the authors' released pickles of {module: {name: array}}
     (F0_haiku.npz), plain .npz with 'module/name' keys, .safetensors written by `save_weights`,
-    timm's state dicts (.safetensors, .pth) of dm_nfnet_*, nf_resnet50 and nf_regnet_*, and the
+    timm's state dicts (.safetensors, .pth) of its NFNets, NF-ResNets and NF-RegNets, and the
     directory of a training run.
 
     Args:
@@ -117,7 +114,7 @@ def load_pretrained(
       UsageError: naming the file and what is wrong with it.
     """
     if model is not None:
-        models.variant_info(model)
+        model = models.variant_info(model).name
     if os.path.isdir(path):
         weights = _load_run(pathlib.Path(path), str(checkpoint), ema)
     else:
@@ -181,17 +178,13 @@ def network(metadata: Metadata) -> hk.TransformedWithState:
     if metadata.model is None:
         raise UsageError('the weights do not say which model they are of: give its name')
 
-    def forward(images, is_training):
-        network = models.create_model(metadata.model, metadata.num_classes, **metadata.options)
-        return network(images, is_training)
-
-    return hk.transform_with_state(forward)
+    return models.build(metadata.model, metadata.num_classes, **metadata.options)
 
 
 def variable_shapes(metadata: Metadata) -> tuple[hk.Params, hk.State]:
     """Returns the shapes and dtypes of a model's parameters and state."""
-    init = network(metadata).init
-    return jax.eval_shape(lambda: init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), True))
+    init, channels = network(metadata).init, metadata.options.get('channels') or 3
+    return jax.eval_shape(lambda: init(jax.random.key(0), jnp.zeros((1, 32, 32, channels)), True))
 
 
 def flatten(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -278,20 +271,22 @@ def _load_file(path: str | os.PathLike) -> Weights:
         # Kind V is what NumPy makes of the bfloat16 of ml_dtypes; in an .npz it loses its name.
         if array.dtype.kind not in 'fiubV' or array.dtype.type is np.void:
             raise UsageError(f'{path} cannot be read: {name} holds {array.dtype}, not numbers')
-    options, added, preprocessing = {}, (), {}
-    if convert_timm.is_timm(arrays):
-        preprocessing = convert_timm.PREPROCESSING
+    is_timm = convert_timm.is_timm(arrays)
+    is_timms_form = is_timm and not convert_timm.is_of_published_form(arrays)
+    if is_timm:
         try:
-            arrays, options, added = convert_timm.convert(arrays)
+            arrays = convert_timm.convert(arrays)
         except UsageError as error:
             raise UsageError(f'{path}: {error}') from error
         except (KeyError, ValueError, ZeroDivisionError) as error:
             raise UsageError(f"{path}: timm's state dict is not whole: {error}") from error
     params, state = _split(_normalise(arrays))
     if _METADATA_KEY not in text:
-        metadata = _recognise(params, options)
-        metadata = dataclasses.replace(metadata, **preprocessing.get(metadata.model, {}))
-        return Weights(params, state, metadata, added)
+        metadata = _recognise(params, is_timms_form)
+        if is_timm and metadata.model in convert_timm.EVAL_MODES:
+            mode = convert_timm.EVAL_MODES[metadata.model]
+            metadata = dataclasses.replace(metadata, eval_mode=mode)
+        return Weights(params, state, metadata)
     weights = Weights(params, state, decode_metadata(text[_METADATA_KEY], path))
     if weights.metadata.model is not None:
         try:
@@ -384,8 +379,13 @@ def _num_classes(params: hk.Params) -> int | None:
     return weight.shape[-1] if np.ndim(weight) == 2 and weight.shape[-1] else None
 
 
-def _recognise(params: hk.Params, options: Mapping[str, Any]) -> Metadata:
-    """Returns the metadata of the model whose parameters these are, by their names and shapes."""
+def _recognise(params: hk.Params, is_timms_form: bool) -> Metadata:
+    """Returns the metadata of the model whose parameters these are, by their names and shapes.
+
+    Args:
+      params: of a model, whole.
+      is_timms_form: whether it is one of timm's own networks.
+    """
     num_classes = _num_classes(params)
     if num_classes is None:
         return Metadata()
@@ -396,13 +396,17 @@ def _recognise(params: hk.Params, options: Mapping[str, Any]) -> Metadata:
         row = models.variant_info(name)
         if row.family.lower() != root or sum(row.depths) != len(blocks):
             continue
-        with_se = {'use_se': True} if has_se and 'use_se' in models.model_options(name) else {}
+        if bool(row.base) != is_timms_form:
+            continue
+        takes_se = not row.base and 'use_se' in models.model_options(name)
         metadata = Metadata(
             model=name,
-            options=dict(options) | with_se,
+            options={'use_se': True} if has_se and takes_se else {},
             num_classes=num_classes,
             train_size=row.train_size,
             test_size=row.test_size,
+            mean=row.mean or augment.IMAGENET_MEAN,
+            std=row.std or augment.IMAGENET_STD,
         )
         # Files of parameters alone are common: batch norm's statistics may be missing.
         shapes, _ = variable_shapes(metadata)
