@@ -21,20 +21,20 @@ class BlockPlan:
 
     Attributes:
       index: from 0 over the whole network.
-      stage: of the network, from 1.
       in_channels, out_channels: of the block.
       stride: of the block.
       beta: 1 / expected standard deviation of the block's input at initialisation.
       stochdepth_rate: probability of dropping the branch, linear in the index.
+      stage: of the network, from 1.
     """
 
     index: int
-    stage: int
     in_channels: int
     out_channels: int
     stride: int
     beta: float
     stochdepth_rate: float
+    stage: int
 
     @property
     def is_transition(self) -> bool:
