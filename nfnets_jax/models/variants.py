@@ -1,7 +1,7 @@
 """Every published network as data: one row per name, read by models, configs and evaluation.
 
 Sizes, depths and rates: the two papers and the authors' code. Accuracies: ImageNet top-1 and
-top-5 in percent, single crop at `test_size`, from the papers' tables as noted in `source`.
+top-5 in percent, single crop at `test_size`, from the papers' tables or timm's as `source` notes.
 """
 
 import dataclasses
