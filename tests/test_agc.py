@@ -264,7 +264,7 @@ class TestArguments:
             return None if path == 'head/w' else 0.25
 
         expected = self.norms(clipping_by_leaf=ratio)
-        with pytest.warns(DeprecationWarning, match='pass it as clipping_by_leaf') as caught:
+        with pytest.warns(DeprecationWarning, match='pass it as clipping_by_leaf') as caught:  # noqa: PT031
             assert self.norms(ratio) == expected
             table = describe_clipping(self.params, ratio)
         # The warning names the line of the caller.
