@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nfnets_jax import files
 from nfnets_jax.data.preprocessing import PictureError, resize
 from nfnets_jax.data.tfds_source import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
@@ -140,7 +141,7 @@ class ArrayFile(ArraySource):
         if split not in (splits := ('train', 'test')):
             raise UsageError(f'arrays have no split {split!r}{nearest(split, splits)}')
         try:
-            with np.load(os.path.expanduser(path), allow_pickle=False) as file:
+            with np.load(files.expand(path), allow_pickle=False) as file:
                 images, labels = file[f'{split}_images'], file[f'{split}_labels']
                 names = file.get('class_names')
                 if names is None:
@@ -209,7 +210,7 @@ class ImageFolder:
         test_fraction: float = 0.2,
         split_seed: int = 0,
     ):
-        root = pathlib.Path(path).expanduser()
+        root = pathlib.Path(files.expand(path))
         if not path or not root.is_dir():
             raise UsageError(f'data.path={str(path)!r}: not a directory; give one with the classes')
         if not 0 < test_fraction < 1:
