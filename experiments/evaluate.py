@@ -257,7 +257,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', None, 'The directory of the run.', required=True)
+    cli.define_workdir('The directory of the run.', required=True)
     flags.DEFINE_string(
         'checkpoint', 'latest', "Which one: 'latest', 'best', or the step of one that is kept."
     )

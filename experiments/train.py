@@ -398,6 +398,6 @@ def main() -> None:
 
 if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', None, 'What to train.', lock_config=True)
-    flags.DEFINE_string('workdir', None, 'Where everything about the run is kept.')
+    cli.define_workdir('Where everything about the run is kept.')
     flags.mark_flags_as_required(['config', 'workdir'])
     cli.run(main, distributed=True)

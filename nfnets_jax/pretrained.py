@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnets_jax import augment, convert_timm, models, weight_files
+from nfnets_jax import augment, convert_timm, files, models, weight_files
 from nfnets_jax.errors import UsageError, first_line, nearest
 
 
@@ -121,6 +121,7 @@ def load_pretrained(
     """
     if model is not None:
         model = models.variant_info(model).name
+    path = files.expand(path)
     if os.path.isdir(path):
         weights = _load_run(pathlib.Path(path), str(checkpoint), ema)
     else:
