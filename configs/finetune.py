@@ -17,16 +17,19 @@ The recipe is the one the papers fine-tune from JFT with: 15,000 steps of 2048 p
 rate 0.1 after 5,000 steps of warm-up and then along a cosine, moving average 0.9999. NFNets with
 SAM (rho 0.05), weight decay 1e-5, dropout 0.25 and stochastic depth 0.1; ResNets with none of them.
 A small data set wants less: --config.duration='500 steps' --config.batch_size=256; the warm-up
-stays a third of the duration. Under 100 steps also give --config.log_every='1 steps'.
+stays a third of the duration. Where there are fewer than 2048 training images, the batch is an
+eighth of them by default, rounded down to a power of two, which is told at the start.
 docs/pretrained.md has an example with its figures.
 """
 
-from experiments.config import default_config
+from experiments.config import adapted, default_config
 from nfnets_jax import models
+from nfnets_jax.data.sources import open_source
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.optimizers import PUBLISHED_GROUPS
-from nfnets_jax.pretrained import Metadata, load_pretrained
+from nfnets_jax.pretrained import Metadata, load_metadata
 
+_BATCH_SIZE = 2048
 _ARGUMENTS = ('data', 'weights', 'model', 'freeze')
 
 
@@ -38,14 +41,18 @@ def get_config(arguments: str = ''):
         )
     weights, metadata = given.get('weights', ''), Metadata(model=given.get('model'))
     if weights:
-        metadata = load_pretrained(weights, metadata.model).metadata
-    name = metadata.model
+        metadata = load_metadata(weights, metadata.model)
+    name = metadata.model and models.variant_info(metadata.model).name
     if name is None:
         raise UsageError('finetune.py needs model=NAME where no weights tell it')
     published = models.variant_info(name)
 
     config = default_config()
-    config.model = {'name': name, **metadata.options}
+    config.model = {'name': name} | {
+        # As tuples, which the command line can override.
+        option: tuple(value) if isinstance(value, list) else value
+        for option, value in metadata.options.items()
+    }
     config.init = {'weights': weights, 'new_head': True}
     config.data = {
         'name': 'folder',
@@ -55,7 +62,7 @@ def get_config(arguments: str = ''):
         'test_mode': metadata.eval_mode,
     }
     config.augment.flip = True
-    config.batch_size = 2048
+    config.batch_size = _batch_size(given['data'])
     config.duration = '15000 steps'
     config.ema = 0.9999
     optimizer = config.optimizer
@@ -85,6 +92,20 @@ def head_only(head: str = 'linear') -> tuple[dict, ...]:
         {'match': rf'[^/]+/~/{head}/b', 'decay': False},
         {'match': r'.*', 'freeze': True},
     )
+
+
+def _batch_size(path: str) -> int:
+    """Returns the papers' batch size, or one that fits a small folder, which is then told."""
+    try:
+        examples = len(open_source('folder', 'train', path=path))
+    except UsageError:
+        return _BATCH_SIZE  # Opening the data says what is wrong, by the config's key.
+    if examples >= _BATCH_SIZE:
+        return _BATCH_SIZE
+    fitting = 1 << max(examples // 8, min(examples, 8), 1).bit_length() - 1
+    why = f'instead of {_BATCH_SIZE}, for there are {examples:,} training images'
+    adapted('batch_size', fitting, why)
+    return fitting
 
 
 def _parse(arguments: str) -> dict[str, str]:

@@ -5,12 +5,15 @@ that a part of the library owns (model, data, augment, optimizer) are checked wh
 reads them; what is left is checked here.
 """
 
+import copy
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from nfnets_jax import augment, optimizers
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.errors import UsageError, fold, nearest
 
 PRECISIONS = ('float32', 'bfloat16')
 
@@ -42,7 +45,8 @@ def default_config() -> ConfigDict:
             # Steps in a row whose loss or gradient is not finite to leave out before giving up.
             'skip_nonfinite': 0,
             'log_every': '50 steps',
-            'eval': {'every': '5 epochs', 'batch_size': 256},
+            # precision: what evaluation computes in: float32 | bfloat16 | training (as training).
+            'eval': {'every': '5 epochs', 'batch_size': 256, 'precision': 'training'},
             # Written every so often, and at the end; the best one is kept besides the newest.
             'checkpoint': {'every': '5 epochs', 'keep': 3},
             'profile': '0 steps',  # a duration: trace so much, from the third step on
@@ -51,6 +55,53 @@ def default_config() -> ConfigDict:
             'wandb': {'project': '', 'entity': '', 'name': '', 'mode': 'online'},
         }
     )
+
+
+def adapted(key: str, value: Any, why: str) -> None:
+    """Says that a config file has chosen a value by what it found; `adaptations` tells it later.
+
+    Args:
+      key: of a field at the top of the config.
+      value: what was chosen.
+      why: follows the value in the line.
+    """
+    _adapted[key] = value, why
+
+
+def adaptations(config: ConfigDict) -> list[str]:
+    """Returns a line for each value that a config file has adapted and nothing has overridden."""
+    return [
+        f'config.{key}={value} {why}'
+        for key, (value, why) in _adapted.items()
+        if config[key] == value
+    ]
+
+
+_adapted: dict[str, tuple[Any, str]] = {}
+
+
+def unknown_key(key: str, known: Iterable[str], *, prefix: str = '') -> UsageError:
+    """Returns the error of a key that no config has: the nearest one, or why there is none.
+
+    Args:
+      key: after `prefix`.
+      known: what it may be, without `prefix`.
+      prefix: of the node that holds it, 'optimizer.'.
+    """
+    word = fold(key.rpartition('.')[2])
+    reason = next((f': {why}' for words, why in _NOT_FIELDS.items() if word in words), None)
+    return UsageError(f'unknown key config.{prefix}{key}{reason or nearest(key, known)}')
+
+
+# Fields of other trainers that ours has no use for, folded.
+_NOT_FIELDS = {
+    ('workers', 'numworkers', 'threads', 'numthreads', 'loaderworkers'): (
+        'images are read by one thread for each core'
+    ),
+    ('gpus', 'numgpus', 'device', 'devices', 'ngpus'): 'all devices of the machine are used',
+    ('outputdir', 'outdir', 'logdir', 'savedir', 'output', 'workdir'): 'give --workdir=DIRECTORY',
+    ('resume', 'resumefrom'): 'the same command with the same --workdir resumes',
+}
 
 
 def check(config: ConfigDict) -> None:
@@ -71,11 +122,43 @@ def check(config: ConfigDict) -> None:
         raise UsageError(
             f'config.sam.ascent_fraction={config.sam.ascent_fraction}: must be in (0, 1]'
         )
-    for key in ('precision', 'gradient_dtype'):
-        if config[key] not in PRECISIONS:
-            raise UsageError(
-                f'config.{key}={config[key]!r} is unknown{nearest(config[key], PRECISIONS)}'
-            )
+    for key, value, known in (
+        ('precision', config.precision, PRECISIONS),
+        ('gradient_dtype', config.gradient_dtype, PRECISIONS),
+        ('eval.precision', config.eval.precision, (*PRECISIONS, 'training')),
+    ):
+        if value not in known:
+            raise UsageError(f'config.{key}={value!r} is unknown{nearest(value, known)}')
+
+
+def eval_precision(config: ConfigDict) -> str:
+    """Returns the dtype that evaluation computes in."""
+    precision = config.eval.precision
+    return config.precision if precision == 'training' else precision
+
+
+# Dotted keys that the configs of earlier versions lack, with what those versions did.
+ADDED_FIELDS = {
+    'augment.mix_pairs': 'batch',
+    'eval.precision': 'training',
+    'optimizer.schedule.end_value': 0.0,
+}
+
+
+def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a run of any earlier version as this version would have written them.
+
+    Only nodes that are there are completed.
+    """
+    upgraded = copy.deepcopy(dict(fields))
+    for key, value in ADDED_FIELDS.items():
+        *path, name = key.split('.')
+        node: Any = upgraded
+        for part in path:
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if isinstance(node, dict):
+            node.setdefault(name, value)
+    return upgraded
 
 
 # Fields whose inner keys depend on a name; their owner checks them.
@@ -85,7 +168,7 @@ _OPEN = ('model', 'data', 'augment', 'optimizer')
 def _check_fields(config, known, prefix: str = '') -> None:
     for key in config:
         if key not in known:
-            raise UsageError(f'unknown key config.{prefix}{key}{nearest(key, known)}')
+            raise unknown_key(key, known, prefix=prefix)
     for key, default in known.items():
         if key not in config:
             hint = '' if isinstance(default, ConfigDict) else f' (default: {default!r})'

@@ -1,19 +1,22 @@
-"""The data of a run: its two splits, and how their pictures come to one size.
+"""The data of a run: its splits, and how their images come to one size.
 
 Sources that hold encoded pictures of any size take three more options in `config.data`: image_size
-and test_image_size, in pixels (by default those the model is published with), and test_mode, the
-evaluation preprocessing; training pictures are cropped at random. Where a source's pictures have
-one size (digits, arrays, CIFAR) they are left as they are, unless one of these options is given.
+and test_image_size, in pixels, and test_mode, the evaluation preprocessing. By default they are
+those the model is published with, see `models.Variant`. Training pictures are cropped at random.
+Where a source's pictures have one size (digits, arrays, CIFAR) they are left as they are, unless
+one of these options is given.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from nfnets_jax import models
 from nfnets_jax.data import sources
 from nfnets_jax.data.preprocessing import make_transform
+from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 
 RUNNER_OPTIONS = ('skip_bad', 'on_device')  # of config.data, for any source: see task.Task
@@ -38,8 +41,26 @@ class Pictures(NamedTuple):
     test_transform: Callable | None = None
 
 
-def open_data(config: ConfigDict) -> tuple[Any, Any, Pictures]:
-    """Opens the training and the test split of the data that a config describes.
+class Data(NamedTuple):
+    """The sources of a run (see `nfnets_jax.data.sources`) and how their images come to one size.
+
+    Attributes:
+      train: what to train on.
+      validation: what to choose the best checkpoint on; None where the data have no split besides
+        the one to test on.
+      test: what to test on. Where the only labeled split besides `train` is called validation, it
+        is this one.
+      pictures: transforms and sizes.
+    """
+
+    train: Any
+    validation: Any | None
+    test: Any
+    pictures: Pictures
+
+
+def open_data(config: ConfigDict) -> Data:
+    """Opens the splits of the data that a config describes.
 
     Raises:
       UsageError: naming the option that is wrong, or the data that are not there.
@@ -52,15 +73,23 @@ def open_data(config: ConfigDict) -> tuple[Any, Any, Pictures]:
     own = sources.source_options(name)
     given = {key: options.pop(key) for key in _OPTIONS if key in options and key not in own}
     train, test = (sources.open_source(name, split, **options) for split in ('train', 'test'))
-    image = train[0]['image']
+    try:
+        validation = sources.open_source(name, 'validation', **options)
+    except MissingSplit:
+        validation = None
+    return Data(train, validation, test, _pictures(train[0]['image'], given, config.model.name))
+
+
+def _pictures(image: bytes | np.ndarray, given: dict[str, Any], model: str) -> Pictures:
+    """Returns how images like `image` come to the sizes that are given, or else the model's."""
     if not (isinstance(image, bytes) or given):
-        return train, test, Pictures(image.shape, image.shape[0], _AS_IT_IS)
-    published = models.variant_info(config.model.name)
+        return Pictures(image.shape, image.shape[0], _AS_IT_IS)
+    published = models.variant_info(model)
     size = _pixels('image_size', given.get('image_size', published.train_size))
     test_size = _pixels('test_image_size', given.get('test_image_size', published.test_size))
-    test_mode = given.get('test_mode', 'crop_resize')
+    test_mode = given.get('test_mode', published.eval_mode)
     transforms = make_transform('random_crop', size), make_transform(test_mode, test_size)
-    return train, test, Pictures((size, size, 3), test_size, test_mode, *transforms)
+    return Pictures((size, size, 3), test_size, test_mode, *transforms)
 
 
 def options(name: str) -> list[str]:

@@ -7,6 +7,7 @@ Run the same command again, at any time and on any machine that sees the directo
 part or goes on: a trial whose process was killed continues from its last checkpoint. A trial that
 diverged or failed is a result like another. In the directory:
 
+    data.json     which data the trials are about: the study ends with one line if they change
     study.json    question, setting, every trial's axes, state and metrics; whole at any moment
     trials/ID/    each trial's run, as experiments.train leaves it; error.txt where one failed
     journal.log   Optuna's journal, the state of it all: `optuna-dashboard S/journal.log` shows it
@@ -36,7 +37,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments import cli, measurements, peers, studies, task, workdir
+from experiments import cli, data_record, measurements, peers, studies, task, workdir
 from experiments import config as experiment
 from experiments.journal import Journal, Record
 from experiments.study_format import SUMMARY_FILE
@@ -78,10 +79,13 @@ def run_study(
     if jobs > 1:  # Whoever comes first shall not take all of an accelerator's memory.
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     trials = studies.make_trials(study)
-    _check_configs(study, trials)
+    data = _check_configs(study, trials)
+    data_record.check_study(directory, data)
     journal = open_journal(study, directory)
     base = workdir.flatten(workdir.as_json(study.base))
     journal.add(trials, [studies.difference(t, study) for t in trials], base, retry=retry)
+    with journal.exclusive():
+        data_record.add_to_study(directory, data)
     if command:
         journal.remember('commands', command)
     write_summary(study, journal)
@@ -245,11 +249,19 @@ def _to_json(record: Record) -> dict[str, Any]:
     return {field: getattr(record, field) for field in fields}
 
 
-def _check_configs(study: ConfigDict, trials: Iterable[studies.Trial]) -> None:
-    """Raises a UsageError for the first config that could not be run."""
+def _check_configs(
+    study: ConfigDict, trials: Iterable[studies.Trial]
+) -> dict[str, data_record.Record]:
+    """Raises a UsageError for the first config that could not be run.
+
+    Returns:
+      The records of all data that the study reads, by `data_record.key`.
+    """
+    data = {}
     if study.pretrain:
         with _of_pretraining():
-            _check_config(study.pretrain)
+            prepared = _check_config(study.pretrain)
+        data[data_record.key(study.pretrain)] = data_record.describe(prepared.splits)
     checked = set()
     for trial in trials:
         # Trials that have these in common differ in a few numbers; to trace the model takes time.
@@ -259,17 +271,21 @@ def _check_configs(study: ConfigDict, trials: Iterable[studies.Trial]) -> None:
                 experiment.check(trial.config)
                 optimizers.check(trial.config.optimizer, 'config.optimizer')
             else:
-                _check_config(trial.config, training='train' in study.measure)
+                prepared = _check_config(trial.config, training='train' in study.measure)
+                if (name := data_record.key(trial.config)) not in data:
+                    data[name] = data_record.describe(prepared.splits)
         except UsageError as error:
             message = studies.in_study(str(error), trial, study)
             raise UsageError(f'trial {trial.id}: {message}') from error
         checked.add(key)
+    return data
 
 
-def _check_config(config: ConfigDict, *, training: bool = True) -> None:
+def _check_config(config: ConfigDict, *, training: bool = True) -> task.Task:
     prepared = task.prepare(config, training=training)
     if config.init.weights not in ('', studies.PRETRAINED):
         task.load_weights(prepared)
+    return prepared
 
 
 def _hardware() -> str:
@@ -453,7 +469,7 @@ def main() -> None:
 
 if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', None, 'The study.', lock_config=True)
-    flags.DEFINE_string('workdir', None, 'Where everything about the study is kept.')
+    cli.define_workdir('Where everything about the study is kept.')
     flags.DEFINE_integer('jobs', 1, 'Processes that share the trials.', lower_bound=1)
     flags.DEFINE_integer('seeds', None, 'Use seeds 0 to this, less one.', lower_bound=1)
     flags.DEFINE_integer('max_trials', None, 'Begin so many trials at most.', lower_bound=1)

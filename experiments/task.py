@@ -1,5 +1,6 @@
 """What a config describes and every command needs: the data, the model, its exact evaluation."""
 
+import collections
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -36,9 +37,12 @@ class TrainState(NamedTuple):
     window: dict[str, jax.Array]  # sums of metrics since the last line of the log
 
     def variables(self) -> dict[str, tuple[hk.Params, hk.State]]:
-        """The networks to evaluate, by the prefix of their metrics; without EMA only 'test'."""
-        raw = {'test': (self.params, self.state)}
-        return raw | ({'test_ema': (self.ema_params, self.ema_state)} if self.ema_params else {})
+        """The networks to evaluate: '' is the trained one, '_ema' the average where there is one.
+
+        The key follows the name of the split in the names of metrics: 'test_ema/top1'.
+        """
+        raw = {'': (self.params, self.state)}
+        return raw | ({'_ema': (self.ema_params, self.ema_state)} if self.ema_params else {})
 
 
 class Task(NamedTuple):
@@ -46,11 +50,13 @@ class Task(NamedTuple):
 
     config: ConfigDict
     train_source: Any
+    validation_source: Any | None  # to choose the best checkpoint on; None: the test source
     test_source: Any
     pictures: Pictures
     model: hk.TransformedWithState
     optimizer: optimizers.Optimizer
     augmentation: Callable  # (keys, images, labels) -> (normalised images, soft targets)
+    images_per_step: int  # read for one step: the batch size, or twice that where pairs are mixed
     on_device: bool  # whether the training pictures live on the devices
     skip_bad: int  # pictures that cannot be read to skip
     total_steps: int
@@ -58,6 +64,24 @@ class Task(NamedTuple):
     eval_every: int
     checkpoint_every: int
     profile_steps: int  # to trace
+    num_parameters: int
+
+    @property
+    def splits(self) -> dict[str, Any]:
+        """The sources by split; without 'validation' where there is none."""
+        return {'train': self.train_source} | self.evaluated
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """The sources to evaluate on, the one that is watched during training first."""
+        validation = self.validation_source
+        watched = {} if validation is None else {'validation': validation}
+        return watched | {'test': self.test_source}
+
+    @property
+    def watched(self) -> str:
+        """The split that is evaluated during training and that checkpoints are chosen on."""
+        return next(iter(self.evaluated))
 
 
 def prepare(config: ConfigDict, *, training: bool = True) -> Task:
@@ -72,7 +96,7 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
     """
     experiment.check(config)
     with naming('data'):
-        train_source, test_source, pictures = open_data(config)
+        train_source, validation_source, test_source, pictures = open_data(config)
     num_classes = len(train_source.class_names)
     skip_bad = config.data.get('skip_bad', 0)
     with naming('data'):
@@ -101,10 +125,18 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
     model = _build_model(config, num_classes)
     with naming('model'):
         params, _ = jax.eval_shape(lambda: _init_variables(model, config.seed, pictures.shape))
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     with naming('augment'):
         augmentation = augment.make_augment(config.augment, num_classes, dtype=config.precision)
+        images_per_step = config.batch_size * augment.images_per_example(config.augment)
+        if images_per_step > len(train_source):
+            raise UsageError(
+                f"config.augment.mix_pairs='distinct': a step of config.batch_size="
+                f'{config.batch_size} reads {images_per_step} images, but {train_source.name} has '
+                f"{len(train_source)}: halve the batch, or choose 'batch'"
+            )
         if training:
-            _check_rows(config, augmentation, pictures)
+            _check_rows(config, augmentation, images_per_step, pictures)
     optimizer = optimizers.create(
         config.optimizer,
         params,
@@ -116,11 +148,13 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
     return Task(
         config,
         train_source,
+        validation_source,
         test_source,
         pictures,
         model,
         optimizer,
         augmentation,
+        images_per_step,
         _is_on_device(config, pictures),
         skip_bad,
         total_steps,
@@ -128,7 +162,49 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
         eval_every=steps('eval.every', config.eval.every, total_steps),
         checkpoint_every=steps('checkpoint.every', config.checkpoint.every, total_steps),
         profile_steps=steps('profile', config.profile, total_steps, minimum=0),
+        num_parameters=num_parameters,
     )
+
+
+def describe_network(task: Task) -> str:
+    """Returns a line like 'network: NF-ResNet-8, 78,045 parameters'."""
+    name = models.variant_info(task.config.model.name).name
+    return f'network: {name}, {task.num_parameters:,} parameters'
+
+
+def describe_data(task: Task) -> Iterator[str]:
+    """Yields what there is to say of the data: what was found where, and what is left out."""
+    found = task.splits
+    origins = list(dict.fromkeys(source.origin for source in found.values()))
+    counts = [
+        f'{len(source):,} {"training" if split == "train" else split} images'
+        + (f' in {source.origin}' if len(origins) > 1 else '')
+        for split, source in found.items()
+    ]
+    place = f', from {origins[0]}' if len(origins) == 1 else ''
+    classes = len(task.train_source.class_names)
+    yield f'data: {classes:,} classes; {", ".join(counts)}{place}'
+    # Splits that share a directory share what is left out.
+    by_origin = {source.origin: source.left_out for source in found.values()}
+    left_out = sum(map(collections.Counter, by_origin.values()), collections.Counter())
+    if left_out:
+        kinds = ', '.join(f'{count:,} {kind}' for kind, count in sorted(left_out.items()))
+        yield f'left out, for their names are not those of images: {kinds}'
+
+
+def describe_steps(task: Task) -> str:
+    """Returns the line that says how long the training is and what it runs on."""
+    config = task.config
+    epochs = task.total_steps * config.batch_size / len(task.train_source)
+    return (
+        f'steps: {task.total_steps:,} of {config.batch_size:,} images ({epochs:,.3g} epochs) in '
+        f'{config.precision}, on {describe_devices()}'
+    )
+
+
+def describe_devices() -> str:
+    """Returns a text like '8 devices in 2 processes (TPU v4)'."""
+    return f'{parallel.describe_devices()} ({jax.devices()[0].device_kind})'
 
 
 def make_init(task: Task) -> Callable[..., TrainState]:
@@ -187,7 +263,7 @@ def load_weights(
     path = task.config.init.weights.replace('{study}', study)
     with naming('init.weights'):
         weights = pretrained.load_pretrained(path)
-    if weights.metadata.model not in (None, options.name):
+    if weights.metadata.model not in (None, models.variant_info(options.name).name):
         raise UsageError(
             f'config.init.weights={path}: weights of {weights.metadata.model}, but '
             f'config.model.name={options.name!r}'
@@ -221,7 +297,7 @@ def describe_weights(task: Task) -> pretrained.Metadata:
     """Returns what one must know to use the weights of a run: its model.json."""
     options, classes = task.config.model.to_dict(), task.train_source.class_names
     return pretrained.Metadata(
-        model=options.pop('name'),
+        model=models.variant_info(options.pop('name')).name,
         options=options,
         num_classes=len(classes),
         class_names=tuple(classes),
@@ -241,7 +317,9 @@ def _build_model(config: ConfigDict, num_classes: int) -> hk.TransformedWithStat
     return hk.transform_with_state(forward)
 
 
-def _check_rows(config: ConfigDict, augmentation: Callable, pictures: Pictures) -> None:
+def _check_rows(
+    config: ConfigDict, augmentation: Callable, images_per_step: int, pictures: Pictures
+) -> None:
     """Raises a UsageError if a device's share of the batch is none that can be augmented."""
     parallel.local_batch_size(config.batch_size)
     rows = config.batch_size // jax.device_count()
@@ -250,6 +328,7 @@ def _check_rows(config: ConfigDict, augmentation: Callable, pictures: Pictures) 
             f'config.accumulate={config.accumulate}: must divide the {rows} examples that each of '
             f'the {jax.device_count()} devices has of config.batch_size={config.batch_size}'
         )
+    rows = images_per_step // jax.device_count()
     jax.eval_shape(
         augmentation,
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
@@ -304,7 +383,7 @@ def make_eval_step(task: Task) -> Callable:
     """Returns a parallel function (variables by name, batch) -> sums of metrics by name."""
 
     def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:
-        images = augment.normalise(batch['image'], dtype=task.config.precision)
+        images = augment.normalise(batch['image'], dtype=experiment.eval_precision(task.config))
         labels, mask = batch['label'], batch['mask']
 
         def sums(params, state):
@@ -315,8 +394,8 @@ def make_eval_step(task: Task) -> Callable:
             hits = ranked == labels[:, None]
             return {
                 'loss': jnp.sum(losses * mask),
-                'top1': jnp.sum(hits[:, 0] * mask),
-                'top5': jnp.sum(hits.any(axis=1) * mask),
+                'top1': jnp.sum(jnp.where(hits[:, 0], mask, 0)),
+                'top5': jnp.sum(jnp.where(hits.any(axis=1), mask, 0)),
                 'count': jnp.sum(mask),
             }
 
@@ -326,26 +405,30 @@ def make_eval_step(task: Task) -> Callable:
     return parallel.parallelise(eval_step)
 
 
-def evaluate(task: Task, eval_step: Callable, variables: Mapping[str, tuple]) -> dict[str, float]:
-    """Evaluates on every test example that can be read, exactly once.
+def evaluate(
+    task: Task, eval_step: Callable, variables: Mapping[str, tuple], split: str = 'test'
+) -> dict[str, float]:
+    """Evaluates on every example of a split that can be read, exactly once.
 
     Neither the batch size (here rounded up to a multiple of the devices) nor the number of
     devices or processes has an influence on the result.
 
     Args:
-      task: with the test data.
+      task: with the data.
       eval_step: from `make_eval_step`.
-      variables: by name, (params, state) placed by `parallel.replicate`.
+      variables: from `TrainState.variables`, placed by `parallel.replicate`.
+      split: one of `task.evaluated`.
 
     Returns:
-      {'<name>/loss', '<name>/top1', '<name>/top5'}: means over these examples; where some may be
-      skipped, 'test/skipped_pictures' too.
+      {'<split>/loss', '<split>/top1', '<split>/top5'} and '<split>_ema/...': means over these
+      examples; where some may be skipped, '<split>/skipped_pictures' too.
     """
-    devices = jax.device_count()
-    batch_size = min(task.config.eval.batch_size, len(task.test_source))
+    source, devices = task.evaluated[split], jax.device_count()
+    # One for all splits, for the step is compiled once.
+    batch_size = min(task.config.eval.batch_size, max(map(len, task.evaluated.values())))
     batch_size = -(-batch_size // devices) * devices
     batches = pipeline.eval_batches(
-        task.test_source,
+        source,
         batch_size=batch_size,
         transform=task.pictures.test_transform,
         bad=pipeline.BadPictures(task.skip_bad),
@@ -359,18 +442,33 @@ def evaluate(task: Task, eval_step: Callable, variables: Mapping[str, tuple]) ->
                 for key, value in sums.items():
                     totals[name][key] = totals[name].get(key, 0.0) + float(value)
     results = {
-        f'{name}/{key}': sums[key] / sums['count']
+        f'{split}{name}/{key}': sums[key] / sums['count']
         for name, sums in totals.items()
         for key in ('loss', 'top1', 'top5')
     }
     if task.skip_bad:
-        results['test/skipped_pictures'] = len(task.test_source) - totals['test']['count']
+        results[f'{split}/skipped_pictures'] = len(source) - totals['']['count']
     return results
 
 
 def describe(results: Mapping[str, float]) -> str:
-    """Returns a line like 'test top-1 98.88 %, top-5 100.00 % (EMA 99.16 %, 100.00 %)'."""
-    line = f'test top-1 {results["test/top1"]:.2%}, top-5 {results["test/top5"]:.2%}'
-    if 'test_ema/top1' in results:
-        line += f' (EMA {results["test_ema/top1"]:.2%}, {results["test_ema/top5"]:.2%})'
-    return line
+    """Returns a line like 'test top-1 98.88 %, top-5 100.00 % (EMA 99.16 %, 100.00 %)'.
+
+    Where there are results on validation data, they come first.
+    """
+    lines = []
+    for split in ('validation', 'test'):
+        if f'{split}/top1' not in results:
+            continue
+        top1, top5 = (results[f'{split}/{name}'] for name in ('top1', 'top5'))
+        line = f'{split} top-1 {top1:.2%}, top-5 {top5:.2%}'
+        if f'{split}_ema/top1' in results:
+            top1, top5 = (results[f'{split}_ema/{name}'] for name in ('top1', 'top5'))
+            line += f' (EMA {top1:.2%}, {top5:.2%})'
+        lines.append(line)
+    return '; '.join(lines)
+
+
+def score(results: Mapping[str, float], split: str) -> float:
+    """Returns what the best checkpoint is the best in: top-1, of the EMA where there is one."""
+    return results.get(f'{split}_ema/top1', results[f'{split}/top1'])

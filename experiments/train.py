@@ -15,7 +15,7 @@ import pathlib
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,25 +23,40 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import cli, plots, progress, smoke, stopping, window, workdir, writers
+from experiments import (
+    cli,
+    data_record,
+    plots,
+    progress,
+    smoke,
+    stopping,
+    window,
+    workdir,
+    writers,
+)
+from experiments import config as experiment
 from experiments.clock import Clock
 from experiments.task import (
     Task,
     TrainState,
     describe,
+    describe_data,
+    describe_network,
+    describe_steps,
     describe_weights,
     evaluate,
     flops_per_image,
     init_state,
     load_weights,
     prepare,
+    score,
 )
 from experiments.trace import Trace
 from experiments.train_step import Programs, compile_programs
 from nfnets_jax import files, parallel, pretrained
 from nfnets_jax.checkpoints import Checkpoints, DamagedCheckpointError
 from nfnets_jax.data import pipeline, resident
-from nfnets_jax.errors import UsageError
+from nfnets_jax.errors import UsageError, first_line
 
 
 class DivergedError(Exception):
@@ -80,16 +95,22 @@ def train(
         config = smoke.shrink(config)
         say(smoke.describe(config))
     task = prepare(config)
-    workdir.assert_same(config)
+    data = data_record.describe(task.splits)
+    workdir.assert_same(config, data)
     weights = None
     if primary:
         writers.check(directory, config)
+        for change in workdir.free_changes(directory, config):
+            say(f'resuming with a changed config: {change}')
         if config.init.weights and not workdir.has_checkpoints(directory):
             *weights, report = load_weights(task, directory)
             say(f'{config.init.weights}: {report}')
     with contextlib.ExitStack() as stack:
-        path = stack.enter_context(workdir.claimed(directory, config, active=primary))
+        path = stack.enter_context(workdir.claimed(directory, config, data, active=primary))
         stop = stack.enter_context(stopping.on_signals())
+        lines = describe_network(task), *describe_data(task), describe_steps(task)
+        for line in (*lines, *experiment.adaptations(config)):
+            say(line)  # Not before: a mistake is one line.
 
         # Where were we?
         init, train_step, eval_step = compile_programs(task, {} if programs is None else programs)
@@ -114,89 +135,126 @@ def train(
                 f'resuming {path} at step {start_step:,} of {task.total_steps:,}'
                 f'{_other_devices(checkpoints.note(start_step))}'
             )
+        else:
+            say(f'run: {path}')
         state, step = parallel.replicate(parallel.broadcast(state)), start_step
-        if primary:
+        # Written once: what is there already is of this run, and its data have been compared.
+        if primary and not (path / 'model.json').exists():
             metadata = pretrained.encode_metadata(describe_weights(task))
             files.write_whole(path / 'model.json', metadata + '\n')
 
-        # Where the pictures come from, and where it is told what becomes of them.
+        # Where the images come from, and where it is told what becomes of them.
         bad = pipeline.BadPictures(task.skip_bad)
         batches = stack.enter_context(_open_batches(task, step, bad))
         writer = writers.open_writer(path, config=config, start_step=step, active=primary)
         stack.callback(writer.close)
+        on_record = parallel.broadcast_json(_on_record(path, step) if primary and step else {})
         bar = progress.Progress(task.total_steps, active=primary and not quiet)
         stack.callback(bar.close)
         traced = task.profile_steps if primary else 0
         trace = Trace(path / 'profile', first=step + 2, steps=traced)
         stack.callback(trace.close)
         clock = Clock(config.batch_size, batches, flops_per_image(task))
+        # What is known of this step; more than nothing only where a run is resumed.
+        results = {name: x for name, x in on_record.items() if not name.startswith('train/')}
 
         def due(every: int) -> bool:
-            return step % every == 0 or step == task.total_steps
+            return step > 0 and (step % every == 0 or step == task.total_steps)
+
+        def write_training_metrics() -> dict[str, float]:
+            sums = jax.device_get(state.window)
+            nonfinite = window.nonfinite_steps(sums)
+            metrics = window.means(sums) | clock.read()
+            metrics |= {'skipped_pictures': len(bad)} if task.skip_bad else {}
+            metrics |= {'skipped_steps': nonfinite} if config.skip_nonfinite else {}
+            updates = max(0, step - 1 - nonfinite)  # before the last, which the schedule counts
+            metrics['learning_rate'] = float(task.optimizer.learning_rate(updates))
+            writer.write(step, {f'train/{name}': value for name, value in metrics.items()})
+            return metrics
+
+        def write_evaluation() -> None:
+            # The test data are looked at once, at the end, where there are others to watch.
+            last = step == task.total_steps
+            for split in task.evaluated if last else (task.watched,):
+                if f'{split}/top1' not in results:
+                    with clock.paused(state):
+                        found = evaluate(task, eval_step, state.variables(), split)
+                        writer.write(step, found)
+                    results.update(found)
+                    bar.say(f'step {step:,}: {describe(found)}')
+            checkpoints.score(step, score(results, task.watched))
 
         stopped = False
-        while step < task.total_steps and not stopped:
-            if trace.turns(step):
-                with clock.paused(state):
-                    trace.turn()
-            batch = next(batches) | {'stop': stop.flag()}
-            with jax.transfer_guard('disallow'):
-                state, answer = train_step(state, batch)
-            step, metrics = step + 1, None
-            clock.tick(state)
-
-            if due(task.log_every):
-                sums = jax.device_get(state.window)
-                _assert_finite(sums, checkpoints)
-                nonfinite = window.nonfinite_steps(sums)
-                metrics = window.means(sums) | clock.read()
-                metrics |= {'skipped_pictures': len(bad)} if task.skip_bad else {}
-                metrics |= {'skipped_steps': nonfinite} if config.skip_nonfinite else {}
-                updates = max(0, step - 1 - nonfinite)  # before the last, which the schedule counts
-                metrics['learning_rate'] = float(task.optimizer.learning_rate(updates))
-                writer.write(step, {f'train/{name}': value for name, value in metrics.items()})
-            bar.update(step, metrics)
-
+        with _saving_at_failure(lambda: (step, state), checkpoints, start_step, say):
+            # A step is saved before it is evaluated. Was the run stopped between the two?
+            if due(task.log_every) and 'train/loss' not in on_record:
+                write_training_metrics()
             if due(task.eval_every):
-                with clock.paused(state):
-                    results = evaluate(task, eval_step, state.variables())
-                    writer.write(step, results)
-                    bar.say(f'step {step:,}: {describe(results)}')
+                write_evaluation()
 
-            stopped = stop.heard(answer)
-            if due(task.checkpoint_every) or stopped:
-                with clock.paused(state):
+            while step < task.total_steps and not stopped:
+                if trace.turns(step):
+                    with clock.paused(state):
+                        trace.turn()
+                batch = next(batches) | {'stop': stop.flag()}
+                if step == start_step:
+                    say('compiling')
+                # With jax_disable_jit each operation of the step hands over constants of its own.
+                with jax.transfer_guard('allow' if jax.config.jax_disable_jit else 'disallow'):
+                    state, answer = train_step(state, batch)
+                step, metrics, results = step + 1, None, {}
+                clock.tick(state)
+                if step == start_step + 1:
+                    bar.say(f'compiled in {clock.compile_seconds:.1f} s')
+                stopped = stop.heard(answer)
+
+                save = due(task.checkpoint_every) or stopped
+                if save or due(task.log_every):
                     _assert_finite(jax.device_get(state.window), checkpoints)
-                    score = _score(results) if due(task.eval_every) else None
-                    checkpoints.save(step, state, score=score, note=parallel.describe_devices())
+                if save:  # First of all: what fails after this costs no step.
+                    with clock.paused(state):
+                        checkpoints.save(step, state, note=parallel.describe_devices())
+                if due(task.log_every):
+                    metrics = write_training_metrics()
+                bar.update(step, metrics)
+                if due(task.eval_every):
+                    write_evaluation()
 
         checkpoints.wait()
         bar.close()
         if primary and not quiet:
-            title = config.model.name
-            plots.draw_curves(writers.read_metrics(path), path / 'curves.png', title=title)
+            _draw_curves(path, config.model.name, say)
         if step < task.total_steps:
             say(f'stopped; step {step:,} is saved, and the same command continues from there')
             summary = {'step': step}
-        else:
-            if step == start_step:  # All steps were done, but not all that follows.
-                results = evaluate(task, eval_step, state.variables())
-            if primary:
-                summary = summarise(state, path, results, clock)
-                files.write_whole(summary_file, json.dumps(summary, indent=2) + '\n')
+        elif primary:
+            summary = summarise(state, path, results, clock, task.watched)
+            files.write_whole(summary_file, json.dumps(summary, indent=2) + '\n')
     # Last, when everything is closed: the others may leave with it, stopped or not.
     return parallel.broadcast_json(summary)
 
 
 def summarise(
-    state: TrainState, path: pathlib.Path, results: Mapping[str, float], clock: Clock
+    state: TrainState,
+    path: pathlib.Path,
+    results: Mapping[str, float],
+    clock: Clock,
+    watched: str = 'test',
 ) -> dict[str, Any]:
-    """Returns what a run came to: final and best metrics, speed, size, versions."""
-    evaluations = [line for line in writers.read_metrics(path) if 'test/top1' in line]
+    """Returns what a run came to: final and best metrics, speed, size, versions.
+
+    Args:
+      state: at the end.
+      path: of the run.
+      results: the last evaluation.
+      clock: of the training.
+      watched: the split by which the best is chosen.
+    """
+    evaluations = [line for line in writers.read_metrics(path) if f'{watched}/top1' in line]
     return {
         'step': int(state.step),
         'final': dict(results),
-        'best': max(evaluations, key=lambda line: (_score(line), -line['step'])),
+        'best': max(evaluations, key=lambda line: (score(line, watched), -line['step'])),
         'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         # Of this session only, should the run have been resumed.
         'images_per_second': clock.images / clock.seconds if clock.images else None,
@@ -215,9 +273,9 @@ def _open_batches(
     task: Task, start_step: int, bad: pipeline.BadPictures
 ) -> pipeline.Prefetch | resident.ResidentBatches:
     """Returns this process's training batches on its devices, from `start_step` on."""
-    process, rows = jax.process_index(), parallel.local_batch_size(task.config.batch_size)
+    process, rows = jax.process_index(), parallel.local_batch_size(task.images_per_step)
     options = {
-        'batch_size': task.config.batch_size,
+        'batch_size': task.images_per_step,
         'seed': task.config.seed,
         'start_step': start_step,
         'transform': task.pictures.train_transform,
@@ -232,9 +290,55 @@ def _open_batches(
     return pipeline.Prefetch(batches, lambda b: parallel.shard(b | {'position': position}))
 
 
-def _score(results: Mapping[str, float]) -> float:
-    """What the best checkpoint is the best in: test top-1, of the EMA where there is one."""
-    return results.get('test_ema/top1', results['test/top1'])
+def _on_record(path: pathlib.Path, step: int) -> dict[str, float]:
+    """Returns the metrics that a run has written of a step."""
+    if not (path / writers.METRICS_FILE).exists():
+        return {}
+    lines = [line for line in writers.read_metrics(path) if line['step'] == step]
+    return {name: x for line in lines for name, x in line.items() if name != 'step'}
+
+
+@contextlib.contextmanager
+def _saving_at_failure(
+    current: Callable[[], tuple[int, TrainState]],
+    checkpoints: Checkpoints,
+    start_step: int,
+    say: Callable[[str], None],
+) -> Iterator[None]:
+    """Saves the last step done when something else fails: an evaluation, a disk, an image.
+
+    Args:
+      current: returns the step and its state.
+      checkpoints: of the run.
+      start_step: has been saved.
+      say: told of it, where the exception itself cannot be.
+    """
+    try:
+        yield
+    except DivergedError:
+        raise  # What is not finite is not worth keeping.
+    except Exception as error:
+        step, state = current()
+        saved = ''
+        # Where no checkpoint can be written, or the device has failed, what failed first is told.
+        with contextlib.suppress(Exception):
+            if step > start_step and window.lost_at(jax.device_get(state.window)) is None:
+                checkpoints.save(step, state, note=parallel.describe_devices())
+                checkpoints.wait()
+                saved = f'step {step:,} is saved, and the same command continues from there'
+        if saved and isinstance(error, UsageError):
+            raise UsageError(f'{error}; {saved}') from error
+        if saved:
+            say(saved)
+        raise
+
+
+def _draw_curves(path: pathlib.Path, title: str, say: Callable[[str], None]) -> None:
+    """Draws curves.png. A run does not fail by it."""
+    try:
+        plots.draw_curves(writers.read_metrics(path), path / 'curves.png', title=title)
+    except Exception as error:  # Of Matplotlib, whose fonts and caches may be anywhere.
+        say(f'curves.png cannot be drawn: {first_line(error)}')
 
 
 def _assert_finite(sums: window.Window, checkpoints: Checkpoints) -> None:
@@ -294,6 +398,6 @@ def main() -> None:
 
 if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', None, 'What to train.', lock_config=True)
-    flags.DEFINE_string('workdir', None, 'Where everything about the run is kept.')
+    cli.define_workdir('Where everything about the run is kept.')
     flags.mark_flags_as_required(['config', 'workdir'])
     cli.run(main, distributed=True)

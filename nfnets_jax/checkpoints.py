@@ -10,6 +10,7 @@ one is recognised, set aside and never overwritten.
 import contextlib
 import errno
 import gc
+import json
 import logging
 import pathlib
 import sys
@@ -24,9 +25,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from nfnets_jax import files
 from nfnets_jax.errors import UsageError, first_line
 
 PyTree = Any
+
+
+_SCORES_FILE = 'scores.json'  # beside the checkpoints: {step: score}
 
 
 class DamagedCheckpointError(Exception):
@@ -99,6 +104,7 @@ class Checkpoints:
                 continue  # It counts as unscored; restoring it will say what is wrong.
             if score is not None:
                 self._scores[step] = score
+        self._scores |= self._read_scores()
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, oldest first."""
@@ -143,7 +149,7 @@ class Checkpoints:
         Args:
           step: its name; a step that is already there is left as it is.
           state: a tree of arrays.
-          score: how good it is (higher is better), None if it was not evaluated.
+          score: how good it is (higher is better), None if that is not known yet, see `score`.
           note: kept beside it, for `note`.
 
         Raises:
@@ -167,6 +173,30 @@ class Checkpoints:
                     state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
                 ),
             )
+
+    def score(self, step: int, score: float) -> None:
+        """Says how good a checkpoint is, once that is known: after `save`, which does not wait.
+
+        Args:
+          step: of a checkpoint; of another step nothing is kept.
+          score: higher is better.
+
+        Raises:
+          UsageError: it cannot be written.
+        """
+        if self._scores.get(step) == score or step not in self.steps():
+            return
+        self._scores[step] = score
+        scores = {str(step): score for step, score in sorted(self._scores.items())}
+        files.write_whole(self._directory / _SCORES_FILE, json.dumps(scores) + '\n')
+
+    def _read_scores(self) -> dict[int, float]:
+        """Returns what `score` wrote; a file that cannot be read counts as none."""
+        try:
+            scores = json.loads((self._directory / _SCORES_FILE).read_text())
+            return {int(step): float(score) for step, score in scores.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
 
     def restore(self, step: int, like: PyTree = None) -> PyTree:
         """Reads one checkpoint as numpy arrays.

@@ -1,7 +1,9 @@
 """The one exception that means: the user asked for something that cannot be; and its words."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 
 class UsageError(ValueError):
@@ -18,10 +20,76 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def nearest(name: object, known: Iterable[object]) -> str:
-    """Returns ' (did you mean ...?)' with the nearest of `known`, or names them all."""
+def nearest(
+    name: object, known: Iterable[object], aliases: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """Returns ' (did you mean ...?)' with the nearest of `known`, or names them all.
+
+    Case, '-', '_' and spaces do not count. A dotted name may also be meant by its last part, and a
+    word that is common elsewhere ('lr', 'epochs') stands for ours.
+
+    Args:
+      name: what was given.
+      known: what it may be.
+      aliases: other names -> one of `known`, which is told instead.
+    """
     names = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    if close:
-        return f' (did you mean {close[0]!r}?)'
+    if found := _nearest(str(name), [*names, *aliases]):
+        return f' (did you mean {aliases.get(found, found)!r}?)'
     return f' (known: {", ".join(names)})'
+
+
+def fold(name: str) -> str:
+    """Returns a name without what people write differently: case, '-', '_' and spaces."""
+    return re.sub(r'[-_\s]', '', name).lower()
+
+
+def _nearest(name: str, known: Sequence[str]) -> str | None:
+    folded: dict[str, str] = {}
+    for candidate in known:
+        folded.setdefault(fold(candidate), candidate)
+    node, _, last = fold(name).rpartition('.')
+    meant = (last, *map(fold, _SYNONYMS.get(last, ())))
+    if close := _first(folded, [f'{node}.{word}' if node else word for word in meant]):
+        return close
+    # The same field of another node: 'learning_rate' is 'optimizer.learning_rate'.
+    lasts: dict[str, str] = {}
+    for candidate, original in folded.items():
+        lasts.setdefault(candidate.rpartition('.')[2], original)
+    if close := _first(lasts, meant):
+        return close
+    similar = difflib.get_close_matches(fold(name), folded, n=1, cutoff=0.5)
+    return folded[similar[0]] if similar else None
+
+
+def _first(known: Mapping[str, str], names: Iterable[str]) -> str | None:
+    return next((known[name] for name in names if name in known), None)
+
+
+# What others call the names in our configs, folded -> ours.
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    other: ours
+    for others, ours in (
+        ('lr baselr peaklr eta', ('learning_rate',)),
+        ('bs bsz batch trainbatchsize', ('batch_size',)),
+        ('wd l2 l2reg', ('weight_decay',)),
+        ('epochs numepochs maxepochs numsteps maxsteps trainsteps', ('duration',)),
+        ('e ep eps', ('epochs',)),
+        ('it iter iters iteration iterations', ('steps', 'duration')),
+        ('steps', ('duration',)),
+        ('percent pct', ('%',)),
+        ('factor clipfactor clippingfactor', ('clipping',)),
+        ('warmupsteps warmupepochs', ('warmup',)),
+        ('gradaccum accumsteps gradaccumsteps', ('accumulate',)),
+        ('amp dtype bf16 fp16 mixedprecision', ('precision',)),
+        ('arch architecture backbone net network', ('model',)),
+        ('imgsize imgsz resolution inputsize', ('image_size',)),
+        ('dropout dropoutrate', ('drop_rate',)),
+        ('droppath droppathrate stochasticdepth', ('stochdepth_rate',)),
+        ('smoothing', ('label_smoothing',)),
+        ('emadecay', ('ema',)),
+        ('pretrained', ('weights',)),
+        ('datapath datadir datasetdir root', ('path', 'data_dir')),
+    )
+    for other in others.split()
+}

@@ -51,6 +51,27 @@ def read(path: str | os.PathLike) -> Contents:
         raise UsageError(f'{path} cannot be read: {error}') from error
 
 
+def read_header(path: str | os.PathLike) -> dict[str, str]:
+    """Returns the metadata of a .safetensors file without reading its arrays; {} of other files.
+
+    Raises:
+      UsageError: there is no such file, or it is a damaged .safetensors.
+    """
+    path = pathlib.Path(path)
+    try:
+        with open(path, 'rb') as file:
+            if file.read(9)[8:] != b'{':
+                return {}
+        with safetensors.safe_open(path, framework='numpy') as opened:
+            return opened.metadata() or {}
+    except OSError as error:
+        raise UsageError(f'{path}: {error.strerror or error}') from error
+    except (safetensors.SafetensorError, TypeError, ValueError) as error:
+        raise UsageError(
+            f'{path} cannot be read: damaged .safetensors ({first_line(error)})'
+        ) from error
+
+
 def write_safetensors(
     path: str | os.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:

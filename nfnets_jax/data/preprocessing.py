@@ -7,6 +7,7 @@ that only the random crop uses. `make_transform` returns the one of a name.
 
 import functools
 import io
+import os
 from collections.abc import Callable, Sequence
 
 import cv2
@@ -20,7 +21,16 @@ MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; where Pillow, too, suspects a decompr
 
 # No format that runs another program (EPS) or is not a picture of pixels.
 Image.init()
-_PILLOW_FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM')
+_PILLOW_FORMATS = tuple(
+    format
+    for format in ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'AVIF')
+    if format in Image.OPEN  # AVIF is, from Pillow 11.3 on
+)
+SUFFIXES = frozenset(
+    suffix
+    for suffix, format in Image.registered_extensions().items()
+    if format in _PILLOW_FORMATS and suffix != '.pfm'  # of floating-point numbers
+)
 _ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -32,8 +42,9 @@ def make_transform(mode: str, image_size: int) -> Callable:
     """Returns the transform called `mode`, to square pictures of `image_size` pixels.
 
     Args:
-        mode: 'random_crop' for training; 'crop_resize', 'resize_crop_32' (any number of pixels) or
-            'resize_crop_0.875' (any fraction) for evaluation.
+        mode: 'random_crop' for training. For evaluation the authors' 'crop_resize',
+            'resize_crop_32' (any number of pixels) or 'resize_crop_0.875' (any fraction), or
+            timm's 'timm_squash_0.9' and 'timm_center_0.9' (any fraction).
         image_size: pixels.
 
     Raises:
@@ -45,16 +56,19 @@ def make_transform(mode: str, image_size: int) -> Callable:
         return functools.partial(random_crop, size=image_size)
     if mode == 'crop_resize':
         return lambda image, rng: crop_resize(image, image_size)
-    if mode.startswith('resize_crop_'):
-        try:
-            resized = _resized_size(image_size, float(mode.removeprefix('resize_crop_')))
-        except ValueError:
-            pass
-        else:
+    name, _, margin = mode.rpartition('_')
+    try:
+        if name == 'resize_crop':
+            resized = _resized_size(image_size, float(margin))
             return lambda image, rng: resize_crop(image, image_size, resized)
+        if name in ('timm_squash', 'timm_center') and 0 < float(margin) <= 1:
+            resized, squash = int(image_size / float(margin)), name == 'timm_squash'
+            return lambda image, rng: timm_resize_crop(image, image_size, resized, squash=squash)
+    except ValueError:
+        pass
     raise UsageError(
         f'preprocessing {mode!r}: unknown (known: random_crop, crop_resize, resize_crop_PIXELS, '
-        'resize_crop_FRACTION)'
+        'resize_crop_FRACTION, timm_squash_FRACTION, timm_center_FRACTION)'
     )
 
 
@@ -151,6 +165,31 @@ def resize_crop(image: bytes | np.ndarray, size: int, resized: int) -> np.ndarra
     return large[start : start + size, start : start + size]
 
 
+def timm_resize_crop(
+    image: bytes | np.ndarray, size: int, resized: int, *, squash: bool
+) -> np.ndarray:
+    """Returns the center of a resized image, uint8 [size, size, 3]: timm's evaluation transform.
+
+    Pillow decodes (with the exact DCT) and resizes by its bicubic (a = -1/2) with antialiasing,
+    rounded to uint8, as timm does for `crop_mode` 'squash' or 'center' and 'bicubic'.
+
+    Args:
+        image: bytes of an encoded image, or uint8 [H, W, 3].
+        size: pixels of the result.
+        resized: pixels before the crop, at least `size`.
+        squash: whether both sides become `resized`. Otherwise the shorter side does and the aspect
+            is kept.
+    """
+    pixels = image if isinstance(image, np.ndarray) else _decode_with_pillow(image)
+    picture = Image.fromarray(pixels)
+    shorter = min(picture.size)
+    width, height = (resized if squash else resized * side // shorter for side in picture.size)
+    _check_size(height, width)
+    large = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return large[top : top + size, left : left + size]
+
+
 def _resized_size(size: int, margin: float) -> int:
     """Returns what to resize to before cropping: `margin` is pixels to add, or a share to keep."""
     if not 0 < margin < float('inf'):
@@ -205,6 +244,17 @@ def decode(image: bytes | np.ndarray) -> np.ndarray:
     if _has_rgb_jpeg(image):
         return _turn(_decode_rgb_jpeg(image), _jpeg_orientation(image))
     return _decode_with_pillow(image)
+
+
+def is_image(path: str | os.PathLike) -> bool:
+    """Whether a file begins like an image of a format that `decode` reads."""
+    try:
+        with Image.open(path, formats=_PILLOW_FORMATS):
+            return True
+    except Image.DecompressionBombError:
+        return True  # `decode` says that it is too large
+    except Exception:  # Pillow raises nearly anything on files that are not images
+        return False
 
 
 def _has_rgb_jpeg(encoded: bytes) -> bool:

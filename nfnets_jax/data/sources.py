@@ -9,28 +9,61 @@ A source is any object with
     source.where(i)       what to call example i in an error: its file, or its place in the arrays
     source.class_names    tuple of str, label -> name
     source.name           str
+    source.origin         str, the directory or file it was found in, or what makes it
+    source.left_out       dict, kind of file -> how many lie beside the examples and are not taken
+    source.checksum()     str, see `identify`
 
 Reading is thread-safe and has no order: shuffling, sharding and batching belong to the pipeline.
 """
 
+import hashlib
 import inspect
 import numbers
-import os
-import pathlib
 import types
 import typing
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
-from nfnets_jax.data.preprocessing import PictureError, resize
+from nfnets_jax import files
+from nfnets_jax.data.folder import ImageFolder
+from nfnets_jax.data.preprocessing import resize
+from nfnets_jax.data.splits import check_split
 from nfnets_jax.data.tfds_source import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
 
-PICTURE_SUFFIXES = frozenset(
-    ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.pnm')
-)
+
+class Identity(NamedTuple):
+    """What tells one set of examples from another, cheaply.
+
+    Attributes:
+        class_names: label -> name.
+        num_examples: how many there are.
+        checksum: 64 hexadecimal digits.
+    """
+
+    class_names: tuple[str, ...]
+    num_examples: int
+    checksum: str
+
+
+def identify(source) -> Identity:
+    """Returns the identity of a source, to be compared with that of an earlier day.
+
+    The checksum is SHA-256 over
+        folder: the name of every file relative to the directory of its split, with its class, in
+            the order of the examples;
+        arrays, digits, synthetic images: dtype, shape and bytes of the images, and the labels;
+        tfds: the data set with its version, and which examples of which record files are taken.
+
+    It sees an example or class that is added, removed, renamed or moved to another split, and
+    another order of the examples. It does not see where the data are (a directory may be moved as a
+    whole), nor, for files, contents that change under the same name: files are not read.
+    """
+    return Identity(source.class_names, len(source), source.checksum())
 
 
 class ArraySource:
@@ -41,9 +74,14 @@ class ArraySource:
         labels: integers [N], each in [0, len(class_names)).
         class_names: names of the classes; by default '0', '1', ... up to the largest label.
         name: what to call the source in messages.
+        origin: the file they come from, or what makes them.
     """
 
-    def __init__(self, images, labels, class_names=None, name: str = 'arrays'):
+    left_out: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(
+        self, images, labels, class_names=None, name: str = 'arrays', origin: str = 'memory'
+    ):
         images, labels = np.asarray(images), np.asarray(labels)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise UsageError(
@@ -57,7 +95,8 @@ class ArraySource:
             )
         if class_names is None:
             class_names = map(str, range(labels.max(initial=-1) + 1))
-        self.images, self.labels, self.name = images, labels.astype(np.int32), name
+        self.images, self.labels = images, labels.astype(np.int32)
+        self.name, self.origin = name, origin
         self.class_names = tuple(class_names)
         if labels.size and not 0 <= labels.min() <= labels.max() < len(self.class_names):
             raise UsageError(
@@ -73,6 +112,12 @@ class ArraySource:
 
     def where(self, index: int) -> str:
         return f'{self.name}[{index}]'
+
+    def checksum(self) -> str:
+        digest = hashlib.sha256(f'{self.images.dtype.str} {self.images.shape}'.encode())
+        digest.update(np.ascontiguousarray(self.images))
+        digest.update(self.labels.astype('<i4'))
+        return digest.hexdigest()
 
 
 class Digits(ArraySource):
@@ -111,8 +156,7 @@ class Digits(ArraySource):
         for label in range(10):
             is_test[np.flatnonzero(labels == label)[4::5]] = True
         chosen = {'train': ~is_test, 'test': is_test}
-        if split not in chosen:
-            raise UsageError(f'digits have no split {split!r}{nearest(split, chosen)}')
+        check_split('digits', split)
         first = per_class if split == 'train' else None
         index = np.sort(
             np.concatenate([np.flatnonzero(chosen[split] & (labels == d))[:first] for d in classes])
@@ -124,6 +168,7 @@ class Digits(ArraySource):
             [classes.index(label) for label in labels[index]],
             class_names=map(str, classes),
             name=f'digits/{split}',
+            origin='scikit-learn',
         )
 
 
@@ -137,10 +182,9 @@ class ArrayFile(ArraySource):
     """
 
     def __init__(self, split: str, path: str):
-        if split not in (splits := ('train', 'test')):
-            raise UsageError(f'arrays have no split {split!r}{nearest(split, splits)}')
+        check_split('arrays', split)
         try:
-            with np.load(os.path.expanduser(path), allow_pickle=False) as file:
+            with np.load(files.expand(path), allow_pickle=False) as file:
                 images, labels = file[f'{split}_images'], file[f'{split}_labels']
                 names = file.get('class_names')
                 if names is None:
@@ -151,7 +195,9 @@ class ArrayFile(ArraySource):
                 f'data.path={str(path)!r}: not an .npz file with train_images, train_labels, '
                 f'test_images and test_labels: {reason}'
             ) from error
-        super().__init__(images, labels, map(str, names), name=f'{path} ({split})')
+        super().__init__(
+            images, labels, map(str, names), name=f'{path} ({split})', origin=str(path)
+        )
 
 
 class Noise(ArraySource):
@@ -167,16 +213,14 @@ class Noise(ArraySource):
     """
 
     def __init__(self, split: str, image_size: int = 32, classes: int = 10, examples: int = 1024):
-        splits = ('train', 'test')
-        if split not in splits:
-            raise UsageError(f'noise has no split {split!r}{nearest(split, splits)}')
+        check_split('noise', split)
         for name, value in ('image_size', image_size), ('classes', classes), ('examples', examples):
             if value < 1:
                 raise UsageError(f'data.{name}={value}: must be positive')
         patterns = np.random.default_rng(0).uniform(64, 192, (classes, 4, 4, 3))
         cells = np.arange(image_size) * 4 // image_size
         labels = np.arange(examples) % classes
-        noise = np.random.default_rng(1 + splits.index(split)).normal(
+        noise = np.random.default_rng({'train': 1, 'test': 2}[split]).normal(
             0, 32, (examples, image_size, image_size, 3)
         )
         images = patterns[:, cells][:, :, cells][labels] + noise
@@ -185,110 +229,8 @@ class Noise(ArraySource):
             labels,
             class_names=map(str, range(classes)),
             name=f'noise/{split}',
+            origin='made here',
         )
-
-
-class ImageFolder:
-    """A directory with one subdirectory of pictures for each class.
-
-    Labels number the class directories in the order of their names. Either `path/split/class/...`,
-    where the split 'test' may also be called 'val' or 'validation', or `path/class/...`, of which a
-    fixed share of every class, drawn by `split_seed`, is held out as 'test'.
-
-    Args:
-        split: 'train' or 'test'.
-        path: the directory.
-        test_fraction: share of every class held out, where the directories do not say.
-        split_seed: draws it.
-    """
-
-    def __init__(
-        self,
-        split: str,
-        path: str | os.PathLike,
-        test_fraction: float = 0.2,
-        split_seed: int = 0,
-    ):
-        root = pathlib.Path(path).expanduser()
-        if not path or not root.is_dir():
-            raise UsageError(f'data.path={str(path)!r}: not a directory; give one with the classes')
-        if not 0 < test_fraction < 1:
-            raise UsageError(f'data.test_fraction={test_fraction}: must lie between 0 and 1')
-        if split_seed < 0:
-            raise UsageError(f'data.split_seed={split_seed}: must not be negative')
-        train, directory = _split_directories(root, split)
-        self.name = f'{root} ({split})'
-        self.class_names = tuple(path.name for path in _class_directories(train))
-        self._paths, self._labels = [], []
-        for class_directory in _class_directories(directory):
-            if class_directory.name not in self.class_names:
-                raise UsageError(
-                    f'{class_directory}: {train} has no class of that name'
-                    f'{nearest(class_directory.name, self.class_names)}'
-                )
-            label = self.class_names.index(class_directory.name)
-            paths = _pictures(class_directory)
-            if directory == root:
-                paths = _hold_out(paths, split, test_fraction, seed=(split_seed, label))
-            self._paths += paths
-            self._labels += [label] * len(paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> dict:
-        try:
-            encoded = self._paths[index].read_bytes()
-        except OSError as error:
-            raise PictureError(f'cannot be read: {error.strerror}') from error
-        return {'image': encoded, 'label': self._labels[index]}
-
-    def where(self, index: int) -> str:
-        return str(self._paths[index])
-
-
-def _split_directories(root: pathlib.Path, split: str) -> tuple[pathlib.Path, pathlib.Path]:
-    """Returns the directories that hold the training classes and those of `split`."""
-    names = {'train': ('train',), 'test': ('test', 'val', 'validation')}
-    if split not in names:
-        raise UsageError(f'a folder has no split {split!r}{nearest(split, names)}')
-    if not (root / 'train').is_dir():
-        return root, root
-    found = [root / name for name in names[split] if (root / name).is_dir()]
-    if not found:
-        raise UsageError(f'{root}: holds train/ but none of {", ".join(names[split])}')
-    return root / 'train', found[0]
-
-
-def _class_directories(root: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the subdirectories of `root` by name; hidden ones do not count."""
-    found = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
-    if not found:
-        raise UsageError(f'{root}: no class directories in it; give one directory per class')
-    return found
-
-
-def _pictures(directory: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the pictures of one class, at any depth, in the order of their paths."""
-    found = sorted(
-        pathlib.Path(parent, name)
-        for parent, _, names in os.walk(directory, followlinks=True)
-        for name in names
-        if not name.startswith('.') and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
-    )
-    if not found:
-        raise UsageError(f'{directory}: no pictures in this class directory; fill it or remove it')
-    return found
-
-
-def _hold_out(paths: list, split: str, test_fraction: float, seed: tuple[int, int]) -> list:
-    """Returns the train or test part of one class's paths, in their order; neither is empty."""
-    if len(paths) < 2:
-        raise UsageError(f'{paths[0].parent}: one picture cannot be split in train and test')
-    held_out = min(max(1, round(test_fraction * len(paths))), len(paths) - 1)
-    drawn = np.argsort(np.random.Philox(key=list(seed)).random_raw(len(paths)))
-    chosen = drawn[:held_out] if split == 'test' else drawn[held_out:]
-    return [paths[i] for i in sorted(chosen)]
 
 
 SOURCES = {

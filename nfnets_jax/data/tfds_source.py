@@ -1,8 +1,11 @@
 """TensorFlow Datasets without TensorFlow: ArrayRecord files, read at random."""
 
+import hashlib
 import pathlib
 
+from nfnets_jax import files
 from nfnets_jax.data.preprocessing import PictureError, decode
+from nfnets_jax.data.splits import check_split
 from nfnets_jax.errors import UsageError, nearest
 
 # How the papers split ImageNet; the first 10,000 training pictures are for choosing.
@@ -43,16 +46,16 @@ class TfdsSource:
         test_split: str = '',
     ):
         splits = {'train': train_split, 'test': test_split}
-        if split not in splits:
-            raise UsageError(f'data sets of TFDS have no split {split!r}{nearest(split, splits)}')
+        check_split('tfds', split, splits)
         builder = open_builder(dataset, data_dir)
         self._image, self._label = _image_and_label(builder.info)
         expression = splits[split] or _default_test_split(builder.info)
-        self.name = f'{dataset}/{expression}'
+        self.name, self.origin, self.left_out = f'{dataset}/{expression}', str(builder.data_dir), {}
         self.class_names = tuple(builder.info.features[self._label].names)
+        self._full_name = builder.info.full_name
         self._one_size = None not in builder.info.features[self._image].shape
         try:
-            self._records = _open_records(
+            self._records, self._parts = _open_records(
                 builder, f'data.{split}_split', expression, self._image, data_dir
             )
             self[0], self[len(self) - 1]
@@ -80,6 +83,9 @@ class TfdsSource:
     def where(self, index: int) -> str:
         return f'{self.name}[{index}]'
 
+    def checksum(self) -> str:
+        return hashlib.sha256(repr((self._full_name, self._parts)).encode()).hexdigest()
+
 
 def open_builder(dataset: str, data_dir: str):
     """Returns TFDS's builder of a data set, which may be prepared or not.
@@ -91,7 +97,7 @@ def open_builder(dataset: str, data_dir: str):
     """
     import tensorflow_datasets as tfds  # here: a slow import that only such data need
 
-    root = str(pathlib.Path(data_dir).expanduser()) if '://' not in data_dir else data_dir
+    root = files.expand(data_dir)
     try:
         builder = tfds.builder(dataset, data_dir=root)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
@@ -127,7 +133,15 @@ def _default_test_split(info) -> str:
 
 
 def _open_records(builder, key: str, expression: str, image: str, data_dir: str):
-    """Opens the records of a split, or raises the UsageError that says why not and what to do."""
+    """Opens the records of a split, and says which they are, or why not and what to do.
+
+    Returns:
+        The records, and of each file that has some: its name, the first one's number, how many.
+
+    Raises:
+        UsageError: they are not there.
+        PictureError: their files are missing or damaged.
+    """
     import tensorflow_datasets as tfds
 
     name, info = builder.info.full_name, builder.info
@@ -140,9 +154,10 @@ def _open_records(builder, key: str, expression: str, image: str, data_dir: str)
             f'without TensorFlow; convert it with {prepare}'
         )
     aliases = _PAPER_SPLITS.get(builder.name, {})
+    split = aliases.get(expression, expression)
     try:
         records = builder.as_data_source(
-            split=aliases.get(expression, expression),
+            split=split,
             decoders={image: tfds.decode.SkipDecoding()},
             file_format='array_record',
         )
@@ -153,7 +168,9 @@ def _open_records(builder, key: str, expression: str, image: str, data_dir: str)
         ) from error
     except (OSError, RuntimeError) as error:
         raise PictureError(f'cannot be opened: {" ".join(str(error).split())}') from error
-    return records
+    # Asked for now, when they are those of the ArrayRecord files.
+    parts = info.splits[split].file_instructions
+    return records, [(pathlib.PurePath(p.filename).name, p.skip, p.take) for p in parts]
 
 
 def _prepare_command(builder, data_dir: str) -> str:

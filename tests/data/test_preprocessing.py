@@ -10,12 +10,14 @@ from PIL import Image, ImageOps
 
 from nfnets_jax.data import preprocessing
 from nfnets_jax.data.pipeline import eval_batches, train_batches
-from nfnets_jax.data.preprocessing import PictureError, decode, make_transform
+from nfnets_jax.data.preprocessing import SUFFIXES, PictureError, decode, make_transform
 from nfnets_jax.data.sources import ImageFolder
 from nfnets_jax.errors import UsageError
 
 PICTURES = pathlib.Path(sklearn.datasets.__file__).parent / 'images'
-GOLDEN = np.load(pathlib.Path(__file__).parent.parent / 'golden' / 'eval_preprocessing.npz')
+GOLDEN_DIRECTORY = pathlib.Path(__file__).parent.parent / 'golden'
+GOLDEN = np.load(GOLDEN_DIRECTORY / 'eval_preprocessing.npz')
+TIMM_GOLDEN = np.load(GOLDEN_DIRECTORY / 'timm-preprocessing.npz')
 
 
 @pytest.fixture(scope='module')
@@ -49,6 +51,37 @@ def test_evaluation_equals_the_published_preprocessing(mode, number):
     large = make_transform(mode, 256)(encoded, None)
     np.testing.assert_allclose(large.mean((0, 1)), GOLDEN[f'{number}_{mode}_256_mean'], atol=2e-3)
     np.testing.assert_allclose(large[100], GOLDEN[f'{number}_{mode}_256_row100'], atol=1e-3)
+
+
+@pytest.mark.parametrize('file', ['china.jpg', 'flower.jpg'])
+@pytest.mark.parametrize(
+    ('model', 'mode', 'size'),
+    [
+        ('dm_nfnet_f0', 'timm_squash_0.9', 256),
+        ('nf_resnet50', 'timm_center_0.94', 288),
+        ('nf_regnet_b1', 'timm_center_0.9', 288),
+        ('eca_nfnet_l0', 'timm_center_1.0', 288),
+        ('test_nfnet', 'timm_center_0.95', 160),
+    ],
+)
+def test_evaluation_equals_timms_preprocessing(model, mode, size, file):
+    image = make_transform(mode, size)((PICTURES / file).read_bytes(), None)
+    assert image.dtype == np.uint8
+    difference = np.abs(image.astype(int) - TIMM_GOLDEN[f'{model}/{file}'])
+    assert difference.max() <= 1
+
+
+@pytest.mark.parametrize('mode', ['timm_squash_1.1', 'timm_center_0', 'timm_center_', 'squash_0.9'])
+def test_an_unknown_mode_is_refused(mode):
+    with pytest.raises(UsageError, match='timm_squash_FRACTION'):
+        make_transform(mode, 64)
+
+
+def test_timms_resize_of_a_line_is_refused():
+    """Its shorter side of one pixel would become 71, and the other 14 million."""
+    line = np.zeros((1, 200_000, 3), np.uint8)
+    with pytest.raises(PictureError, match='pixels are more than'):
+        make_transform('timm_center_0.9', 64)(line, None)
 
 
 def test_resize_crop_takes_pixels_or_a_fraction(flower):
@@ -152,7 +185,11 @@ def test_tiny_pictures(mode, height_width):
         np.testing.assert_allclose(out - np.array([10.0, 200, 30]), 0, atol=4)
 
 
-@pytest.mark.parametrize('format', ['PNG', 'BMP', 'TIFF', 'PPM', 'GIF', 'WEBP', 'JPEG'])
+needs_avif = pytest.mark.skipif('.avif' not in SUFFIXES, reason='Pillow without AVIF')
+AVIF = pytest.param('AVIF', marks=needs_avif)
+
+
+@pytest.mark.parametrize('format', ['PNG', 'BMP', 'TIFF', 'PPM', 'GIF', 'WEBP', 'JPEG', AVIF])
 @pytest.mark.parametrize('mode', ['RGB', 'L'])
 def test_formats(smooth, format, mode):
     picture = smooth.convert(mode)
@@ -222,8 +259,9 @@ def test_a_jpeg_with_stray_bytes_is_read(smooth):
 
 
 def test_a_png_in_jpegs_clothes_is_read(tmp_path, smooth):
-    (tmp_path / 'train' / 'cat').mkdir(parents=True)
-    (tmp_path / 'train' / 'cat' / 'a.jpg').write_bytes(encode(smooth, 'PNG'))
+    for name in ('cat', 'dog'):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        (tmp_path / 'train' / name / 'a.jpg').write_bytes(encode(smooth, 'PNG'))
     source = ImageFolder('train', tmp_path)
     np.testing.assert_array_equal(decode(source[0]['image']), smooth)
 
@@ -275,7 +313,7 @@ def read_or_refuse(encoded, rng):
     return True
 
 
-FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'PPM', 'TIFF')
+FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'PPM', 'TIFF', AVIF)
 
 
 @pytest.mark.filterwarnings('ignore')  # Pillow's, about the damage
@@ -326,9 +364,9 @@ def test_floating_point_pictures_are_refused():
 
 def test_the_pipeline_names_the_bad_file(tmp_path, smooth):
     directory = tmp_path / 'train' / 'cat'
-    directory.mkdir(parents=True)
-    for name in 'abc':
-        (directory / f'{name}.jpg').write_bytes(encode(smooth, 'JPEG'))
+    for name in ('cat/a', 'cat/b', 'dog/c'):
+        (tmp_path / 'train' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'train' / f'{name}.jpg').write_bytes(encode(smooth, 'JPEG'))
     source = ImageFolder('train', tmp_path)
     batch = next(
         train_batches(source, batch_size=3, seed=0, transform=make_transform('random_crop', 8))

@@ -1,17 +1,9 @@
 import numpy as np
 import pytest
 
-from nfnets_jax.data.preprocessing import PictureError
-from nfnets_jax.data.sources import ArraySource, Digits, ImageFolder, open_source
+from nfnets_jax.data.sources import ArraySource, Digits, identify, open_source
 from nfnets_jax.errors import UsageError
-
-
-def make_folder(root, classes, pictures=5):
-    """Writes `pictures` files into every class directory; each holds its own path."""
-    for name in classes:
-        (root / name).mkdir(parents=True)
-        for i in range(pictures):
-            (root / name / f'{i}.jpg').write_text(f'{name}/{i}')
+from tests.data.test_folder import make_folder
 
 
 def test_digits_are_split_once_and_for_all():
@@ -98,73 +90,10 @@ def test_array_source_refuses_what_does_not_fit(images, labels, match):
         ArraySource(images, labels, ('a', 'b'))
 
 
-def test_image_folder_with_split_directories(tmp_path):
-    make_folder(tmp_path / 'train', ['dog', 'cat', '.cache'], pictures=3)
-    make_folder(tmp_path / 'val', ['dog'], pictures=2)
-    (tmp_path / 'train' / 'cat' / 'notes.txt').write_text('not a picture')
-    train, test = ImageFolder('train', tmp_path), ImageFolder('test', tmp_path)
-    assert train.class_names == test.class_names == ('cat', 'dog')
-    assert [train[i]['image'] for i in range(len(train))] == [
-        f'{name}/{i}'.encode() for name in ('cat', 'dog') for i in range(3)
-    ]
-    assert [test[i]['label'] for i in range(len(test))] == [1, 1]
-    assert train.where(4) == str(tmp_path / 'train' / 'dog' / '1.jpg')
-
-
-def test_image_folder_draws_its_own_split(tmp_path):
-    make_folder(tmp_path, ['a', 'b', 'c'], pictures=10)
-
-    def files(split, seed):
-        source = ImageFolder(split, tmp_path, test_fraction=0.3, split_seed=seed)
-        return [source.where(i) for i in range(len(source))]
-
-    train, test = files('train', 0), files('test', 0)
-    assert len(test) == 9
-    assert sorted(train + test) == sorted(map(str, tmp_path.glob('*/*.jpg')))
-    assert test == files('test', 0)
-    assert test != files('test', 1)
-
-
-def test_image_folder_names_what_is_wrong(tmp_path):
-    with pytest.raises(UsageError, match=r"data\.path='': not a directory"):
-        ImageFolder('train', '')
-    with pytest.raises(UsageError, match=r'nowhere.*not a directory'):
-        ImageFolder('train', tmp_path / 'nowhere')
-    with pytest.raises(UsageError, match='no class directories'):
-        ImageFolder('train', tmp_path)
-    make_folder(tmp_path / 'train', ['cat', 'dog'])
-    with pytest.raises(UsageError, match=r"no split 'tset' \(did you mean 'test'\?\)"):
-        ImageFolder('tset', tmp_path)
-    with pytest.raises(UsageError, match='none of test, val, validation'):
-        ImageFolder('test', tmp_path)
-    make_folder(tmp_path / 'test', ['dogs'])
-    with pytest.raises(UsageError, match=r"dogs: .*did you mean 'dog'"):
-        ImageFolder('test', tmp_path)
-    (tmp_path / 'train' / 'empty').mkdir()
-    with pytest.raises(UsageError, match=r'train/empty: no pictures'):
-        ImageFolder('train', tmp_path)
-
-
-def test_image_folder_cannot_split_one_picture(tmp_path):
-    make_folder(tmp_path, ['many', 'one'])
-    for i in range(1, 5):
-        (tmp_path / 'one' / f'{i}.jpg').unlink()
-    with pytest.raises(UsageError, match=r'one: one picture cannot be split'):
-        ImageFolder('train', tmp_path)
-
-
-def test_a_file_that_disappears_is_a_picture_error(tmp_path):
-    make_folder(tmp_path / 'train', ['cat'])
-    source = ImageFolder('train', tmp_path)
-    (tmp_path / 'train' / 'cat' / '2.jpg').unlink()
-    with pytest.raises(PictureError, match='cannot be read: No such file'):
-        source[2]
-
-
 def test_open_source(tmp_path):
     assert open_source('digits', 'train', image_size=8)[0]['image'].shape == (8, 8, 3)
-    make_folder(tmp_path / 'train', ['cat'])
-    assert open_source('folder', 'train', path=tmp_path).class_names == ('cat',)
+    make_folder(tmp_path, ['cat', 'dog'])
+    assert open_source('folder', 'train', path=tmp_path).class_names == ('cat', 'dog')
 
 
 @pytest.mark.parametrize(
@@ -187,3 +116,20 @@ def test_open_source(tmp_path):
 def test_open_source_names_what_is_wrong(arguments, options, match):
     with pytest.raises(UsageError, match=match):
         open_source(*arguments, **options)
+
+
+def test_identity_of_arrays_sees_pixels_labels_and_names():
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    first = identify(ArraySource(images, [1, 0], ('cat', 'dog')))
+    assert first.class_names == ('cat', 'dog')
+    assert first.num_examples == 2
+    assert first == identify(ArraySource(images.copy(), np.int8([1, 0]), ('cat', 'dog')))
+    others = [
+        ArraySource(images, [1, 1], ('cat', 'dog')),
+        ArraySource(images, [1, 0], ('cat', 'fox')),
+        ArraySource(images[::-1], [1, 0], ('cat', 'dog')),
+        ArraySource(images.reshape(2, 2, 8, 3), [1, 0], ('cat', 'dog')),
+    ]
+    assert first not in [identify(other) for other in others]
+    assert identify(Digits('train')) != identify(Digits('test'))
+    assert identify(Digits('test')) == identify(open_source('digits', 'test'))

@@ -8,7 +8,7 @@ import pytest
 from experiments import prepare_data
 from nfnets_jax.data import tfds_source
 from nfnets_jax.data.preprocessing import decode
-from nfnets_jax.data.sources import open_source
+from nfnets_jax.data.sources import identify, open_source
 from nfnets_jax.errors import UsageError
 from tests.tfds_builders import open_prepared
 
@@ -100,3 +100,18 @@ def test_the_splits_of_the_paper(prepared, monkeypatch):
     assert opened('train', train_split='TRAIN_AND_VALID') == valid + train
     assert opened('test') == opened('test', test_split='TEST')
     assert sorted(opened('test')) == [20, 21, 22, 23]
+
+
+def test_identity_sees_which_examples_are_taken(prepared, tmp_path):
+    whole = identify(open_tiny(prepared))
+    assert whole[:2] == (('ape', 'bee', 'cat'), 20)
+    assert whole == identify(open_tiny(prepared, train_split='train[:100%]'))
+    others = [
+        open_tiny(prepared, 'test'),
+        open_tiny(prepared, train_split='train[:10]'),
+        open_tiny(prepared, train_split='train[10:]'),
+        open_imagenet_like(prepared),
+    ]
+    assert len({whole.checksum, *(identify(other).checksum for other in others)}) == 5
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    assert identify(open_tiny(str(tmp_path))) == whole

@@ -25,7 +25,7 @@ def tiny(tmp_path_factory):
 
 
 def test_pictures_of_one_size_are_left_as_they_are(tiny):
-    train, test, pictures = open_data(config_of(**tiny))
+    train, _, test, pictures = open_data(config_of(**tiny))
     assert (len(train), len(test)) == (20, 6)
     assert (pictures.shape, pictures.test_size) == ((8, 8, 3), 8)
     assert pictures.train_transform is None
@@ -33,7 +33,7 @@ def test_pictures_of_one_size_are_left_as_they_are(tiny):
 
 
 def test_pictures_of_one_size_are_cropped_if_a_size_is_given(tiny):
-    train, test, pictures = open_data(config_of(**tiny, image_size=12, test_image_size=10))
+    train, _, test, pictures = open_data(config_of(**tiny, image_size=12, test_image_size=10))
     image = pictures.train_transform(train[0]['image'], np.random.default_rng(0))
     assert (image.shape, image.dtype) == (pictures.shape, np.uint8) == ((12, 12, 3), np.uint8)
     assert pictures.test_transform(test[0]['image'], None).shape == (10, 10, 3)
@@ -49,11 +49,22 @@ def folder(tmp_path):
 
 
 def test_encoded_pictures_come_to_the_published_sizes(folder):
-    train, test, pictures = open_data(config_of(**folder))
+    train, _, test, pictures = open_data(config_of(**folder))
     assert (pictures.shape, pictures.test_size) == ((224, 224, 3), 224)  # of NF-ResNet-50
     image = pictures.train_transform(train[0]['image'], np.random.default_rng(0))
     assert (image.shape, image.dtype) == ((224, 224, 3), np.uint8)
     assert pictures.test_transform(test[0]['image'], None).shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize(
+    ('model', 'mode'), [('NFNet-F0', 'resize_crop_32'), ('NF-RegNet-B0', 'crop_resize')]
+)
+def test_images_are_evaluated_as_the_models_authors_do(folder, model, mode):
+    config = config_of(**folder)
+    config.model.name = model
+    assert open_data(config)[-1].test_mode == mode
+    config.data.test_mode = 'resize_crop_0.5'
+    assert open_data(config)[-1].test_mode == 'resize_crop_0.5'
 
 
 @pytest.mark.parametrize(

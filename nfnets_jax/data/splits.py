@@ -1,0 +1,21 @@
+"""The splits that a source may have."""
+
+from collections.abc import Collection
+
+from nfnets_jax.errors import UsageError, nearest
+
+SPLITS = ('train', 'validation', 'test')
+
+
+class MissingSplit(UsageError):
+    """A split that a source does not have; most have no 'validation'."""
+
+
+def check_split(source: str, split: str, splits: Collection[str] = ('train', 'test')) -> None:
+    """Raises `MissingSplit` if `split` is none of the `splits` that a source has.
+
+    Args:
+        source: what to call the source in the error.
+    """
+    if split not in splits:
+        raise MissingSplit(f'{source} has no split {split!r}{nearest(split, splits)}')
