@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from experiments import measurements, workdir
 from experiments.config import default_config
-from experiments.study_format import Fields, parse_chart, parse_claim
+from experiments.study_format import TIMES, Fields, parse_chart, parse_claim
 from experiments.train_step import program_key
 from nfnets_jax.errors import UsageError, nearest
 
@@ -219,9 +219,11 @@ def _check(study: ConfigDict) -> None:
     _check_grid(study.grid, 'grid', study)
     told = to_json(study)
     for i, claim in enumerate(told['claims']):
-        parse_claim(Fields(claim, f'config.claims[{i}]'), told['axes'], study.metric)
+        parsed = parse_claim(Fields(claim, f'config.claims[{i}]'), told['axes'], study.metric)
+        _check_no_time(parsed.metric, f'config.claims[{i}].compare.metric')
     for i, chart in enumerate(told['charts']):
-        parse_chart(Fields(chart, f'config.charts[{i}]'), told['axes'])
+        drawn = parse_chart(Fields(chart, f'config.charts[{i}]'), told['axes'])
+        _check_no_time(drawn.y, f'config.charts[{i}].y')
     for axis in study.tuned:
         if axis not in study.axes:
             raise UsageError(f'config.tuned: no axis {axis!r}{nearest(axis, study.axes)}')
@@ -275,6 +277,14 @@ def recipe(study: ConfigDict) -> str:
     varied = set(study.axes.values())
     words = ', '.join(text for key, text in told.items() if key not in varied)
     return f'Where arms and figures do not say otherwise: {words}.'
+
+
+def _check_no_time(metric: str, key: str) -> None:
+    if metric in TIMES:
+        raise UsageError(
+            f'{key}={metric!r}: trials share the machine, so that a study cannot measure time; '
+            'see benchmarks/'
+        )
 
 
 def to_json(study: ConfigDict) -> dict[str, Any]:

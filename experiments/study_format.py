@@ -17,6 +17,19 @@ STATES = (*DONE, 'failed', 'running', 'pending')
 KINDS = ('curves', 'line', 'heatmap', 'bars', 'parallel', 'table')
 DIRECTIONS = ('greater', 'less')
 
+# Metrics that depend on what else the machine does. Trials share it with one another and with other
+# programs, so a study neither draws nor judges them; benchmarks/ measures time.
+TIMES = (
+    'images_per_second',
+    'training_seconds',
+    'compile_seconds',
+    'train/images_per_second',
+    'train/data_wait',
+    'train/tflops',
+    'train/mfu',
+    'train/compile_seconds',
+)
+
 Value = str | float | int | bool | None
 Point = Mapping[str, Value]  # axis -> value, for some of a study's axes
 

@@ -5,8 +5,7 @@
 Sizes: digits, cifar10_small, cifar10. Besides training, every trial measures how far what the
 network says of a picture depends on the others in its batch, and what changes from training mode to
 evaluation mode (`batch_dependence` in experiments/measurements.py), and the memory that a training
-step takes (`step_memory`). The figure of images a second means something only of a study that ran
-by itself, with --jobs=1; so nothing is claimed of it.
+step takes (`step_memory`).
 """
 
 from configs.studies.settings import NO_CLIPPING, OURS, arm, batch_norm, chart, claim, new_study
@@ -89,12 +88,6 @@ def get_config(size: str = 'digits'):
             'line',
             'Evaluation loss less training-mode loss, same pictures',
             y='discrepancy/loss',
-            **over_batch,
-        ),
-        chart(
-            'line',
-            'Images a second in training, if nothing else ran',
-            y='images_per_second',
             **over_batch,
         ),
         chart(

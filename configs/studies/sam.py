@@ -60,12 +60,6 @@ def get_config(size: str = 'digits'):
         chart('bars', 'Test top-1', x='arm'),
         chart('curves', 'Test loss in training', x='step', y='test/loss'),
         chart('bars', 'Test loss at the end', x='arm', y='test/loss'),
-        chart(
-            'bars',
-            'Images a second in training, if nothing else ran',
-            x='arm',
-            y='images_per_second',
-        ),
         chart('table', 'Test top-1 in figures', x='learning_rate'),
     )
     return study

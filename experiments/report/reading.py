@@ -14,6 +14,7 @@ from experiments.study_format import (
     NUMBER,
     STATES,
     SUMMARY_FILE,
+    TIMES,
     ChartSpec,
     Claim,
     Fields,
@@ -34,7 +35,6 @@ class Trial:
     state: str
     step: int
     metrics: Mapping[str, float]
-    seconds: float | None
     error: str | None
 
 
@@ -60,7 +60,6 @@ class Study:
     commands: Sequence[str]
     versions: Mapping[str, str]
     hardware: str
-    seconds: float | None
 
     def label(self, axis: str, value: Value) -> str:
         """Returns how a value of an axis is written: 'ResNet-8', '0.4', or '-' for none."""
@@ -130,12 +129,16 @@ def _parse(path: pathlib.Path, fields: Fields) -> Study:
         higher_is_better=fields.take('higher_is_better', bool),
         chance=fields.take('chance', (*NUMBER, NONE), None),
         claims=[parse_claim(f, axes, metric) for f in fields.objects('claims', [])],
-        charts=[parse_chart(f, axes) for f in fields.objects('charts', [])],
+        # Studies of earlier versions have charts of times: they are left out.
+        charts=[
+            chart
+            for chart in (parse_chart(f, axes) for f in fields.objects('charts', []))
+            if chart.y not in TIMES
+        ],
         trials=[_trial(f, axes) for f in fields.objects('trials')],
         commands=fields.take('commands', list, []) or [fields.take('command', str)],
         versions=fields.take('versions', dict, {}),
         hardware=fields.take('hardware', str, ''),
-        seconds=fields.take('seconds', (*NUMBER, NONE), None),
     )
 
 
@@ -159,6 +162,5 @@ def _trial(fields: Fields, axes: Mapping[str, Any]) -> Trial:
         state=fields.one_of('state', STATES),
         step=fields.take('step', (int, NONE), None) or 0,
         metrics={k: v for k, v in metrics.items() if isinstance(v, NUMBER) and math.isfinite(v)},
-        seconds=fields.take('seconds', (*NUMBER, NONE), None),
         error=fields.take('error', (str, NONE), None),
     )

@@ -9,7 +9,6 @@ from experiments.report.statistics import CONFIDENCE, Verdict
 from experiments.report.wording import (
     Table,
     axis_label,
-    duration,
     is_percent,
     mean_and_error,
     metric_label,
@@ -29,6 +28,7 @@ METHOD = (
     'means over seeds. It agrees if the whole interval is on the side of the margin that is '
     'claimed, it does not if the whole interval is on the other side, and otherwise the seeds '
     'scatter too much to say. With fewer than two seeds on either side nothing can be said.',
+    'Times are not shown: trials share the machine with one another and with other programs.',
 )
 
 EDGES = (
@@ -163,13 +163,11 @@ def trials_table(study: Study, *, only_unsuccessful: bool = False) -> Table:
         values = sample(study, [trial], study.metric)._replace(diverged=0)
         result = number(values.mean, study.metric) if trial.state == 'complete' else '-'
         note = [] if only_unsuccessful else [result]
-        rows.append(
-            [trial.id, trial.state, f'{trial.step:,}', *note]
-            + [duration(trial.seconds), *([trial.error or ''] if only_unsuccessful else [])]
-        )
+        error = [trial.error or ''] if only_unsuccessful else []
+        rows.append([trial.id, trial.state, f'{trial.step:,}', *note, *error])
     note = [] if only_unsuccessful else [metric_label(study.metric)]
     last = ['error'] if only_unsuccessful else []
-    return Table(['trial', 'state', 'step', *note, 'time', *last], rows)
+    return Table(['trial', 'state', 'step', *note, *last], rows)
 
 
 def provenance(study: Study) -> dict[str, str]:
@@ -178,7 +176,6 @@ def provenance(study: Study) -> dict[str, str]:
     facts = {
         'size': study.size,
         'hardware': study.hardware,
-        'time': duration(study.seconds),
         'versions': versions,
     }
     return {name: fact for name, fact in facts.items() if fact not in ('', '-')}

@@ -63,13 +63,3 @@ def mean_and_error(sample: Sample, metric: str) -> str:
 def in_lines(label: str, width: int = 16) -> list[str]:
     """Breaks a label that has little room, between words."""
     return textwrap.wrap(label, width, break_long_words=False) or ['']
-
-
-def duration(seconds: float | None) -> str:
-    """4000 -> '1 h 7 min'."""
-    if seconds is None:
-        return '-'
-    if seconds < 100:
-        return f'{seconds:.3g}\N{NO-BREAK SPACE}s'
-    minutes = round(seconds / 60)
-    return f'{minutes} min' if minutes < 100 else f'{minutes // 60} h {minutes % 60} min'

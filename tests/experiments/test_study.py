@@ -112,7 +112,8 @@ def test_a_study_of_an_earlier_version_is_the_same_study(tmp_path):
     """Its base lacks the fields that were added since."""
     journal = study.open_journal(tiny_study(), tmp_path)
     base = workdir.flatten(workdir.as_json(tiny_study().base))
-    journal.add([], [], {key: base[key] for key in base.keys() - ADDED_FIELDS.keys()})
+    earlier = {key: base[key] for key in base.keys() - ADDED_FIELDS.keys()}
+    journal._study.set_user_attr('base', earlier)
     journal.add([], [], base)
     with pytest.raises(UsageError, match=r'config.base.optimizer.schedule.end_value is 0.0 there'):
         journal.add([], [], base | {'optimizer.schedule.end_value': 0.1})

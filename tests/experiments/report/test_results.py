@@ -73,7 +73,7 @@ def test_diverged_trials_without_chance_are_never_chosen_over_others(write_study
 
 def test_divergence_says_nothing_of_other_metrics(study):
     trials = results.matching(study.trials, {'arm': 'nf', 'batch_size': 32})
-    assert results.sample(study, trials, 'images_per_second') == ((1e3, 1e3, 1e3), 0, 0)
+    assert results.sample(study, trials, 'train/gradient_norm') == ((1e3, 1e3, 1e3), 0, 0)
 
 
 def test_failed_and_pending_trials_are_left_out(write_study, study_fields):
@@ -113,7 +113,7 @@ def test_claims_are_judged(study):
 
 
 def test_a_claim_may_be_of_another_metric(write_study, study_fields):
-    study_fields['claims'][0]['compare'] |= {'metric': 'images_per_second', 'margin': -1.0}
+    study_fields['claims'][0]['compare'] |= {'metric': 'train/gradient_norm', 'margin': -1.0}
     study = _load(write_study, study_fields)
     assert results.judge(study, study.claims[0]).comparison.verdict is Verdict.AGREES
 

@@ -1,6 +1,9 @@
 import pytest
 
-from experiments.report import reading, results, summaries
+from configs.studies import bn_price
+from experiments import studies
+from experiments.report import page, reading, results, summaries
+from nfnets_jax.errors import UsageError
 
 
 def test_progress(write_study, study_fields):
@@ -69,13 +72,6 @@ def test_unsuccessful_trials_are_listed_with_their_error(study):
 
 
 @pytest.mark.parametrize(
-    ('seconds', 'text'), [(None, '-'), (2.345, '2.35\xa0s'), (600, '10 min'), (7500, '2 h 5 min')]
-)
-def test_duration(seconds, text):
-    assert summaries.duration(seconds) == text
-
-
-@pytest.mark.parametrize(
     ('metric', 'label'),
     [
         ('test_ema/top1', 'test EMA top-1, %'),
@@ -85,3 +81,32 @@ def test_duration(seconds, text):
 )
 def test_a_metric_is_labelled_with_its_unit(metric, label):
     assert summaries.metric_label(metric) == label
+
+
+def test_no_time_is_shown_of_trials_that_share_a_machine(study_fields, write_study):
+    """Studies of earlier versions have charts of speed and seconds of every trial."""
+    chart = study_fields['charts'][0] | {'kind': 'bars', 'x': 'arm', 'y': 'images_per_second'}
+    for trial in study_fields['trials']:
+        trial['metrics'] |= {'images_per_second': 8230.0}
+    study_fields['charts'].append(chart | {'title': 'Images a second'})
+    study = reading.load(write_study(study_fields))
+    assert [chart.y for chart in study.charts].count('images_per_second') == 0
+    assert len(study.charts) == len(study_fields['charts']) - 1
+    assert 'time' not in summaries.provenance(study)
+    assert 'time' not in summaries.trials_table(study).header
+    page_text = page.render([study], command='', made='')
+    assert 'Images a second' not in page_text
+    assert '8,230' not in page_text
+
+
+@pytest.mark.parametrize('kind', ['charts', 'claims'])
+def test_a_study_that_asks_for_a_time_is_refused(kind):
+    config = bn_price.get_config('digits')
+    if kind == 'charts':
+        config.charts[0]['y'] = 'images_per_second'
+        key = r'config.charts\[0\].y'
+    else:
+        config.claims[0]['compare']['metric'] = 'training_seconds'
+        key = r'config.claims\[0\].compare.metric'
+    with pytest.raises(UsageError, match=f'{key}=.*cannot measure time'):
+        studies.make_trials(config)
