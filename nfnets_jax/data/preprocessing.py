@@ -7,6 +7,7 @@ that only the random crop uses. `make_transform` returns the one of a name.
 
 import functools
 import io
+import os
 from collections.abc import Callable, Sequence
 
 import cv2
@@ -20,7 +21,16 @@ MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; where Pillow, too, suspects a decompr
 
 # No format that runs another program (EPS) or is not a picture of pixels.
 Image.init()
-_PILLOW_FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM')
+_PILLOW_FORMATS = tuple(
+    format
+    for format in ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'AVIF')
+    if format in Image.OPEN  # AVIF is, from Pillow 11.3 on
+)
+SUFFIXES = frozenset(
+    suffix
+    for suffix, format in Image.registered_extensions().items()
+    if format in _PILLOW_FORMATS and suffix != '.pfm'  # of floating-point numbers
+)
 _ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -205,6 +215,17 @@ def decode(image: bytes | np.ndarray) -> np.ndarray:
     if _has_rgb_jpeg(image):
         return _turn(_decode_rgb_jpeg(image), _jpeg_orientation(image))
     return _decode_with_pillow(image)
+
+
+def is_image(path: str | os.PathLike) -> bool:
+    """Whether a file begins like an image of a format that `decode` reads."""
+    try:
+        with Image.open(path, formats=_PILLOW_FORMATS):
+            return True
+    except Image.DecompressionBombError:
+        return True  # `decode` says that it is too large
+    except Exception:  # Pillow raises nearly anything on files that are not images
+        return False
 
 
 def _has_rgb_jpeg(encoded: bytes) -> bool:

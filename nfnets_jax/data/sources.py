@@ -20,24 +20,20 @@ import hashlib
 import inspect
 import numbers
 import os
-import pathlib
 import types
 import typing
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
-from nfnets_jax.data.preprocessing import PictureError, resize
+from nfnets_jax.data.folder import ImageFolder
+from nfnets_jax.data.preprocessing import resize
 from nfnets_jax.data.splits import check_split
 from nfnets_jax.data.tfds_source import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
-
-PICTURE_SUFFIXES = frozenset(
-    ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.pnm')
-)
 
 
 class Identity(NamedTuple):
@@ -68,18 +64,6 @@ def identify(source) -> Identity:
     whole), nor, for files, contents that change under the same name: files are not read.
     """
     return Identity(source.class_names, len(source), source.checksum())
-
-
-def sha256(parts: Iterable[bytes | np.ndarray]) -> str:
-    """Returns the hexadecimal SHA-256 of byte strings, or arrays, one after another.
-
-    Each is preceded by its length, so that no two sequences of parts have the same bytes.
-    """
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(b'%d:' % memoryview(part).nbytes)
-        digest.update(part)
-    return digest.hexdigest()
 
 
 class ArraySource:
@@ -130,9 +114,10 @@ class ArraySource:
         return f'{self.name}[{index}]'
 
     def checksum(self) -> str:
-        images = np.ascontiguousarray(self.images)
-        kind = f'{images.dtype.str} {images.shape}'
-        return sha256([kind.encode(), images, self.labels.astype('<i8')])
+        digest = hashlib.sha256(f'{self.images.dtype.str} {self.images.shape}'.encode())
+        digest.update(np.ascontiguousarray(self.images))
+        digest.update(self.labels.astype('<i4'))
+        return digest.hexdigest()
 
 
 class Digits(ArraySource):
@@ -246,116 +231,6 @@ class Noise(ArraySource):
             name=f'noise/{split}',
             origin='made here',
         )
-
-
-class ImageFolder:
-    """A directory with one subdirectory of pictures for each class.
-
-    Labels number the class directories in the order of their names. Either `path/split/class/...`,
-    where the split 'test' may also be called 'val' or 'validation', or `path/class/...`, of which a
-    fixed share of every class, drawn by `split_seed`, is held out as 'test'.
-
-    Args:
-        split: 'train' or 'test'.
-        path: the directory.
-        test_fraction: share of every class held out, where the directories do not say.
-        split_seed: draws it.
-    """
-
-    def __init__(
-        self,
-        split: str,
-        path: str | os.PathLike,
-        test_fraction: float = 0.2,
-        split_seed: int = 0,
-    ):
-        root = pathlib.Path(path).expanduser()
-        if not path or not root.is_dir():
-            raise UsageError(f'data.path={str(path)!r}: not a directory; give one with the classes')
-        if not 0 < test_fraction < 1:
-            raise UsageError(f'data.test_fraction={test_fraction}: must lie between 0 and 1')
-        if split_seed < 0:
-            raise UsageError(f'data.split_seed={split_seed}: must not be negative')
-        train, directory = _split_directories(root, split)
-        self.name, self.origin, self._root = f'{root} ({split})', str(directory), directory
-        self.left_out = {}
-        self.class_names = tuple(path.name for path in _class_directories(train))
-        self._paths, self._labels = [], []
-        for class_directory in _class_directories(directory):
-            if class_directory.name not in self.class_names:
-                raise UsageError(
-                    f'{class_directory}: {train} has no class of that name'
-                    f'{nearest(class_directory.name, self.class_names)}'
-                )
-            label = self.class_names.index(class_directory.name)
-            paths = _pictures(class_directory)
-            if directory == root:
-                paths = _hold_out(paths, split, test_fraction, seed=(split_seed, label))
-            self._paths += paths
-            self._labels += [label] * len(paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> dict:
-        try:
-            encoded = self._paths[index].read_bytes()
-        except OSError as error:
-            raise PictureError(f'cannot be read: {error.strerror}') from error
-        return {'image': encoded, 'label': self._labels[index]}
-
-    def where(self, index: int) -> str:
-        return str(self._paths[index])
-
-    def checksum(self) -> str:
-        parts = []
-        for path, label in zip(self._paths, self._labels, strict=True):
-            name = path.relative_to(self._root).as_posix()
-            parts += [os.fsencode(name), os.fsencode(self.class_names[label])]
-        return sha256(parts)
-
-
-def _split_directories(root: pathlib.Path, split: str) -> tuple[pathlib.Path, pathlib.Path]:
-    """Returns the directories that hold the training classes and those of `split`."""
-    names = {'train': ('train',), 'test': ('test', 'val', 'validation')}
-    check_split('folder', split, names)
-    if not (root / 'train').is_dir():
-        return root, root
-    found = [root / name for name in names[split] if (root / name).is_dir()]
-    if not found:
-        raise UsageError(f'{root}: holds train/ but none of {", ".join(names[split])}')
-    return root / 'train', found[0]
-
-
-def _class_directories(root: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the subdirectories of `root` by name; hidden ones do not count."""
-    found = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
-    if not found:
-        raise UsageError(f'{root}: no class directories in it; give one directory per class')
-    return found
-
-
-def _pictures(directory: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the pictures of one class, at any depth, in the order of their paths."""
-    found = sorted(
-        pathlib.Path(parent, name)
-        for parent, _, names in os.walk(directory, followlinks=True)
-        for name in names
-        if not name.startswith('.') and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
-    )
-    if not found:
-        raise UsageError(f'{directory}: no pictures in this class directory; fill it or remove it')
-    return found
-
-
-def _hold_out(paths: list, split: str, test_fraction: float, seed: tuple[int, int]) -> list:
-    """Returns the train or test part of one class's paths, in their order; neither is empty."""
-    if len(paths) < 2:
-        raise UsageError(f'{paths[0].parent}: one picture cannot be split in train and test')
-    held_out = min(max(1, round(test_fraction * len(paths))), len(paths) - 1)
-    drawn = np.argsort(np.random.Philox(key=list(seed)).random_raw(len(paths)))
-    chosen = drawn[:held_out] if split == 'test' else drawn[held_out:]
-    return [paths[i] for i in sorted(chosen)]
 
 
 SOURCES = {

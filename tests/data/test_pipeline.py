@@ -195,10 +195,11 @@ def test_evaluation_leaves_out_what_is_skipped(source):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Eight pictures in a directory."""
-    (tmp_path / 'train' / 'cat').mkdir(parents=True)
+    """Eight images, four of each class."""
     for i in range(8):
-        Image.new('RGB', (8, 8), (i, i, i)).save(tmp_path / 'train' / 'cat' / f'{i}.png')
+        directory = tmp_path / 'train' / ('cat' if i < 4 else 'dog')
+        directory.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8), (i, i, i)).save(directory / f'{i}.png')
     return tmp_path
 
 

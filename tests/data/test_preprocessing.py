@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from nfnets_jax.data import preprocessing
 from nfnets_jax.data.pipeline import eval_batches, train_batches
-from nfnets_jax.data.preprocessing import PictureError, decode, make_transform
+from nfnets_jax.data.preprocessing import SUFFIXES, PictureError, decode, make_transform
 from nfnets_jax.data.sources import ImageFolder
 from nfnets_jax.errors import UsageError
 
@@ -152,7 +152,11 @@ def test_tiny_pictures(mode, height_width):
         np.testing.assert_allclose(out - np.array([10.0, 200, 30]), 0, atol=4)
 
 
-@pytest.mark.parametrize('format', ['PNG', 'BMP', 'TIFF', 'PPM', 'GIF', 'WEBP', 'JPEG'])
+needs_avif = pytest.mark.skipif('.avif' not in SUFFIXES, reason='Pillow without AVIF')
+AVIF = pytest.param('AVIF', marks=needs_avif)
+
+
+@pytest.mark.parametrize('format', ['PNG', 'BMP', 'TIFF', 'PPM', 'GIF', 'WEBP', 'JPEG', AVIF])
 @pytest.mark.parametrize('mode', ['RGB', 'L'])
 def test_formats(smooth, format, mode):
     picture = smooth.convert(mode)
@@ -222,8 +226,9 @@ def test_a_jpeg_with_stray_bytes_is_read(smooth):
 
 
 def test_a_png_in_jpegs_clothes_is_read(tmp_path, smooth):
-    (tmp_path / 'train' / 'cat').mkdir(parents=True)
-    (tmp_path / 'train' / 'cat' / 'a.jpg').write_bytes(encode(smooth, 'PNG'))
+    for name in ('cat', 'dog'):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        (tmp_path / 'train' / name / 'a.jpg').write_bytes(encode(smooth, 'PNG'))
     source = ImageFolder('train', tmp_path)
     np.testing.assert_array_equal(decode(source[0]['image']), smooth)
 
@@ -275,7 +280,7 @@ def read_or_refuse(encoded, rng):
     return True
 
 
-FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'PPM', 'TIFF')
+FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'PPM', 'TIFF', AVIF)
 
 
 @pytest.mark.filterwarnings('ignore')  # Pillow's, about the damage
@@ -326,9 +331,9 @@ def test_floating_point_pictures_are_refused():
 
 def test_the_pipeline_names_the_bad_file(tmp_path, smooth):
     directory = tmp_path / 'train' / 'cat'
-    directory.mkdir(parents=True)
-    for name in 'abc':
-        (directory / f'{name}.jpg').write_bytes(encode(smooth, 'JPEG'))
+    for name in ('cat/a', 'cat/b', 'dog/c'):
+        (tmp_path / 'train' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'train' / f'{name}.jpg').write_bytes(encode(smooth, 'JPEG'))
     source = ImageFolder('train', tmp_path)
     batch = next(
         train_batches(source, batch_size=3, seed=0, transform=make_transform('random_crop', 8))

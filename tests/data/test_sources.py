@@ -1,17 +1,9 @@
 import numpy as np
 import pytest
 
-from nfnets_jax.data.preprocessing import PictureError
-from nfnets_jax.data.sources import ArraySource, Digits, ImageFolder, identify, open_source
+from nfnets_jax.data.sources import ArraySource, Digits, identify, open_source
 from nfnets_jax.errors import UsageError
-
-
-def make_folder(root, classes, pictures=5):
-    """Writes `pictures` files into every class directory; each holds its own path."""
-    for name in classes:
-        (root / name).mkdir(parents=True)
-        for i in range(pictures):
-            (root / name / f'{i}.jpg').write_text(f'{name}/{i}')
+from tests.data.test_folder import make_folder
 
 
 def test_digits_are_split_once_and_for_all():
@@ -98,73 +90,10 @@ def test_array_source_refuses_what_does_not_fit(images, labels, match):
         ArraySource(images, labels, ('a', 'b'))
 
 
-def test_image_folder_with_split_directories(tmp_path):
-    make_folder(tmp_path / 'train', ['dog', 'cat', '.cache'], pictures=3)
-    make_folder(tmp_path / 'val', ['dog'], pictures=2)
-    (tmp_path / 'train' / 'cat' / 'notes.txt').write_text('not a picture')
-    train, test = ImageFolder('train', tmp_path), ImageFolder('test', tmp_path)
-    assert train.class_names == test.class_names == ('cat', 'dog')
-    assert [train[i]['image'] for i in range(len(train))] == [
-        f'{name}/{i}'.encode() for name in ('cat', 'dog') for i in range(3)
-    ]
-    assert [test[i]['label'] for i in range(len(test))] == [1, 1]
-    assert train.where(4) == str(tmp_path / 'train' / 'dog' / '1.jpg')
-
-
-def test_image_folder_draws_its_own_split(tmp_path):
-    make_folder(tmp_path, ['a', 'b', 'c'], pictures=10)
-
-    def files(split, seed):
-        source = ImageFolder(split, tmp_path, test_fraction=0.3, split_seed=seed)
-        return [source.where(i) for i in range(len(source))]
-
-    train, test = files('train', 0), files('test', 0)
-    assert len(test) == 9
-    assert sorted(train + test) == sorted(map(str, tmp_path.glob('*/*.jpg')))
-    assert test == files('test', 0)
-    assert test != files('test', 1)
-
-
-def test_image_folder_names_what_is_wrong(tmp_path):
-    with pytest.raises(UsageError, match=r"data\.path='': not a directory"):
-        ImageFolder('train', '')
-    with pytest.raises(UsageError, match=r'nowhere.*not a directory'):
-        ImageFolder('train', tmp_path / 'nowhere')
-    with pytest.raises(UsageError, match='no class directories'):
-        ImageFolder('train', tmp_path)
-    make_folder(tmp_path / 'train', ['cat', 'dog'])
-    with pytest.raises(UsageError, match=r"no split 'tset' \(did you mean 'test'\?\)"):
-        ImageFolder('tset', tmp_path)
-    with pytest.raises(UsageError, match='none of test, val, validation'):
-        ImageFolder('test', tmp_path)
-    make_folder(tmp_path / 'test', ['dogs'])
-    with pytest.raises(UsageError, match=r"dogs: .*did you mean 'dog'"):
-        ImageFolder('test', tmp_path)
-    (tmp_path / 'train' / 'empty').mkdir()
-    with pytest.raises(UsageError, match=r'train/empty: no pictures'):
-        ImageFolder('train', tmp_path)
-
-
-def test_image_folder_cannot_split_one_picture(tmp_path):
-    make_folder(tmp_path, ['many', 'one'])
-    for i in range(1, 5):
-        (tmp_path / 'one' / f'{i}.jpg').unlink()
-    with pytest.raises(UsageError, match=r'one: one picture cannot be split'):
-        ImageFolder('train', tmp_path)
-
-
-def test_a_file_that_disappears_is_a_picture_error(tmp_path):
-    make_folder(tmp_path / 'train', ['cat'])
-    source = ImageFolder('train', tmp_path)
-    (tmp_path / 'train' / 'cat' / '2.jpg').unlink()
-    with pytest.raises(PictureError, match='cannot be read: No such file'):
-        source[2]
-
-
 def test_open_source(tmp_path):
     assert open_source('digits', 'train', image_size=8)[0]['image'].shape == (8, 8, 3)
-    make_folder(tmp_path / 'train', ['cat'])
-    assert open_source('folder', 'train', path=tmp_path).class_names == ('cat',)
+    make_folder(tmp_path, ['cat', 'dog'])
+    assert open_source('folder', 'train', path=tmp_path).class_names == ('cat', 'dog')
 
 
 @pytest.mark.parametrize(
@@ -204,32 +133,3 @@ def test_identity_of_arrays_sees_pixels_labels_and_names():
     assert first not in [identify(other) for other in others]
     assert identify(Digits('train')) != identify(Digits('test'))
     assert identify(Digits('test')) == identify(open_source('digits', 'test'))
-
-
-def test_identity_of_a_folder_sees_names_and_not_where_they_are(tmp_path):
-    make_folder(tmp_path / 'here' / 'train', ['cat', 'dog'])
-    make_folder(tmp_path / 'here' / 'test', ['cat', 'dog'])
-
-    def found(split='train', root='here'):
-        return identify(ImageFolder(split, tmp_path / root))
-
-    first = found()
-    assert first[:2] == (('cat', 'dog'), 10)
-    assert first.checksum == found('test').checksum  # the names are the same: the split is not seen
-    (tmp_path / 'here').rename(tmp_path / 'there')
-    assert found(root='there') == first
-    file = tmp_path / 'there' / 'train' / 'cat' / '1.jpg'
-    seen = [first]
-    for change in (
-        lambda: file.rename(file.with_stem('7')),
-        lambda: (file.parent / '9.jpg').touch(),
-        lambda: (file.parent / '9.jpg').rename(tmp_path / 'there' / 'train' / 'dog' / '9.jpg'),
-        lambda: file.parent.rename(tmp_path / 'there' / 'train' / 'eel'),
-    ):
-        change()
-        try:
-            seen.append(found(root='there'))
-        except UsageError:
-            (tmp_path / 'there' / 'test' / 'cat').rename(tmp_path / 'there' / 'test' / 'eel')
-            seen.append(found(root='there'))
-    assert len(set(seen)) == 5

@@ -1,0 +1,382 @@
+"""A directory of image files, one subdirectory for each class."""
+
+import collections
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from nfnets_jax.data.preprocessing import SUFFIXES, PictureError, is_image
+from nfnets_jax.data.splits import SPLITS, MissingSplit, check_split
+from nfnets_jax.errors import UsageError, nearest
+
+# What the directory of a split may be called, in upper or lower case.
+SPLIT_NAMES = {
+    'train': ('train', 'training'),
+    'validation': ('val', 'valid', 'validation'),
+    'test': ('test', 'testing'),
+}
+# What file managers leave behind, besides names that begin with a dot.
+_HIDDEN = frozenset(('Thumbs.db', 'desktop.ini', '__MACOSX', '@eaDir'))
+
+
+class ImageFolder:
+    """A directory with one subdirectory of images for each class.
+
+    Labels number the class directories in the order of their names. The layout is one of
+
+        path/train/CLASS/IMAGE, path/test/CLASS/IMAGE, and perhaps path/val/CLASS/IMAGE, where
+            `SPLIT_NAMES` are the names that a split may have. Where there is val but no test,
+            'test' is val, and there is no 'validation'.
+        path/CLASS/IMAGE, of which a fixed share of every class, drawn by `split_seed`, is held out
+            as 'test'.
+
+    The images of a class lie at any depth in its directory. Files count whose suffix is one of
+    `SUFFIXES`, in upper or lower case, and files without a suffix that begin like an image;
+    `left_out` counts the others, hidden ones excepted. Links are followed, but never to a directory
+    that they lie in; a file that is reached twice in a class counts once.
+
+    Args:
+        split: 'train', 'validation' or 'test'.
+        path: the directory.
+        train_split, validation_split, test_split: directories of the splits, relative to `path`; by
+            default those with a name of `SPLIT_NAMES`. train_split='.' says that `path` holds the
+            classes, whatever they are called.
+        test_fraction: share of every class held out, where the directories do not say; default 0.2.
+        split_seed: draws it; default 0.
+
+    Raises:
+        MissingSplit: 'validation' where there is none.
+        UsageError: anything but such a layout, a single class, a class without images, one file in
+            two classes, or a directory that cannot be read.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        path: str | os.PathLike,
+        train_split: str = '',
+        validation_split: str = '',
+        test_split: str = '',
+        test_fraction: float | None = None,
+        split_seed: int | None = None,
+    ):
+        check_split('folder', split, SPLITS)
+        root = pathlib.Path(path).expanduser()
+        if not path or not root.is_dir():
+            raise UsageError(f'data.path={str(path)!r}: not a directory; give one with the classes')
+        hold_out = {'test_fraction': test_fraction, 'split_seed': split_seed}
+        _check_hold_out(**hold_out)
+        layout = _find_splits(
+            root, dict(zip(SPLITS, (train_split, validation_split, test_split), strict=True))
+        )
+        if layout:
+            for option, value in hold_out.items():
+                if value is not None:
+                    raise UsageError(
+                        f'data.{option}={value}: nothing is held out of {layout["train"]}, because '
+                        f'{root} holds splits; leave it out'
+                    )
+        if split == 'validation' and split not in (layout or ()):
+            raise MissingSplit(f'{root}: no split besides those to train and test on')
+        if layout and split not in layout:
+            others = SPLIT_NAMES['test'] + SPLIT_NAMES['validation']
+            raise MissingSplit(
+                f'{root}: holds {layout["train"].name}/ but none of {", ".join(others)}; '
+                'name what to test on by data.test_split'
+            )
+        train, directory = (layout[s] if layout else root for s in ('train', split))
+        self.name, self.origin, self._directory = f'{root} ({split})', str(directory), directory
+        self.left_out: dict[str, int] = collections.Counter()
+        self.class_names = tuple(path.name for path in _class_directories(train))
+        if len(self.class_names) < 2:
+            raise UsageError(_one_class(root, train))
+        self._paths, self._labels = [], []
+        owners: dict[str, pathlib.Path] = {}
+        for class_directory in _class_directories(directory, self.left_out):
+            if class_directory.name not in self.class_names:
+                raise UsageError(
+                    f'{class_directory}: {train} has no class of that name'
+                    f'{nearest(class_directory.name, self.class_names)}'
+                )
+            label = self.class_names.index(class_directory.name)
+            files = _images(class_directory, self.left_out)
+            if shared := files.keys() & owners.keys():
+                file = min(shared, key=lambda real: files[real])
+                raise UsageError(
+                    f'{files[file]} and {owners[file]} are one file in two classes; remove the link'
+                )
+            owners |= files
+            paths = sorted(files.values())
+            if not layout:
+                paths = _hold_out(paths, split, test_fraction, seed=(split_seed or 0, label))
+            self._paths += paths
+            self._labels += [label] * len(paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            encoded = self._paths[index].read_bytes()
+        except OSError as error:
+            raise PictureError(f'cannot be read: {error.strerror}') from error
+        return {'image': encoded, 'label': self._labels[index]}
+
+    def where(self, index: int) -> str:
+        return str(self._paths[index])
+
+    def checksum(self) -> str:
+        files = [
+            (path.relative_to(self._directory).as_posix(), self.class_names[label])
+            for path, label in zip(self._paths, self._labels, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()  # JSON of ASCII: any name
+
+
+def _find_splits(root: pathlib.Path, given: dict[str, str]) -> dict[str, pathlib.Path] | None:
+    """Returns the directory of every split, 'train' at least; None if there are none.
+
+    Args:
+        given: the directory that is named for each split, or ''.
+
+    Raises:
+        UsageError: splits that are named but not there, or that are there but do not suffice.
+    """
+    if given['train'] == '.':
+        for split in ('validation', 'test'):
+            if given[split]:
+                raise UsageError(
+                    f'data.{split}_split={given[split]!r}: {root} holds classes, says '
+                    "data.train_split='.', and no splits"
+                )
+        return None
+    directories = list(_directories(root))
+    found = {}
+    for split, name in given.items():
+        if name:
+            found[split] = root / name
+            if not found[split].is_dir():
+                known = [d.name for d in directories]
+                hint = nearest(name, known) if known else ''
+                raise UsageError(f'data.{split}_split={name!r}: no such directory in {root}{hint}')
+            continue
+        # Whatever is named for another split; but train, or the error would be that it is missing.
+        named = [root / name for name in given.values() if name] if split != 'train' else []
+        like = [d for d in directories if d.name.lower() in SPLIT_NAMES[split] and d not in named]
+        if len(like) > 1:
+            raise UsageError(
+                f'{root}: holds {_listed(like)}; say which it is by data.{split}_split='
+                f'{like[0].name}'
+            )
+        if like:
+            found[split] = like[0]
+    if 'train' not in found:
+        _check_classes(root, directories, found, given)
+        return None
+    if 'validation' not in found and 'test' not in found:
+        alone = not any(given.values()) and len(directories) > 1
+        if alone and not _holds_only_directories(found['train']):
+            return None  # a class of that name among others, such as of vehicles
+    elif 'test' not in found:
+        found['test'] = found.pop('validation')
+    elif found.get('validation') == found['test']:
+        del found['validation']
+    real = {split: directory.resolve() for split, directory in found.items()}
+    for split in found:
+        for other in found:
+            if split != other and real[split].is_relative_to(real[other]):
+                raise UsageError(
+                    f'{found[split]} is or lies in {found[other]}: {other} and {split} would share '
+                    f'images; name another directory by data.{split}_split'
+                )
+    return found
+
+
+def _check_classes(
+    root: pathlib.Path,
+    directories: Sequence[pathlib.Path],
+    found: dict[str, pathlib.Path],
+    given: dict[str, str],
+) -> None:
+    """Raises a UsageError where `directories`, of which none is called train, are no classes."""
+    splits = [found[split] for split in found]
+    name_it = "name what to train on by data.train_split (data.train_split='.': these are classes)"
+    if any(given.values()) or (splits and len(splits) == len(directories)):
+        raise UsageError(
+            f'{root}: holds {_listed(splits)} but none of {", ".join(SPLIT_NAMES["train"])}; '
+            f'{name_it}'
+        )
+    if nested := [d for d in splits if _holds_only_directories(d)]:
+        raise UsageError(
+            f'{root}: {_listed(nested)} looks like a split beside {len(directories) - 1} classes; '
+            f'{name_it}'
+        )
+    if len(directories) > 1 and all(map(_holds_only_directories, directories)):
+        inner = [[d.name for d in _directories(directory)] for directory in directories]
+        if len(inner[0]) == 1 and all(names == inner[0] for names in inner):
+            return  # as in Tiny ImageNet: CLASS/images/IMAGE
+        raise UsageError(
+            f'{root}: {_listed(directories)} hold no images but directories, '
+            f'{", ".join(sorted({name for names in inner for name in names})[:4])}; data.path must '
+            f'be the directory whose subdirectories are the classes; if these are splits, {name_it}'
+        )
+
+
+def _one_class(root: pathlib.Path, train: pathlib.Path) -> str:
+    """Returns what to say about a directory with a single class: which way the path is off."""
+    (only,) = _class_directories(train)
+    found = f'{train}: one class only, {only.name!r}'
+    if len(inner := list(_directories(only))) > 1:
+        found += f', which holds {_listed(inner)}'
+        if train == root:
+            return f'{found}: data.path is one level too high; give {only}'
+        return f'{found}: the split is one level too high; give {only.relative_to(root)}'
+    if train == root:
+        return f'{found}: there is nothing to tell apart; data.path may be one level too deep, ' + (
+            f'{root.absolute().parent} above it'
+        )
+    return f'{found}: there is nothing to tell apart; give a directory with two classes or more'
+
+
+def _listed(directories: Sequence[pathlib.Path]) -> str:
+    """Returns the names of the first directories, for an error."""
+    names = [f'{directory.name}/' for directory in directories]
+    return ', '.join(names[:4]) + (f', ... ({len(names)} in all)' if len(names) > 4 else '')
+
+
+def _class_directories(
+    root: pathlib.Path, left_out: collections.Counter | None = None
+) -> list[pathlib.Path]:
+    """Returns the subdirectories of `root` by name; counts the images that lie beside them."""
+    found = list(_directories(root))
+    loose = [entry for entry in _entries(root) if _suffix(entry) in SUFFIXES and not _is_dir(entry)]
+    if not found and loose:
+        raise UsageError(
+            f'{root}: images lie directly in it, but each class needs a directory of its own; '
+            'is the path one level too deep?'
+        )
+    if not found:
+        raise UsageError(f'{root}: no class directories in it; give one directory per class')
+    if left_out is not None and loose:
+        left_out['beside the classes'] += len(loose)
+    return found
+
+
+def _directories(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the subdirectories of `root` by name; no hidden ones, nor links to where it lies."""
+    real = root.resolve()
+    for entry in _entries(root):
+        path = pathlib.Path(entry.path)
+        if _is_dir(entry):
+            if not (entry.is_symlink() and real.is_relative_to(path.resolve())):
+                yield path
+        elif entry.is_symlink() and not path.suffix and not path.exists():
+            raise UsageError(f'{path}: a link to {os.readlink(path)}, which is not there')
+
+
+def _images(directory: pathlib.Path, left_out: collections.Counter) -> dict[str, pathlib.Path]:
+    """Returns the images of one class at any depth, by their real paths: each file once.
+
+    A file that lies in the class and is linked there, too, goes by its own name.
+
+    Args:
+        left_out: counts the files that are not taken, by their suffix.
+    """
+    found: dict[str, pathlib.Path] = {}
+    links: list[os.DirEntry] = []
+    # (directory, its real path, those of the directories that it was reached through)
+    queue = collections.deque([(str(directory), os.path.realpath(directory), ())])
+    visited = set()
+    while queue:
+        path, real, above = queue.popleft()
+        if real in visited:
+            continue
+        visited.add(real)
+        inner = []
+        for entry in _entries(path):
+            if _is_dir(entry):
+                if not entry.is_symlink():
+                    inner.append((entry.path, os.path.join(real, entry.name), (*above, real)))
+                    continue
+                target = os.path.realpath(entry.path)
+                if any(_is_within(each, target) for each in (*above, real)):
+                    left_out['link to a parent directory'] += 1
+                else:
+                    queue.append((entry.path, target, (*above, real)))  # when all else is done
+            elif kind := _kind_left_out(entry):
+                left_out[kind] += 1
+            elif entry.is_symlink():
+                links.append(entry)
+            else:
+                found[os.path.join(real, entry.name)] = pathlib.Path(entry.path)
+        queue.extendleft(reversed(inner))
+    for entry in links:
+        found.setdefault(os.path.realpath(entry.path), pathlib.Path(entry.path))
+    if not found:
+        raise UsageError(f'{directory}: no images in this class directory; fill it or remove it')
+    return found
+
+
+def _kind_left_out(entry: os.DirEntry) -> str:
+    """Returns '' for a file that is an example, else what to count it as."""
+    is_file = os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+    suffix = _suffix(entry)
+    if not is_file and os.path.exists(entry.path):
+        return 'not a file'
+    if not is_file and suffix not in SUFFIXES:
+        return 'link to nowhere'
+    if not suffix:
+        return '' if is_image(entry.path) else 'no suffix'
+    return '' if suffix in SUFFIXES else suffix  # also a link to nowhere: reading it names it
+
+
+def _holds_only_directories(directory: pathlib.Path) -> bool:
+    entries = _entries(directory)
+    return any(map(_is_dir, entries)) and all(_is_dir(e) or _kind_left_out(e) for e in entries)
+
+
+def _entries(directory: str | pathlib.Path) -> list[os.DirEntry]:
+    """Returns what a directory holds, by name, except hidden things."""
+    try:
+        with os.scandir(directory) as entries:
+            seen = [e for e in entries if not e.name.startswith('.') and e.name not in _HIDDEN]
+    except OSError as error:
+        raise UsageError(f'{directory}: cannot be read: {error.strerror}') from error
+    return sorted(seen, key=lambda entry: entry.name)
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+    # A link may lead in a circle, for which os.path.isdir, unlike DirEntry.is_dir, does not raise.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_within(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(directory.rstrip(os.sep) + os.sep)
+
+
+def _suffix(entry: os.DirEntry) -> str:
+    return os.path.splitext(entry.name)[1].lower()
+
+
+def _check_hold_out(test_fraction: float | None, split_seed: int | None) -> None:
+    if test_fraction is not None and not 0 < test_fraction < 1:
+        raise UsageError(f'data.test_fraction={test_fraction}: must lie between 0 and 1')
+    if split_seed is not None and split_seed < 0:
+        raise UsageError(f'data.split_seed={split_seed}: must not be negative')
+
+
+def _hold_out(
+    paths: list, split: str, test_fraction: float | None, seed: tuple[int, int]
+) -> list[pathlib.Path]:
+    """Returns the train or test part of one class's paths, in their order; neither is empty."""
+    if len(paths) < 2:
+        raise UsageError(f'{paths[0].parent}: one image cannot be split in train and test')
+    fraction = 0.2 if test_fraction is None else test_fraction
+    held_out = min(max(1, round(fraction * len(paths))), len(paths) - 1)
+    drawn = np.argsort(np.random.Philox(key=list(seed)).random_raw(len(paths)))
+    chosen = drawn[:held_out] if split == 'test' else drawn[held_out:]
+    return [paths[i] for i in sorted(chosen)]
