@@ -238,7 +238,7 @@ def test_a_split_that_is_not_there_is_named(validated):
         ),
         ({'ema': 1}, {'ema': 1.0}),
         ({'model.name': 'NFNet-F0'}, {'model.name': 'dm_nfnet_f0'}),
-        ({'data.name': 'folder'}, {'data.name': 'folder', 'data.test_fraction': 0.2}),
+        ({'data.name': 'noise'}, {'data.name': 'noise', 'data.classes': 10}),
         ({'data.name': 'digits'}, {'data.name': 'digits', 'data.skip_bad': 0}),
     ],
 )
@@ -251,9 +251,9 @@ def test_two_spellings_are_one_experiment(then, now):
     [
         ({'duration': '40 epochs'}, {'duration': '40 steps'}, "'40 epochs' there and '40 steps'"),
         (
-            {'data.name': 'folder'},
-            {'data.name': 'folder', 'data.test_fraction': 0.3},
-            'data.test_fraction is 0.2 there and 0.3 here',
+            {'data.name': 'noise'},
+            {'data.name': 'noise', 'data.classes': 11},
+            'data.classes is 10 there and 11 here',
         ),
         (
             {'data.name': 'folder'},
