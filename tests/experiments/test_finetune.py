@@ -157,7 +157,7 @@ def test_weights_of_another_network_are_refused(key, value, problem, weights, fo
 
 def test_a_class_without_pictures_is_named_and_nothing_written(weights, folder, tmp_path):
     (folder / 'none').mkdir()
-    with pytest.raises(UsageError, match=r'none: no pictures in this class directory'):
+    with pytest.raises(UsageError, match=r'none: no images in this class directory'):
         train.train(small(f'weights={weights},data={folder}'), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
 
