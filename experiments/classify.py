@@ -101,6 +101,8 @@ def main(paths: list[str]) -> None:
     if weights.metadata.model is None:
         raise UsageError(f'{args.weights}: these are the parameters of no known model')
     pictures = list(find_pictures(paths))
+    told = f'{args.weights}: {pretrained.describe(weights)}; {len(pictures):,} images; compiling'
+    print(told, file=sys.stderr, flush=True)
     unreadable = 0
     for path, result in classify(weights, pictures, args.top, args.batch_size):
         if isinstance(result, str):

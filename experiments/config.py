@@ -58,7 +58,7 @@ def default_config() -> ConfigDict:
 
 
 def adapted(key: str, value: Any, why: str) -> None:
-    """Says that a config file has chosen a value by what it found; `adaptations` tells it later.
+    """Records that a config file chose a value by what it found; see `take_adaptations`.
 
     Args:
       key: of a field at the top of the config.
@@ -68,13 +68,15 @@ def adapted(key: str, value: Any, why: str) -> None:
     _adapted[key] = value, why
 
 
-def adaptations(config: ConfigDict) -> list[str]:
-    """Returns a line for each value that a config file has adapted and nothing has overridden."""
-    return [
+def take_adaptations(config: ConfigDict) -> list[str]:
+    """Returns a line for each value that was adapted and not overridden since; each only once."""
+    told = [
         f'config.{key}={value} {why}'
         for key, (value, why) in _adapted.items()
         if config[key] == value
     ]
+    _adapted.clear()
+    return told
 
 
 _adapted: dict[str, tuple[Any, str]] = {}

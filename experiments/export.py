@@ -10,9 +10,9 @@ ONNX runtimes; needs jax2onnx. See docs/pretrained.md.
 
 import dataclasses
 import pathlib
+import sys
 from typing import Any
 
-import jax
 from absl import flags
 
 from experiments import cli
@@ -29,17 +29,22 @@ def export_weights(weights: pretrained.Weights, out: pathlib.Path) -> None:
     Raises:
       UsageError: no such format, no known model, or the file cannot be written.
     """
+    check(weights, out)
+    if out.suffix == '.safetensors':
+        pretrained.save_weights(out, weights)
+    else:
+        convert = export.to_onnx if out.suffix == '.onnx' else export.to_stablehlo
+        files.write_whole(out, convert(weights))
+
+
+def check(weights: pretrained.Weights, out: pathlib.Path) -> None:
+    """Raises the UsageErrors of `export_weights` that can be known before anything is converted."""
     if out.suffix not in FORMATS:
         raise UsageError(f'--out={out}: unknown suffix{nearest(out.suffix, FORMATS)}')
     if not out.parent.is_dir():
         raise UsageError(f'--out={out}: there is no directory {out.parent}')
     if weights.metadata.model is None:
         raise UsageError('these are the parameters of no known model: see --model')
-    if out.suffix == '.safetensors':
-        pretrained.save_weights(out, weights)
-    else:
-        convert = export.to_onnx if out.suffix == '.onnx' else export.to_stablehlo
-        files.write_whole(out, convert(weights))
 
 
 def override(metadata: pretrained.Metadata, **values: Any) -> pretrained.Metadata:
@@ -80,13 +85,12 @@ def main() -> None:
         eval_mode=args.eval_mode,
         class_names=read_class_names(args.classes) if args.classes else None,
     )
-    out = pathlib.Path(args.out)
-    export_weights(weights._replace(metadata=metadata), out)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
-    print(
-        f'{out}: {metadata.model}, {parameters:,} parameters, {metadata.num_classes} classes, '
-        f'{metadata.test_size} px ({metadata.eval_mode}), {out.stat().st_size / 1e6:.1f} MB'
-    )
+    out, weights = pathlib.Path(args.out), weights._replace(metadata=metadata)
+    check(weights, out)
+    source = args.workdir or args.weights
+    print(f'{source}: {pretrained.describe(weights)}; writing {out}', file=sys.stderr, flush=True)
+    export_weights(weights, out)
+    print(f'{out}: {pretrained.describe(weights)}, {out.stat().st_size / 1e6:.1f} MB')
 
 
 if __name__ == '__main__':

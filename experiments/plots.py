@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from nfnets_jax import files
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
-_BLUE, _ORANGE, _GREEN, _PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
+_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9'
 _GREY = '#666666'
 
 _FEW_POINTS = 30  # up to here every point is marked, and nothing smoothed
@@ -40,6 +40,8 @@ _PANELS = (
         'Loss',
         (
             _Series('train/loss', 'train', _BLUE, noisy=True),
+            _Series('validation/loss', 'validation', _PURPLE),
+            _Series('validation_ema/loss', 'validation EMA', _SKY),
             _Series('test/loss', 'test', _ORANGE),
             _Series('test_ema/loss', 'test EMA', _GREEN),
         ),
@@ -50,6 +52,8 @@ _PANELS = (
         'Top-1 accuracy',
         (
             _Series('train/top1', 'train', _BLUE, noisy=True),
+            _Series('validation/top1', 'validation', _PURPLE),
+            _Series('validation_ema/top1', 'validation EMA', _SKY),
             _Series('test/top1', 'test', _ORANGE),
             _Series('test_ema/top1', 'test EMA', _GREEN),
         ),

@@ -110,7 +110,7 @@ def train(
         path = stack.enter_context(workdir.claimed(directory, config, data, active=primary))
         stop = stack.enter_context(stopping.on_signals())
         lines = describe_network(task), *describe_data(task), describe_steps(task)
-        for line in (*lines, *experiment.adaptations(config)):
+        for line in (*lines, *experiment.take_adaptations(config)):
             say(line)  # Not before: a mistake is one line.
 
         # Where were we?

@@ -308,6 +308,16 @@ def fit_stem(weights: Weights, channels: int) -> Weights:
     )
 
 
+def describe(weights: Weights) -> str:
+    """Returns a line like 'NF-ResNet-8, 78,045 parameters, 10 classes, 16 px (crop_resize)'."""
+    metadata = weights.metadata
+    parameters = sum(leaf.size for module in weights.params.values() for leaf in module.values())
+    return (
+        f'{metadata.model}, {parameters:,} parameters, {metadata.num_classes} classes, '
+        f'{metadata.test_size} px ({metadata.eval_mode})'
+    )
+
+
 def network(metadata: Metadata) -> hk.TransformedWithState:
     """Returns the model that weights are for: apply(params, state, key, images, is_training).
 

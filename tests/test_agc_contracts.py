@@ -113,7 +113,9 @@ def test_dtypes_are_kept_without_implicit_promotion(name):
         pytest.skip('optax.scale_by_adam raises decays to an integer power, which promotes')
     tx = OURS[name]()
     for dtype in ('bfloat16', 'float16', 'float32'):
-        grads, params = (jax.tree.map(lambda x: x.astype(dtype), t) for t in (GRADS, PARAMS))
+        grads, params = (
+            jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), t) for t in (GRADS, PARAMS)
+        )
         with jax.numpy_dtype_promotion('strict'):
             updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
         chex.assert_trees_all_equal_dtypes(updates, grads)

@@ -10,6 +10,7 @@ import pytest
 from absl import flags
 
 from experiments import cli
+from experiments.config import default_config, unknown_key
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -238,3 +239,31 @@ def test_a_workdir_that_orbax_cannot_write_is_refused(tmp_path):
     assert done.returncode == 2
     assert b'must be valid UTF-8' in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_file_is_run_once(directory, tmp_path):
+    (tmp_path / 'counting.py').write_text(
+        f'open({str(tmp_path / "runs")!r}, "a").write("x")\n{CONFIG}'
+    )
+    done = run(directory, f'--config={tmp_path}/counting.py:x', '--config.n=5')
+    assert (done.returncode, done.stdout, done.stderr) == (0, '5 0.5\n', '')
+    assert (tmp_path / 'runs').read_text() == 'x'
+
+
+@pytest.mark.parametrize(
+    ('key', 'message'),
+    [
+        ('lr', " (did you mean 'optimizer.learning_rate'?)"),
+        ('optimizer.lr', " (did you mean 'optimizer.learning_rate'?)"),
+        ('epochs', " (did you mean 'duration'?)"),
+        ('data.resolution', " (did you mean 'data.image_size'?)"),
+        ('num_workers', ': images are read by one thread for each core'),
+        ('data.workers', ': images are read by one thread for each core'),
+        ('output_dir', ': give --workdir=DIRECTORY'),
+        ('gpus', ': all devices of the machine are used'),
+    ],
+)
+def test_what_other_trainers_call_a_key_is_answered(key, message):
+    config = default_config()
+    known = cli._keys(config) + cli._options_of(config)
+    assert str(unknown_key(key, known)) == f'unknown key config.{key}{message}'

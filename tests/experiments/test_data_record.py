@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import data_record
+from experiments import data_record, study
 from experiments.data import open_data
 from experiments.evaluate import evaluate
+from experiments.studies import default_study
 from experiments.train import train
 from nfnets_jax.errors import UsageError
 from tests.experiments.conftest import tiny_config
@@ -241,3 +242,25 @@ def test_a_damaged_record_is_one_line(here):
     (here / 'run' / 'data.json').write_text('{"splits": 3}')
     with pytest.raises(UsageError, match=r'data\.json cannot be read'):
         train(config_of(here / 'data'), here / 'run', quiet=True)
+
+
+def test_a_study_does_not_go_on_with_other_data(tmp_path, monkeypatch):
+    for split in ('train', 'test'):
+        write_images(tmp_path / 'data' / split, 'b', 'd')
+    monkeypatch.setattr(study, 'work', lambda *args, **options: None)
+
+    def run(path='data'):
+        config = default_study()
+        config.name, config.base = 'tiny', config_of(tmp_path / path)
+        config.grid.seed = (0, 1)
+        config.arms = ({'name': 'one', 'grid': {'learning_rate': (0.1,)}},)
+        study.run_study(config, tmp_path / 'study')
+
+    run()
+    (tmp_path / 'data').rename(tmp_path / 'moved')
+    run('moved')
+    before = contents(tmp_path / 'study')
+    rename_class(tmp_path / 'moved')
+    with pytest.raises(UsageError, match="a study on other data: class 'b' is now 'z'"):
+        run('moved')
+    assert contents(tmp_path / 'study') == before

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import finetune
+from experiments import config as experiment
 from experiments import evaluate, task, train
 from nfnets_jax import load_pretrained, pretrained
 from nfnets_jax.errors import UsageError
@@ -156,6 +157,91 @@ def test_weights_of_another_network_are_refused(key, value, problem, weights, fo
 
 def test_a_class_without_pictures_is_named_and_nothing_written(weights, folder, tmp_path):
     (folder / 'none').mkdir()
-    with pytest.raises(UsageError, match=r'none: no pictures in this class directory'):
+    with pytest.raises(UsageError, match=r'none: no images in this class directory'):
         train.train(small(f'weights={weights},data={folder}'), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('freeze', ['', ',freeze=body'])
+def test_the_directory_of_a_run_is_fine_tuned_from_the_command_line(
+    weights, folder, tmp_path, command, freeze
+):
+    """Metadata are read while flags are parsed: before JAX may be used."""
+    train.train(small(f'weights={weights},data={folder}'), tmp_path / 'base', quiet=True)
+    arguments = f'configs/finetune.py:weights={tmp_path}/base,data={folder}{freeze}'
+    process = command(
+        *('train', f'--config={arguments}', f'--workdir={tmp_path}/run', '--config.duration=2'),
+        devices=1,
+    )
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err.count('parameters matched') == 1
+    assert 'config.batch_size=8 instead of 2048, for there are 16 training images\n' in err
+    assert 'steps: 2 of 8 images' in err
+    assert load_pretrained(tmp_path / 'run').metadata.class_names == ('dark', 'light')
+
+
+def test_weights_that_do_not_say_what_they_are_are_read_once(folder, tmp_path, monkeypatch):
+    whole = pretrained.Metadata(model='NF-ResNet-8', num_classes=5)
+    rng = np.random.RandomState(0)
+    shapes = pretrained.variable_shapes(whole)
+    filled = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
+    np.savez(tmp_path / 'plain.npz', **pretrained.flatten(filled[0]))
+    read = []
+    real = pretrained.weight_files.read
+    monkeypatch.setattr(
+        pretrained.weight_files, 'read', lambda path: read.append(path) or real(path)
+    )
+    config = small(f'weights={tmp_path}/plain.npz,data={folder}')
+    assert config.model.name == 'NF-ResNet-8'
+    params, *_ = task.load_weights(task.prepare(config))
+    assert len(read) == 1
+    module = 'NF_ResNet/~/initial_conv'
+    np.testing.assert_array_equal(params[module]['w'], filled[0][module]['w'])
+
+
+@pytest.mark.parametrize('kind', ['file', 'run'])
+def test_metadata_that_are_written_down_are_read_without_an_array(
+    weights, folder, tmp_path, monkeypatch, kind
+):
+    path = weights
+    if kind == 'run':
+        path = tmp_path / 'base'
+        train.train(small(f'weights={weights},data={folder}'), path, quiet=True)
+    expected = load_pretrained(path).metadata
+
+    def refuse(*args, **options):
+        raise AssertionError('an array was read')
+
+    monkeypatch.setattr(pretrained.weight_files, 'read', refuse)
+    monkeypatch.setattr('nfnets_jax.checkpoints.Checkpoints', refuse)
+    assert pretrained.load_metadata(path) == expected
+    with pytest.raises(UsageError, match='weights of NFNet-F0: they are those of NF-ResNet-8'):
+        pretrained.load_metadata(path, 'NFNet-F0')
+
+
+@pytest.mark.parametrize(
+    ('examples', 'batch_size'), [(3, 2), (16, 8), (63, 8), (64, 8), (1000, 64), (2047, 128)]
+)
+def test_the_batch_fits_a_small_folder(examples, batch_size, monkeypatch):
+    monkeypatch.setattr(finetune, 'open_source', lambda *args, **options: range(examples))
+    config = finetune.get_config('model=NFNet-F0,data=there')
+    assert config.batch_size == batch_size
+    told = f'config.batch_size={batch_size} instead of 2048, for there are {examples:,} training '
+    assert experiment.take_adaptations(config) == [f'{told}images']
+    assert not experiment.take_adaptations(config), 'it was told'
+    config = finetune.get_config('model=NFNet-F0,data=there')
+    config.batch_size = 3
+    assert not experiment.take_adaptations(config)
+
+
+def test_a_large_folder_has_the_papers_batch(monkeypatch):
+    monkeypatch.setattr(finetune, 'open_source', lambda *args, **options: range(2048))
+    assert finetune.get_config('model=NFNet-F0,data=there').batch_size == 2048
+
+
+def test_six_steps_are_a_duration_like_any(weights, folder):
+    config = finetune.get_config(f'weights={weights},data={folder}')
+    config.duration = '6 steps'
+    setting = task.prepare(config)
+    assert (setting.log_every, setting.eval_every, setting.checkpoint_every) == (1, 1, 1)
