@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # For readers of types; `__getattr__` does the same when a name is used.
     from nfnets_jax.agc import adaptive_grad_clip, describe_clipping, unit_axes
+    from nfnets_jax.downloads import list_pretrained
     from nfnets_jax.models import (
         FixupResNet,
         NFNet,
@@ -37,6 +38,7 @@ __all__ = [
     'describe_clipping',
     'from_pretrained',
     'list_models',
+    'list_pretrained',
     'load_pretrained',
     'sam_value_and_grad',
     'unit_axes',
@@ -48,6 +50,7 @@ _HOME = {
     'unit_axes': 'agc',
     'sam_value_and_grad': 'sam',
     'from_pretrained': 'pretrained',
+    'list_pretrained': 'downloads',
     'load_pretrained': 'pretrained',
 }
 

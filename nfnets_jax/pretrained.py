@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnets_jax import augment, convert_timm, files, models, weight_files
+from nfnets_jax import augment, convert_timm, downloads, files, models, weight_files
 from nfnets_jax.errors import UsageError, first_line, nearest
 
 
@@ -108,7 +108,7 @@ def load_pretrained(
     directory of a training run.
 
     Args:
-      path: a file, or the workdir of a run.
+      path: a file, the workdir of a run, or a name in `list_pretrained()`, which is downloaded.
       model: name in `list_models()`, to be told if the weights are of another.
       checkpoint: of a run: 'latest', 'best' or a step.
       ema: of a run: the moving average of the parameters, where there is one.
@@ -121,7 +121,7 @@ def load_pretrained(
     """
     if model is not None:
         model = models.variant_info(model).name
-    path = files.expand(path)
+    path = downloads.locate(files.expand(path))
     if os.path.isdir(path):
         weights = _load_run(pathlib.Path(path), str(checkpoint), ema)
     else:
