@@ -12,14 +12,9 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
-<<<<<<< HEAD
 from experiments import studies, study, task, train_step, workdir, writers
 from experiments.config import ADDED_FIELDS
-from experiments.journal import MAX_ATTEMPTS, Journal
-=======
-from experiments import studies, study, task, train_step, writers
 from experiments.journal import MAX_ATTEMPTS, Journal, in_turn
->>>>>>> commands
 from experiments.report import reading, results
 from experiments.studies import default_study, make_trials
 from nfnets_jax.errors import UsageError
