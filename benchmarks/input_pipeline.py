@@ -179,7 +179,7 @@ def tf_data(paths, threads, randaugment=False, mix=False):
         begin, size, _ = tf.image.sample_distorted_bounding_box(
             tf.image.extract_jpeg_shape(encoded),
             tf.zeros([1, 0, 4]),
-            min_object_covered=0,
+            min_object_covered=0.1,
             aspect_ratio_range=(3 / 4, 4 / 3),
             area_range=(0.08, 1.0),
             max_attempts=10,

@@ -1,10 +1,10 @@
 """The data of a run: its splits, and how their images come to one size.
 
-Sources that hold encoded pictures of any size take three more options in `config.data`: image_size
+Sources that hold encoded images of any size take three more options in `config.data`: image_size
 and test_image_size, in pixels, and test_mode, the evaluation preprocessing. By default they are
-those the model is published with, see `models.Variant`. Training pictures are cropped at random.
-Where a source's pictures have one size (digits, arrays, CIFAR) they are left as they are, unless
-one of these options is given.
+those the model is published with, see `models.Variant`. Training images are cropped at random.
+Where a source's images have one size (digits, arrays, CIFAR) they are left as they are, unless both
+sizes are given; one of these options alone has to be the images' own size.
 """
 
 from collections.abc import Callable
@@ -77,12 +77,40 @@ def open_data(config: ConfigDict) -> Data:
         validation = sources.open_source(name, 'validation', **options)
     except MissingSplit:
         validation = None
-    return Data(train, validation, test, _pictures(train[0]['image'], given, config.model.name))
+    images = [s[0]['image'] for s in (train, validation, test) if s is not None]
+    pictures = _pictures(images, given, name, config.model.name)
+    return Data(train, validation, test, pictures)
 
 
-def _pictures(image: bytes | np.ndarray, given: dict[str, Any], model: str) -> Pictures:
-    """Returns how images like `image` come to the sizes that are given, or else the model's."""
-    if not (isinstance(image, bytes) or given):
+def _pictures(
+    images: list[bytes] | list[np.ndarray], given: dict[str, Any], source: str, model: str
+) -> Pictures:
+    """Returns how images come to the sizes that are given, or else to the model's.
+
+    Args:
+      images: the first of each split, that of training before the others.
+      given: options of `_OPTIONS`.
+      source, model: their names.
+
+    Raises:
+      UsageError: sizes that are none, or that would crop images of one size without being meant to.
+    """
+    image, *others = images
+    if not isinstance(image, bytes) and not {'image_size', 'test_image_size'} <= set(given):
+        size = image.shape[:2]
+        for key, value in given.items():
+            if key == 'test_mode' or size != (value, value):
+                raise UsageError(
+                    f'config.data.{key}={value!r}: the images of {source!r} are {size[1]}x{size[0]}'
+                    ' and left as they are; give image_size and test_image_size to crop them'
+                )
+        for other in others:
+            if other.shape != image.shape:
+                raise UsageError(
+                    f'the images of {source!r} are {size[1]}x{size[0]} to train on but '
+                    f'{other.shape[1]}x{other.shape[0]} in another split; make them one size, or '
+                    'give config.data.image_size and config.data.test_image_size'
+                )
         return Pictures(image.shape, image.shape[0], _AS_IT_IS)
     published = models.variant_info(model)
     size = _pixels('image_size', given.get('image_size', published.train_size))

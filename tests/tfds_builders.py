@@ -38,6 +38,10 @@ class ImagenetLike(TinyPictures):
     SPLITS = {'train': (0, 20), 'validation': (20, 24)}
 
 
+class ThreeSplits(TinyPictures):
+    SPLITS = {'train': (0, 10), 'validation': (10, 16), 'test': (16, 20)}
+
+
 class GreyPictures(TinyPictures):
     SHAPE = (4, 4, 1)
     SPLITS = {'train': (0, 20)}

@@ -10,16 +10,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from nfnets_jax.data.preprocessing import SUFFIXES, PictureError, is_image
-from nfnets_jax.data.splits import SPLITS, MissingSplit, check_split
+from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.files import expand
 
-# What the directory of a split may be called, in upper or lower case.
-SPLIT_NAMES = {
-    'train': ('train', 'training'),
-    'validation': ('val', 'valid', 'validation'),
-    'test': ('test', 'testing'),
-}
 # What file managers leave behind, besides names that begin with a dot.
 _HIDDEN = frozenset(('Thumbs.db', 'desktop.ini', '__MACOSX', '@eaDir'))
 

@@ -78,25 +78,32 @@ def random_crop(
     size: int,
     area: tuple[float, float] = (0.08, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    min_covered: float = 0.1,
 ) -> np.ndarray:
-    """Returns a random part of a picture at `size`, uint8 [size, size, 3]: the training crop.
+    """Returns a random part of an image at `size`, uint8 [size, size, 3]: the training crop.
 
-    Bicubic as OpenCV computes it (a = -3/4, no antialiasing), several times faster than `resize`.
-    Where the part of a JPEG is more than 2, 4 or 8 times too large, libjpeg decodes the picture at
-    that fraction of its size, which is both faster and free of aliasing.
+    The published one but for three things. It is resized bicubically as OpenCV does, with a = -3/4
+    instead of the -1/2 of TensorFlow and `resize`: that differs by 0.69 grey levels in the mean (of
+    600 crops of ImageNet at 224 pixels; at an edge by up to 24) and is not biased. The published
+    kernel as products of small matrices takes 0.39 ms an image more, of 1.09 in all. Where the part
+    of a JPEG is more than 2, 4 or 8 times too large, libjpeg decodes the image at that fraction of
+    its size, which is both faster and free of aliasing. And the result is rounded to uint8.
 
     Args:
-        area: range of the part's share of the picture.
+        area: range of the part's share of the image.
         aspect: range of the part's width / height.
+        min_covered: share of the image that has to be covered.
     """
 
     def draw_box(height, width):
-        return random_box(rng, height, width, area, aspect) or centre_box(height, width, size)
+        box = random_box(rng, height, width, area, aspect, min_covered)
+        # As published: the whole image means that none was found, even where it was drawn.
+        return box if box and box[2:] != (height, width) else centre_box(height, width, size)
 
     if isinstance(image, np.ndarray) or not _has_rgb_jpeg(image):
         pixels = decode(image)
         return _resized_part(pixels, draw_box(*pixels.shape[:2]), size)
-    # The part is chosen in the picture as stored: it tells how finely to decode, and only the small
+    # The part is chosen in the image as stored: it tells how finely to decode, and only the small
     # result has to be turned upright.
     box = draw_box(*simplejpeg.decode_jpeg_header(image)[:2])
     reduction = next((r for r in (8, 4, 2) if min(box[2:]) >= r * size), 1)
@@ -117,24 +124,35 @@ def random_box(
     width: int,
     area: tuple[float, float],
     aspect: tuple[float, float],
+    min_covered: float = 0.1,
     attempts: int = 10,
 ) -> tuple[int, int, int, int] | None:
-    """Returns (top, left, rows, columns) of a random part of a picture, or None if none fits.
+    """Returns (top, left, rows, columns) of a random part of an image, or None if none is found.
 
-    The distribution is that of TensorFlow's sample_distorted_bounding_box, which the published
-    networks were trained with: the aspect is uniform, then the height is uniform among those that
-    fit and have an area in range. Small parts are thus likelier than with a uniform area.
+    The distribution is that of TensorFlow's sample_distorted_bounding_box for a box that is the
+    whole image, which the published networks were trained with. The aspect is uniform, then the
+    height is uniform among those that fit and have an area in range, so that small parts are
+    likelier than with a uniform area. Parts that cover less than `min_covered` of the image are
+    drawn again. The last row and the last column where a part could begin are never drawn.
     """
     for _ in range(attempts):
         ratio = rng.uniform(*aspect)
         lowest, highest = (round((share * height * width / ratio) ** 0.5) for share in area)
         highest = min(highest, height, int((width + 0.5) / ratio))
+        if round(highest * ratio) > width:
+            highest -= 1
         rows = int(rng.integers(min(lowest, highest), highest + 1))
+        # Rounding may have led out of the range by one row.
+        if rows * round(rows * ratio) < area[0] * height * width:
+            rows += 1
+        if rows * round(rows * ratio) > area[1] * height * width:
+            rows -= 1
         columns = round(rows * ratio)
-        fits = 0 < rows <= height and 0 < columns <= width
-        if fits and area[0] <= rows * columns / (height * width) <= area[1]:
-            top = int(rng.integers(height - rows + 1))
-            left = int(rng.integers(width - columns + 1))
+        share = rows * columns / (height * width)
+        fits = 0 < rows <= height and 0 < columns <= width and area[0] <= share <= area[1]
+        if fits and share >= min_covered:
+            top = int(rng.integers(height - rows)) if rows < height else 0
+            left = int(rng.integers(width - columns)) if columns < width else 0
             return top, left, rows, columns
     return None
 

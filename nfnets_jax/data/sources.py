@@ -31,7 +31,7 @@ import numpy as np
 from nfnets_jax import files
 from nfnets_jax.data.folder import ImageFolder
 from nfnets_jax.data.preprocessing import resize
-from nfnets_jax.data.splits import check_split
+from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.data.tfds_source import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
 
@@ -148,6 +148,8 @@ class Digits(ArraySource):
         classes = list(classes)
         if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(10)):
             raise UsageError(f'data.classes={classes}: give digits from 0 to 9, none twice')
+        if len(classes) < 2:
+            raise UsageError(f'data.classes={classes}: give two digits or more to tell apart')
         if per_class is not None and per_class < 1:
             raise UsageError(f'data.per_class={per_class}: must be positive, or None for all')
         digits = load_digits()
@@ -157,6 +159,12 @@ class Digits(ArraySource):
             is_test[np.flatnonzero(labels == label)[4::5]] = True
         chosen = {'train': ~is_test, 'test': is_test}
         check_split('digits', split)
+        fewest = min(np.sum(chosen['train'] & (labels == digit)) for digit in classes)
+        if per_class is not None and per_class > fewest:
+            raise UsageError(
+                f'data.per_class={per_class}: one of these digits has {fewest} training images; '
+                'give no more, or None for all'
+            )
         first = per_class if split == 'train' else None
         index = np.sort(
             np.concatenate([np.flatnonzero(chosen[split] & (labels == d))[:first] for d in classes])
@@ -175,20 +183,34 @@ class Digits(ArraySource):
 class ArrayFile(ArraySource):
     """The arrays of an .npz file: train_images, train_labels, test_images and test_labels.
 
+    There may be validation_images and validation_labels, too. `SPLIT_NAMES` are the names that a
+    split may have; where there is val but no test, 'test' is val, and there is no 'validation'.
+
     Args:
-        split: 'train' or 'test'.
+        split: 'train', 'validation' or 'test'.
         path: the file; images are uint8 [N, H, W, 3], labels integers from 0. It may hold
-            class_names, too.
+            class_names, too. `left_out` names the arrays that are none of these.
+
+    Raises:
+        MissingSplit: 'validation' where there is none.
+        UsageError: anything but such a file.
     """
 
     def __init__(self, split: str, path: str):
-        check_split('arrays', split)
+        check_split('arrays', split, SPLITS)
         try:
             with np.load(files.expand(path), allow_pickle=False) as file:
-                images, labels = file[f'{split}_images'], file[f'{split}_labels']
+                found = _find_arrays(file.files)
+                if split == 'validation' and split not in found:
+                    raise MissingSplit(f'{path}: no split besides those to train and test on')
+                images, labels = (file[name] for name in found[split])
                 names = file.get('class_names')
                 if names is None:
-                    names = range(1 + max(file['train_labels'].max(), file['test_labels'].max()))
+                    names = range(1 + max(file[found[s][1]].max() for s in ('train', 'test')))
+                known = {'class_names', *(name for pair in found.values() for name in pair)}
+                others = {name: 1 for name in file.files if name not in known}
+        except MissingSplit:
+            raise
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             reason = ' '.join(str(error.args[-1] if error.args else error).split())
             raise UsageError(
@@ -198,6 +220,34 @@ class ArrayFile(ArraySource):
         super().__init__(
             images, labels, map(str, names), name=f'{path} ({split})', origin=str(path)
         )
+        self.left_out = others
+
+
+def _find_arrays(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Returns the names of the images and the labels of every split, 'train' and 'test' at least.
+
+    Raises:
+        KeyError: arrays are missing, or there are two of one kind.
+    """
+    held = f'it holds {", ".join(names) or "nothing"}'
+    found = {}
+    for split, like in SPLIT_NAMES.items():
+        pair = [
+            [name for name in names if name.lower() in {f'{each}_{kind}' for each in like}]
+            for kind in ('images', 'labels')
+        ]
+        if max(map(len, pair)) > 1:
+            raise KeyError(f'more than one split is called like {split}: {held}')
+        if any(pair):
+            if not all(pair):
+                raise KeyError(f'{like[0]}_{"labels" if pair[0] else "images"} are missing: {held}')
+            found[split] = (pair[0][0], pair[1][0])
+    if 'test' not in found and 'validation' in found:
+        found['test'] = found.pop('validation')
+    for split in ('train', 'test'):
+        if split not in found:
+            raise KeyError(f'{split}_images and {split}_labels are missing: {held}')
+    return found
 
 
 class Noise(ArraySource):
@@ -217,6 +267,10 @@ class Noise(ArraySource):
         for name, value in ('image_size', image_size), ('classes', classes), ('examples', examples):
             if value < 1:
                 raise UsageError(f'data.{name}={value}: must be positive')
+        if classes < 2:
+            raise UsageError(f'data.classes={classes}: give two or more to tell apart')
+        if examples < classes:
+            raise UsageError(f'data.examples={examples}: fewer than the {classes} classes')
         patterns = np.random.default_rng(0).uniform(64, 192, (classes, 4, 4, 3))
         cells = np.arange(image_size) * 4 // image_size
         labels = np.arange(examples) % classes
@@ -260,13 +314,14 @@ def open_source(name: str, split: str, **options):
 
     Args:
         name: a key of `SOURCES`.
-        split: 'train' or 'test'.
+        split: 'train', 'validation' or 'test'.
         **options: what that source takes, e.g. image_size for digits, path for a folder,
             dataset for tfds.
 
     Raises:
-        UsageError: unknown name, split or option, a value of the wrong type, or data that is not
-            there.
+        MissingSplit: a split that this source does not have; 'train' and 'test' every one has.
+        UsageError: unknown name or option, a value of the wrong type, data that are not there, or
+            examples of a single class.
     """
     parameters = source_options(name)
     for option, value in options.items():
@@ -281,7 +336,16 @@ def open_source(name: str, split: str, **options):
     for option, parameter in parameters.items():
         if parameter.default is parameter.empty and option not in options:
             raise UsageError(f'data.{option}: {name!r} needs it')
-    return SOURCES[name](split, **options)
+    source = SOURCES[name](split, **options)
+    used = source.class_names
+    if split == 'train' and isinstance(source, ArraySource):
+        used = tuple(source.class_names[label] for label in np.unique(source.labels))
+    if len(used) < 2:
+        raise UsageError(
+            f'{source.name}: one class only, {", ".join(map(repr, used))}: there is nothing to '
+            'tell apart'
+        )
+    return source
 
 
 def _is_of(kind: typing.Any, value: typing.Any) -> bool:

@@ -4,7 +4,13 @@ from collections.abc import Collection
 
 from nfnets_jax.errors import UsageError, nearest
 
-SPLITS = ('train', 'validation', 'test')
+# What the directory or the arrays of a split may be called, in upper or lower case.
+SPLIT_NAMES = {
+    'train': ('train', 'training'),
+    'validation': ('val', 'valid', 'validation'),
+    'test': ('test', 'testing'),
+}
+SPLITS = tuple(SPLIT_NAMES)
 
 
 class MissingSplit(UsageError):

@@ -5,7 +5,7 @@ import pathlib
 
 from nfnets_jax import files
 from nfnets_jax.data.preprocessing import PictureError, decode
-from nfnets_jax.data.splits import check_split
+from nfnets_jax.data.splits import SPLITS, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 
 # How the papers split ImageNet; the first 10,000 training pictures are for choosing.
@@ -27,14 +27,19 @@ class TfdsSource:
     encoded files.
 
     Args:
-        split: 'train' or 'test'.
+        split: 'train', 'validation' or 'test'.
         dataset: its name, e.g. 'cifar10' or 'imagenet2012'; with a config or version if need be
             ('cifar10_corrupted/fog_3', 'cifar10:3.0.2').
         data_dir: where the prepared data sets are.
-        train_split, test_split: which examples those are, as TFDS writes it ('train[:90%]',
-            'train[10000:]', 'train+test'); for imagenet2012 also 'TRAIN', 'VALID',
+        train_split, validation_split, test_split: which examples those are, as TFDS writes it
+            ('train[:90%]', 'train[10000:]', 'train+test'); for imagenet2012 also 'TRAIN', 'VALID',
             'TRAIN_AND_VALID' and 'TEST'. By default for testing 'test', or 'validation' where
-            there is no test split or, as in ImageNet, none with labels.
+            there is no test split or, as in ImageNet, none with labels; for validation
+            'validation' where training is on 'train' and testing on 'test', else there is none.
+
+    Raises:
+        MissingSplit: 'validation' where there is none.
+        UsageError: data that are not there, not prepared or damaged, or examples that are none.
     """
 
     def __init__(
@@ -43,13 +48,20 @@ class TfdsSource:
         dataset: str,
         data_dir: str = DEFAULT_DATA_DIR,
         train_split: str = 'train',
+        validation_split: str = '',
         test_split: str = '',
     ):
-        splits = {'train': train_split, 'test': test_split}
-        check_split('tfds', split, splits)
+        check_split('tfds', split, SPLITS)
         builder = open_builder(dataset, data_dir)
         self._image, self._label = _image_and_label(builder.info)
-        expression = splits[split] or _default_test_split(builder.info)
+        test_split = test_split or _default_test_split(builder.info)
+        if not validation_split and (train_split, test_split) == ('train', 'test'):
+            validation_split = 'validation' if 'validation' in builder.info.splits else ''
+        expression = {'train': train_split, 'validation': validation_split, 'test': test_split}[
+            split
+        ]
+        if split == 'validation' and not expression:
+            raise MissingSplit(f'{dataset}: no split besides those to train and test on')
         self.name, self.origin, self.left_out = f'{dataset}/{expression}', str(builder.data_dir), {}
         self.class_names = tuple(builder.info.features[self._label].names)
         self._full_name = builder.info.full_name

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from nfnets_jax.data.sources import ArraySource, Digits, identify, open_source
+from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 from tests.data.test_folder import make_folder
 
@@ -28,7 +29,15 @@ def test_digits_may_be_fewer():
 
 
 @pytest.mark.parametrize(
-    'options', [{'classes': ()}, {'classes': (1, 1)}, {'classes': (10,)}, {'per_class': 0}]
+    'options',
+    [
+        {'classes': ()},
+        {'classes': (1, 1)},
+        {'classes': (10,)},
+        {'classes': (3,)},
+        {'per_class': 0},
+        {'per_class': 141},  # there are 140 eights
+    ],
 )
 def test_digits_that_are_not_there_are_named(options):
     with pytest.raises(UsageError, match=f'data.{next(iter(options))}='):
@@ -46,13 +55,49 @@ def test_arrays_may_come_from_a_file(tmp_path):
     assert train.class_names == test.class_names
 
     np.savez(path, **arrays)
-    with pytest.raises(UsageError, match=r'pictures.npz.*train_labels'):
+    with pytest.raises(UsageError, match=r'pictures.npz.*train_labels are missing: it holds'):
         open_source('arrays', 'train', path=str(path))
     path.write_text('no archive')
     with pytest.raises(UsageError, match=r'not an \.npz file'):
         open_source('arrays', 'train', path=str(path))
     with pytest.raises(UsageError, match=r'No such file'):
         open_source('arrays', 'train', path=str(tmp_path / 'other.npz'))
+
+
+def test_an_array_file_may_have_a_validation_split(tmp_path):
+    images = np.arange(6 * 4 * 4 * 3, dtype=np.uint8).reshape(6, 4, 4, 3)
+    parts = {'Train': slice(0, 3), 'val': slice(3, 5), 'test': slice(5, 6)}
+    arrays = {f'{name}_images': images[part] for name, part in parts.items()}
+    arrays |= {f'{name}_labels': np.arange(6)[part] % 3 for name, part in parts.items()}
+
+    def opened(split, **more):
+        np.savez(tmp_path / 'a.npz', **arrays, **more)
+        return open_source('arrays', split, path=str(tmp_path / 'a.npz'))
+
+    assert [len(opened(split)) for split in ('train', 'validation', 'test')] == [3, 2, 1]
+    assert opened('train').left_out == {}
+    assert opened('train', x_train=images).left_out == {'x_train': 1}
+    with pytest.raises(UsageError, match='more than one split is called like validation'):
+        opened('train', valid_images=images)
+    del arrays['test_images']
+    with pytest.raises(UsageError, match='test_images are missing: it holds Train_images'):
+        opened('test')
+    del arrays['test_labels']
+    assert len(opened('test')) == 2
+    with pytest.raises(MissingSplit):
+        opened('validation')
+    with pytest.raises(MissingSplit, match='digits has no split'):
+        open_source('digits', 'validation')
+
+
+@pytest.mark.parametrize('labels', [[1, 1], [0, 0]])
+def test_arrays_of_a_single_class_are_refused(tmp_path, labels):
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    path = str(tmp_path / 'a.npz')
+    splits = {'train_images': images, 'test_images': images, 'test_labels': [0, 1]}
+    np.savez(path, train_labels=labels, **splits)
+    with pytest.raises(UsageError, match=rf"one class only, '{labels[0]}': there is nothing"):
+        open_source('arrays', 'train', path=path)
 
 
 def test_digits_keep_their_picture_when_enlarged():
@@ -106,6 +151,8 @@ def test_open_source(tmp_path):
         (('digits', 'train'), {'image_size': '8'}, r"data\.image_size='8': must be of type int"),
         (('digits', 'train'), {'per_class': 2.0}, r'per_class=2\.0: must be of type int \| None'),
         (('digits', 'train'), {'classes': (1, True)}, r'must be of type Sequence\[int\]'),
+        (('noise', 'train'), {'classes': 1}, r'data\.classes=1: give two or more'),
+        (('noise', 'train'), {'examples': 9}, r'data\.examples=9: fewer than the 10 classes'),
         (('noise', 'train'), {'examples': False}, r'data\.examples=False: must be of type int'),
         (('folder', 'train'), {'path': 3}, r'data\.path=3: must be of type str \| os\.PathLike'),
         (('folder', 'train'), {}, r"data\.path: 'folder' needs it"),

@@ -9,6 +9,7 @@ from experiments import prepare_data
 from nfnets_jax.data import tfds_source
 from nfnets_jax.data.preprocessing import decode
 from nfnets_jax.data.sources import identify, open_source
+from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 from tests.tfds_builders import open_prepared
 
@@ -18,6 +19,7 @@ def prepared(tmp_path_factory):
     data_dir = str(tmp_path_factory.mktemp('tfds'))
     prepare_data.prepare('tiny_pictures', data_dir)
     prepare_data.prepare('imagenet_like', data_dir)
+    prepare_data.prepare('three_splits', data_dir)
     return data_dir
 
 
@@ -51,6 +53,21 @@ def test_split_expressions(prepared):
     assert values(open_tiny(prepared, 'test', test_split='train[:25%]')) == whole[:5]
     both = open_tiny(prepared, train_split='train+test')
     assert sorted(values(both)) == list(range(26))
+
+
+def test_a_validation_split_is_one_that_is_used_for_nothing_else(prepared):
+    def opened(split='validation', **options):
+        return values(open_prepared('three_splits', prepared, split, **options))
+
+    assert sorted(opened()) == list(range(10, 16))
+    assert sorted(opened('test')) == list(range(16, 20))
+    assert opened(validation_split='train[:3]') == opened('train')[:3]
+    for used in ({'test_split': 'validation'}, {'train_split': 'train+validation'}):
+        with pytest.raises(MissingSplit):
+            opened(**used)
+    for open_other in (open_tiny, open_imagenet_like):  # the validation split of one is its test
+        with pytest.raises(MissingSplit):
+            open_other(prepared, 'validation')
 
 
 @pytest.mark.parametrize(

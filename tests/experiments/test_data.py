@@ -39,6 +39,51 @@ def test_pictures_of_one_size_are_cropped_if_a_size_is_given(tiny):
     assert pictures.test_transform(test[0]['image'], None).shape == (10, 10, 3)
 
 
+@pytest.mark.parametrize(
+    ('options', 'match'),
+    [
+        ({'image_size': 6}, r"data\.image_size=6: the images of 'tfds' are 8x8 and left as they"),
+        ({'test_image_size': 16}, r'data\.test_image_size=16: the images'),
+        ({'test_mode': 'resize_crop_32'}, r"data\.test_mode='resize_crop_32': the images"),
+        ({'image_size': 8, 'test_mode': 'crop_resize'}, r"data\.test_mode='crop_resize': the im"),
+    ],
+)
+def test_images_of_one_size_are_not_cropped_by_a_single_option(tiny, options, match):
+    with pytest.raises(UsageError, match=match):
+        open_data(config_of(**tiny, **options))
+
+
+def test_the_size_that_images_have_leaves_them_as_they_are(tiny):
+    pictures = open_data(config_of(**tiny, image_size=8)).pictures
+    assert pictures == open_data(config_of(**tiny)).pictures
+
+
+def arrays(path, test_size=8, **more):
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    labels = np.arange(4) % 2
+    test = np.zeros((4, test_size, test_size, 3), np.uint8)
+    splits = {'train_images': images, 'train_labels': labels}
+    np.savez(path, **splits, test_images=test, test_labels=labels, **more)
+    return {'name': 'arrays', 'path': str(path)}
+
+
+def test_arrays_of_two_sizes_are_refused(tmp_path):
+    options = arrays(tmp_path / 'a.npz', test_size=6)
+    with pytest.raises(UsageError, match=r"'arrays' are 8x8 to train on but 6x6 in another split"):
+        open_data(config_of(**options))
+    assert open_data(config_of(**options, image_size=6, test_image_size=6)).pictures.test_size == 6
+
+
+def test_a_validation_split_is_there_or_none(tmp_path):
+    options = arrays(tmp_path / 'a.npz')
+    assert open_data(config_of(**options)).validation is None
+    images, labels = np.zeros((3, 8, 8, 3), np.uint8), [0, 1, 0]
+    options = arrays(tmp_path / 'a.npz', val_images=images, val_labels=labels)
+    data = open_data(config_of(**options))
+    assert [len(source) for source in data[:3]] == [4, 3, 4]
+    assert data.validation.origin == options['path']
+
+
 @pytest.fixture
 def folder(tmp_path):
     for name in ('ant', 'bee'):
