@@ -12,6 +12,7 @@ one whose process was killed; the next worker takes it up again.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -58,6 +59,18 @@ class Record(NamedTuple):
     @property
     def ended(self) -> bool:
         return self.state in _ENDS
+
+
+def in_turn(records: Iterable[Record]) -> list[Record]:
+    """Returns trials in the order in which they share a budget, those that have ended among them.
+
+    One of each arm, then the next of each arm; in an arm one seed before the next.
+    """
+    arms: dict[Any, list[Record]] = {}
+    for record in sorted(records, key=lambda r: (r.axes.get('seed', 0), r.number)):
+        arms.setdefault(record.axes.get('arm'), []).append(record)
+    rounds = itertools.zip_longest(*arms.values())
+    return [record for turn in rounds for record in turn if record is not None]
 
 
 class Journal:
@@ -186,7 +199,9 @@ class Journal:
         latest = {trial.user_attrs['id']: trial for trial in frozen}
         return [self._record(trial) for trial in latest.values()]
 
-    def claim(self, ids: Iterable[str], program: str | None) -> Record | None:
+    def claim(
+        self, ids: Iterable[str], program: str | None, budget: int | None = None
+    ) -> Record | None:
         """Takes a trial that nobody is at; `end` or `leave` gives it back.
 
         Preferred is one that runs `program`, then one whose program nobody runs.
@@ -194,6 +209,8 @@ class Journal:
         Args:
           ids: of the trials to choose from.
           program: what this worker has compiled.
+          budget: how many trials the worker may still take; it chooses from the first so many of
+            `in_turn`.
 
         Returns:
           None if all are ended or taken.
@@ -201,9 +218,9 @@ class Journal:
         ids = set(ids)
         with self.exclusive():
             while True:
-                open_trials = [r for r in self.records() if not r.ended and r.id in ids]
-                busy = {r.program for r in open_trials if r.state == 'running'}
-                free = [r for r in open_trials if r.state == 'pending']
+                known = [r for r in self.records() if r.id in ids]
+                busy = {r.program for r in known if r.state == 'running'}
+                free = [r for r in in_turn(known) if r.state == 'pending'][:budget]
                 if not free:
                     return None
                 record = min(

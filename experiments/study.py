@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from experiments import cli, data_record, measurements, peers, studies, task, workdir
 from experiments import config as experiment
-from experiments.journal import Journal, Record
+from experiments.journal import Journal, Record, in_turn
 from experiments.study_format import SUMMARY_FILE
 from experiments.train import DivergedError, train
 from nfnets_jax import files, optimizers
@@ -67,7 +67,7 @@ def run_study(
       study: as in `studies.default_study`.
       directory: where the study is kept.
       jobs: worker processes; with 1 this one does the work.
-      max_trials: how many to begin at most, in this call.
+      max_trials: how many to begin at most, in this call; arms take turns.
       retry: whether to do once more what failed.
       command: what the user typed, to be told in study.json.
 
@@ -89,7 +89,7 @@ def run_study(
     if command:
         journal.remember('commands', command)
     write_summary(study, journal)
-    course = _Course(journal, [trial.id for trial in trials], jobs)
+    course = _Course(journal, [trial.id for trial in trials], jobs, max_trials)
     course.begin(study, len({trial.program for trial in trials}))
     lost: list[int] = []
     try:
@@ -140,7 +140,7 @@ def work(
     compiled = measurements.Compiled()
     program, done = None, 0
     while max_trials is None or done < max_trials:
-        record = journal.claim(trials, program)
+        record = journal.claim(trials, program, max_trials and max_trials - done)
         if record is None:
             return
         if record.program != program:
@@ -375,18 +375,21 @@ class _Course:
       journal: of the study, where the trials of all workers are seen.
       ids: of the trials that count.
       jobs: how many workers of this call share what is left.
+      max_trials: how many trials of those that are left they begin.
     """
 
-    def __init__(self, journal: Journal, ids: Iterable[str], jobs: int):
+    def __init__(self, journal: Journal, ids: Iterable[str], jobs: int, max_trials: int | None):
         self._journal, self._ids, self._jobs = journal, set(ids), jobs
         self._told = {record.id for record in self._records() if record.ended}
+        self._last = None if max_trials is None else len(self._told) + max_trials
         self._begun = time.monotonic()
         self._bar = None
 
     def begin(self, study: ConfigDict, programs: int) -> None:
         before = f', {len(self._told)} of them done' if self._told else ''
         cost = f'; {study.cost}' if study.cost else ''
-        trials = f'{len(self._ids)} trials with {programs} compiled programs{before}{cost}'
+        now = '' if self._last is None else f', {self._last - len(self._told)} more at most now'
+        trials = f'{len(self._ids)} trials with {programs} compiled programs{before}{now}{cost}'
         print(f'{study.name} ({study.size}): {trials}', file=sys.stderr, flush=True)
         self._metric = study.metric
         if sys.stderr.isatty():
@@ -436,7 +439,10 @@ class _Course:
             return ''
         known = {program: statistics.median(seconds) for program, seconds in took.items()}
         typical = statistics.mean(known.values())
-        left = sum(known.get(r.program, typical) for r in records if not r.ended) / self._jobs
+        coming = [record for record in in_turn(records) if not record.ended]
+        if self._last is not None:
+            coming = coming[: max(0, self._last - len(self._told))]
+        left = sum(known.get(record.program, typical) for record in coming) / self._jobs
         return f', {tqdm.format_interval(left)} left' if left else ''
 
     def _say(self, line: str, left: str) -> None:

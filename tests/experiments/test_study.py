@@ -1,4 +1,5 @@
 import collections
+import importlib
 import io
 import json
 import os
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from experiments import studies, study, task, train_step, workdir, writers
 from experiments.config import ADDED_FIELDS
-from experiments.journal import MAX_ATTEMPTS, Journal
+from experiments.journal import MAX_ATTEMPTS, Journal, in_turn
 from experiments.report import reading, results
 from experiments.studies import default_study, make_trials
 from nfnets_jax.errors import UsageError
@@ -521,3 +522,45 @@ def test_a_killed_study_continues_its_runs(command, tmp_path):
     assert set(states(tmp_path / 's').values()) == {'complete'}
     after = writers.read_metrics(tmp_path / 's' / 'trials' / id)
     assert after[:2] == before[:2]
+
+
+def test_arms_share_a_budget(journal):
+    journal, trials = journal
+    journal.add(trials, [{}] * 4, {})
+    ids = [trial.id for trial in trials]
+    taken = []
+    for done in range(3):
+        record = journal.claim(ids, 'a', budget=3 - done)
+        journal.end(record, 'complete', seconds=1.0, value=0.5)
+        taken.append(record.id)
+    assert sorted(taken) == ['a0', 'a1', 'b0'], 'not a0, a1 and then b0 only if there is time'
+    assert [r.id for r in in_turn(journal.records())] == ['a0', 'b0', 'a1', 'b1']
+    assert journal.claim(ids, 'a', budget=1).id == 'b1', 'the next of the turn'
+
+
+def test_a_budget_goes_to_one_seed_of_each_arm_first(tmp_path):
+    config = importlib.import_module('configs.studies.sam').get_config('digits')
+    trials = make_trials(config)
+    journal = study.open_journal(config, tmp_path)
+    journal.add(trials, [{}] * len(trials), {})
+    first = in_turn(journal.records())[:15]
+    assert {r.axes['seed'] for r in first} == {0}
+    for n in (5, 10, 15):
+        arms = collections.Counter(r.axes['arm'] for r in first[:n])
+        assert set(arms.values()) == {n // 5}
+    assert len({(r.axes['arm'], r.axes['learning_rate']) for r in first}) == 15
+
+
+def test_the_time_left_is_that_of_the_trials_that_will_run(journal, capsys):
+    journal, trials = journal
+    journal.add(trials, [{}] * 4, {})
+    course = study._Course(journal, [trial.id for trial in trials], 1, max_trials=2)
+    course.begin(ConfigDict({'name': 'n', 'size': 's', 'cost': '', 'metric': 'm'}), 2)
+    assert '4 trials with 2 compiled programs, 2 more at most now' in capsys.readouterr().err
+    for i in range(2):
+        record = journal.claim([t.id for t in trials], None, budget=2 - i)
+        journal.end(record, 'complete', seconds=100.0, value=0.5, metrics={'m': 0.5})
+        course.update()
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].endswith('(100.0 s), 01:40 left'), 'of one trial, not of three'
+    assert told[1].endswith('(100.0 s)')
