@@ -65,8 +65,9 @@ def on_loss(action: Callable[[], None]) -> Iterator[None]:
 
 def open_stream(descriptor: int, *, like: TextIO) -> TextIO:
     """Returns a text stream on a file descriptor, with the encoding and buffering of another."""
+    raw = _Descriptor(descriptor)
     return io.TextIOWrapper(
-        io.BufferedWriter(_Descriptor(descriptor)),
+        raw if like.write_through else io.BufferedWriter(raw),  # With PYTHONUNBUFFERED no buffer.
         encoding=like.encoding,
         errors=_ERRORS,
         line_buffering=like.line_buffering,
@@ -81,13 +82,17 @@ class _Descriptor(io.FileIO):
         super().__init__(descriptor, 'wb', closefd=False)
 
     def write(self, data) -> int:
+        rest = memoryview(data).cast('B')
         try:
-            while (written := super().write(data)) is None:
-                select.select([], [self], [])  # It does not block; somebody shares it who set so.
-            return written
+            while rest:
+                written = super().write(rest)
+                if written is None:  # It does not block: somebody who shares it has set so.
+                    select.select([], [self], [])
+                else:
+                    rest = rest[written:]
         except OSError as error:
             _lose(self.fileno(), error)
-            return len(data)
+        return len(data)
 
 
 def _lose(descriptor: int, error: OSError) -> None:

@@ -1,7 +1,17 @@
-"""Every test sees four fake CPU devices, and compiled programs are kept between runs."""
+"""Every test sees four fake CPU devices, and compiled programs are kept between runs.
 
+Tests may be started by a job that ignores signals (`nohup make test &`), and leave no process
+behind.
+"""
+
+import ctypes
 import os
 import pathlib
+import signal
+import sys
+import time
+
+import pytest
 
 os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
@@ -11,3 +21,51 @@ os.environ.setdefault(
     'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parent.parent / '.cache' / 'jax')
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        # The tests go on ignoring it, but what they start does not inherit a handler of Python.
+        signal.signal(_number, lambda number, frame: None)
+
+if sys.platform == 'linux':
+    _PR_SET_CHILD_SUBREAPER = 36  # What a child leaves behind becomes ours, and is found.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def running_children() -> dict[int, str]:
+    """Returns {process ID: command line} of this process's children; {} where Linux does not say.
+
+    Python's own helper of multiprocessing, which lives as long as its parent, is left out.
+    """
+    children = {}
+    for file in pathlib.Path('/proc/self/task').glob('*/children'):
+        try:
+            numbers = file.read_text().split()
+        except OSError:  # The thread has ended.
+            continue
+        for number in numbers:
+            process = pathlib.Path('/proc', number)
+            try:
+                state = (process / 'stat').read_text().rpartition(')')[2].split()[0]
+                command = (process / 'cmdline').read_text(errors='replace').replace('\0', ' ')
+            except OSError:
+                continue
+            if state != 'Z' and 'multiprocessing.resource_tracker' not in command:
+                children[int(number)] = command
+    return children
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left():
+    """Kills what a test has started and left running, and fails the test."""
+    before = running_children()
+    yield
+    left = {}
+    grace = time.monotonic() + 5  # for what is about to end, like a notebook's kernel
+    while new := {k: v for k, v in running_children().items() if k not in before}:
+        if time.monotonic() > grace:
+            left |= new
+            for process in new:
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.05)
+    assert not left, f'still running: {left}'

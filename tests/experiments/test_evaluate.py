@@ -130,7 +130,7 @@ def test_watching_ends_with_ctrl_c_in_one_line(command, tmp_path):
     process = command('evaluate', f'--workdir={tmp_path}/none', '--watch')
     assert process.stderr.readline() == f'waiting for a run in {tmp_path}/none\n'
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (130, '', 'interrupted\n')
 
 

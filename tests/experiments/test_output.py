@@ -131,3 +131,13 @@ def test_a_block_that_must_save_is_asked_once_and_left_in_peace():
     process.stdout = None
     assert process.communicate()[1] == b'asked saved '
     assert process.returncode == output.READER_GONE
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_a_line_on_the_standard_error_is_there_at_once(unbuffered):
+    program = PROGRAM + '    sys.stdin.read()\n'
+    environment = {**os.environ, 'PYTHONUNBUFFERED': unbuffered}
+    process = start(program=program, stdin=subprocess.PIPE, env=environment)
+    assert process.stderr.readline() == b'x\n'
+    assert process.stdout.readline() == b'x\n'
+    process.communicate()

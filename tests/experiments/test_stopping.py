@@ -2,8 +2,9 @@ import os
 import signal
 
 import numpy as np
+import pytest
 
-from experiments import stopping
+from experiments import output, stopping
 from nfnets_jax import parallel
 
 
@@ -33,3 +34,36 @@ def test_the_first_signal_asks_and_the_second_has_its_usual_effect():
         assert requests.flag() is not no
         assert signal.getsignal(signal.SIGTERM) == usual
     assert signal.getsignal(signal.SIGINT) == interrupt
+
+
+def test_a_closed_terminal_asks_too():
+    with stopping.on_signals() as requests:
+        no = requests.flag()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert requests.flag() is not no
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
+def test_a_job_started_to_ignore_a_signal_goes_on_ignoring_it(number):
+    usual = signal.signal(number, signal.SIG_IGN)
+    try:
+        with stopping.on_signals() as requests:
+            no = requests.flag()
+            os.kill(os.getpid(), number)
+            assert requests.flag() is no
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert requests.flag() is not no
+    finally:
+        signal.signal(number, usual)
+
+
+def test_output_that_is_lost_asks_too(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(output, '_exit_status', None)
+    stream = output.open_stream(writing, like=open(os.devnull, 'w'))  # noqa: SIM115
+    with stopping.on_signals() as requests:
+        no = requests.flag()
+        print('nobody reads this', file=stream, flush=True)
+        assert requests.flag() is not no
+    os.close(writing)
