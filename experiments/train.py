@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import haiku as hk
 import jax
 import numpy as np
 from absl import flags
@@ -52,7 +53,7 @@ from experiments.task import (
     score,
 )
 from experiments.trace import Trace
-from experiments.train_step import Programs, compile_programs
+from experiments.train_step import Programs, compile_programs, computed_per_device
 from nfnets_jax import files, parallel, pretrained
 from nfnets_jax.checkpoints import Checkpoints, DamagedCheckpointError
 from nfnets_jax.data import pipeline, resident
@@ -133,7 +134,7 @@ def train(
         if newest:
             say(
                 f'resuming {path} at step {start_step:,} of {task.total_steps:,}'
-                f'{_other_devices(checkpoints.note(start_step))}'
+                f'{_other_devices(task, like.state, checkpoints.note(start_step))}'
             )
         else:
             say(f'run: {path}')
@@ -355,12 +356,22 @@ def _assert_finite(sums: window.Window, checkpoints: Checkpoints) -> None:
     )
 
 
-def _other_devices(then: str | None) -> str:
-    """Says so where a run goes on with other devices than those it was saved with."""
+def _other_devices(task: Task, model_state: hk.State, then: str | None) -> str:
+    """Says so where a run goes on with other devices than those it was saved with.
+
+    Args:
+      task: what is trained.
+      model_state: of the network, or its shapes.
+      then: `parallel.describe_devices` of the process that saved.
+    """
     now = parallel.describe_devices()
-    if then in (None, now):
+    if then is None or then == now:
         return ''
-    return f', with {now} instead of {then}: the same batches, equal up to rounding'
+    line = f', with {now} instead of {then}: the same batches, equal up to rounding'
+    local = computed_per_device(task, model_state)
+    if local and now.split()[0] != then.split()[0]:
+        line += f', except for what each device computes by itself: {", ".join(local)}'
+    return line
 
 
 def _say(line: str) -> None:

@@ -1,8 +1,8 @@
-"""What one training step computes, on every device: from a batch of pictures to new parameters.
+"""What one training step computes, on every device: from a batch of images to new parameters.
 
 Augmentation, forward and backward pass on each device -> mean gradient -> clip, decay, momentum ->
-parameters -> their moving average. All randomness is a function of (seed, step, position in the
-batch).
+parameters -> their moving average. Frozen parameters go into the forward pass and nowhere else.
+All randomness is a function of (seed, step, position in the batch).
 """
 
 import functools
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from experiments import window
 from experiments.task import Task, TrainState, make_eval_step, make_init
-from nfnets_jax import augment, optimizers, parallel
+from nfnets_jax import augment, models, optimizers, parallel
 from nfnets_jax.data import resident
 from nfnets_jax.sam import sam_value_and_grad
 
@@ -182,6 +182,29 @@ def _mean_over_devices(gradients, state: hk.State, metrics: dict, dtype: str):
     low, floats, metrics = jax.lax.pmean((low, floats, metrics), parallel.AXIS)
     gradients = jax.tree.map(lambda x, like: x.astype(like.dtype), low, gradients)
     return gradients, hk.data_structures.merge(floats, counters), metrics
+
+
+def computed_per_device(task: Task, model_state: hk.State) -> list[str]:
+    """Names what depends on which examples share a device, and so on the number of devices.
+
+    Args:
+      task: what is trained.
+      model_state: of the network, or its shapes; empty without batch norm.
+    """
+    options = task.config.model
+    published = models.variant_info(options.name)
+
+    def rate(option: str) -> float:
+        given = options.get(option)
+        return getattr(published, option) if given is None else given
+
+    holds = {
+        'the ascent of SAM': task.config.sam.rho > 0,
+        'the statistics of batch norm': model_state and not options.get('cross_replica_axis'),
+        'dropout': rate('drop_rate') > 0,
+        'stochastic depth': rate('stochdepth_rate') > 0,
+    }
+    return [name for name, held in holds.items() if held]
 
 
 class Programs(NamedTuple):

@@ -75,7 +75,7 @@ def parallelise(
     def traced_once(replicated, batch):
         nonlocal traces
         traces += 1
-        if traces > 1:
+        if traces > 1 and not jax.config.jax_disable_jit:  # Without jit each call comes here.
             shapes = jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', batch)
             raise RuntimeError(f'{step.__name__} would be compiled again, for a batch of {shapes}')
         return step(replicated, batch)

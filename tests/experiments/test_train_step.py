@@ -1,4 +1,9 @@
+import functools
+import itertools
+import pathlib
 import re
+import shutil
+import tarfile
 
 import chex
 import jax
@@ -6,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.finetune import head_only
 from experiments import window
-from experiments.task import init_state, prepare
+from experiments.task import init_state, make_eval_step, prepare
 from experiments.train import train
-from experiments.train_step import compile_programs, make_train_step
-from nfnets_jax import parallel
+from experiments.train_step import compile_programs, computed_per_device, make_train_step
+from nfnets_jax import augment, optimizers, parallel
 from tests.experiments.conftest import ONE_BLOCK, tiny_config
+from tests.experiments.test_train import final_state
 
 ROWS = 64
 
@@ -145,3 +152,269 @@ def test_runs_that_differ_in_numbers_share_their_programs(tiny, tmp_path):
 
     compile_programs(prepare(tiny(duration=2, ema=0.9)), programs)
     assert len(programs) == 2
+
+
+FREEZE = {
+    'nothing': optimizers.PUBLISHED_GROUPS,
+    'body': head_only(),
+    'stem': ({'match': '.*/initial_conv/.*', 'freeze': True}, *optimizers.PUBLISHED_GROUPS),
+}
+# With these the update is the gradient. A smooth activation: at the kink of a ReLU float32 and
+# float64 may go different ways.
+PLAIN_SGD = {
+    'model__activation': 'silu',
+    'augment__shift': 0,
+    'ema': 0.0,
+    'optimizer__learning_rate': 1.0,
+    'optimizer__scale_lr_by_batch': False,
+    'optimizer__schedule__name': 'constant',
+    'optimizer__momentum': 0.0,
+    'optimizer__weight_decay': 0.0,
+    'optimizer__clip__name': 'none',
+}
+RHO, ASCENT = 0.5, 0.45  # of 64 and 16 rows: 29 and 8, which parts of 16 and 4 divide and do not
+
+
+@pytest.fixture
+def few_devices(monkeypatch):
+    """A function that leaves the first `count` of the test's devices."""
+
+    def leave(count):
+        local = jax.local_devices()[:count]
+        monkeypatch.setattr(jax, 'local_devices', lambda: local)
+        for name in ('device_count', 'local_device_count'):
+            monkeypatch.setattr(jax, name, lambda: count)
+
+    return leave
+
+
+@functools.cache
+def reference_gradient(freeze, rho, devices):
+    """Returns the gradient over the trained parameters in float64, by module and name.
+
+    One device computes it of the whole batch; for SAM it climbs by each share of it in turn.
+    """
+    task = prepare(tiny_config(optimizer__groups=FREEZE[freeze], **PLAIN_SGD))
+    params = jax.device_get(init_state(task).params)
+    rows = jax.device_get(batch())
+    images = rows['image'].reshape(devices, ROWS // devices, 8, 8, 3).astype(np.float64)
+    images = (images - augment.IMAGENET_MEAN) / augment.IMAGENET_STD
+    labels = rows['label'].reshape(devices, -1)
+    rest = {
+        module: {k: v for k, v in leaves.items() if task.optimizer.groups[f'{module}/{k}'].freeze}
+        for module, leaves in params.items()
+    }
+    trained = {
+        module: {k: v.astype(np.float64) for k, v in leaves.items() if k not in rest[module]}
+        for module, leaves in params.items()
+    }
+
+    def loss(trained, images, labels):
+        whole = {module: {**rest[module], **trained[module]} for module in params}
+        outputs, _ = task.model.apply(whole, {}, None, images, True)
+        chances = jax.nn.log_softmax(outputs['logits'].astype(jnp.float64))
+        return -jnp.mean(jnp.take_along_axis(chances, labels[:, None], axis=1))
+
+    with jax.enable_x64(True):
+        gradient = jax.jit(jax.grad(loss))
+        total = jax.tree.map(np.zeros_like, trained)
+        for images, labels in zip(images, labels, strict=True):  # noqa: B020, a device's share
+            top = trained
+            if rho:
+                some = -(-len(images) * 45 // 100)
+                ascent = jax.device_get(gradient(trained, images[:some], labels[:some]))
+                norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(ascent)))
+                top = jax.tree.map(lambda w, g, n=norm: w + rho * g / n, trained, ascent)
+            share = jax.device_get(gradient(top, images, labels))
+            total = jax.tree.map(lambda x, y: x + y / devices, total, share)
+    return total
+
+
+_QUICK = {('nothing', RHO, 4, 1), ('nothing', RHO, 4, 4), ('stem', RHO, 4, 4), ('body', 0.0, 4, 4)}
+
+
+@pytest.mark.parametrize(
+    ('freeze', 'rho', 'accumulate', 'devices'),
+    [
+        pytest.param(*case, marks=() if case in _QUICK else pytest.mark.slow)
+        for case in itertools.product(FREEZE, (0.0, RHO), (1, 4), (1, 4))
+    ],
+)
+def test_the_gradient_is_that_of_float64(freeze, rho, accumulate, devices, tiny, few_devices):
+    reference = reference_gradient(freeze, rho, devices)
+    few_devices(devices)
+    task = prepare(
+        tiny(
+            optimizer__groups=FREEZE[freeze],
+            accumulate=accumulate,
+            sam__rho=rho,
+            sam__ascent_fraction=ASCENT,
+            **PLAIN_SGD,
+        )
+    )
+    state = begin(task)
+    before = jax.device_get(state.params)
+    state, _ = make_train_step(task)(state, batch())
+    after, sums = jax.device_get((state.params, state.window))
+    gradient = jax.tree.map(lambda x, y: x.astype(np.float64) - y, before, after)
+    error, size = 0.0, 0.0
+    for module, leaves in gradient.items():
+        for name, leaf in leaves.items():
+            if name in reference[module]:
+                error += np.sum((leaf - reference[module][name]) ** 2)
+                size += np.sum(reference[module][name] ** 2)
+            else:
+                assert not leaf.any()
+    assert np.sqrt(error / size) < 5e-6
+    # What is logged is of the trained parameters, too.
+    assert sums['gradient_norm'] == pytest.approx(np.sqrt(size), rel=1e-5)
+
+
+def test_with_sam_the_number_of_devices_makes_a_difference():
+    """The gradient at four ascents of 16 examples is another than that at one of 64."""
+    one, other = (
+        jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+        for tree in (reference_gradient('nothing', RHO, 1), reference_gradient('nothing', RHO, 4))
+    )
+    assert jnp.linalg.norm(one - other) > 0.02 * jnp.linalg.norm(one)
+
+
+def operations(task):
+    """Returns the floating-point operations of the compiled step of a task."""
+    compiled = make_train_step(task).lower(begin(task), batch()).compile()
+    return compiled.cost_analysis()['flops'], compiled
+
+
+def test_frozen_parameters_cost_a_forward_pass_and_no_all_reduce(tiny):
+    model = {'name': 'NF-ResNet-8', 'widths': (8, 8), 'depths': (1, 1)}
+    (whole, _), (head, compiled) = (
+        operations(prepare(tiny(model=model, optimizer__groups=FREEZE[freeze])))
+        for freeze in ('nothing', 'body')
+    )
+    assert head < 0.45 * whole
+    (averaged,) = re.findall(r'= (.*) all-reduce\(', compiled.as_text())
+    assert averaged.count('f32[') == 2 + 3  # the head's w and b; loss, top-1, stop
+
+
+@pytest.mark.parametrize('skip_nonfinite', [0, 1])
+def test_a_frozen_parameter_whose_gradient_would_be_lost_does_not_matter(tiny, skip_nonfinite):
+    """The square root of a frozen 0 has no gradient, and none is taken."""
+    task = prepare(tiny(optimizer__groups=FREEZE['stem'], skip_nonfinite=skip_nonfinite))
+    stem = 'NF_ResNet/~/initial_conv'
+
+    def apply(params, *args):
+        outputs, state = task.model.apply(params, *args)
+        root = jnp.sum(jnp.sqrt(params[stem]['bias']))
+        return outputs | {'logits': outputs['logits'] + root}, state
+
+    state = begin(task)
+    assert not state.params[stem]['bias'].any()
+    state, _ = make_train_step(task._replace(model=task.model._replace(apply=apply)))(
+        state, batch()
+    )
+    assert window.nonfinite_steps(state.window) == 0
+    chex.assert_tree_all_finite(state.params)
+
+
+def test_the_average_of_frozen_parameters_is_the_parameters(tiny):
+    state = two_steps(
+        tiny(ema=0.9, optimizer__groups=FREEZE['body'], optimizer__schedule__name='constant')
+    )
+    head = 'NF_ResNet/~/linear'
+    average, params = (
+        {module: leaves for module, leaves in tree.items() if module != head}
+        for tree in (state.ema_params, state.params)
+    )
+    chex.assert_trees_all_equal(average, params)
+    assert np.any(state.ema_params[head]['b'] != state.params[head]['b'])
+
+
+def test_a_run_with_frozen_parameters_of_an_earlier_version_goes_on(tiny, tmp_path):
+    """Of 8 steps, saved at 4 and 8 when gradients were still taken of all parameters."""
+    stored = pathlib.Path(__file__).parents[1] / 'golden' / 'run-with-frozen-parameters.tar.gz'
+    with tarfile.open(stored) as archive:
+        archive.extractall(tmp_path, filter='data')
+    before = final_state(tmp_path)
+    assert before.step == 8
+    shutil.rmtree(tmp_path / 'checkpoints' / '8')
+    config = tiny(
+        duration='8 steps',
+        augment__shift=0,
+        eval__every='4 steps',
+        checkpoint__every='4 steps',
+        optimizer__groups=FREEZE['body'],
+    )
+    train(config, tmp_path, quiet=True)
+    after = final_state(tmp_path)
+    assert after.step == 8
+    for tree in ('params', 'ema_params', 'opt_state'):
+        chex.assert_trees_all_close(
+            getattr(after, tree), getattr(before, tree), rtol=1e-5, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize(
+    ('changes', 'named'),
+    [
+        ({}, []),
+        ({'sam__rho': 0.05}, ['the ascent of SAM']),
+        ({'model': {'name': 'ResNet-8', **ONE_BLOCK}}, ['the statistics of batch norm']),
+        ({'model': {'name': 'ResNet-8', 'cross_replica_axis': 'devices', **ONE_BLOCK}}, []),
+        ({'model__drop_rate': 0.1, 'model__stochdepth_rate': 0.1}, ['dropout', 'stochastic depth']),
+    ],
+)
+def test_what_depends_on_the_number_of_devices_is_known(tiny, changes, named):
+    task = prepare(tiny(**changes))
+    state = jax.eval_shape(lambda: init_state(task)).state
+    assert computed_per_device(task, state) == named
+
+
+MIXED = {
+    'augment__flip': True,
+    'augment__mixup': 0.2,
+    'augment__cutmix': 1.0,
+    'augment__erasing': 0.5,
+    'augment__label_smoothing': 0.1,
+}
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'augment__randaugment_layers': 2, 'accumulate': 2, 'skip_nonfinite': 1, **MIXED}
+        | {'sam__rho': 0.05, 'sam__ascent_fraction': 0.3},
+        {'augment__autoaugment': True, 'augment__mix_first': False, **MIXED},
+        {'optimizer__name': 'adam', 'optimizer__clip__name': 'global_norm'}
+        | {'optimizer__schedule__name': 'step', 'optimizer__schedule__warmup': '2 steps'},
+        {'optimizer__name': 'adamw', 'optimizer__clip__name': 'leaf_norm'}
+        | {'optimizer__groups': FREEZE['stem'], 'gradient_dtype': 'bfloat16'},
+        {'model': {'name': 'ResNet-8', **ONE_BLOCK}},
+        {'model': {'name': 'NF-ResNet-8', 'widths': (8,), 'depths': (7,)}}
+        | {'model__scan': True, 'model__remat': True},
+        {'model': {'name': 'NFNet-F0', 'width': 0.25, 'group_size': 8, 'depths': (1, 1, 1, 1)}}
+        | {'model__drop_rate': 0.2, 'model__stochdepth_rate': 0.1},
+    ],
+    ids=['randaugment', 'autoaugment', 'adam', 'adamw', 'batchnorm', 'scan', 'nfnet'],
+)
+def test_the_steps_trace_under_strict_promotion(tiny, changes, precision):
+    # Keys of a model that is given whole come after it.
+    task = prepare(tiny(precision=precision, **changes))
+    shapes = jax.eval_shape(batch)
+    with jax.numpy_dtype_promotion('strict'):
+        state = jax.eval_shape(lambda: init_state(task))
+        after, _ = jax.eval_shape(make_train_step(task), state, shapes)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        mask = jax.ShapeDtypeStruct(shapes['label'].shape, jnp.float32)
+        sums = jax.eval_shape(make_eval_step(task), state.variables(), shapes | {'mask': mask})
+    assert sums['test']['top1'].dtype == jnp.float32
+
+
+def test_a_state_has_the_same_dtypes_under_x64(tiny):
+    """Or a run could not go on without the flag, or with it."""
+    task = prepare(tiny(model={'name': 'ResNet-8', **ONE_BLOCK}, optimizer__name='adam'))
+    state = jax.eval_shape(lambda: init_state(task))
+    with jax.enable_x64(True):
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            jax.eval_shape(lambda: init_state(task)), state
+        )
