@@ -368,15 +368,17 @@ def _init_variables(
 
 
 def flops_per_image(task: Task) -> float:
-    """Returns the operations of a forward and a backward pass for one picture of the training set.
+    """Returns the operations of a forward and a backward pass for one image of the training set.
 
-    As is usual: two for each multiply-accumulate of convolutions and linear layers, three times,
-    for the gradients to activations and weights cost as much as the forward pass, each. What SAM
-    and recomputation do besides does not count.
+    As is usual: two for each multiply-accumulate of convolutions and linear layers. Gradients that
+    frozen parameters save do not count, nor does what SAM and recomputation do besides.
     """
     options = task.config.model.to_dict()
     cost = models.model_cost(options.pop('name'), len(task.train_source.class_names), **options)
-    return 3 * 2 * cost.macs(task.pictures.shape[0])
+    groups = task.optimizer.groups
+    trained = {name.rpartition('/')[0] for name, group in groups.items() if not group.freeze}
+    frozen = {module.name for module in cost.modules} - trained
+    return 2 * cost.training_macs(task.pictures.shape[0], frozen)
 
 
 def make_eval_step(task: Task) -> Callable:

@@ -1,8 +1,11 @@
 """How large a network is, from its shapes alone: nothing is computed."""
 
 import dataclasses
+import itertools
 import math
-from typing import Any, Literal
+import operator
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
 
 import haiku as hk
 import jax
@@ -16,42 +19,83 @@ from nfnets_jax.models.registry import create_model
 _TRACED_SIZE = 32
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Parameters, and multiply-accumulate operations to evaluate one picture.
+class ModuleCost(NamedTuple):
+    """Multiply-accumulate operations of one module by itself, without those inside it.
 
     Attributes:
-      parameters: trained numbers; running statistics are not among them.
-      conv_macs: of the convolutions on a picture of 32 x 32 pixels.
-      linear_macs: of the linear layers, those of channel attention included, on any picture.
+      name: of the module, as in the names of its parameters.
+      conv_macs: of a convolution on an image of 32 x 32 pixels.
+      linear_macs: of a linear layer, those of channel attention included, on any image.
     """
 
-    parameters: int
+    name: str
     conv_macs: int
     linear_macs: int
 
     def macs(self, size: int) -> float:
-        """Multiply-accumulates for a picture of size x size pixels, as the authors count them.
+        """Multiply-accumulates for an image of size x size pixels; see `Cost.macs`."""
+        return self.conv_macs * size**2 / _TRACED_SIZE**2 + self.linear_macs
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Parameters, and multiply-accumulate operations to evaluate or train on one image.
+
+    Attributes:
+      parameters: trained numbers; running statistics are not among them.
+      modules: in the order in which their outputs are ready.
+    """
+
+    parameters: int
+    modules: tuple[ModuleCost, ...]
+
+    def macs(self, size: int) -> float:
+        """Multiply-accumulates for an image of size x size pixels, as the authors count them.
 
         Convolutions count in proportion to the picture's area. Where a stride does not divide a
         feature map (NF-RegNets at 272 pixels, for one) that is a little less than what is done.
         Poolings, activations and weight standardisation do not count.
         """
-        return self.conv_macs * size**2 / _TRACED_SIZE**2 + self.linear_macs
+        return sum(module.macs(size) for module in self.modules)
+
+    def training_macs(self, size: int, frozen: Collection[str] = ()) -> float:
+        """Multiply-accumulates of a forward and a backward pass over one image.
+
+        The gradients with respect to the weights and to the activations cost as much as the
+        forward pass, each. The former are needed of modules that are trained; the latter of the
+        first of these and all that follow.
+
+        Args:
+          size: side of the image, pixels.
+          frozen: the names of modules none of whose parameters are trained.
+        """
+        trained = [module.name not in frozen for module in self.modules]
+        reached = itertools.accumulate(trained, operator.or_)
+        return sum(
+            module.macs(size) * (1 + is_trained + is_reached)
+            for module, is_trained, is_reached in zip(self.modules, trained, reached, strict=True)
+        )
 
 
 def model_cost(name: str, num_classes: int = 1000, **overrides: Any) -> Cost:
     """Returns the cost of `create_model(name, num_classes, **overrides)`."""
     linears = layers.Linear, layers.EfficientChannelAttention
-    macs: dict[type, int] = dict.fromkeys((layers.Conv2D, layers.ScaledWSConv2D, *linears), 0)
+    convolutions = layers.Conv2D, layers.ScaledWSConv2D
+    modules: list[ModuleCost] = []
 
     def count(call, args, kwargs, context):
         out = call(*args, **kwargs)
-        kind = type(context.module)
-        if kind in macs and context.method_name == '__call__':
+        if context.method_name != '__call__':
+            return out
+        module, name = context.module, context.module.module_name
+        params = module.params_dict()  # those of the modules inside it, too
+        macs = 0
+        if isinstance(module, (*convolutions, *linears)):
             # in x kernel area / groups for each output, which is what the weight's other axes hold
-            weight = context.module.params_dict()[f'{context.module.module_name}/w']
-            macs[kind] += out.size * math.prod(weight.shape[:-1])
+            macs = out.size * math.prod(params[f'{name}/w'].shape[:-1])
+        if any(key.rpartition('/')[0] == name for key in params):
+            of_conv = isinstance(module, convolutions)
+            modules.append(ModuleCost(name, macs * of_conv, macs * (not of_conv)))
         return out
 
     def forward(images):
@@ -63,8 +107,7 @@ def model_cost(name: str, num_classes: int = 1000, **overrides: Any) -> Cost:
     params, _ = jax.eval_shape(hk.transform_with_state(forward).init, jax.random.key(0), image)
     return Cost(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        conv_macs=macs[layers.Conv2D] + macs[layers.ScaledWSConv2D],
-        linear_macs=sum(macs[kind] for kind in linears),
+        modules=tuple(modules),
     )
 
 

@@ -102,6 +102,24 @@ def test_macs_by_hand():
     assert cost.macs(32) == convolutions + linears
 
 
+def test_training_by_hand():
+    cost, prefix = models.model_cost('SmallCNN', 10), 'SmallCNN/~/'
+    first, *others = (9 * 32 * n for n in (30**2 * 3, 28**2 * 32, 12**2 * 32, 10**2 * 32))
+    hidden, head = 32 * 128 + 128 * 32, 32 * 10
+    forward = first + sum(others) + hidden + head
+    modules = {module.name for module in cost.modules}
+    assert cost.training_macs(32) == 3 * forward
+    head_only = modules - {f'{prefix}linear_2'}
+    assert cost.training_macs(32, head_only) == forward + 2 * head
+    # Gradients pass through frozen layers, but end at the lowest one that is trained.
+    assert cost.training_macs(32, {f'{prefix}conv0', f'{prefix}bn0', f'{prefix}linear'}) == (
+        3 * forward - 2 * first - 32 * 128
+    )
+    # The first normalization comes between the first two convolutions.
+    only_bn = modules - {f'{prefix}bn0'}
+    assert cost.training_macs(32, only_bn) == forward + (forward - first)
+
+
 def test_activations_by_hand():
     def bytes_of(saved):  # The stem and two blocks of two convolutions each, none of which shrinks.
         return models.activation_bytes('NF-ResNet-8', 8, saved, widths=(16,), depths=(2,))
