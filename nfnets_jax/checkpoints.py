@@ -210,18 +210,28 @@ class Checkpoints:
           DamagedCheckpointError: it cannot be read, or is not what was written.
         """
         record = self._record(step)
-        blank = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+        blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
         try:
-            with _orbax_speaks_through_us():
-                arrays = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(blank))
-                )['state']
+            arrays = written = self._read(step, blank)
         except Exception as error:
-            raise DamagedCheckpointError(first_line(error)) from error
+            try:
+                written = self._read(step, None)
+                arrays = _from_earlier_version(written, blank)
+            except Exception:
+                arrays = None
+            if arrays is None:
+                raise DamagedCheckpointError(first_line(error)) from error
         # Sorted, for dicts are in another order than the fields of a tuple were.
-        if sorted(_checksums(arrays)) != sorted(record['checksums']):
+        if sorted(_checksums(written)) != sorted(record['checksums']):
             raise DamagedCheckpointError('the arrays do not match their checksums')
         return arrays
+
+    def _read(self, step: int, blank: PyTree) -> PyTree:
+        """Returns the arrays of a checkpoint in the structure of `blank`; None: nested dicts."""
+        with _orbax_speaks_through_us():
+            return self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(blank))
+            )['state']
 
     def latest(
         self, like: PyTree, *, on_damage: Callable[[str], None]
@@ -327,6 +337,31 @@ def _this_process_alone() -> ocp.options.MultiprocessingOptions:
         active_processes={process},
         barrier_sync_key_prefix=f'process{process}',
     )
+
+
+def _from_earlier_version(written: PyTree, blank: PyTree) -> PyTree | None:
+    """Returns what an earlier version wrote, in the structure of `blank`; None if it does not fit.
+
+    Earlier versions wrote `clipped_fraction_by_group` as a dict of scalars. It reports on the last
+    update only and the next update computes it anew, so it keeps the values of `blank`.
+    """
+    report = 'clipped_fraction_by_group'
+
+    def by_path(tree):
+        entries = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {
+            jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in entries
+        }
+
+    found, wanted = by_path(written), by_path(blank)
+    kept = {path: leaf for path, leaf in found.items() if f'/{report}/' not in f'/{path}/'}
+    reports = {path: leaf for path, leaf in wanted.items() if path.split('/')[-1] == report}
+    if kept.keys() | reports.keys() != wanted.keys() or not reports:
+        return None
+    found = kept | reports
+    if any(np.shape(found[path]) != leaf.shape for path, leaf in wanted.items()):
+        return None
+    return jax.tree.unflatten(jax.tree.structure(blank), [found[path] for path in wanted])
 
 
 def _checksums(arrays: PyTree) -> list[int]:

@@ -297,10 +297,13 @@ def clip_by_norm(max_norm: jax.typing.ArrayLike, *, per_leaf: bool) -> optax.Gra
     def update(updates, state, params=None):
         del state, params
         leaves, structure = jax.tree.flatten(updates)
+        if not leaves:  # such as a label of optax.partition that no parameter has
+            return updates, ClipByNormState(jnp.zeros((), jnp.float32))
+        limit = jnp.asarray(max_norm, jnp.float32)
         squares = jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves])
         norms = jnp.sqrt(squares if per_leaf else jnp.sum(squares, keepdims=True))
-        within = norms <= max_norm
-        scales = jnp.where(within, 1, max_norm / norms)
+        within = norms <= limit
+        scales = jnp.where(within, 1, limit / norms)
         scales = jnp.broadcast_to(scales, squares.shape)
         leaves = [
             leaf * scale.astype(leaf.dtype) for leaf, scale in zip(leaves, scales, strict=True)

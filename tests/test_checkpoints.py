@@ -67,6 +67,34 @@ def test_a_state_can_be_read_without_knowing_its_structure(directory):
     chex.assert_trees_all_equal(state['params'], make_state(7).params)
 
 
+class _Clipping(NamedTuple):
+    clipped_fraction: Any
+    clipped_fraction_by_group: Any
+    step: Any
+
+
+def test_a_state_of_an_earlier_version_is_read(directory):
+    """The fractions by group were a dict of scalars; they are now one array."""
+
+    def state(by_group):
+        params = {'Net/~/stem': {'w': np.arange(6.0)}}
+        clipping = _Clipping(np.float32(0.5), by_group, None)
+        return {'params': params, 'opt_state': (clipping, (params, np.int32(7)))}
+
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(3, state({'head': np.float32(0.25), 'stem': np.float32(0.75)}))
+    checkpoints.wait()
+    like = state(np.zeros(2, np.float32))
+    chex.assert_trees_all_equal(checkpoints.restore(3, like), like)
+    # Only that: anything else that differs is an error as before.
+    for other in ({'params': like['params']}, like | {'opt_state': like['opt_state'][:1]}):
+        with pytest.raises(DamagedCheckpointError):
+            checkpoints.restore(3, other)
+    wider = like | {'params': {'Net/~/stem': {'w': np.arange(7.0)}}}
+    with pytest.raises(DamagedCheckpointError):
+        checkpoints.restore(3, wider)
+
+
 def test_no_checkpoint_is_none(directory):
     assert Checkpoints(directory).latest(make_state(), on_damage=fail) is None
 
