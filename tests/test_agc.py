@@ -264,13 +264,15 @@ class TestArguments:
             return None if path == 'head/w' else 0.25
 
         expected = self.norms(clipping_by_leaf=ratio)
-        with pytest.warns(DeprecationWarning, match='pass it as clipping_by_leaf') as caught:  # noqa: PT031
+        with pytest.warns(DeprecationWarning, match='pass it as clipping_by_leaf') as caught:
+            tables = [describe_clipping(self.params, ratio)]
+        tables.append(describe_clipping(self.params, clipping_by_leaf=ratio))
+        assert tables[0] == tables[1]
+        (warning,) = caught
+        assert '\n' not in str(warning.message)
+        assert pathlib.Path(warning.filename) == pathlib.Path(__file__)  # the line of the caller
+        with pytest.warns(DeprecationWarning, match='pass it as clipping_by_leaf'):
             assert self.norms(ratio) == expected
-            table = describe_clipping(self.params, ratio)
-        # The warning names the line of the caller.
-        assert {pathlib.Path(warning.filename) for warning in caught} == {pathlib.Path(__file__)}
-        assert all('\n' not in str(warning.message) for warning in caught)
-        assert table == describe_clipping(self.params, clipping_by_leaf=ratio)
 
     def test_clipping_by_step(self):
         tx = adaptive_grad_clip(optax.linear_schedule(1.0, 0.0, 4))

@@ -54,6 +54,10 @@ OURS = {
 every = pytest.mark.parametrize('name', OURS)
 
 
+def cast(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
 def equal(ours, expected):
     chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-7)
 
@@ -113,16 +117,14 @@ def test_dtypes_are_kept_without_implicit_promotion(name):
         pytest.skip('optax.scale_by_adam raises decays to an integer power, which promotes')
     tx = OURS[name]()
     for dtype in ('bfloat16', 'float16', 'float32'):
-        grads, params = (
-            jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), t) for t in (GRADS, PARAMS)
-        )
+        grads, params = cast(GRADS, dtype), cast(PARAMS, dtype)
         with jax.numpy_dtype_promotion('strict'):
             updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
         chex.assert_trees_all_equal_dtypes(updates, grads)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
         tolerance = {'bfloat16': 0.05, 'float16': 0.01, 'float32': 1e-5}[dtype]
         chex.assert_trees_all_close(
-            jax.tree.map(lambda x: x.astype(np.float32), updates),
+            cast(updates, 'float32'),
             reference(name)[0],
             rtol=tolerance,
             atol=tolerance * 0.1,
@@ -177,7 +179,7 @@ def test_multi_steps_and_apply_if_finite(name):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 def test_inject_hyperparams(dtype):
     """Hyperparameters become arrays of the parameters' dtype."""
-    grads, params = (jax.tree.map(lambda x: x.astype(dtype), t) for t in (GRADS, PARAMS))
+    grads, params = cast(GRADS, dtype), cast(PARAMS, dtype)
     for inner, number in (
         (adaptive_grad_clip, {'clipping': 0.01}),
         (functools.partial(optimizers.clip_by_norm, per_leaf=True), {'max_norm': 0.1}),
@@ -188,9 +190,10 @@ def test_inject_hyperparams(dtype):
             updates, new = jax.jit(tx.update)(grads, state, params)
         chex.assert_trees_all_equal_dtypes(updates, grads)
         expected, _ = inner(**number).update(grads, inner(**number).init(params), params)
-        as_float = functools.partial(jax.tree.map, lambda x: x.astype(np.float32))
         tolerance = 2**-7 if dtype == 'bfloat16' else 1e-5
-        chex.assert_trees_all_close(as_float(updates), as_float(expected), rtol=tolerance)
+        chex.assert_trees_all_close(
+            cast(updates, 'float32'), cast(expected, 'float32'), rtol=tolerance
+        )
         chex.assert_trees_all_equal_structs(optax.tree_map_params(tx, lambda x: x, new), new)
 
 
