@@ -19,8 +19,8 @@ from sklearn.datasets import load_sample_images
 
 from experiments import cli
 from nfnets_jax import augment
+from nfnets_jax.data.folder import find_images
 from nfnets_jax.data.preprocessing import make_transform
-from nfnets_jax.data.sources import PICTURE_SUFFIXES
 from nfnets_jax.errors import UsageError
 from nfnets_jax.image_operations import OPERATIONS, WARPS, apply_operations
 from nfnets_jax.randaugment import published_operation
@@ -94,8 +94,7 @@ def load_pictures(directory: str | None) -> np.ndarray:
     """Returns a directory's first two pictures, or scikit-learn's: uint8 [2, SIZE, SIZE, 3]."""
     images = list(load_sample_images().images)
     if directory:
-        root = pathlib.Path(directory)
-        files = sorted(p for p in root.rglob('*') if p.suffix.lower() in PICTURE_SUFFIXES)
+        files = find_images(directory)
         if len(files) < 2:
             raise UsageError(f'--pictures={directory}: holds no two pictures')
         images = [path.read_bytes() for path in files[:2]]

@@ -8,7 +8,6 @@ exit status is 2.
 """
 
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,8 +19,8 @@ from absl import flags
 
 from experiments import cli
 from nfnets_jax import export, files, pretrained
+from nfnets_jax.data.folder import find_images
 from nfnets_jax.data.preprocessing import PictureError, make_transform
-from nfnets_jax.data.sources import PICTURE_SUFFIXES
 from nfnets_jax.errors import UsageError
 
 
@@ -40,13 +39,9 @@ def find_pictures(paths: Iterable[str]) -> Iterator[pathlib.Path]:
         if not path.is_dir():
             yield path
             continue
-        found = sorted(
-            pathlib.Path(parent, name)
-            for parent, _, names in os.walk(path, followlinks=True)
-            for name in names
-            if not name.startswith('.') and pathlib.Path(name).suffix.lower() in PICTURE_SUFFIXES
-        )
-        yield from found or [path]  # Which cannot be read as a picture, and is named so.
+        yield from find_images(path) or [
+            path
+        ]  # Which cannot be read as a picture, and is named so.
 
 
 def classify(

@@ -329,6 +329,17 @@ def _kind_left_out(entry: os.DirEntry) -> str:
     return '' if suffix in SUFFIXES else suffix  # also a link to nowhere: reading it names it
 
 
+def find_images(directory: str | os.PathLike) -> list[pathlib.Path]:
+    """Returns the images in a directory at any depth, each file once, in the order of their paths.
+
+    Which files are images is decided as for a class of `ImageFolder`.
+    """
+    try:
+        return sorted(_images(pathlib.Path(directory), collections.Counter()).values())
+    except UsageError:
+        return []
+
+
 def _holds_only_directories(directory: pathlib.Path) -> bool:
     entries = _entries(directory)
     return any(map(_is_dir, entries)) and all(_is_dir(e) or _kind_left_out(e) for e in entries)
