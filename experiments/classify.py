@@ -39,9 +39,8 @@ def find_pictures(paths: Iterable[str]) -> Iterator[pathlib.Path]:
         if not path.is_dir():
             yield path
             continue
-        yield from find_images(path) or [
-            path
-        ]  # Which cannot be read as a picture, and is named so.
+        # A directory without images cannot be read as one, and is named so.
+        yield from find_images(path) or [path]
 
 
 def classify(
