@@ -152,7 +152,9 @@ class Journal:
         with self.exclusive():
             there = self.records()
             attributes = self._study.user_attrs
-            earlier = experiment.ADDED_FIELDS | attributes.get('base', base)
+            # A field that was added since has the value that stood for it before.
+            added = {key: x for key, x in experiment.ADDED_FIELDS.items() if key in base}
+            earlier = added | attributes.get('base', base)
             self._assert_same(earlier, base, 'config.base.')
             known = {record.id: record for record in there}
             new = []

@@ -58,8 +58,11 @@ def _nearest(name: str, known: Sequence[str]) -> str | None:
         lasts.setdefault(candidate.rpartition('.')[2], original)
     if close := _first(lasts, meant):
         return close
-    similar = difflib.get_close_matches(fold(name), folded, n=1, cutoff=0.5)
-    return folded[similar[0]] if similar else None
+    # Of equally similar ones the first: difflib would take the last of the alphabet.
+    similar = difflib.get_close_matches(fold(name), folded, n=len(folded) or 1, cutoff=0.5)
+    ratio = {word: difflib.SequenceMatcher(None, word, fold(name)).ratio() for word in similar}
+    best = [word for word in folded if ratio.get(word, 0) == max(ratio.values(), default=1)]
+    return folded[best[0]] if best else None
 
 
 def _first(known: Mapping[str, str], names: Iterable[str]) -> str | None:

@@ -28,7 +28,7 @@ ALL = [
     (file, row.variant)
     for file, family in FAMILIES.items()
     for row in ROWS
-    if row.family == family and row.stem == 'imagenet'
+    if row.family == family and row.stem == 'imagenet' and not row.base
 ]
 FIRST = {(nfnet, 'F0'), (sam, 'F0'), (nf_regnet, 'B0')}
 FIRST |= {(file, '50') for file in (nf_resnet, resnet, skipinit_resnet, fixup_resnet)}
