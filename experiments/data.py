@@ -102,7 +102,8 @@ def _pictures(
             if key == 'test_mode' or size != (value, value):
                 raise UsageError(
                     f'config.data.{key}={value!r}: the images of {source!r} are {size[1]}x{size[0]}'
-                    ' and left as they are; give image_size and test_image_size to crop them'
+                    ' and left as they are; leave it out (or give their size), or give both '
+                    'image_size and test_image_size to crop them'
                 )
         for other in others:
             if other.shape != image.shape:
