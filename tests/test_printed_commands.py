@@ -355,7 +355,7 @@ def test_every_command_is_run_or_listed_and_every_rule_is_of_use():
 @pytest.mark.parametrize(
     'command',
     [
-        pytest.param(command, marks=() if matching(FAST, command) else pytest.mark.slow)
+        pytest.param(command, id=command, marks=() if matching(FAST, command) else pytest.mark.slow)
         for command in COMMANDS
         if not matching(NOT_RUN, command) and matching(SHRINK, command)
     ],
