@@ -270,7 +270,7 @@ if __name__ == '__main__':
     flags.DEFINE_integer(
         'batch_size', None, 'Examples at a time; by default as in training.', lower_bound=1
     )
-    flags.DEFINE_string('config.data.path', None, 'Where the same data lie now.')
+    cli.define_path('config.data.path', None, 'Where the same data lie now.')
     flags.DEFINE_string('config.data.data_dir', None, 'Where the same data sets of TFDS lie now.')
     flags.DEFINE_integer('config.data.skip_bad', None, 'Unreadable images to leave out.')
     flags.DEFINE_bool('json', False, 'Print one JSON object, all metrics in it.')

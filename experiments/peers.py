@@ -8,6 +8,9 @@ words of a process that fails: then all of them end with its exit status, and on
 """
 
 import contextlib
+import importlib.metadata
+import importlib.util
+import ipaddress
 import json
 import os
 import re
@@ -93,6 +96,8 @@ def _start(peers: Peers) -> bool:
                 '--process_id, or none of them where the cluster is recognised'
             )
         _check(peers)
+        if peers.num_processes > 1:
+            _check_own_name(_host(peers.coordinator))
     # Its handler would swallow SIGTERM; how a run is stopped is said in `train`.
     jax.config.update('jax_enable_preemption_service', False)
     with warnings.catch_warnings():
@@ -150,6 +155,51 @@ def _check(peers: Peers) -> None:
         )
 
 
+def _check_own_name(coordinator: str) -> None:
+    """Raises a UsageError where this host's name keeps CPUs of several hosts from talking.
+
+    By Gloo each process gives the others the first address of its host's name, which Debian sets to
+    127.0.1.1: a process on another host then reaches itself, and that only after both have met.
+    """
+    platforms = jax.config.jax_platforms
+    if platforms != 'cpu' and (platforms or _has_accelerator_plugins()):
+        return
+    problem = _name_problem()
+    if problem and not (_addresses(socket.gethostname()) and _is_loopback(coordinator)):
+        raise UsageError(problem)
+
+
+def _has_accelerator_plugins() -> bool:
+    plugins = importlib.metadata.entry_points(group='jax_plugins')
+    return bool(plugins) or importlib.util.find_spec('libtpu') is not None
+
+
+def _name_problem() -> str | None:
+    """Says what this host's name resolves to, where no other host can reach that."""
+    name = socket.gethostname()
+    addresses = _addresses(name)
+    if addresses and not _is_loopback(addresses[0]):
+        return None
+    found = f'which it resolves to {addresses[0]}' if addresses else 'which resolves to no address'
+    return (
+        f'this host is called {name}, {found}: other hosts cannot reach it; on every host, let '
+        '/etc/hosts or DNS resolve what `hostname` prints to the address in the network'
+    )
+
+
+def _addresses(host: str) -> list[str]:
+    """Returns what a name or an address resolves to, in the order in which Gloo tries them."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return [address.partition('%')[0] for *_, (address, *_) in found]
+
+
+def _is_loopback(host: str) -> bool:
+    return any(ipaddress.ip_address(address).is_loopback for address in _addresses(host))
+
+
 @contextlib.contextmanager
 def _bounded(peers: Peers) -> Iterator[None]:
     """Ends this process with one line if what is inside takes longer than the start may."""
@@ -184,6 +234,8 @@ def _tie(peers: Peers) -> 'Lifeline':
     try:
         return Lifeline(_connections(peers), peers.peer_timeout)
     except Exception as error:  # Of a collective operation that one has left.
+        if jax.default_backend() == 'cpu' and (problem := _name_problem()):
+            _end(MISTAKE, f'error: {problem}')
         _end(
             PEER_LOST,
             f'stopped: a process has died while all met ({first_line(error)}); start all again',
@@ -213,10 +265,14 @@ def _connections(peers: Peers) -> dict[int, '_Connection']:
     return connections
 
 
+def _host(coordinator: str) -> str:
+    return coordinator.rpartition(':')[0].strip('[]')
+
+
 def _hosts(peers: Peers) -> list[str]:
     """Returns the names and addresses at which other processes may reach this one."""
     if peers.coordinator:
-        return [peers.coordinator.rpartition(':')[0].strip('[]')]
+        return [_host(peers.coordinator)]
     hosts = []
     with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
         probe.connect(('192.0.2.1', 9))  # Sends nothing: it asks which interface leads outside.

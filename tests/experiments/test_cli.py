@@ -184,8 +184,9 @@ COMMANDS = [
     for path in sorted([*ROOT.glob('experiments/**/*.py'), *ROOT.glob('benchmarks/*.py')])
     if 'cli.run(' in path.read_text() and path.name != 'cli.py'
 ]
-# Flags with text as their value that is no path.
-NO_PATHS = {'checkpoint', 'model', 'eval_mode', 'dataset', 'models', 'devices', 'against'}
+# Flags with text as their value that is no path, or may be one of a bucket.
+NO_PATHS = {'checkpoint', 'model', 'eval_mode', 'dataset', 'models', 'devices', 'against', 'split'}
+NO_PATHS |= {'config.data.data_dir'}
 
 
 @pytest.mark.parametrize('command', COMMANDS)

@@ -2,10 +2,12 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,6 +56,14 @@ def free_port():
         return server.getsockname()[1]
 
 
+def environment_of_two():
+    return {
+        **os.environ,
+        'PYTHONPATH': str(ROOT),
+        'XLA_FLAGS': re.sub(r'(device_count)=\d+', r'\1=2', os.environ['XLA_FLAGS']),
+    }
+
+
 @pytest.fixture
 def run_two(tmp_path):
     """A function: two processes of PROGRAM with a fate -> exit status, output, errors of each."""
@@ -62,11 +72,6 @@ def run_two(tmp_path):
 
     def run(fate, *flags):
         port = free_port()
-        environment = {
-            **os.environ,
-            'PYTHONPATH': str(ROOT),
-            'XLA_FLAGS': re.sub(r'(device_count)=\d+', r'\1=2', os.environ['XLA_FLAGS']),
-        }
         processes = [
             subprocess.Popen(
                 [sys.executable, file, f'--coordinator=localhost:{port}', '--num_processes=2']
@@ -74,7 +79,7 @@ def run_two(tmp_path):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=environment,
+                env=environment_of_two(),
             )
             for index in range(2)
         ]
@@ -174,3 +179,127 @@ def test_one_process_may_say_that_it_is_alone(monkeypatch):
     tree = {'w': np.float32([-0.0])}
     assert parallel.broadcast(tree)['w'].tobytes() == tree['w'].tobytes()
     assert parallel.gather(np.uint32([3])).tolist() == [[3]]
+
+
+@pytest.mark.parametrize(
+    ('coordinator', 'platforms', 'names', 'found'),
+    [
+        ('10.0.0.1:1', 'cpu', {'me': '127.0.1.1'}, 'which it resolves to 127.0.1.1: other hosts'),
+        ('there:1', 'cpu', {'me': '::1', 'there': '10.0.0.1'}, 'which it resolves to ::1: other'),
+        ('10.0.0.1:1', 'cpu', {}, 'which resolves to no address: other hosts cannot reach it'),
+        ('localhost:1', 'cpu', {'localhost': '127.0.0.1'}, 'which resolves to no address'),
+        ('10.0.0.1:1', 'cpu', {'me': '10.0.0.1'}, None),
+        ('10.0.0.1:1', 'cuda', {'me': '127.0.1.1'}, None),
+        ('localhost:1', 'cpu', {'me': '127.0.1.1', 'localhost': '127.0.0.1'}, None),
+    ],
+)
+def test_the_name_of_a_host_that_others_cannot_reach(
+    monkeypatch, coordinator, platforms, names, found
+):
+    def getaddrinfo(host, *_, **__):
+        if host not in names and not host[0].isdigit() and ':' not in host:
+            raise socket.gaierror
+        return [(0, 0, 0, '', (names.get(host, host), 0))]
+
+    monkeypatch.setattr(socket, 'gethostname', lambda: 'me')
+    monkeypatch.setattr(socket, 'getaddrinfo', getaddrinfo)
+    # JAX is started here: what comes after the check must not happen.
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **__: 1 / 0)
+    before = jax.config.jax_platforms
+    jax.config.update('jax_platforms', platforms)
+    try:
+        expected = f'this host is called me, {found}' if found else 'the processes cannot be joined'
+        peers = Peers(coordinator, 2, 0, 300, 60)
+        with pytest.raises(UsageError, match=re.escape(expected)), joined(peers):
+            pass
+    finally:
+        jax.config.update('jax_platforms', before)
+
+
+NAMES = ('nfnets-test-a', 'nfnets-test-b')
+
+
+@pytest.fixture
+def two_hosts(tmp_path):
+    """Two network namespaces with addresses 10.77.0.1 and .2: a function that runs PROGRAM there.
+
+    It takes what their own names resolve to, and returns exit status, output, errors of each.
+    """
+    if os.geteuid() or not (shutil.which('ip') and shutil.which('unshare')):
+        pytest.skip('needs to be root, and iproute2 and util-linux')
+
+    def ip(*arguments):
+        return subprocess.run(['ip', *arguments], capture_output=True, text=True)
+
+    def remove():
+        for name in NAMES:
+            ip('netns', 'del', name)
+
+    remove()
+    commands = [
+        *(('netns', 'add', name) for name in NAMES),
+        (
+            'link',
+            'add',
+            'eth0',
+            'netns',
+            NAMES[0],
+            'type',
+            'veth',
+            'peer',
+            'eth0',
+            'netns',
+            NAMES[1],
+        ),
+    ]
+    for index, name in enumerate(NAMES):
+        commands += [
+            ('-n', name, 'addr', 'add', f'10.77.0.{index + 1}/24', 'dev', 'eth0'),
+            ('-n', name, 'link', 'set', 'eth0', 'up'),
+            ('-n', name, 'link', 'set', 'lo', 'up'),
+        ]
+    for command in commands:
+        if (done := ip(*command)).returncode:
+            remove()
+            pytest.skip(f'needs to make network namespaces: {done.stderr.strip()}')
+    program = tmp_path / 'program.py'
+    program.write_text(PROGRAM)
+
+    def run(addresses):
+        processes = []
+        for index, (name, address) in enumerate(zip(NAMES, addresses, strict=True)):
+            hosts = tmp_path / f'hosts{index}'
+            hosts.write_text(f'127.0.0.1 localhost\n{address} {name}\n')
+            script = f'mount --bind {hosts} /etc/hosts && hostname {name} && exec "$@"'
+            processes.append(
+                subprocess.Popen(
+                    ['ip', 'netns', 'exec', name, 'unshare', '--uts', '--mount']
+                    + ['sh', '-c', script, 'sh', sys.executable, str(program)]
+                    + ['--coordinator=10.77.0.1:4321', '--num_processes=2']
+                    + [f'--process_id={index}', 'none:0'],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=environment_of_two(),
+                )
+            )
+        return [(p.returncode, *texts) for p, texts in ((p, p.communicate()) for p in processes)]
+
+    yield run
+    remove()
+
+
+def test_two_hosts_whose_own_names_lead_to_themselves_say_so(two_hosts):
+    for name, (status, out, err) in zip(NAMES, two_hosts(['127.0.1.1', '127.0.0.1']), strict=True):
+        assert (status, out) == (2, ''), err
+        assert re.fullmatch(
+            rf'error: this host is called {name}, which it resolves to 127\.0\.[01]\.1: other '
+            r'hosts cannot reach it; on every host, let /etc/hosts .*\n',
+            err,
+        )
+
+
+@pytest.mark.slow
+def test_two_hosts_train_where_their_names_are_those_of_the_network(two_hosts):
+    for index, (status, out, err) in enumerate(two_hosts(['10.77.0.1', '10.77.0.2'])):
+        assert (status, out) == (0, f'done {index}\n'), err
