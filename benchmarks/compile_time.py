@@ -18,6 +18,8 @@ import optax
 
 import nfnets_jax
 from benchmarks import timing
+from experiments import cli
+from nfnets_jax import files
 
 
 def main(argv=None):
@@ -25,7 +27,7 @@ def main(argv=None):
     parser.add_argument('--models', default='NFNet-F0,NFNet-F3,NFNet-F6')
     parser.add_argument('--batch', type=int, default=2)
     parser.add_argument('--image-size', type=int, default=64)
-    parser.add_argument('--json', help='where to write the table as JSON')
+    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
 
     jax.config.update('jax_enable_compilation_cache', False)
@@ -74,4 +76,5 @@ def measure(name: str, scan: bool, batch: int, image_size: int) -> dict[str, flo
 
 
 if __name__ == '__main__':
-    main()
+    with cli.guarded():
+        main()

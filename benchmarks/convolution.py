@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 import nfnets_jax
 from benchmarks import timing
+from experiments import cli
 from nfnets_jax import convolution, convolution_table, files
 from nfnets_jax.convolution import ConvShape, Forms, Size
 
@@ -139,7 +140,7 @@ def main(argv=None):
     parser.add_argument('--seconds', type=float, default=0.2, help='for each form and pass')
     parser.add_argument('--loop', action='store_true', help='each pass in a loop of two rounds')
     parser.add_argument('--write', action='store_true', help='nfnets_jax/convolution_table.py')
-    parser.add_argument('--json', help='where to write the table as JSON')
+    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
 
     settings = timing.about(**vars(args))
@@ -171,4 +172,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    with cli.guarded():
+        main()

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import timing
-from nfnets_jax import parallel
+from experiments import cli
+from nfnets_jax import files, parallel
 
 
 def measure(row: str, leaves: int, rounds: int) -> tuple[float, float, float]:
@@ -58,7 +59,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--leaves', default='100,300,900')
     parser.add_argument('--rounds', type=int, default=20)
-    parser.add_argument('--json', help='where to write the table as JSON')
+    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
     rows = []
     for row in ('runner', 'stacked', 'jit'):
@@ -74,4 +75,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    with cli.guarded():
+        main()

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 
 import nfnets_jax
 from benchmarks import peers, timing
-from nfnets_jax import convolution, export, pretrained
+from experiments import cli
+from nfnets_jax import convolution, export, files, pretrained
 
 
 def our_logits(model: str, batch: int, size: int, dtype: str, *, folded: bool):
@@ -65,7 +66,7 @@ def main(argv=None):
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--json', help='where to write the table as JSON')
+    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
 
     names = ['ours', 'folded']
@@ -97,4 +98,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    with cli.guarded():
+        main()

@@ -38,8 +38,11 @@ SIZE, BATCH_SIZE = 224, 128
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--pictures', required=True, help='a directory of JPEGs, at any depth')
-    parser.add_argument('--tensorflow', help='a Python that has TensorFlow')
+    path = os.path.expanduser
+    parser.add_argument(
+        '--pictures', type=path, required=True, help='a directory of JPEGs, at any depth'
+    )
+    parser.add_argument('--tensorflow', type=path, help='a Python that has TensorFlow')
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--batches', type=int, default=16)
     parser.add_argument('--threads', type=int, default=os.cpu_count())
@@ -234,4 +237,10 @@ _ROWS = {
 }
 
 if __name__ == '__main__':
-    main()
+    if any(argument.startswith('--row') for argument in sys.argv):
+        main()  # By a Python that may have TensorFlow and nothing of ours.
+    else:
+        from experiments import cli
+
+        with cli.guarded():
+            main()

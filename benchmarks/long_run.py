@@ -82,7 +82,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', None, 'Where the run is kept; a new directory.', required=True)
-    flags.DEFINE_string('out', 'long_run.png', 'The picture to write.')
+    cli.define_workdir('Where the run is kept; a new directory.', required=True)
+    cli.define_path('out', 'long_run.png', 'The picture to write.')
     flags.DEFINE_integer('steps', 20_000, 'Of training.', lower_bound=500)
     cli.run(main)

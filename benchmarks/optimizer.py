@@ -25,7 +25,8 @@ import optax
 
 import nfnets_jax
 from benchmarks import timing
-from nfnets_jax import unit_axes
+from experiments import cli
+from nfnets_jax import files, unit_axes
 
 
 def equation_3(clipping=0.01, eps=1e-3):
@@ -102,7 +103,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', default='NFNet-F0', choices=nfnets_jax.list_models())
     parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--json', help='where to write the table as JSON')
+    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
 
     settings = timing.about(**vars(args))
@@ -138,4 +139,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    with cli.guarded():
+        main()

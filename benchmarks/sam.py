@@ -15,6 +15,8 @@ import optax
 
 import nfnets_jax
 from benchmarks import timing
+from experiments import cli
+from nfnets_jax import files
 
 FRACTIONS = (0.2, 0.5, 1.0)
 
@@ -25,7 +27,7 @@ def main(argv=None):
     parser.add_argument('--batch', type=int, default=20)
     parser.add_argument('--image-size', type=int, default=64)
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--json', help='where to write the table as JSON')
+    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
 
     net = hk.transform_with_state(
@@ -70,4 +72,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    with cli.guarded():
+        main()

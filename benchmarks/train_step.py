@@ -30,7 +30,8 @@ import optax
 
 import nfnets_jax
 from benchmarks import peers, timing
-from nfnets_jax import convolution, devices, models
+from experiments import cli
+from nfnets_jax import convolution, devices, files, models
 
 ROWS = ('ours', 'plain', 'timm', 'timm bare', 'timm autocast', 'timm compiled')
 
@@ -109,7 +110,7 @@ def main(argv=None):
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--rows', default='ours,plain,timm,timm bare', help=','.join(ROWS))
     parser.add_argument('--peak-tflops', type=float)
-    parser.add_argument('--json', help='where to write the table as JSON')
+    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
     wanted = args.rows.split(',')
     if unknown := set(wanted) - set(ROWS):
@@ -146,4 +147,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    with cli.guarded():
+        main()

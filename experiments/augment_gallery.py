@@ -19,8 +19,7 @@ from sklearn.datasets import load_sample_images
 
 from experiments import cli
 from nfnets_jax import augment
-from nfnets_jax.data.preprocessing import make_transform
-from nfnets_jax.data.sources import PICTURE_SUFFIXES
+from nfnets_jax.data.preprocessing import SUFFIXES, make_transform
 from nfnets_jax.errors import UsageError
 from nfnets_jax.image_operations import OPERATIONS, WARPS, apply_operations
 from nfnets_jax.randaugment import published_operation
@@ -90,12 +89,12 @@ def draw(tiles: list[tuple], path: pathlib.Path) -> None:
     figure.savefig(path)
 
 
-def load_pictures(directory: str) -> np.ndarray:
+def load_pictures(directory: str | None) -> np.ndarray:
     """Returns a directory's first two pictures, or scikit-learn's: uint8 [2, SIZE, SIZE, 3]."""
     images = list(load_sample_images().images)
     if directory:
-        root = pathlib.Path(directory).expanduser()
-        files = sorted(p for p in root.rglob('*') if p.suffix.lower() in PICTURE_SUFFIXES)
+        root = pathlib.Path(directory)
+        files = sorted(p for p in root.rglob('*') if p.suffix.lower() in SUFFIXES)
         if len(files) < 2:
             raise UsageError(f'--pictures={directory}: holds no two pictures')
         images = [path.read_bytes() for path in files[:2]]
@@ -116,7 +115,7 @@ def _main() -> None:
 
 
 if __name__ == '__main__':
-    _OUT = flags.DEFINE_string('out', 'gallery.png', 'The picture to write.')
-    _PICTURES = flags.DEFINE_string('pictures', '', 'Where to find two pictures.')
+    _OUT = cli.define_path('out', 'gallery.png', 'The picture to write.')
+    _PICTURES = cli.define_path('pictures', None, 'Where to find two pictures.')
     _MAGNITUDE = flags.DEFINE_float('magnitude', 10.0, 'Of RandAugment.', lower_bound=0)
     cli.run(_main)

@@ -19,9 +19,8 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
-from nfnets_jax import export, pretrained
-from nfnets_jax.data.preprocessing import PictureError, make_transform
-from nfnets_jax.data.sources import PICTURE_SUFFIXES
+from nfnets_jax import export, files, pretrained
+from nfnets_jax.data.preprocessing import SUFFIXES, PictureError, make_transform
 from nfnets_jax.errors import UsageError
 
 
@@ -36,7 +35,7 @@ def find_pictures(paths: Iterable[str]) -> Iterator[pathlib.Path]:
 
     A directory without pictures is yielded itself.
     """
-    for path in map(pathlib.Path, paths):
+    for path in map(pathlib.Path, map(files.expand, paths)):
         if not path.is_dir():
             yield path
             continue
@@ -44,7 +43,7 @@ def find_pictures(paths: Iterable[str]) -> Iterator[pathlib.Path]:
             pathlib.Path(parent, name)
             for parent, _, names in os.walk(path, followlinks=True)
             for name in names
-            if not name.startswith('.') and pathlib.Path(name).suffix.lower() in PICTURE_SUFFIXES
+            if not name.startswith('.') and pathlib.Path(name).suffix.lower() in SUFFIXES
         )
         yield from found or [path]  # Which cannot be read as a picture, and is named so.
 
@@ -118,9 +117,7 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string(
-        'weights', None, 'A file of weights, or the directory of a run.', required=True
-    )
+    cli.define_path('weights', None, 'A file of weights, or the directory of a run.', required=True)
     flags.DEFINE_integer('top', 5, 'How many classes to name.', lower_bound=1)
     flags.DEFINE_bool('json', False, 'Print one JSON object a line for each picture.')
     flags.DEFINE_integer('batch_size', 16, 'Pictures at a time.', lower_bound=1)

@@ -1,8 +1,9 @@
-"""What every command does alike: parse flags, and turn a user's mistake into one line.
+"""Shared by all commands: flags, text output, and a user's mistake as one line.
 
 Exit status: 0 done (or stopped on request, to be continued), 1 the training diverged,
 2 something in the command line, the config or a file is not right, 3 another process has died,
-130 interrupted (Ctrl-C), where that is not how training is asked to stop.
+130 interrupted (Ctrl-C), where that is not how training is asked to stop, 141 nobody reads the
+output any more.
 """
 
 import ast
@@ -14,14 +15,18 @@ import runpy
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from experiments import peers
-from nfnets_jax.errors import UsageError
+from experiments import output, peers
+from nfnets_jax import files
+from nfnets_jax.errors import UsageError, first_line
+
+flags.disclaim_key_flags()  # What is defined here are the flags, in --help, of who calls.
 
 
 def run(main: Callable[..., None], *, positional: bool = False, distributed: bool = False) -> None:
@@ -35,21 +40,103 @@ def run(main: Callable[..., None], *, positional: bool = False, distributed: boo
     if distributed:
         _define_distributed_flags()
 
-    def guarded(argv: Sequence[str]) -> None:
+    def call_main(argv: Sequence[str]) -> None:
         if len(argv) > 1 and not positional:
             _fail(f'unexpected argument {argv[1]!r}: flags are written --name=value')
         logging.set_verbosity(logging.ERROR)  # Libraries narrate their work; we say what matters.
         warnings.filterwarnings('ignore', module='PIL')
+        with peers.joined(_peers()) if distributed else contextlib.nullcontext():
+            main(argv[1:]) if positional else main()
+
+    with guarded():
+        app.run(call_main, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Ends a command as users expect it: any text can be printed, and a mistake is one line.
+
+    For `run`, and for programs that parse their command line in another way.
+    """
+    with output.session():
         try:
-            with peers.joined(_peers()) if distributed else contextlib.nullcontext():
-                main(argv[1:]) if positional else main()
+            yield
         except UsageError as error:
             _fail(str(error))
         except KeyboardInterrupt:
             print('interrupted', file=sys.stderr)
             sys.exit(peers.INTERRUPTED)
+        except Exception:
+            if problem := _missing_devices():
+                _fail(problem)
+            raise
 
-    app.run(guarded, flags_parser=_parse)
+
+def _missing_devices() -> str | None:
+    """Says why JAX cannot use the devices that the environment asks for; None if it can."""
+    asked = jax.config.jax_platforms
+    try:
+        jax.devices()
+        return None
+    except Exception as error:  # A RuntimeError, or an AssertionError where no GPU is visible.
+        reason = re.sub(
+            r"^Unable to initialize backend '\w+': | \(set JAX_.*", '', first_line(error)
+        )
+    jax.config.update('jax_platforms', '')
+    try:
+        here = ','.join(sorted({device.platform for device in jax.devices()}))
+    except Exception:
+        here = ''
+    found = f'JAX finds {here} here' if here else 'JAX finds no device here'
+    reason = '' if reason == 'AssertionError' else f' ({reason})'
+    todo = (
+        f'set JAX_PLATFORMS={here}, or install the driver and the JAX for {asked}'
+        if asked
+        else 'set JAX_PLATFORMS=cpu to compute on the CPU'
+    )
+    return f'JAX_PLATFORMS={asked or ""}: {found}{reason}; {todo}'
+
+
+class PathParser(flags.ArgumentParser):
+    """Parses a path of the local file system, which may begin with ~."""
+
+    syntactic_help = 'a path'
+
+    def parse(self, argument: str) -> str:
+        if not argument:
+            raise ValueError('a path must not be empty')
+        if '://' in argument:
+            raise ValueError('must be a path of the file system; mount the bucket')
+        return files.expand(argument)
+
+
+class WorkdirParser(PathParser):
+    """Parses the path of a directory that will hold checkpoints."""
+
+    def parse(self, argument: str) -> str:
+        path = super().parse(argument)
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise ValueError('must be valid UTF-8, as Orbax needs it') from None
+        return path
+
+
+def define_workdir(help: str, **options: Any) -> flags.FlagHolder:
+    """Defines --workdir; options as `flags.DEFINE` takes them."""
+    return flags.DEFINE(WorkdirParser(), 'workdir', None, help, **options)
+
+
+def define_path(name: str, default: str | None, help: str, **options: Any) -> flags.FlagHolder:
+    """Defines a flag for a file or a directory; options as `flags.DEFINE` takes them."""
+    return flags.DEFINE(PathParser(), name, default, help, **options)
+
+
+def define_paths(name: str, default: str | None, help: str, **options: Any) -> flags.FlagHolder:
+    """Defines a flag for a file or a directory that may be given several times."""
+    return flags.DEFINE_multi(
+        PathParser(), flags.ArgumentSerializer(), name, default, help, **options
+    )
 
 
 def _define_distributed_flags() -> None:
@@ -71,6 +158,7 @@ def _peers() -> peers.Peers:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
+        argv = _expand_config(argv)
         for argument, following in zip(argv[1:], [*argv[2:], ''], strict=False):
             name, equals, value = argument.partition('=')
             if name in ('-config', '--config'):
@@ -86,8 +174,20 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except (flags.Error, TypeError, ValueError) as error:  # The value of some flag.
         missing = re.search(r'Flag (--\w+) must have a value other than None', str(error))
         _fail(f'{missing[1]} is missing: see --help' if missing else _one_line(error))
-    except SystemExit:
-        sys.exit(0)  # After --help.
+    except SystemExit as ending:
+        sys.exit(0 if ending.code == 1 else ending.code)  # absl ends --help with 1.
+
+
+def _expand_config(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with ~ replaced in --config=~/x.py and --config ~/x.py."""
+    expanded = list(argv)
+    for i, argument in enumerate(expanded):
+        name, equals, path = argument.partition('=')
+        if name in ('-config', '--config') and path:
+            expanded[i] = f'{name}={files.expand(path)}'
+        elif i and not equals and expanded[i - 1] in ('-config', '--config'):
+            expanded[i] = files.expand(argument)
+    return expanded
 
 
 class _Loaded(flags.ArgumentParser):

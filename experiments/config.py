@@ -5,8 +5,9 @@ that a part of the library owns (model, data, augment, optimizer) are checked wh
 reads them; what is left is checked here.
 """
 
+import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -44,7 +45,8 @@ def default_config() -> ConfigDict:
             # Steps in a row whose loss or gradient is not finite to leave out before giving up.
             'skip_nonfinite': 0,
             'log_every': '50 steps',
-            'eval': {'every': '5 epochs', 'batch_size': 256},
+            # precision: what evaluation computes in: float32 | bfloat16 | training (as training).
+            'eval': {'every': '5 epochs', 'batch_size': 256, 'precision': 'training'},
             # Written every so often, and at the end; the best one is kept besides the newest.
             'checkpoint': {'every': '5 epochs', 'keep': 3},
             'profile': '0 steps',  # a duration: trace so much, from the third step on
@@ -122,11 +124,43 @@ def check(config: ConfigDict) -> None:
         raise UsageError(
             f'config.sam.ascent_fraction={config.sam.ascent_fraction}: must be in (0, 1]'
         )
-    for key in ('precision', 'gradient_dtype'):
-        if config[key] not in PRECISIONS:
-            raise UsageError(
-                f'config.{key}={config[key]!r} is unknown{nearest(config[key], PRECISIONS)}'
-            )
+    for key, value, known in (
+        ('precision', config.precision, PRECISIONS),
+        ('gradient_dtype', config.gradient_dtype, PRECISIONS),
+        ('eval.precision', config.eval.precision, (*PRECISIONS, 'training')),
+    ):
+        if value not in known:
+            raise UsageError(f'config.{key}={value!r} is unknown{nearest(value, known)}')
+
+
+def eval_precision(config: ConfigDict) -> str:
+    """Returns the dtype that evaluation computes in."""
+    precision = config.eval.precision
+    return config.precision if precision == 'training' else precision
+
+
+# Dotted keys that the configs of earlier versions lack, with what those versions did.
+ADDED_FIELDS = {
+    'augment.mix_pairs': 'batch',
+    'eval.precision': 'training',
+    'optimizer.schedule.end_value': 0.0,
+}
+
+
+def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a run of any earlier version as this version would have written them.
+
+    Only nodes that are there are completed.
+    """
+    upgraded = copy.deepcopy(dict(fields))
+    for key, value in ADDED_FIELDS.items():
+        *path, name = key.split('.')
+        node: Any = upgraded
+        for part in path:
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if isinstance(node, dict):
+            node.setdefault(name, value)
+    return upgraded
 
 
 # Fields whose inner keys depend on a name; their owner checks them.

@@ -1,9 +1,10 @@
 """The data of a run: its splits, and how their images come to one size.
 
 Sources that hold encoded pictures of any size take three more options in `config.data`: image_size
-and test_image_size, in pixels (by default those the model is published with), and test_mode, the
-evaluation preprocessing; training pictures are cropped at random. Where a source's pictures have
-one size (digits, arrays, CIFAR) they are left as they are, unless one of these options is given.
+and test_image_size, in pixels, and test_mode, the evaluation preprocessing. By default they are
+those the model is published with, see `models.Variant`. Training pictures are cropped at random.
+Where a source's pictures have one size (digits, arrays, CIFAR) they are left as they are, unless
+one of these options is given.
 """
 
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def _pictures(image: bytes | np.ndarray, given: dict[str, Any], model: str) -> P
     published = models.variant_info(model)
     size = _pixels('image_size', given.get('image_size', published.train_size))
     test_size = _pixels('test_image_size', given.get('test_image_size', published.test_size))
-    test_mode = given.get('test_mode', 'crop_resize')
+    test_mode = given.get('test_mode', published.eval_mode)
     transforms = make_transform('random_crop', size), make_transform(test_mode, test_size)
     return Pictures((size, size, 3), test_size, test_mode, *transforms)
 

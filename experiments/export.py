@@ -64,7 +64,7 @@ def override(metadata: pretrained.Metadata, **values: Any) -> pretrained.Metadat
 def read_class_names(path: str) -> tuple[str, ...]:
     """Returns the lines of a file, the empty ones at its end left out."""
     try:
-        return tuple(pathlib.Path(path).read_text().rstrip().splitlines())
+        return tuple(pathlib.Path(path).read_text(encoding='utf-8').rstrip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f'--classes={path} cannot be read: {error}') from error
 
@@ -94,13 +94,13 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', None, 'A run to take the weights from.')
-    flags.DEFINE_string('weights', None, 'Or a file: see nfnets_jax.load_pretrained.')
+    cli.define_workdir('A run to take the weights from.')
+    cli.define_path('weights', None, 'Or a file: see nfnets_jax.load_pretrained.')
     flags.DEFINE_string('checkpoint', 'latest', "Of a run: 'latest', 'best', a step.")
     flags.DEFINE_bool('ema', True, 'Of a run: the moving average, where there is one.')
     flags.DEFINE_string('model', None, 'To be told if it is another.')
-    flags.DEFINE_string('out', None, f'The file to write: {", ".join(FORMATS)}.', required=True)
+    cli.define_path('out', None, f'The file to write: {", ".join(FORMATS)}.', required=True)
     flags.DEFINE_integer('test_size', None, 'Pixels, instead of the published.', lower_bound=1)
     flags.DEFINE_string('eval_mode', None, 'Preprocessing, instead of the published.')
-    flags.DEFINE_string('classes', None, 'A file with the name of each class, one a line.')
+    cli.define_path('classes', None, 'A file with the name of each class, one a line.')
     cli.run(main)

@@ -24,6 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState, create_trial
 
+from experiments import config as experiment
 from experiments import workdir
 from experiments.studies import Trial
 from experiments.writers import METRICS_FILE
@@ -138,7 +139,8 @@ class Journal:
         with self.exclusive():
             there = self.records()
             attributes = self._study.user_attrs
-            self._assert_same(attributes.get('base', base), base, 'config.base.')
+            earlier = experiment.ADDED_FIELDS | attributes.get('base', base)
+            self._assert_same(earlier, base, 'config.base.')
             known = {record.id: record for record in there}
             new = []
             for trial, difference in zip(trials, differences, strict=True):

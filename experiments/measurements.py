@@ -189,7 +189,7 @@ def _final_state(setting: task.Task, directory) -> task.TrainState:
 
 def _step_mib(setting: task.Task) -> float:
     devices = jax.local_device_count()
-    rows = parallel.local_batch_size(setting.config.batch_size) // devices
+    rows = parallel.local_batch_size(setting.images_per_step) // devices
     batch = {
         'image': jax.ShapeDtypeStruct((devices, rows, *setting.pictures.shape), np.uint8),
         'label': jax.ShapeDtypeStruct((devices, rows), np.int32),

@@ -3,8 +3,9 @@
     python -m experiments.models [--models=NFNet] [--num_classes=1000]
 
 GMACs are billions of multiply-accumulates for one picture of the test size. Top-1 and top-5 are
-the published ImageNet accuracies in percent, with the paper they stand in; a dash means that
-none is known to this table, not that there is none.
+the published ImageNet accuracies in percent at the test size, with the paper they stand in, or of
+timm's own networks its table of results; a dash means that none is known to this table, not that
+there is none.
 """
 
 from collections.abc import Iterator

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
+from experiments import output
 from nfnets_jax import parallel
 from nfnets_jax.errors import UsageError, first_line
 
@@ -174,7 +175,7 @@ def _bounded(peers: Peers) -> Iterator[None]:
 def _keep_stdout() -> None:
     """Sends what libraries of C++ print there, like Gloo's greetings, to the standard error."""
     sys.stdout.flush()
-    sys.stdout = os.fdopen(os.dup(1), 'w')
+    sys.stdout = output.open_stream(os.dup(1), like=sys.stdout)
     os.dup2(2, 1)
 
 
@@ -395,6 +396,8 @@ def _tell(line: str) -> None:
 
 def _end(status: int, line: str) -> NoReturn:
     """Ends this process at once: its main thread may be waiting for the dead, and never return."""
-    _tell(line)
-    sys.stdout.flush()
-    os._exit(status)
+    try:
+        _tell(line)
+        sys.stdout.flush()
+    finally:
+        os._exit(status)

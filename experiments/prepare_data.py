@@ -190,5 +190,5 @@ def _main() -> None:
 
 if __name__ == '__main__':
     _DATASET = flags.DEFINE_string('dataset', None, 'Its name in TFDS.', required=True)
-    _DATA_DIR = flags.DEFINE_string('data_dir', DEFAULT_DATA_DIR, 'Where prepared data sets are.')
+    _DATA_DIR = cli.define_path('data_dir', DEFAULT_DATA_DIR, 'Where prepared data sets are.')
     cli.run(_main)

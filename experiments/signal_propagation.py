@@ -123,5 +123,5 @@ if __name__ == '__main__':
     flags.DEFINE_integer('batch_size', 4, 'Samples the statistics are over.', lower_bound=1)
     flags.DEFINE_integer('seed', 0, 'Seed of the weights and the input.')
     flags.DEFINE_float('gain', 1.0, 'Value of the gains on residual branches.')
-    flags.DEFINE_string('out', 'signal_propagation.png', 'The picture to write.')
+    cli.define_path('out', 'signal_propagation.png', 'The picture to write.')
     cli.run(main)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from experiments import output
 from nfnets_jax import parallel
 
 # Steps between a step's start and the reading of its answer: enough for the devices to have work
@@ -50,7 +51,12 @@ class StopRequests:
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[StopRequests]:
-    """Yields requests that SIGTERM and SIGINT make; a second signal has its usual effect."""
+    """Yields requests that signals make, and the loss of the output.
+
+    SIGTERM, SIGINT and SIGHUP (a terminal that is closed) ask; a second one has its usual effect.
+    A job that was started to ignore SIGINT or SIGHUP, as by nohup or in the background of a script,
+    goes on ignoring them.
+    """
     requests = StopRequests()
     previous = {}
 
@@ -60,10 +66,12 @@ def on_signals() -> Iterator[StopRequests]:
         signal.signal(number, previous[number])
 
     if threading.current_thread() is threading.main_thread():  # Elsewhere Python forbids it.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, request)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, request)
     try:
-        yield requests
+        with output.on_loss(requests.request):
+            yield requests
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

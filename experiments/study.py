@@ -469,7 +469,7 @@ def main() -> None:
 
 if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', None, 'The study.', lock_config=True)
-    flags.DEFINE_string('workdir', None, 'Where everything about the study is kept.')
+    cli.define_workdir('Where everything about the study is kept.')
     flags.DEFINE_integer('jobs', 1, 'Processes that share the trials.', lower_bound=1)
     flags.DEFINE_integer('seeds', None, 'Use seeds 0 to this, less one.', lower_bound=1)
     flags.DEFINE_integer('max_trials', None, 'Begin so many trials at most.', lower_bound=1)

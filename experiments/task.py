@@ -56,6 +56,7 @@ class Task(NamedTuple):
     model: hk.TransformedWithState
     optimizer: optimizers.Optimizer
     augmentation: Callable  # (keys, images, labels) -> (normalised images, soft targets)
+    images_per_step: int  # read for one step: the batch size, or twice that where pairs are mixed
     on_device: bool  # whether the training pictures live on the devices
     skip_bad: int  # pictures that cannot be read to skip
     total_steps: int
@@ -127,8 +128,15 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     with naming('augment'):
         augmentation = augment.make_augment(config.augment, num_classes, dtype=config.precision)
+        images_per_step = config.batch_size * augment.images_per_example(config.augment)
+        if images_per_step > len(train_source):
+            raise UsageError(
+                f"config.augment.mix_pairs='distinct': a step of config.batch_size="
+                f'{config.batch_size} reads {images_per_step} images, but {train_source.name} has '
+                f"{len(train_source)}: halve the batch, or choose 'batch'"
+            )
         if training:
-            _check_rows(config, augmentation, pictures)
+            _check_rows(config, augmentation, images_per_step, pictures)
     optimizer = optimizers.create(
         config.optimizer,
         params,
@@ -146,6 +154,7 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
         model,
         optimizer,
         augmentation,
+        images_per_step,
         _is_on_device(config, pictures),
         skip_bad,
         total_steps,
@@ -308,7 +317,9 @@ def _build_model(config: ConfigDict, num_classes: int) -> hk.TransformedWithStat
     return hk.transform_with_state(forward)
 
 
-def _check_rows(config: ConfigDict, augmentation: Callable, pictures: Pictures) -> None:
+def _check_rows(
+    config: ConfigDict, augmentation: Callable, images_per_step: int, pictures: Pictures
+) -> None:
     """Raises a UsageError if a device's share of the batch is none that can be augmented."""
     parallel.local_batch_size(config.batch_size)
     rows = config.batch_size // jax.device_count()
@@ -317,6 +328,7 @@ def _check_rows(config: ConfigDict, augmentation: Callable, pictures: Pictures) 
             f'config.accumulate={config.accumulate}: must divide the {rows} examples that each of '
             f'the {jax.device_count()} devices has of config.batch_size={config.batch_size}'
         )
+    rows = images_per_step // jax.device_count()
     jax.eval_shape(
         augmentation,
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
@@ -371,7 +383,7 @@ def make_eval_step(task: Task) -> Callable:
     """Returns a parallel function (variables by name, batch) -> sums of metrics by name."""
 
     def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:
-        images = augment.normalise(batch['image'], dtype=task.config.precision)
+        images = augment.normalise(batch['image'], dtype=experiment.eval_precision(task.config))
         labels, mask = batch['label'], batch['mask']
 
         def sums(params, state):
@@ -382,8 +394,8 @@ def make_eval_step(task: Task) -> Callable:
             hits = ranked == labels[:, None]
             return {
                 'loss': jnp.sum(losses * mask),
-                'top1': jnp.sum(hits[:, 0] * mask),
-                'top5': jnp.sum(hits.any(axis=1) * mask),
+                'top1': jnp.sum(jnp.where(hits[:, 0], mask, 0)),
+                'top5': jnp.sum(jnp.where(hits.any(axis=1), mask, 0)),
                 'count': jnp.sum(mask),
             }
 

@@ -100,6 +100,8 @@ def train(
     weights = None
     if primary:
         writers.check(directory, config)
+        for change in workdir.free_changes(directory, config):
+            say(f'resuming with a changed config: {change}')
         if config.init.weights and not workdir.has_checkpoints(directory):
             *weights, report = load_weights(task, directory)
             say(f'{config.init.weights}: {report}')
@@ -197,7 +199,8 @@ def train(
                 batch = next(batches) | {'stop': stop.flag()}
                 if step == start_step:
                     say('compiling')
-                with jax.transfer_guard('disallow'):
+                # With jax_disable_jit each operation of the step hands over constants of its own.
+                with jax.transfer_guard('allow' if jax.config.jax_disable_jit else 'disallow'):
                     state, answer = train_step(state, batch)
                 step, metrics, results = step + 1, None, {}
                 clock.tick(state)
@@ -270,9 +273,9 @@ def _open_batches(
     task: Task, start_step: int, bad: pipeline.BadPictures
 ) -> pipeline.Prefetch | resident.ResidentBatches:
     """Returns this process's training batches on its devices, from `start_step` on."""
-    process, rows = jax.process_index(), parallel.local_batch_size(task.config.batch_size)
+    process, rows = jax.process_index(), parallel.local_batch_size(task.images_per_step)
     options = {
-        'batch_size': task.config.batch_size,
+        'batch_size': task.images_per_step,
         'seed': task.config.seed,
         'start_step': start_step,
         'transform': task.pictures.train_transform,
@@ -395,6 +398,6 @@ def main() -> None:
 
 if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', None, 'What to train.', lock_config=True)
-    flags.DEFINE_string('workdir', None, 'Where everything about the run is kept.')
+    cli.define_workdir('Where everything about the run is kept.')
     flags.mark_flags_as_required(['config', 'workdir'])
     cli.run(main, distributed=True)

@@ -29,46 +29,51 @@ _MODEL_STREAM = 1 << 16
 def make_train_step(task: Task) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
     """Returns the parallel update: (state, batch of images, labels, positions) -> (state, stop).
 
+    The batch is of `task.images_per_step` images, from which the augmentation makes the examples.
     The batch also holds `stop`, float32 [devices, 1], and its mean is returned: see `stopping`.
     """
     config = task.config
+    rows = config.batch_size // (jax.device_count() * config.accumulate)
+    value_and_grad = (
+        functools.partial(_accumulated_value_and_grad, rows)
+        if config.accumulate > 1
+        else jax.value_and_grad
+    )
 
-    def loss_fn(params, batch, state, key):
+    def loss_fn(trained, batch, frozen, state, key):
+        params = optimizers.combine(trained, frozen)
         outputs, state = task.model.apply(params, state, key, batch['image'], True)
         losses = optax.softmax_cross_entropy(outputs['logits'], batch['target'])
         return jnp.mean(losses), (state, outputs['logits'])
 
-    def value_and_gradient(params, batch, state, key):
+    def loss_and_gradient(trained, batch, frozen, state, key):
+        """Returns (loss, (state, logits)), gradient; of this device's examples."""
         if not config.sam.rho:
-            (loss, (state, logits)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-                params, batch, state, key
-            )
-            return (loss, gradients), state, logits
-        # Statistics are those of the parameters that are kept, so of the first of the two passes.
+            return value_and_grad(loss_fn, has_aux=True)(trained, batch, frozen, state, key)
         sam = sam_value_and_grad(
             loss_fn,
             config.sam.rho,
             ascent_fraction=config.sam.ascent_fraction,
             has_aux=True,
             both_aux=True,
+            value_and_grad=value_and_grad,
         )
-        (loss, ((state, _), (_, logits))), gradients = sam(params, batch, state, key)
-        return (loss, gradients), state, logits
+        # Statistics are those of the parameters that are kept, so of the first of the two passes.
+        (loss, ((state, _), (_, logits))), gradient = sam(trained, batch, frozen, state, key)
+        return (loss, (state, logits)), gradient
 
     def train_step(s: TrainState, batch: dict) -> tuple[TrainState, jax.Array]:
         stop = batch['stop'][0]
         if task.on_device:
-            batch = resident.take(batch, s.step, config.batch_size)
+            batch = resident.take(batch, s.step, task.images_per_step)
         keys = augment.example_keys(s.seed, s.step, batch['position'])
         images, targets = task.augmentation(keys, batch['image'], batch['label'])
         key = jax.random.fold_in(keys[0], _MODEL_STREAM)
 
-        (loss, gradients), state, logits = _in_parts(
-            config.accumulate,
-            functools.partial(value_and_gradient, s.params),
-            {'image': images, 'target': targets},
-            s.state,
-            key,
+        # Whatever follows sees the trained parameters alone.
+        trained, frozen = optimizers.partition(s.params, task.optimizer.groups)
+        (loss, (state, logits)), gradients = loss_and_gradient(
+            trained, {'image': images, 'target': targets}, frozen, s.state, key
         )
         hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
         gradients, state, metrics = _mean_over_devices(
@@ -80,15 +85,18 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], tuple[TrainState
         stop = metrics.pop('stop')
 
         optimizer = task.optimizer.with_numbers(s.numbers)
-        updates, opt_state = optimizer.update(gradients, s.opt_state, s.params)
-        params = optax.apply_updates(s.params, updates)
+        updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        params = optimizers.combine(trained, frozen)
 
         ema_params, ema_state = s.ema_params, s.ema_state
         if config.ema:
             decay = optimizers.ema_decay(s.step, config.ema)
-            ema_params, ema_state = optimizers.ema_update(
-                (ema_params, ema_state), (params, state), decay
+            average, constant = optimizers.partition(ema_params, task.optimizer.groups)
+            average, ema_state = optimizers.ema_update(
+                (average, ema_state), (trained, state), decay
             )
+            ema_params = optimizers.combine(average, constant)
 
         metrics |= {
             'gradient_norm': optax.tree.norm(gradients),
@@ -112,39 +120,54 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], tuple[TrainState
     return parallel.parallelise(train_step, donate_replicated=True)
 
 
-def _in_parts(parts: int, value_and_gradient: Callable, batch: dict, state: hk.State, key):
-    """Returns the mean value and gradient over `parts` equal parts of a batch, taken in turn.
+def _accumulated_value_and_grad(rows: int, loss_fn: Callable, *, has_aux: bool) -> Callable:
+    """`jax.value_and_grad`, computed in parts of `rows` examples that are taken in turn.
 
-    Each part sees the state that the one before has left, and has randomness of its own.
+    The last part is smaller where `rows` does not divide the batch: that of SAM's ascent is a share
+    of the whole. Each part sees the state that the one before has left, and has randomness of its
+    own.
 
     Args:
-      parts: how many.
-      value_and_gradient: (batch, state, key) -> (value and gradient, state, output for each
-        example).
-      batch: a tree of arrays [b, ...], b divisible by `parts`.
-      state, key: for `value_and_gradient`.
+      rows: examples in a part.
+      loss_fn: (params, batch, frozen, state, key) -> (mean loss over the batch, (state, output for
+        each example)).
+      has_aux: must be True, as `loss_fn` has it.
 
     Returns:
-      As `value_and_gradient`, for the whole batch.
+      A function with the arguments of `loss_fn` -> ((loss, (state, outputs)), gradient), all of the
+      whole batch.
     """
-    if parts == 1:
-        return value_and_gradient(batch, state, key)
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
 
-    def add(carry, part):
+    def accumulated(params, batch, frozen, state, key):
+        def add(carry, part):
+            total, state = carry
+            index, examples = part
+            (loss, (state, outputs)), gradient = value_and_grad(
+                params, examples, frozen, state, jax.random.fold_in(key, index)
+            )
+            share = len(outputs) / rows
+            total = jax.tree.map(lambda x, y: x + share * y, total, (loss, gradient))
+            return (total, state), outputs
+
+        size = len(jax.tree.leaves(batch)[0])
+        parts, rest = divmod(size, rows)
+        carry = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params)), state
+        outputs = []
+        if parts:
+            split = jax.tree.map(
+                lambda x: x[: parts * rows].reshape(parts, rows, *x.shape[1:]), batch
+            )
+            carry, stacked = jax.lax.scan(add, carry, (jnp.arange(parts), split))
+            outputs.append(stacked.reshape(-1, *stacked.shape[2:]))
+        if rest:
+            carry, last = add(carry, (parts, jax.tree.map(lambda x: x[parts * rows :], batch)))
+            outputs.append(last)
         total, state = carry
-        index, examples = part
-        one, state, outputs = value_and_gradient(examples, state, jax.random.fold_in(key, index))
-        return (jax.tree.map(jnp.add, total, one), state), outputs
+        loss, gradient = jax.tree.map(lambda x: x / (size / rows), total)
+        return (loss, (state, jnp.concatenate(outputs))), gradient
 
-    examples = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    one, *_ = jax.eval_shape(value_and_gradient, jax.tree.map(lambda x: x[0], examples), state, key)
-    (total, state), outputs = jax.lax.scan(
-        add,
-        (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one), state),
-        (jnp.arange(parts), examples),
-    )
-    mean = jax.tree.map(lambda x: x / parts, total)
-    return mean, state, outputs.reshape(-1, *outputs.shape[2:])
+    return accumulated
 
 
 def _mean_over_devices(gradients, state: hk.State, metrics: dict, dtype: str):

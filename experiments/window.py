@@ -19,7 +19,7 @@ Window = dict[str, jax.Array]
 
 def empty() -> Window:
     """Returns the window before the first step."""
-    sums = {name: jnp.zeros(()) for name in (*METRICS, 'count')}
+    sums = {name: jnp.zeros((), jnp.float32) for name in (*METRICS, 'count')}
     steps = {name: jnp.zeros((), jnp.int32) for name in ('nonfinite', 'nonfinite_in_a_row')}
     return sums | steps | {'lost_at': jnp.full((), _NEVER, jnp.int32)}
 
@@ -56,7 +56,8 @@ def add(
     in_a_row = jnp.where(finite, 0, window['nonfinite_in_a_row'] + 1)
     lost_at = jnp.where(in_a_row > patience, step + 1, _NEVER)
     return sums | {
-        'nonfinite': window['nonfinite'] + ~finite,  # of the whole run, not of this window
+        'nonfinite': window['nonfinite']
+        + (~finite).astype(jnp.int32),  # of the whole run, not of this window
         'nonfinite_in_a_row': in_a_row,
         'lost_at': jnp.minimum(window['lost_at'], lost_at),
     }

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from experiments import config as experiment
 from experiments import data_record
 from experiments.config import default_config
-from nfnets_jax import files, models, parallel
+from nfnets_jax import files, models, parallel, pretrained
 from nfnets_jax.data import sources
 from nfnets_jax.errors import UsageError
 from nfnets_jax.schedules import canonical_duration
@@ -21,7 +22,7 @@ from nfnets_jax.schedules import canonical_duration
 # What may change when a run is continued: where it is written and how it fits into memory, as the
 # number of devices may; and what to do from a step on that would have ended it.
 FREE_TO_CHANGE = (
-    *('log_every', 'eval', 'checkpoint', 'profile', 'wandb'),
+    *('log_every', 'eval', 'data.test_mode', 'checkpoint', 'profile', 'wandb'),
     *('accumulate', 'model.remat', 'model.scan', 'skip_nonfinite'),
     *data_record.HANDLING,
 )
@@ -101,7 +102,7 @@ def has_checkpoints(workdir: str | os.PathLike) -> bool:
 
 
 def load_config(workdir: str | os.PathLike) -> ConfigDict:
-    """Reads the config of the run in a directory.
+    """Reads the config of the run in a directory, of this or any earlier version.
 
     Raises:
       UsageError: there is no run, or its config.json cannot be read.
@@ -111,11 +112,29 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
         fields = json.loads(path.read_text())
         if not isinstance(fields, dict):
             raise ValueError('it must hold one JSON object')
-        return ConfigDict(fields)
+        return ConfigDict(_with_test_mode(experiment.upgrade(fields), path.parent))
     except FileNotFoundError:
         raise UsageError(f'--workdir={workdir} holds no run: there is no {path}') from None
     except (OSError, ValueError) as error:
         raise UsageError(f'{path} cannot be read: {error}') from error
+
+
+def _with_test_mode(fields: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
+    """Returns a run's config with the evaluation preprocessing it was evaluated with.
+
+    Earlier versions took 'crop_resize' for every network where the config named none; since then
+    the default is the network's own. The run's model.json tells which of the two it was.
+    """
+    path, data = directory / 'model.json', fields.get('data')
+    if not path.exists() or not isinstance(data, dict) or 'test_mode' in data:
+        return fields
+    try:
+        metadata = pretrained.decode_metadata(path.read_text(), path)
+    except (OSError, UsageError):
+        return fields
+    if metadata.eval_mode == 'crop_resize' != models.variant_info(metadata.model).eval_mode:
+        data['test_mode'] = metadata.eval_mode
+    return fields
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
@@ -146,6 +165,16 @@ def free_to_change(workdir: str | os.PathLike) -> tuple[str, ...]:
     """
     recorded = (pathlib.Path(workdir) / data_record.DATA_FILE).exists()
     return FREE_TO_CHANGE + (data_record.PLACES if recorded else ())
+
+
+def free_changes(workdir: str | os.PathLike, config: ConfigDict) -> list[str]:
+    """Tells in what a config differs from that of the run in a directory, as far as it may."""
+    if not (pathlib.Path(workdir) / 'config.json').exists():
+        return []
+    before, now = flatten(as_json(load_config(workdir))), flatten(as_json(config))
+    where = 'before', 'now'
+    refused = differences(before, now, where, free=free_to_change(workdir))
+    return [change for change in differences(before, now, where) if change not in refused]
 
 
 def differences(

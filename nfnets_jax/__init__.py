@@ -15,10 +15,11 @@ if TYPE_CHECKING:  # For readers of types; `__getattr__` does the same when a na
         NFResNet,
         ResNet,
         SkipInitResNet,
+        build,
         create_model,
         list_models,
     )
-    from nfnets_jax.pretrained import load_pretrained
+    from nfnets_jax.pretrained import from_pretrained, load_pretrained
     from nfnets_jax.sam import sam_value_and_grad
 
 __version__ = '0.1.0'
@@ -31,8 +32,10 @@ __all__ = [
     'ResNet',
     'SkipInitResNet',
     'adaptive_grad_clip',
+    'build',
     'create_model',
     'describe_clipping',
+    'from_pretrained',
     'list_models',
     'load_pretrained',
     'sam_value_and_grad',
@@ -44,6 +47,7 @@ _HOME = {
     'describe_clipping': 'agc',
     'unit_axes': 'agc',
     'sam_value_and_grad': 'sam',
+    'from_pretrained': 'pretrained',
     'load_pretrained': 'pretrained',
 }
 

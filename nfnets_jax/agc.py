@@ -1,6 +1,6 @@
-"""Adaptive gradient clipping: unit by unit, by the ratio of gradient norm to parameter norm.
+"""Adaptive gradient clipping: bounds the ratio of gradient norm to parameter norm, unit by unit.
 
-Needs jax and optax only. Source: Brock et al., "High-Performance Large-Scale Image Recognition
+Needs only jax and optax. Source: Brock et al., "High-Performance Large-Scale Image Recognition
 Without Normalization", https://arxiv.org/abs/2102.06171, section 4, equation 3.
 
 >>> import jax.numpy as jnp, optax
@@ -18,6 +18,7 @@ import functools
 import inspect
 import math
 import os.path
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -29,7 +30,13 @@ from jax.sharding import PartitionSpec
 
 import nfnets_jax.unit_axes as unit_axes
 
-__all__ = ['AdaptiveGradClipState', 'adaptive_grad_clip', 'describe_clipping', 'unit_axes']
+__all__ = [
+    'AdaptiveGradClipState',
+    'adaptive_grad_clip',
+    'clipping_groups',
+    'describe_clipping',
+    'unit_axes',
+]
 
 PyTree = Any
 Scalar = float | jax.Array
@@ -37,19 +44,18 @@ PerLeaf = Callable[[str, jax.ShapeDtypeStruct], float | None]
 
 
 class AdaptiveGradClipState(NamedTuple):
-    """What the last update did.
+    """Statistics of the last update. The tree structure does not depend on the parameters.
 
     Attributes:
-      clipped_fraction: f32 scalar, the share of all units whose gradient was scaled down (a unit
-        that holds a NaN counts). 0 before the first update.
-      clipped_fraction_by_group: the same by top-level group. A leaf's group is its path's first
-        part that is not shared by all leaves, `~` apart: `nf_block_3` for the Haiku parameter
-        `NFNet/~/nf_block_3/~/conv0/w`, `Conv_0` for Flax's `params/Conv_0/kernel`.
+      clipped_fraction: f32 scalar, the fraction of all units whose gradient was scaled down (a unit
+        that contains a NaN counts). 0 before the first update.
+      clipped_fraction_by_group: f32 [groups], the same for each top-level group of parameters, in
+        the order of `clipping_groups(params)`. 0 for a group without clipped leaves.
       step: int32 scalar, the number of updates, if `clipping` is a schedule; else None.
     """
 
     clipped_fraction: jax.Array
-    clipped_fraction_by_group: dict[str, jax.Array]
+    clipped_fraction_by_group: jax.Array
     step: jax.Array | None
 
 
@@ -58,11 +64,11 @@ class _Leaf(NamedTuple):
 
     path: str
     group: str
-    shape: tuple[int, ...]  # of the whole leaf, also where a device holds a part
-    clipping: Any  # a number, Python's or JAX's; None: not clipped
+    shape: tuple[int, ...]  # of the whole leaf, even where a device holds only a part of it
+    clipping: Any  # a Python number or a scalar array; None: not clipped
     axes: tuple[int, ...] = ()
     sum_over: tuple[str, ...] = ()  # the mesh axes that split `axes`
-    split_by: tuple[str, ...] = ()  # the mesh axes that split the other axes, so the units
+    split_by: tuple[str, ...] = ()  # the mesh axes that split the other axes, hence the units
 
     @property
     def units(self) -> int:
@@ -70,62 +76,64 @@ class _Leaf(NamedTuple):
 
 
 def adaptive_grad_clip(
-    clipping: Scalar | optax.Schedule | PerLeaf = 0.01,
+    clipping: Scalar | optax.Schedule = 0.01,
     eps: Scalar = 1e-3,
     axis: unit_axes.Axes | unit_axes.Rule = None,
     *,
+    clipping_by_leaf: PerLeaf | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     specs: PyTree | None = None,
 ) -> optax.GradientTransformation:
-    """Scales each unit's gradient G down to norm `clipping * max(||W||, eps)`, if it is longer.
+    """Scales each unit's gradient G down to norm `clipping * max(||W||, eps)` if it is longer.
 
     A drop-in for `optax.adaptive_grad_clip`: the same first three arguments and the same numbers.
-    Put it before weight decay, momentum and the learning rate; the paper leaves the last linear
-    layer's weight out (`mask`, or a `clipping` function that returns None for it).
+    Put it before weight decay, momentum and the learning rate. The paper exempts the weight of the
+    last linear layer: use `mask`, or a `clipping_by_leaf` that returns None for it.
 
-    Norms are computed in float32 (float64 for float64 leaves) whatever the leaves' dtype, and
-    neither overflow nor underflow; the output has the gradient's dtype. Units within the bound pass
-    bit for bit. What is no inexact array (None, `optax.MaskedNode`, integers, float0) passes as it
-    is. A NaN spreads over its own unit and no further, so `optax.apply_if_finite` sees it.
+    Norms are computed in float32 (float64 for float64 leaves), whatever the dtype of the leaves,
+    and are exact to rounding at any scale. (One exception: `clipping` so small that it brings the
+    bound below 2e-34, although `eps` is at least 1e-30, counts as 0.) The output has the dtype of
+    the gradient. No dtype is promoted implicitly, so `jax.numpy_dtype_promotion('strict')` is fine.
+    Units within the bound are returned bit for bit. Leaves that are not inexact arrays (None,
+    `optax.MaskedNode`, integers, float0) are returned unchanged. A NaN spreads over its own unit
+    only, so `optax.apply_if_finite` sees it.
 
     Args:
-      clipping: lambda, the largest allowed ratio ||G|| / max(||W||, eps). A float; or a schedule
-        `step -> float`; or a function `(path, leaf) -> float`, or None for a leaf that is not to be
-        clipped, with `path` and `leaf` as in `nfnets_jax.unit_axes`. The paper: 0.01 for batches of
-        4096, more (to 0.16) for smaller ones.
-      eps: the norm that parameters are taken to have at least, so that those that start at zero can
-        leave it.
-      axis: the axes to take the norm over, so all but the output's: None for the rule of
-        optax (`unit_axes.by_rank`), ints for every leaf, or a function `(path, leaf) -> axes`,
-        see `nfnets_jax.unit_axes` for one that fits your layout.
+      clipping: lambda, the largest allowed ratio ||G|| / max(||W||, eps): a float, or a schedule
+        `step -> float`. The paper uses 0.01 for batches of 4096 and more (up to 0.16) for smaller
+        ones.
+      eps: a lower limit on the parameter norm, so that parameters initialized to zero can move.
+      axis: the axes to take the norm over, that is, all but the output axes: None for the rule of
+        optax (`unit_axes.by_rank`), ints for every leaf, or a function `(path, leaf) -> axes`. See
+        `nfnets_jax.unit_axes` for a rule that fits your layout.
+      clipping_by_leaf: a function `(path, leaf) -> float | None` that replaces `clipping`; None
+        exempts the leaf. `path` and `leaf` are as in `nfnets_jax.unit_axes`.
       mask: a tree of bools like the parameters or a prefix of it, or a function from the parameters
-        to that, True where to clip; as in `optax.add_decayed_weights`.
-      specs: only for `jax.shard_map` over sharded parameters (under plain `jax.jit` sharded
-        arrays need nothing): a tree of `jax.sharding.PartitionSpec` like the parameters or a prefix
-        of it, the `in_specs` of the parameters. Norms are then of whole units.
+        to such a tree; True where to clip, as in `optax.add_decayed_weights`.
+      specs: only for `jax.shard_map` over sharded parameters (plain `jax.jit` does not need it): a
+        tree of `jax.sharding.PartitionSpec` like the parameters or a prefix of it, the `in_specs`
+        of the parameters. Norms are then those of whole units.
 
     Returns:
       An `optax.GradientTransformation` with an `AdaptiveGradClipState`. `update` needs `params`.
 
     Raises:
-      ValueError: `clipping` or `eps` is a negative number; at `init`: it is for a leaf, axes are
-        out of range, a `mask` or `clipping` selects no leaf, `specs` names a mesh axis that
-        the mesh lacks; at `update`: `params` are missing or not like the gradients. What concerns a
-        leaf names it by its path.
+      ValueError: `clipping` or `eps` is a negative number, or both `clipping` and
+        `clipping_by_leaf` are given; at `init`: the clipping of a leaf is negative, axes are
+        out of range, `mask` or `clipping_by_leaf` selects no leaf, `specs` names a mesh axis
+        that the mesh lacks; at `update`: `params` are missing or do not match the gradients. A
+        message about a leaf begins with its path.
     """
-    scheduled = _is_schedule(clipping)
-    _check_arguments(clipping, eps)
+    rule = _clipping_rule(clipping, clipping_by_leaf)
+    scheduled = _is_schedule(rule)
+    _check_arguments(rule, eps)
 
     def init(params: PyTree) -> AdaptiveGradClipState:
-        leaves = _plan(params, _at_step(clipping, 0), axis, mask, specs)
-        # Each zero is a buffer of its own, for states that are donated.
+        _plan(params, _at_step(rule, 0), axis, mask, specs)  # raises what is wrong with them
+        # Each zero has a buffer of its own, so that the state can be donated.
         return AdaptiveGradClipState(
             clipped_fraction=jnp.zeros((), jnp.float32),
-            clipped_fraction_by_group={
-                leaf.group: jnp.zeros((), jnp.float32)
-                for leaf in leaves
-                if leaf.clipping is not None
-            },
+            clipped_fraction_by_group=jnp.zeros(len(clipping_groups(params)), jnp.float32),
             step=jnp.zeros((), jnp.int32) if scheduled else None,
         )
 
@@ -135,7 +143,7 @@ def adaptive_grad_clip(
         if params is None:
             raise ValueError('adaptive_grad_clip needs params: tx.update(grads, state, params)')
         step = state.step if scheduled else None
-        leaves = _plan(params, _at_step(clipping, step), axis, mask, specs)
+        leaves = _plan(params, _at_step(rule, step), axis, mask, specs)
         treedef: Any = jax.tree.structure(params, is_leaf=_is_absent)
         weights = treedef.flatten_up_to(params)
         grads = treedef.flatten_up_to(updates)
@@ -144,16 +152,14 @@ def adaptive_grad_clip(
         chosen = [
             i for i, leaf in enumerate(leaves) if leaf.clipping is not None and _is_float(grads[i])
         ]
-        clipped, over = _clip(
-            [leaves[i] for i in chosen],
-            [jnp.asarray(grads[i]) for i in chosen],
-            [jnp.asarray(weights[i]) for i in chosen],
-            eps,
-        )
-        for i, grad in zip(chosen, clipped, strict=True):
-            grads[i] = grad
+        over = []
+        for i in chosen:
+            grads[i], leaf_over = _clip(
+                leaves[i], jnp.asarray(grads[i]), jnp.asarray(weights[i]), eps
+            )
+            over.append(leaf_over)
 
-        groups = [leaf.group for leaf in leaves if leaf.clipping is not None]
+        groups = clipping_groups(params)
         fraction, by_group = _fractions(groups, [leaves[i] for i in chosen], over)
         step = None if step is None else optax.safe_increment(step)
         return treedef.unflatten(grads), AdaptiveGradClipState(fraction, by_group, step)
@@ -161,30 +167,47 @@ def adaptive_grad_clip(
     return optax.GradientTransformation(init, update)
 
 
+def clipping_groups(params: PyTree) -> list[str]:
+    """Returns the names of the groups that `clipped_fraction_by_group` reports on, sorted.
+
+    The group of a leaf is the first part of its path that is not shared by all leaves, ignoring
+    `~`: `nf_block_3` for the Haiku parameter `NFNet/~/nf_block_3/~/conv0/w`, `Conv_0` for Flax's
+    `params/Conv_0/kernel`.
+
+    >>> import jax.numpy as jnp
+    >>> params = {'net/~/stem': {'w': jnp.ones(2)}, 'net/~/head': {'w': jnp.ones(2)}}
+    >>> clipping_groups(params)
+    ['head', 'stem']
+    """
+    return sorted(set(_groups(_paths(params))))
+
+
 def describe_clipping(
     params: PyTree,
-    clipping: Scalar | optax.Schedule | PerLeaf = 0.01,
+    clipping: Scalar | optax.Schedule = 0.01,
     eps: Scalar = 1e-3,
     axis: unit_axes.Axes | unit_axes.Rule = None,
     *,
+    clipping_by_leaf: PerLeaf | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-) -> None:
-    """Prints how `adaptive_grad_clip` with these arguments treats each leaf of `params`.
+) -> str:
+    """Returns a table of how `adaptive_grad_clip` with these arguments treats each leaf.
 
-    `params` may hold arrays or `jax.ShapeDtypeStruct`s, as `jax.eval_shape` gives them.
+    `params` may hold arrays or `jax.ShapeDtypeStruct`s, such as `jax.eval_shape` returns.
 
     >>> import jax.numpy as jnp
     >>> conv = {'w': jnp.ones((3, 3, 8, 16)), 'b': jnp.ones(16)}
     >>> params = {'conv': conv, 'head': jnp.ones((16, 10))}
-    >>> describe_clipping(params, mask={'conv': True, 'head': False})
+    >>> print(describe_clipping(params, mask={'conv': True, 'head': False}))
     leaf    shape          norm over  units  clipping  group
     conv/b  (16,)          (0,)           1      0.01  conv
     conv/w  (3, 3, 8, 16)  (0, 1, 2)     16      0.01  conv
     head    (16, 10)       -              -         -  head
     17 units in 2 of 3 leaves: gradient norm <= clipping * max(parameter norm, 0.001)
     """
-    _check_arguments(clipping, eps)
-    leaves = _plan(params, _at_step(clipping, 0), axis, mask, None)
+    rule = _clipping_rule(clipping, clipping_by_leaf)
+    _check_arguments(rule, eps)
+    leaves = _plan(params, _at_step(rule, 0), axis, mask, None)
     rows = [('leaf', 'shape', 'norm over', 'units', 'clipping', 'group')]
     for leaf in leaves:
         if leaf.clipping is None:
@@ -193,99 +216,119 @@ def describe_clipping(
             how = (str(leaf.axes), str(leaf.units), f'{float(leaf.clipping):g}')
         rows.append((leaf.path, str(leaf.shape), *how, leaf.group))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
     for row in rows:
         cells = zip(row, widths, '<<<>><', strict=True)
-        print('  '.join(f'{cell:{side}{width}}' for cell, width, side in cells).rstrip())
+        lines.append('  '.join(f'{cell:{side}{width}}' for cell, width, side in cells).rstrip())
     clipped = [leaf for leaf in leaves if leaf.clipping is not None]
     units = sum(leaf.units for leaf in clipped)
-    when = ', clipping as at step 0' if _is_schedule(clipping) else ''
-    print(
+    when = ', clipping as at step 0' if _is_schedule(rule) else ''
+    lines.append(
         f'{units} units in {len(clipped)} of {len(leaves)} leaves: '
         f'gradient norm <= clipping * max(parameter norm, {eps:g}){when}'
     )
+    return '\n'.join(lines)
 
 
 def _clip(
-    leaves: Sequence[_Leaf],
-    grads: Sequence[jax.Array],
-    weights: Sequence[jax.Array],
-    eps: Scalar,
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Returns the clipped gradients, and for each leaf which of its units were over the bound."""
-    norms = _unit_norms(
-        [*grads, *weights],
-        tuple(leaf.axes for leaf in leaves) * 2,
-        # Which norms are as good as zero: a gradient's that no bound is below, a parameter's
-        # below eps.
-        [leaf.clipping * eps for leaf in leaves] + [eps for _ in leaves],
+    leaf: _Leaf, grad: jax.Array, weight: jax.Array, eps: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the clipped gradient, and which of its units exceeded the bound."""
+    # With a larger floor under all norms there is no need to resolve smaller ones.
+    tiny = not (isinstance(eps, int | float) and eps >= 1e-30)
+    grad_norm, norm = (
+        _over_mesh(_unit_norm(x, leaf.axes, tiny), leaf.sum_over) for x in (grad, weight)
     )
-    norms = [
-        _over_mesh(n, leaf.sum_over) for n, leaf in zip(norms, [*leaves, *leaves], strict=True)
-    ]
-    clipped, over = [], []
-    for leaf, grad, grad_norm, norm in zip(
-        leaves, grads, norms[: len(leaves)], norms[len(leaves) :], strict=True
-    ):
-        bound = leaf.clipping * jnp.maximum(norm, eps)
-        within = grad_norm <= bound
-        # Two factors, as their product underflows for large gradients. Both are 1 within the bound.
-        unit_length = jnp.where(within, 1, 1 / grad_norm)
-        length = jnp.where(within, 1, bound)
-        clipped.append((grad * unit_length * length).astype(grad.dtype))
-        over.append(~within)
-    return clipped, over
+    dtype = np.promote_types(grad_norm.dtype, norm.dtype)
+    grad_norm, norm = grad_norm.astype(dtype), norm.astype(dtype)
+    bound = jnp.asarray(leaf.clipping, dtype) * jnp.maximum(norm, jnp.asarray(eps, dtype))
+    if not tiny:
+        # A tiny `clipping` is left: norms that underflow must not pass its bound.
+        bound = jnp.where(bound < 2e-34, 0, bound)
+    within = grad_norm <= bound
+    # Two factors, because their product underflows for large gradients. Both are 1 within the
+    # bound, unless it is 0.
+    unit_length = 1 / jnp.where(within, 1, grad_norm)
+    length = jnp.where(within & (bound > 0), 1, bound)
+    return _multiply(grad, unit_length, length), ~within
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _unit_norms(
-    arrays: Sequence[jax.Array], axes: tuple[tuple[int, ...], ...], floors: Sequence[Scalar]
-) -> list[jax.Array]:
-    """L2 norms over `axes`, which are kept with length 1; exact to rounding at any scale.
-
-    One pass over the arrays in the common case. Only if somewhere the sum of squares left the range
-    of its dtype, a second pass takes all norms again from scaled numbers; they replace those that
-    went wrong and no others. A sum that is too small is let be where all norms below that array's
-    floor mean the same, so that at the default eps units that are all zero cost nothing.
-    """
-    if not arrays:
-        return []
-    sums = [_sum_of_squares(x, a, 1) for x, a in zip(arrays, axes, strict=True)]
-
-    def second_pass() -> list[jax.Array]:
-        again = []
-        for x, a, total, floor in zip(arrays, axes, sums, floors, strict=True):
-            scale = _rescaling(total, floor)
-            # XLA turns (x * scale) * (x * scale) into (x * x) * (scale * scale) where it finds
-            # one of them constant.
-            x, factor = jax.lax.optimization_barrier((x, scale))
-            again.append(jnp.where(scale == 1, total, _sum_of_squares(x, a, factor)))
-        return again
-
-    scales = [_rescaling(total, floor) for total, floor in zip(sums, floors, strict=True)]
-    any_lost = functools.reduce(jnp.logical_or, [jnp.any(s != 1) for s in _joined(scales)])
-    sums = jax.lax.cond(any_lost, second_pass, lambda: sums)
-    return [_sqrt(total) / scale for total, scale in zip(sums, scales, strict=True)]
-
-
-def _rescaling(total: jax.Array, floor: Scalar) -> jax.Array:
-    """The factor at which numbers with this sum of squares have one to trust; 1 if they have."""
-    # Powers of 2 that bring the squares to the middle of the range: 2**-80 and 2**80 in float32.
-    power = 2.0 ** (jnp.finfo(total.dtype).maxexp * 5 // 8)
-    # What underflowed on the way to a sum above this is a rounding error of it.
-    smallest = float(jnp.finfo(total.dtype).tiny) * 2.0**56
-    up = jnp.where((total < smallest) & (floor < smallest**0.5), power, 1)
-    return jnp.where(jnp.isinf(total), 1 / power, up).astype(total.dtype)
-
-
-def _sum_of_squares(x: jax.Array, axes: tuple[int, ...], scale: jax.typing.ArrayLike) -> jax.Array:
+def _multiply(x: jax.Array, *factors: jax.Array) -> jax.Array:
+    """Returns x times real factors, computed in their dtype, in the dtype of x."""
     if jnp.iscomplexobj(x):
-        return _sum_of_squares(x.real, axes, scale) + _sum_of_squares(x.imag, axes, scale)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * scale
-    return jnp.sum(x * x, axis=axes, keepdims=True)
+        parts = [_multiply(part, *factors) for part in (x.real, x.imag)]
+        return jax.lax.complex(*parts)
+    product = x.astype(factors[0].dtype)
+    for factor in factors:
+        product *= factor
+    return product.astype(x.dtype)
+
+
+def _unit_norm(x: jax.Array, axes: tuple[int, ...], tiny: bool) -> jax.Array:
+    """Returns L2 norms over `axes`, kept with length 1, in float32, or float64 for float64.
+
+    Exact to rounding up to the largest number of that type, and down to the smallest if `tiny`,
+    else to 2e-34.
+    """
+    parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+    dtype = jnp.float64 if parts[0].dtype == jnp.float64 else jnp.float32
+    return _norm(tuple(part.astype(dtype) for part in parts), axes, tiny)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _norm(parts: tuple[jax.Array, ...], axes: tuple[int, ...], tiny: bool) -> jax.Array:
+    """Returns L2 norms over `axes` and over all `parts`, which have equal shapes and dtypes.
+
+    Takes sums of squares side by side, of the numbers scaled by different powers of two. Where one
+    sum overflows, the next one has lost nothing to underflow. J. L. Blue, "A Portable Fortran
+    Program to Find the Euclidean Norm of a Vector" (1978), sorts the numbers by size into such
+    sums; here each sum contains all numbers, so that they need no comparisons.
+    """
+    dtype = parts[0].dtype
+    info = jnp.finfo(dtype)
+    # Scaled by `down`, no sum overflows unless the norm itself does. `up` is the largest exponent
+    # at which a sum overflows only if what underflowed in the other is a rounding error there. In
+    # float32, for 2**12 numbers: 45 and -64.
+    count = len(parts) * math.prod(parts[0].shape[axis] for axis in axes)
+    down = -(info.maxexp // 2)
+    up = -down - 1 - math.ceil((info.nmant + 1 + math.log2(max(count, 1))) / 2)
+    exponents = [up, down]
+    if tiny:
+        exponents.insert(0, info.maxexp - 8)  # the inverse is a normal number
+
+    def norm_at(exponent: int) -> jax.Array:
+        # The barrier keeps XLA from factoring the constant out of the square, where it underflows,
+        # and from writing one broadcast of it to memory for all leaves of a shape.
+        numbers, scale = jax.lax.optimization_barrier((parts, jnp.asarray(2.0**exponent, dtype)))
+        squares = [jnp.square(number * scale) for number in numbers]
+        return jnp.sqrt(_total(squares, axes)) * 2.0**-exponent
+
+    *scaled_up, norm = map(norm_at, exponents)
+    for candidate in reversed(scaled_up):
+        norm = jnp.where(candidate < jnp.inf, candidate, norm)
+    return norm
+
+
+def _total(arrays: Sequence[jax.Array], axes: tuple[int, ...]) -> jax.Array:
+    """Returns the sum of all arrays over `axes`, which are kept with length 1."""
+    first, *others = [jnp.sum(x, axis=axes, keepdims=True) for x in arrays]
+    return sum(others, first)
+
+
+@_norm.defjvp
+def _norm_jvp(
+    axes: tuple[int, ...], tiny: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The derivative is the unit vector along the numbers; 0 at 0."""
+    (parts,), (changes,) = primals, tangents
+    norm = _norm(parts, axes, tiny)
+    safe = jnp.where(norm == 0, 1, norm)
+    along = [part / safe * change for part, change in zip(parts, changes, strict=True)]
+    return norm, _total(along, axes)
 
 
 def _over_mesh(norm: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """The norm of units of which each device along the mesh axes `names` holds a part."""
+    """Returns the norms of units that are split between devices along the mesh axes `names`."""
     if not names:
         return norm
     largest = jax.lax.pmax(jax.lax.stop_gradient(norm), names)
@@ -294,31 +337,32 @@ def _over_mesh(norm: jax.Array, names: tuple[str, ...]) -> jax.Array:
 
 
 def _sqrt(x: jax.Array) -> jax.Array:
-    """The square root, with gradient 0 at 0."""
+    """Returns the square root, with gradient 0 at 0."""
     return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
 def _fractions(
     groups: Sequence[str], leaves: Sequence[_Leaf], over: Sequence[jax.Array]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the share of units that are over the bound, of all and by group."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the fraction of units that exceed the bound, of all units and by group."""
     units = dict.fromkeys(groups, 0)
     alike: dict[tuple[str, tuple[str, ...]], list[jax.Array]] = {}
     for leaf, leaf_over in zip(leaves, over, strict=True):
         units[leaf.group] += leaf.units
         alike.setdefault((leaf.group, leaf.split_by), []).append(leaf_over)
-    counts = {group: jnp.zeros((), jnp.float32) for group in units}
+    counts = {group: jnp.zeros((), jnp.float32) for group in groups}
     for (group, names), flags in alike.items():
         for joined in _joined(flags):
             count = jnp.sum(joined, dtype=jnp.float32)
             counts[group] += jax.lax.psum(count, names) if names else count
-    by_group = {group: count / max(units[group], 1) for group, count in counts.items()}
     total = sum(counts.values(), jnp.zeros((), jnp.float32)) / max(sum(units.values()), 1)
-    return total, by_group
+    if not groups:
+        return total, jnp.zeros(0, jnp.float32)
+    return total, jnp.stack([counts[group] / max(units[group], 1) for group in groups])
 
 
 def _joined(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Returns the arrays' elements in one vector per sharding: few operations on many arrays."""
+    """Returns the elements of all arrays in one vector per sharding, to need few operations."""
     alike: dict[Any, list[jax.Array]] = {}
     for x in arrays:
         vector = x.ravel()
@@ -333,17 +377,19 @@ def _plan(
     mask: PyTree | Callable[[PyTree], PyTree] | None,
     specs: PyTree | None,
 ) -> list[_Leaf]:
-    """Returns how each leaf of `params` is clipped, None and MaskedNode counted as leaves."""
-    entries = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_absent)[0]
-    paths = [jax.tree_util.keystr(path, simple=True, separator='/') or '.' for path, _ in entries]
-    # A mask that is itself a tree may be callable too: an Equinox module.
+    """Returns how each leaf of `params` is clipped; None and MaskedNode count as leaves."""
+    entries = jax.tree.leaves(params, is_leaf=_is_absent)
+    if not entries:  # as optax does it to learn the state's structure, see optax.tree_map_params
+        return []
+    paths = _paths(params)
+    # A mask that is itself a tree may be callable too, such as an Equinox module.
     if callable(mask) and jax.tree_util.all_leaves([mask]):
         mask = mask(params)
     masks = _broadcast(True if mask is None else mask, params)
     leaf_specs = _broadcast(PartitionSpec() if specs is None else specs, params)
 
     leaves = []
-    for path, group, (_, value), selected, spec in zip(
+    for path, group, value, selected, spec in zip(
         paths, _groups(paths), entries, masks, leaf_specs, strict=True
     ):
         if not _is_float(value):
@@ -367,19 +413,19 @@ def _plan(
 
     floats = [
         path
-        for path, (_, value) in zip(paths, entries, strict=True)
+        for path, value in zip(paths, entries, strict=True)
         if _is_float(value) and np.size(value)
     ]
     if floats and all(leaf.clipping is None for leaf in leaves):
         raise ValueError(
             f'mask and clipping select none of the {len(floats)} leaves (the first is '
-            f'{floats[0]!r}); select one or leave adaptive_grad_clip out'
+            f'{floats[0]!r}); select one or remove adaptive_grad_clip'
         )
     return leaves
 
 
 def _broadcast(prefix: PyTree, tree: PyTree) -> list[Any]:
-    """Returns the leaves of `prefix` repeated for each leaf of `tree`, absent ones counted."""
+    """Returns the leaves of `prefix`, each repeated for the leaves of `tree` below it."""
     full = jax.tree.map(
         lambda leaf, subtree: jax.tree.map(lambda _: leaf, subtree, is_leaf=_is_absent),
         prefix,
@@ -388,17 +434,23 @@ def _broadcast(prefix: PyTree, tree: PyTree) -> list[Any]:
     return jax.tree.leaves(full, is_leaf=_is_absent)
 
 
+def _paths(params: PyTree) -> list[str]:
+    """Returns the path of each leaf, its keys joined by `/`; `.` for a tree that is one leaf."""
+    entries = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_absent)[0]
+    return [jax.tree_util.keystr(path, simple=True, separator='/') or '.' for path, _ in entries]
+
+
 def _groups(paths: Sequence[str]) -> list[str]:
-    """Returns for each path the first part that is not shared by all of them, `~` apart."""
+    """Returns for each path the first part that is not shared by all paths, ignoring `~`."""
     parts = [[part for part in path.split('/') if part != '~'] for path in paths]
     shared = len(os.path.commonprefix(parts))
     return [part[min(shared, len(part) - 1)] for part in parts]
 
 
 def _mesh_axes(path: str, spec: PartitionSpec | None, ndim: int) -> list[tuple[str, ...]]:
-    """Returns for each axis of a leaf the mesh axes that split it between devices here.
+    """Returns for each axis of a leaf the mesh axes that split it between devices.
 
-    A mesh axis that is not manual here (outside `shard_map`, or automatic inside) splits nothing:
+    Skips a mesh axis that is not manual here (outside `shard_map`, or automatic inside), because
     arrays have their full size along it.
     """
     by_axis: list[tuple[str, ...]] = []
@@ -421,6 +473,34 @@ def _is_manual(path: str, name: str) -> bool:
     return True
 
 
+def _clipping_rule(
+    clipping: Scalar | optax.Schedule | PerLeaf, clipping_by_leaf: PerLeaf | None
+) -> Scalar | optax.Schedule | PerLeaf:
+    """Returns the one of the two arguments that was given.
+
+    Raises:
+      ValueError: both were given.
+    """
+    if clipping_by_leaf is None:
+        if callable(clipping) and not _is_schedule(clipping):
+            warnings.warn(
+                'clipping=<function of (path, leaf)> is deprecated; pass it as clipping_by_leaf',
+                DeprecationWarning,
+                stacklevel=3,
+            )
+        return clipping
+    if callable(clipping) or (isinstance(clipping, float) and clipping != 0.01):
+        raise ValueError(
+            f'clipping={clipping} and clipping_by_leaf exclude each other; give one of them'
+        )
+    if not callable(clipping_by_leaf) or _is_schedule(clipping_by_leaf):
+        raise ValueError(
+            'clipping_by_leaf must be a function (path, leaf) -> float or None, got '
+            f'{clipping_by_leaf!r}'
+        )
+    return clipping_by_leaf
+
+
 def _is_schedule(clipping: Scalar | optax.Schedule | PerLeaf) -> bool:
     """Tells `step -> float` from `(path, leaf) -> float | None` by their required arguments."""
     if not callable(clipping):
@@ -439,7 +519,7 @@ def _is_schedule(clipping: Scalar | optax.Schedule | PerLeaf) -> bool:
 
 
 def _at_step(clipping: Scalar | optax.Schedule | PerLeaf, step: Any) -> Any:
-    """Returns a schedule's value at `step`; what is no schedule as it is."""
+    """Returns the value of a schedule at `step`; anything else unchanged."""
     return cast(optax.Schedule, clipping)(step) if _is_schedule(clipping) else clipping
 
 
@@ -450,7 +530,7 @@ def _check_arguments(clipping: Scalar | optax.Schedule | PerLeaf, eps: Scalar) -
 
 
 def _check_not_negative(name: str, value: Scalar) -> None:
-    if isinstance(value, jax.core.Tracer):  # Not known yet: a hyperparameter under jit.
+    if isinstance(value, jax.core.Tracer):  # a hyperparameter under jit, unknown while tracing
         return
     is_number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
     if not is_number or np.ndim(value) or not float(value) >= 0:  # NaN is refused too.
@@ -463,7 +543,7 @@ def _check_alike(leaves: Sequence[_Leaf], grads: Sequence[Any], weights: Sequenc
             held = 'no array' if _is_absent(weight) else f'shape {np.shape(weight)}'
             raise ValueError(
                 f'{leaf.path}: the gradient has shape {np.shape(grad)} and params {held} there; '
-                'pass the params that the gradient was taken of'
+                'pass the params with respect to which the gradient was taken'
             )
 
 

@@ -20,10 +20,13 @@ DEFAULTS = {
     'flip': False,  # mirror left-right, every second picture
     'shift': 0,  # crop at up to this many pixels off, in both directions
     'shift_fill': 'constant',  # what lies outside: 'constant' (black), 'edge' or 'reflect'
-    # Mix each picture and its label with its neighbour's: MixUp and CutMix by weights of
-    # Beta(alpha, alpha), off at 0 (published: 0.2 and 1). With both, one half of the batch each.
+    # Mix images and their labels in pairs: MixUp and CutMix by weights of Beta(alpha, alpha), off
+    # at 0 (published: 0.2 and 1). With both, one half of the batch each.
     'mixup': 0.0,
     'cutmix': 0.0,
+    # batch: each image with its neighbour in the batch, so that it is used twice. distinct (as
+    # published): a batch of B examples is mixed from 2 B images, and each is used once.
+    'mix_pairs': 'batch',
     'mix_first': True,  # before RandAugment or AutoAugment (as published), or after
     'randaugment_layers': 0,  # operations on each picture; published: 4
     'randaugment_magnitude': 10.0,  # published: F0 5, F1 and F2 10, larger ones 15
@@ -32,6 +35,7 @@ DEFAULTS = {
     'label_smoothing': 0.0,
 }
 _FILLS = ('constant', 'edge', 'reflect')
+_PAIRS = ('batch', 'distinct')
 
 
 def example_keys(seed: int, step: jax.Array, positions: jax.Array) -> jax.Array:
@@ -94,13 +98,89 @@ def mix_neighbours(
     Raises:
         UsageError: another N.
     """
-    count, height, width = images.shape[:3]
-    multiple = 4 if mixup and cutmix else 2
+    count = _check_count(images, mixup, cutmix)
+    pasted = jnp.arange(count) // 2 % 2 == 1
+    own, weight = _own_shares(keys, images.shape[1:3], mixup, cutmix, pasted)
+
+    def with_neighbour(x, weight):
+        neighbour = x.reshape(count // 2, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
+        return weight * x + (1 - weight) * neighbour
+
+    images = with_neighbour(images.astype(jnp.float32), own[..., None])
+    return images, with_neighbour(targets, weight[:, None])
+
+
+def mix_distinct(
+    keys: jax.Array, images: jax.Array, targets: jax.Array, mixup: float, cutmix: float
+) -> tuple[jax.Array, jax.Array]:
+    """Makes N examples of 2N images: example i is mixed from images 2i and 2i + 1.
+
+    As published: no image is used twice. The mixing is that of `mix_neighbours`; with both kinds,
+    every second example is for CutMix.
+
+    Args:
+        keys: [2N], one for each image; those of images 2i decide.
+        images: [2N, H, W, C]; N is even for both kinds.
+        targets: float32 [2N, classes].
+        mixup, cutmix: as in `mix_neighbours`.
+
+    Returns:
+        images, float32 [N, H, W, C], and targets [N, classes].
+
+    Raises:
+        UsageError: another number of images.
+    """
+    count = _check_count(images, mixup, cutmix) // 2
+    pasted = jnp.arange(count) % 2 == 1
+    own, weight = _own_shares(keys[::2], images.shape[1:3], mixup, cutmix, pasted)
+
+    def blend(x, weight):
+        pairs = x.reshape(count, 2, *x.shape[1:])
+        return weight * pairs[:, 0] + (1 - weight) * pairs[:, 1]
+
+    return blend(images.astype(jnp.float32), own[..., None]), blend(targets, weight[:, None])
+
+
+def images_per_example(config: Mapping) -> int:
+    """Returns how many images of the data one training example is made of: 1 or 2.
+
+    Args:
+        config: some of the keys of `DEFAULTS`.
+
+    Raises:
+        UsageError: an unknown key or a value out of range.
+    """
+    options = _checked(config)
+    is_mixed = options['mixup'] or options['cutmix']
+    return 2 if is_mixed and options['mix_pairs'] == 'distinct' else 1
+
+
+def _check_count(images: jax.Array, mixup: float, cutmix: float) -> int:
+    """Returns the number of images, or raises a UsageError if it does not split into pairs."""
+    count, multiple = len(images), 4 if mixup and cutmix else 2
     if count % multiple:
         raise UsageError(
-            f'augment.mixup and augment.cutmix need a multiple of {multiple} examples on each '
+            f'augment.mixup and augment.cutmix need a multiple of {multiple} images on each '
             f'device, not {count}'
         )
+    return count
+
+
+def _own_shares(
+    keys: jax.Array, size: tuple[int, int], mixup: float, cutmix: float, pasted: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Draws what each example keeps of its own image where another is mixed into it.
+
+    Args:
+        keys: [N].
+        size: height and width.
+        mixup, cutmix: as in `mix_neighbours`.
+        pasted: bool [N], which examples are for CutMix if there are both kinds.
+
+    Returns:
+        The share of every pixel, float32 [N, height, width], and their mean [N].
+    """
+    height, width = size
 
     def average(key):
         weight = _symmetric_beta(key, mixup)
@@ -114,22 +194,15 @@ def mix_neighbours(
             half = (side * size).astype(int) // 2
             centre = jax.random.randint(place_key, (), 0, size)
             covers.append((centre - half <= jnp.arange(size)) & (jnp.arange(size) < centre + half))
-        own = 1.0 - jnp.outer(*covers)
+        own = 1 - jnp.outer(*covers).astype(jnp.float32)
         return own, own.mean()
 
     own, weight = jax.vmap(average if mixup else paste)(keys)
     if mixup and cutmix:
-        pasted = jnp.arange(count) // 2 % 2 == 1
         boxes, weights = jax.vmap(paste)(keys)
         own = jnp.where(pasted[:, None, None], boxes, own)
         weight = jnp.where(pasted, weights, weight)
-
-    def with_neighbour(x, weight):
-        neighbour = x.reshape(count // 2, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
-        return weight * x + (1 - weight) * neighbour
-
-    images = with_neighbour(images.astype(jnp.float32), own[..., None])
-    return images, with_neighbour(targets, weight[:, None])
+    return own, weight
 
 
 def _symmetric_beta(key: jax.Array, alpha: float) -> jax.Array:
@@ -203,15 +276,17 @@ def make_augment(
         mean, std, dtype: as in `normalise`.
 
     Returns:
-        augment(keys, images, labels) -> (images, targets), for keys [N] of `example_keys`, uint8
-        images [N, H, W, C] and int labels [N]: normalised images of `dtype`, float32 targets
-        [N, num_classes]. It may be jitted; N may be one device's share of the batch.
+        augment(keys, images, labels) -> (images, targets), for keys [M] of `example_keys`, uint8
+        images [M, H, W, C] and int labels [M]: normalised images [N, H, W, C] of `dtype`, float32
+        targets [N, num_classes], where M = N * `images_per_example(config)`. It may be jitted; N
+        may be one device's share of the batch.
 
     Raises:
         UsageError: an unknown key or a value out of range.
     """
     options = _checked(config)
     mixing = options['mixup'], options['cutmix']
+    per_example = images_per_example(config)
 
     def distort(keys, images):
         layers, magnitude = options['randaugment_layers'], options['randaugment_magnitude']
@@ -233,7 +308,9 @@ def make_augment(
         if not options['mix_first']:
             images = distort(_own(keys, 3), images)
         if any(mixing):
-            images, targets = mix_neighbours(_own(keys, 2), images, targets, *mixing)
+            mix = mix_distinct if per_example == 2 else mix_neighbours
+            images, targets = mix(_own(keys, 2), images, targets, *mixing)
+            keys = keys[::per_example]
         if options['mix_first']:
             images = distort(_own(keys, 3), images)
         images = normalise(images, mean, std, dtype)
@@ -274,6 +351,11 @@ def _checked(config: Mapping) -> dict:
         raise UsageError(
             f'augment.shift_fill={options["shift_fill"]!r}: unknown'
             f'{nearest(options["shift_fill"], _FILLS)}'
+        )
+    if options['mix_pairs'] not in _PAIRS:
+        raise UsageError(
+            f'augment.mix_pairs={options["mix_pairs"]!r}: unknown'
+            f'{nearest(options["mix_pairs"], _PAIRS)}'
         )
     if options['autoaugment'] and options['randaugment_layers']:
         raise UsageError('augment.autoaugment=True: set augment.randaugment_layers=0 with it')

@@ -1,18 +1,12 @@
 """timm's state dicts as parameters of our networks, name by name.
 
-Three kinds are known: dm_nfnet_f0 to f6 (the authors' weights), and nf_resnet50 and nf_regnet_b0 to
-b5, which timm trained. timm computes with them in networks that differ from the published ones;
-what can be put into parameters is, so that the logits are timm's:
+dm_nfnet_f0 to f6 hold the authors' weights and become NFNet-F0 to F6. Every other network is one of
+timm's own, which has timm's name here and its parameters, one for one (`conventions='timm_gains'`).
+One number changes: to the variance of a weight timm adds 1e-5, where `layers.standardize` has a
+floor, and the gains make up for it.
 
-- To the variance of a weight timm adds 1e-5, where ours has a floor: the gains make up for it.
-- But for dm_nfnet, timm does not scale activations; each convolution is scaled instead, by the same
-  number. The convolution that sees no activation (the stem) gets it in its own gain here, and the
-  classifier, which has no scaled activation before it in timm, is divided by it.
-- But for dm_nfnet, there are no skip gains: ours are 1.
-
-What cannot (symmetric padding, pooled shortcuts, channels rounded to multiples of 8) is the option
-`conventions='timm'` of NF-ResNets and NF-RegNets. One difference is left: the GELU of dm_nfnet is
-the exact one there and its tanh form here, as published; logits differ by 2.5e-4 of the largest.
+One difference is left: the GELU of dm_nfnet is the exact one there and its tanh form here, as
+published; logits differ by 2.5e-4 of the largest.
 
 Source: the public code of timm, models/nfnet.py.
 """
@@ -20,45 +14,30 @@ Source: the public code of timm, models/nfnet.py.
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from nfnets_jax.errors import UsageError
-from nfnets_jax.layers import gains
 
 _VARIANCE_EPS = 1e-5  # timm's, added to the variance
 _FLOOR = 1e-4  # ours, of the variance times the fan-in: see layers.standardize
 
 
-# Pixels in training and in testing, where timm's differ from the published.
-SIZES = {'NF-ResNet-50': (256, 288), 'NF-RegNet-B0': (192, 256), 'NF-RegNet-B1': (256, 288)}
-
-
-class Converted(NamedTuple):
-    """A Haiku tree, flat.
-
-    Attributes:
-      params: 'module/name' -> array.
-      options: what `create_model` needs besides the name.
-      added: names of the parameters that the state dict does not have.
-    """
-
-    params: dict[str, np.ndarray]
-    options: dict[str, str]
-    added: tuple[str, ...]
+# How timm prepares images for the dm_nfnets, unlike the authors: its `crop_mode` and `crop_pct`.
+_CROPS = (0.9, 0.91, 0.92, 0.94, 0.951, 0.954, 0.956)
+EVAL_MODES = {f'NFNet-F{level}': f'timm_squash_{crop}' for level, crop in enumerate(_CROPS)}
 
 
 class _Family(NamedTuple):
     root: str
     block: str
-    activation: str | None  # the one whose gain is in timm's convolutions; None: in activations
 
 
-_NFNET = _Family('NFNet', 'nf_block', None)
-_REGNET = _Family('NF_RegNet', 'nf_block', 'silu')
-_RESNET = _Family('NF_ResNet', 'nf_res_block', 'relu')
+_NFNET = _Family('NFNet', 'nf_block')
+_REGNET = _Family('NF_RegNet', 'nf_block')
+_RESNET = _Family('NF_ResNet', 'nf_res_block')
 
 _STEM = re.compile(r'stem\.conv(\d*)')
 _BLOCK = re.compile(r'stages\.(\d+)\.(\d+)\.?(.*)')
@@ -72,6 +51,7 @@ _IN_BLOCK = {
     'attn.fc2': 'squeeze_excite/~/linear_1',
     'attn_last.fc1': 'squeeze_excite/~/linear',
     'attn_last.fc2': 'squeeze_excite/~/linear_1',
+    'attn_last.conv': 'efficient_channel_attention',
 }
 _LINEAR = re.compile(r'.*linear(_1)?')
 
@@ -81,33 +61,29 @@ def is_timm(names) -> bool:
     return any(name.startswith('stages.0.0.') for name in names)
 
 
-def convert(arrays: Mapping[str, np.ndarray]) -> Converted:
-    """Converts a state dict of dm_nfnet_f*, nf_resnet50 or nf_regnet_b*.
+def is_of_published_form(names: Iterable[str]) -> bool:
+    """Whether a state dict of timm's is that of a dm_nfnet, as published, and not of timm's own."""
+    return any(name.endswith('.skipinit_gain') for name in names)
+
+
+def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns a state dict of an NFNet, NF-ResNet or NF-RegNet as {'module/name': array}.
 
     Raises:
       UsageError: naming the first array that none of these networks has.
     """
     if 'stem.conv1.weight' in arrays:
         family = _NFNET
-        if not any(name.endswith('.skipinit_gain') for name in arrays):
-            raise UsageError(
-                "timm's nfnet_* without skipinit_gain are other networks: of NFNets only "
-                'dm_nfnet_f0 to dm_nfnet_f6 can be read'
-            )
     else:
         family = _REGNET if 'final_conv.weight' in arrays else _RESNET
-    params, first_blocks = {}, _first_blocks(arrays)
+    params: dict[str, np.ndarray] = {}
+    first_blocks = _first_blocks(arrays)
     for name, array in arrays.items():
         module, _, leaf = name.rpartition('.')
         ours = _module(module, family, first_blocks)
         params |= dict([_parameter(name, ours, leaf, np.asarray(array, np.float32))])
     _adopt_variance(params)
-    if family.activation is None:
-        return Converted(params, {}, ())
-    _adopt_scale(params, family)
-    blocks = {name.partition('/~/conv')[0] for name in params if '/~/conv0/' in name}
-    added = {f'{block}/skip_gain': np.ones((), np.float32) for block in sorted(blocks)}
-    return Converted(params | added, {'conventions': 'timm'}, tuple(added))
+    return params
 
 
 def _first_blocks(names) -> dict[int, int]:
@@ -140,13 +116,15 @@ def _module(module: str, family: _Family, first_blocks: dict[int, int]) -> str |
 
 
 def _parameter(name: str, module: str | None, leaf: str, x: np.ndarray) -> tuple[str, np.ndarray]:
-    """Returns our name and layout: HWIO for OIHW, IO for OI and for OI11."""
+    """Returns our name and layout: HWIO for OIHW, IO for OI and for OI11, WIO for OIW."""
     is_linear = module is not None and _LINEAR.fullmatch(module) is not None
     match leaf, x.ndim:
         case 'weight', 4 if module and not is_linear:
             return f'{module}/w', x.transpose(2, 3, 1, 0)
         case 'weight', 2 | 4 if is_linear and x.size == math.prod(x.shape[:2]):
             return f'{module}/w', x.reshape(x.shape[:2]).T
+        case 'weight', 3 if module and module.endswith('efficient_channel_attention'):
+            return f'{module}/w', x.transpose(2, 1, 0)
         case 'bias', 1 if module:
             return f'{module}/{"b" if is_linear else "bias"}', x
         case 'gain', 4 if module and not is_linear:
@@ -154,8 +132,7 @@ def _parameter(name: str, module: str | None, leaf: str, x: np.ndarray) -> tuple
         case 'skipinit_gain', 0 if module:
             return f'{module}/skip_gain', x
     raise UsageError(
-        f'{name} {list(x.shape)}: dm_nfnet_f*, nf_resnet50 and nf_regnet_b* of timm have no such '
-        'array'
+        f"{name} {list(x.shape)}: timm's NFNets, NF-ResNets and NF-RegNets have no such array"
     )
 
 
@@ -168,11 +145,3 @@ def _adopt_variance(params: dict[str, np.ndarray]) -> None:
         ours = np.sqrt(np.maximum(variance * fan_in, _FLOOR))
         theirs = np.sqrt((variance + _VARIANCE_EPS) * fan_in)
         params[name] = params[name] * (ours / theirs)
-
-
-def _adopt_scale(params: dict[str, np.ndarray], family: _Family) -> None:
-    """Moves the scale of the activations from where timm has it to where ours is."""
-    scale = np.float32(gains[family.activation])
-    stem, head = f'{family.root}/~/initial_conv/gain', f'{family.root}/~/linear/w'
-    params[stem] = params[stem] * scale
-    params[head] = params[head] / scale

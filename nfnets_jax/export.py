@@ -2,8 +2,9 @@
 
 In both the scaled weight standardisation is gone: a convolution's standardised weight does not
 depend on the picture, so it is computed once and the network has plain convolutions. Programs map
-pixels, float32 [batch, size, size, 3] on a scale of 0..255 as `make_transform` returns them, to
-logits, float32 [batch, classes]; the normalisation is inside, the batch size is free.
+pixels, float32 [batch, size, size, channels] on a scale of 0..255 as `make_transform` returns them,
+to logits, float32 [batch, classes] (to 'pool', [batch, features], where the network has no
+classifier); the normalisation is inside, the batch size is free.
 """
 
 import functools
@@ -52,7 +53,7 @@ def make_classifier(
         images = augment.normalise(pixels, metadata.mean, metadata.std)
         with hk.intercept_methods(interceptor):
             outputs, _ = model.apply(params, weights.state, None, images, False)
-        return outputs['logits']
+        return outputs[output_name(metadata)]
 
     return classify
 
@@ -66,14 +67,15 @@ def to_stablehlo(weights: pretrained.Weights) -> bytes:
       UsageError: the metadata do not say which model, or at which size.
     """
     size = picture_size(weights)
-    shape = jax.export.symbolic_shape(f'batch, {size}, {size}, 3')
+    channels = weights.metadata.channels
+    shape = jax.export.symbolic_shape(f'batch, {size}, {size}, {channels}')
     pixels = jax.ShapeDtypeStruct(shape, jnp.float32)
     classify = jax.jit(make_classifier(weights))
     return bytes(jax.export.export(classify, platforms=PLATFORMS)(pixels).serialize())
 
 
 def to_onnx(weights: pretrained.Weights) -> bytes:
-    """Returns an ONNX model with input 'pixels' and output 'logits', as a serialised ModelProto.
+    """Returns a serialised ONNX ModelProto with input 'pixels' and output 'logits' or 'pool'.
 
     Raises:
       UsageError: jax2onnx is not installed, or as `to_stablehlo`.
@@ -86,9 +88,9 @@ def to_onnx(weights: pretrained.Weights) -> bytes:
     classify = make_classifier(weights, _conv2d_as_onnx_knows_it)
     model = jax2onnx.to_onnx(
         classify,
-        inputs=[('batch', size, size, 3)],
+        inputs=[('batch', size, size, weights.metadata.channels)],
         input_names=['pixels'],
-        output_names=['logits'],
+        output_names=[output_name(weights.metadata)],
     )
     return model.SerializeToString()
 
@@ -110,6 +112,11 @@ def convolve_folded(conv2d, next_call, args, kwargs, context):
 
 def _conv2d_as_onnx_knows_it(x, w, *, stride, groups, padding):
     return convolution.plain(convolution.ConvShape(stride, groups, padding), x, w)
+
+
+def output_name(metadata: pretrained.Metadata) -> str:
+    """Returns which of the network's outputs an exported program returns."""
+    return 'pool' if metadata.num_classes == 0 else 'logits'
 
 
 def picture_size(weights: pretrained.Weights) -> int:

@@ -123,7 +123,7 @@ def _make_warp(operations: Sequence[Operation], size: tuple[int, int]) -> Callab
         elif name in ('TranslateX', 'TranslateY'):
             shift[i, WARPS.index(name) - WARPS.index('TranslateX')] = argument
     parameters = [jnp.asarray(x, jnp.float32) for x in (straight, across, shift, pivot)]
-    y, x = jnp.mgrid[:height, :width] + 0.5
+    y, x = jnp.mgrid[:height, :width].astype(jnp.float32) + 0.5
 
     def warp(image, choice, sign):
         straight, across, shift, pivot = (parameter[choice] for parameter in parameters)
@@ -200,7 +200,7 @@ def _autocontrast_table(counts: jax.Array) -> jax.Array:
     exceptions = jnp.asarray(_autocontrast_exceptions())
     code = (low * 256 + high) * 256 + value
     nearest = jnp.searchsorted(exceptions, code).clip(0, len(exceptions) - 1)
-    table = jnp.where(high > low, table - (exceptions[nearest] == code), value)
+    table = jnp.where(high > low, table - (exceptions[nearest] == code).astype(int), value)
     return table.clip(0, 255).astype(jnp.uint8)
 
 
@@ -261,7 +261,7 @@ def _products(operations: Sequence[Operation]) -> jax.Array:
 
 def _blend(degenerate, value, products: jax.Array) -> jax.Array:
     """Returns degenerate + factor * (value - degenerate), uint8, from integers in 0..255."""
-    blended = degenerate + products[value - degenerate + 255]
+    blended = degenerate.astype(jnp.float32) + products[value - degenerate + 255]
     return blended.clip(0, 255).astype(jnp.uint8)
 
 
@@ -274,7 +274,7 @@ def _grey(image: jax.Array) -> jax.Array:
 def _rounded_mean(values: jax.Array) -> jax.Array:
     """Returns the mean of integers, halves rounded up."""
     total = values.sum()
-    return total // values.size + (2 * (total % values.size) >= values.size)
+    return total // values.size + (2 * (total % values.size) >= values.size).astype(int)
 
 
 def _smooth(image: jax.Array) -> jax.Array:

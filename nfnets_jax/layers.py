@@ -78,11 +78,25 @@ def get_activation(name: str, *, scaled: bool) -> Activation:
     Raises:
       UsageError: there is none of that name.
     """
+    name = _activation_name(name)
+    return nonlinearities[name] if scaled else activations[name]
+
+
+def get_gain(name: str) -> float:
+    """Returns the gain gamma of the nonlinearity called `name`.
+
+    Raises:
+      UsageError: there is none of that name.
+    """
+    return gains[_activation_name(name)]
+
+
+def _activation_name(name: str) -> str:
     if name == 'swish':  # The other name of silu, which the authors' code knows too.
         name = 'silu'
     if name not in activations:
         raise UsageError(f'activation: unknown {name!r}{nearest(name, activations)}')
-    return nonlinearities[name] if scaled else activations[name]
+    return name
 
 
 def initializer(
@@ -145,7 +159,10 @@ def _drawn_flat(initial: hk.initializers.Initializer, shape: Sequence[int], dtyp
 
 
 class Conv2D(hk.Module):
-    """A plain convolution, NHWC by HWIO: parameters `w` and, with_bias, `b`."""
+    """A plain convolution, NHWC by HWIO: parameters `w` and, with_bias, `b`.
+
+    It refuses an input of other than `in_channels` channels, if that is not None.
+    """
 
     def __init__(
         self,
@@ -156,10 +173,12 @@ class Conv2D(hk.Module):
         padding: Literal['SAME', 'VALID'] = 'SAME',
         with_bias: bool = True,
         w_init: hk.initializers.Initializer | None = None,
+        in_channels: int | None = None,
         name: str | None = None,
     ):
         super().__init__(name=name)
         self.output_channels = output_channels
+        self.in_channels = in_channels
         self.kernel_size = kernel_size
         self.stride = stride
         self.groups = 1
@@ -169,6 +188,7 @@ class Conv2D(hk.Module):
 
     def __call__(self, x: Array) -> Array:
         """[N, H, W, in] -> [N, H', W', out] in the dtype of x."""
+        _check_channels(x, self.in_channels)
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.output_channels)
         w = hk.get_parameter('w', shape, jnp.float32, init=self.w_init)
         out = convolution.conv2d(x, w.astype(x.dtype), self.stride, padding=self.padding)
@@ -178,12 +198,18 @@ class Conv2D(hk.Module):
         return out
 
 
+def _check_channels(x: Array, expected: int | None) -> None:
+    if expected not in (None, x.shape[-1]):
+        raise UsageError(f'channels: the images must have {expected}, not {x.shape[-1]}')
+
+
 class ScaledWSConv2D(hk.Module):
     """A convolution with scaled weight standardisation: parameters `w`, `gain` and `bias`.
 
     The weight is standardised in float32 and then cast to the dtype of the input: variances of
     thousands of bfloat16 numbers are not worth having. See `standardize`; without it the weight is
     `w` times `gain`, of the same variance at initialisation, but in expectation only.
+    `in_channels` is as in Conv2D.
     """
 
     def __init__(
@@ -195,18 +221,23 @@ class ScaledWSConv2D(hk.Module):
         groups: int = 1,
         padding: convolution.Padding = 'SAME',
         standardize: bool = True,
+        gain_init: float | hk.initializers.Initializer = 1.0,
+        in_channels: int | None = None,
         name: str | None = None,
     ):
         super().__init__(name=name)
         self.output_channels = output_channels
+        self.in_channels = in_channels
         self.kernel_size = kernel_size
         self.stride = stride
         self.groups = groups
+        self.gain_init = initializer(gain_init, 'constant')
         self.padding = padding
         self.standardize = standardize
 
     def __call__(self, x: Array) -> Array:
         """[N, H, W, in] -> [N, ceil(H / stride), ceil(W / stride), out] in the dtype of x."""
+        _check_channels(x, self.in_channels)
         shape = (
             self.kernel_size,
             self.kernel_size,
@@ -215,7 +246,7 @@ class ScaledWSConv2D(hk.Module):
         )
         normal = hk.initializers.RandomNormal(_fan_in_stddev(shape))
         w = hk.get_parameter('w', shape, jnp.float32, init=functools.partial(_drawn_flat, normal))
-        gain = hk.get_parameter('gain', shape[-1:], jnp.float32, init=jnp.ones)
+        gain = hk.get_parameter('gain', shape[-1:], jnp.float32, init=self.gain_init)
         bias = hk.get_parameter('bias', shape[-1:], jnp.float32, init=jnp.zeros)
         w = (standardize(w, gain) if self.standardize else w * gain).astype(x.dtype)
         out = convolution.conv2d(x, w, self.stride, groups=self.groups, padding=self.padding)
@@ -266,6 +297,32 @@ class SqueezeExcite(hk.Module):
         """[N, H, W, C] -> gates in (0, 1), [N, 1, 1, C]."""
         hidden = jax.nn.relu(self.squeeze(jnp.mean(x, (1, 2), keepdims=True)))
         return jax.nn.sigmoid(self.excite(hidden))
+
+
+class EfficientChannelAttention(hk.Module):
+    """Efficient channel attention: gates, one per sample and channel (arXiv 1910.03151).
+
+    A gate is the sigmoid of a convolution, without bias, of the channels' spatial means: parameter
+    `w`, [K, 1, 1]. K grows with the number of channels: (log2(channels) + 1) / 2, rounded down and
+    then up to an odd number, 3 at least (equation 12 there). Initial weights are uniform within
+    1 / sqrt(K), as timm's. The caller multiplies, as with SqueezeExcite.
+    """
+
+    def __init__(self, channels: int, name: str | None = None):
+        super().__init__(name=name)
+        self.kernel_size = max(3, int((math.log2(channels) + 1) / 2) | 1)
+
+    def __call__(self, x: Array) -> Array:
+        """[N, H, W, C] -> gates in (0, 1), [N, 1, 1, C]."""
+        bound = self.kernel_size**-0.5
+        shape, init = (self.kernel_size, 1, 1), hk.initializers.RandomUniform(-bound, bound)
+        w = hk.get_parameter('w', shape, jnp.float32, init=init).astype(x.dtype)
+        reach = self.kernel_size // 2
+        means = jnp.mean(x, (1, 2), keepdims=True)
+        padded = jnp.pad(means, ((0, 0), (0, 0), (0, 0), (reach, reach)))
+        # Few terms of few numbers: a sum of shifted copies, which every platform and ONNX know.
+        shifted = [padded[..., i : i + x.shape[-1]] * w[i, 0, 0] for i in range(self.kernel_size)]
+        return jax.nn.sigmoid(functools.reduce(jnp.add, shifted))
 
 
 def stochastic_depth(key: Array, rate: jax.typing.ArrayLike, x: Array) -> Array:
@@ -331,8 +388,10 @@ class BatchNorm(hk.Module):
         else:
             mean, var = self.mean_ema.average, self.var_ema.average
         if is_training:
-            self.mean_ema(mean)
-            self.var_ema(var)
+            # Haiku's moving averages take a float32 to the power of an int32.
+            with jax.numpy_dtype_promotion('standard'):
+                self.mean_ema(mean)
+                self.var_ema(var)
         out = (x32 - mean) * (scale * jax.lax.rsqrt(var + self.eps)) + offset
         return out.astype(x.dtype)
 

@@ -110,7 +110,8 @@ def create(
 
     Returns:
         A transformation of f32 gradients that are already averaged over devices; it needs
-        `params` in `update`. The fraction of clipped units is in its state,
+        `params` in `update`. All trees may be whole, or the trained part that `partition` returns;
+        the state is the same. The fraction of clipped units is in it,
         `optax.tree.get(opt_state, 'clipped_fraction')`, unless nothing is clipped.
 
     Raises:
@@ -133,9 +134,8 @@ def create(
             lambda path, _: getattr(groups[_name(path)], field), tree
         )
 
-    peak = config['learning_rate']
-    if config['scale_lr_by_batch']:
-        peak *= batch_size / 256
+    scale = batch_size / 256 if config['scale_lr_by_batch'] else 1.0
+    peak = config['learning_rate'] * scale
 
     def learning_rate(peak: jax.typing.ArrayLike) -> schedules.Schedule:
         return schedules.create(
@@ -143,13 +143,14 @@ def create(
             peak,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
+            scale=scale,
             key=f'{key}.schedule',
         )
 
     def with_numbers(numbers: Numbers) -> optax.GradientTransformation:
         clip = _clip(config['clip'], numbers.clipping, marked('clip'))
         decay = optax.add_decayed_weights(numbers.weight_decay, marked('decay'))
-        adam = optax.scale_by_adam(config['b1'], config['b2'], config['eps'])
+        adam = _promoting(optax.scale_by_adam(config['b1'], config['b2'], config['eps']))
         match config['name']:
             case 'sgd':
                 # Without momentum there is nothing to remember.
@@ -176,6 +177,43 @@ def create(
 
     numbers = Numbers(peak, config['clip']['clipping'], config['weight_decay'])
     return Optimizer(with_numbers(numbers), learning_rate(peak), groups, numbers, with_numbers)
+
+
+def partition(
+    params: optax.Params, groups: Mapping[str, Group]
+) -> tuple[optax.Params, optax.Params]:
+    """Splits parameters into (trained, frozen), two trees in which the other's leaves are missing.
+
+    A missing leaf is an `optax.MaskedNode`, an empty pytree: what differentiates, averages,
+    measures or updates the trained tree neither sees nor pays for the frozen leaves. `combine` is
+    the inverse.
+
+    Args:
+        params: a tree of parameters, named as in `groups`.
+        groups: the rule of each parameter, by name, as in `Optimizer.groups`.
+    """
+
+    def leaves_that(freeze: bool) -> optax.Params:
+        return jax.tree.map_with_path(
+            lambda path, leaf: leaf if groups[_name(path)].freeze == freeze else optax.MaskedNode(),
+            params,
+        )
+
+    return leaves_that(freeze=False), leaves_that(freeze=True)
+
+
+def combine(trained: optax.Params, frozen: optax.Params) -> optax.Params:
+    """Returns the parameters that `partition` has split."""
+
+    def is_missing(node) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return jax.tree.map(
+        lambda ours, theirs: theirs if is_missing(ours) else ours,
+        trained,
+        frozen,
+        is_leaf=is_missing,
+    )
 
 
 def assign_groups(
@@ -284,6 +322,16 @@ def _clip(
             return optax.masked(clip_by_norm(clipping, per_leaf=per_leaf), mask)
         case 'none':
             return optax.identity()
+
+
+def _promoting(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Lets optax mix dtypes, as its Adam does, where jax_numpy_dtype_promotion is 'strict'."""
+
+    def update(updates, state, params=None):
+        with jax.numpy_dtype_promotion('standard'):
+            return transformation.update(updates, state, params)
+
+    return optax.GradientTransformation(transformation.init, update)
 
 
 def _scale_leaves(factors: Callable[[optax.Params], optax.Params]):

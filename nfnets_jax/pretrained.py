@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnets_jax import augment, convert_timm, models, weight_files
+from nfnets_jax import augment, convert_timm, files, models, weight_files
 from nfnets_jax.errors import UsageError, first_line, nearest
 
 
@@ -28,11 +28,12 @@ class Metadata:
     Attributes:
       model: name in `list_models()`.
       options: of `create_model`, besides the name and the number of classes.
-      num_classes: size of the logits.
+      num_classes: size of the logits; 0 of a network of features.
       class_names: of the logits in their order; empty where unknown.
       train_size, test_size: side of the pictures in pixels.
-      eval_mode: how a picture becomes `test_size` pixels, a mode of `make_transform`.
-      mean, std: of the normalisation, three values on a scale of 0..255.
+      eval_mode: how a picture becomes `test_size` pixels, a mode of `make_transform`; by default
+        that of the model's authors, `Variant.eval_mode`.
+      mean, std: of the normalisation, a value for each channel on a scale of 0..255.
     """
 
     model: str | None = None
@@ -41,22 +42,30 @@ class Metadata:
     class_names: tuple[str, ...] = ()
     train_size: int | None = None
     test_size: int | None = None
-    eval_mode: str = 'crop_resize'
+    eval_mode: str = ''
     mean: tuple[float, ...] = augment.IMAGENET_MEAN
     std: tuple[float, ...] = augment.IMAGENET_STD
 
+    def __post_init__(self):
+        row = models.find_variant(self.model)
+        own = {'model': row.name} if row else {}  # What an alias stands for.
+        if not self.eval_mode:
+            own['eval_mode'] = row.eval_mode if row else 'crop_resize'
+        for name, value in own.items():
+            object.__setattr__(self, name, value)  # As the dataclass is frozen.
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.options.get('channels') or 3
+
 
 class Weights(NamedTuple):
-    """Parameters and state as Haiku trees of float32 numpy arrays, and what they are for.
-
-    Attributes:
-      added: names of parameters that the file does not hold and its format implies.
-    """
+    """Parameters and state as Haiku trees of float32 numpy arrays, and what they are for."""
 
     params: hk.Params
     state: hk.State
     metadata: Metadata
-    added: tuple[str, ...] = ()
 
 
 class Report(NamedTuple):
@@ -64,21 +73,22 @@ class Report(NamedTuple):
 
     matched: tuple[str, ...]  # taken from the weights
     new_head: tuple[str, ...]  # of the classifier, left as they were
+    unused_head: tuple[str, ...]  # of the weights' classifier, where the model has none
     missing: tuple[str, ...]  # the weights do not have them; left as they were
     unexpected: tuple[str, ...]  # the model does not have them; not used
     wrong_shape: tuple[str, ...]  # left as they were
 
     @property
     def fits(self) -> bool:
-        """Whether all weights were used and, but for a new head, all parameters were set."""
+        """Whether all weights were used and all parameters were set, the classifier aside."""
         return not (self.missing or self.unexpected or self.wrong_shape)
 
     def __str__(self) -> str:
         """One line: how many of each, and the first of those that do not fit."""
         parts = [f'{len(self.matched)} parameters matched']
-        for name in ('new_head', 'missing', 'unexpected', 'wrong_shape'):
+        for name in self._fields[1:]:
             if found := getattr(self, name):
-                example = '' if name == 'new_head' else f', like {found[0]}'
+                example = '' if name.endswith('head') else f', like {found[0]}'
                 parts.append(f'{len(found)} {name.replace("_", " ")}{example}')
         return '; '.join(parts)
 
@@ -94,7 +104,7 @@ def load_pretrained(
 
     Kinds, told apart by content: the authors' released pickles of {module: {name: array}}
     (F0_haiku.npz), plain .npz with 'module/name' keys, .safetensors written by `save_weights`,
-    timm's state dicts (.safetensors, .pth) of dm_nfnet_*, nf_resnet50 and nf_regnet_*, and the
+    timm's state dicts (.safetensors, .pth) of its NFNets, NF-ResNets and NF-RegNets, and the
     directory of a training run.
 
     Args:
@@ -109,7 +119,9 @@ def load_pretrained(
     Raises:
       UsageError: naming the file and what is wrong with it.
     """
-    model = model if model is None else models.variant_info(model).name
+    if model is not None:
+        model = models.variant_info(model).name
+    path = files.expand(path)
     if os.path.isdir(path):
         weights = _load_run(pathlib.Path(path), str(checkpoint), ema)
     else:
@@ -189,7 +201,7 @@ def fit_weights(
     Returns:
       (params, state, report). Nothing is raised for what does not fit: see `Report.fits`.
     """
-    head = _head(params)
+    head, old_head = _head(params), _head(weights.params)
     target, source = _named(params, state), _named(weights.params, weights.state)
     found: dict[str, list[str]] = {kind: [] for kind in Report._fields}
     for name, leaf in target.items():
@@ -203,7 +215,12 @@ def fit_weights(
         else:
             kind = 'new_head' if in_head else 'wrong_shape'
         found[kind].append(bare)
-    found['unexpected'] = [name.partition('/')[2] for name in source if name not in target]
+    for name in source:
+        if name in target:
+            continue
+        bare = name.partition('/')[2]
+        is_of_old_head = head is None and bare.rpartition('/')[0] == old_head
+        found['unused_head' if is_of_old_head else 'unexpected'].append(bare)
     report = Report(**{kind: tuple(names) for kind, names in found.items()})
     return *_split(target), report
 
@@ -218,6 +235,89 @@ def describe(weights: Weights) -> str:
     )
 
 
+class Pretrained(NamedTuple):
+    """A network with its weights: `network.apply(params, state, None, images, False)`."""
+
+    network: hk.TransformedWithState
+    params: hk.Params
+    state: hk.State
+    metadata: Metadata
+
+
+def from_pretrained(
+    path: str | os.PathLike,
+    name: str | None = None,
+    *,
+    num_classes: int | None = None,
+    channels: int | None = None,
+) -> Pretrained:
+    """Returns the network that weights are of, with the weights, for other classes if asked for.
+
+    Args:
+      path: of what `load_pretrained` reads.
+      name: of the model, to be told if the weights are of another.
+      num_classes: of a new classifier, with the model's initial weights drawn from key 0; 0 for a
+        network of features, without a classifier; None keeps the weights' own.
+      channels: of the images; where the weights have others their stem is fitted, see `fit_stem`.
+
+    Raises:
+      UsageError: as `load_pretrained` and `create_model`, or the model is not known.
+    """
+    weights = load_pretrained(path, name)
+    if channels is not None:
+        weights = fit_stem(weights, channels)
+    metadata = weights.metadata
+    if num_classes is not None and num_classes != metadata.num_classes:
+        metadata = dataclasses.replace(metadata, num_classes=num_classes, class_names=())
+    made = network(metadata)
+    params, state = variable_shapes(metadata)
+    if metadata.num_classes and (head := _head(params)):
+        # XLA leaves out all that is not asked for.
+        drawn = jax.jit(lambda: _init(metadata)[0][head])()
+        params = {**params, head: jax.tree.map(np.asarray, drawn)}
+    params, state, report = fit_weights(weights, params, state)
+    if not report.fits:
+        raise UsageError(f'{path} does not fit {metadata.model}: {report}')
+    return Pretrained(made, params, state, metadata)
+
+
+def fit_stem(weights: Weights, channels: int) -> Weights:
+    """Returns weights for images of another number of channels than three.
+
+    For one channel the first convolution's weight is the sum over the three; for N it is repeated
+    in their order and scaled by 3 / N. This is timm's rule. It keeps what the convolution makes of
+    images with equal channels (N a multiple of 3, or 1), up to a scale for each output where its
+    weight is standardised. Of the normalisation one channel has the average, N repeat the three.
+
+    Raises:
+      UsageError: the weights are for other than three channels, or no first convolution is known.
+    """
+    stem = next(filter(_STEM.fullmatch, weights.params), None)
+    w = np.asarray(weights.params[stem]['w'] if stem else ())
+    if w.ndim != 4 or w.shape[2] not in (3, channels):
+        found = f'{w.shape[2]} channels' if w.ndim == 4 else 'no known stem'
+        raise UsageError(
+            f'channels={channels}: must be 3 or fitted from 3, the weights have {found}'
+        )
+    if channels < 1:
+        raise UsageError(f'channels={channels}: must be a positive integer')
+    if channels == w.shape[2]:
+        return weights
+    metadata = weights.metadata
+    if channels == 1:
+        w = w.sum(2, keepdims=True)
+        mean, std = ((float(np.mean(values)),) for values in (metadata.mean, metadata.std))
+    else:
+        order = [i % 3 for i in range(channels)]
+        w = w[:, :, order] * np.float32(3 / channels)
+        mean, std = (tuple(values[i] for i in order) for values in (metadata.mean, metadata.std))
+    options = {**metadata.options, 'channels': channels}
+    return weights._replace(
+        params={**weights.params, stem: {**weights.params[stem], 'w': w}},
+        metadata=dataclasses.replace(metadata, options=options, mean=mean, std=std),
+    )
+
+
 def network(metadata: Metadata) -> hk.TransformedWithState:
     """Returns the model that weights are for: apply(params, state, key, images, is_training).
 
@@ -227,17 +327,17 @@ def network(metadata: Metadata) -> hk.TransformedWithState:
     if metadata.model is None:
         raise UsageError('the weights do not say which model they are of: give its name')
 
-    def forward(images, is_training):
-        network = models.create_model(metadata.model, metadata.num_classes, **metadata.options)
-        return network(images, is_training)
-
-    return hk.transform_with_state(forward)
+    return models.build(metadata.model, metadata.num_classes, **metadata.options)
 
 
 def variable_shapes(metadata: Metadata) -> tuple[hk.Params, hk.State]:
     """Returns the shapes and dtypes of a model's parameters and state."""
-    init = network(metadata).init
-    return jax.eval_shape(lambda: init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), True))
+    return jax.eval_shape(lambda: _init(metadata))
+
+
+def _init(metadata: Metadata) -> tuple[hk.Params, hk.State]:
+    images = jnp.zeros((1, 32, 32, metadata.channels))
+    return network(metadata).init(jax.random.key(0), images, True)
 
 
 def flatten(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -284,6 +384,12 @@ def decode_metadata(text: str, path: str | os.PathLike) -> Metadata:
         value = getattr(metadata, name)
         if not holds(value):
             raise UsageError(f'{path}: its metadata cannot be read: {name} is {value!r:.80}')
+    for name in ('mean', 'std'):
+        if len(value := getattr(metadata, name)) != metadata.channels:
+            raise UsageError(
+                f'{path}: its metadata cannot be read: {name} is {value!r:.80}, for '
+                f'{metadata.channels!r:.80} channels'
+            )
     if len(metadata.class_names) not in (0, metadata.num_classes):
         raise UsageError(
             f'{path}: its metadata cannot be read: they name {len(metadata.class_names)} '
@@ -296,8 +402,8 @@ def _is_size(value: Any) -> bool:
     return value is None or (type(value) is int and value > 0)
 
 
-def _is_rgb(value: Any) -> bool:
-    return len(value) == 3 and all(type(v) in (int, float) and abs(v) < 1e6 for v in value)
+def _is_per_channel(value: Any) -> bool:
+    return len(value) > 0 and all(type(v) in (int, float) and abs(v) < 1e6 for v in value)
 
 
 # What a stranger's metadata must be for the rest of the code to rely on them.
@@ -306,13 +412,13 @@ _METADATA_RULES: dict[str, Callable[[Any], bool]] = {
     'options': lambda value: (
         isinstance(value, dict) and not value.keys() & {'name', 'num_classes', 'variant'}
     ),
-    'num_classes': _is_size,
+    'num_classes': lambda value: value == 0 or _is_size(value),
     'train_size': _is_size,
     'test_size': _is_size,
     'class_names': lambda value: all(isinstance(name, str) for name in value),
     'eval_mode': lambda value: isinstance(value, str),
-    'mean': _is_rgb,
-    'std': lambda value: _is_rgb(value) and min(value) > 0,
+    'mean': _is_per_channel,
+    'std': lambda value: _is_per_channel(value) and min(value) > 0,
 }
 
 
@@ -324,17 +430,26 @@ def _load_file(path: str | os.PathLike) -> Weights:
         # Kind V is what NumPy makes of the bfloat16 of ml_dtypes; in an .npz it loses its name.
         if array.dtype.kind not in 'fiubV' or array.dtype.type is np.void:
             raise UsageError(f'{path} cannot be read: {name} holds {array.dtype}, not numbers')
-    options, added = {}, ()
-    if convert_timm.is_timm(arrays):
+    is_timm = convert_timm.is_timm(arrays)
+    is_timms_form = is_timm and not convert_timm.is_of_published_form(arrays)
+    if is_timm:
         try:
-            arrays, options, added = convert_timm.convert(arrays)
+            arrays = convert_timm.convert(arrays)
         except UsageError as error:
             raise UsageError(f'{path}: {error}') from error
         except (KeyError, ValueError, ZeroDivisionError) as error:
             raise UsageError(f"{path}: timm's state dict is not whole: {error}") from error
     params, state = _split(_normalise(arrays))
     if _METADATA_KEY not in text:
-        return Weights(params, state, _recognise(params, options), added)
+        metadata = _recognise(params, is_timms_form)
+        if is_timm and metadata.model is None:
+            raise UsageError(
+                f"{path}: timm's state dict is not whole, or of a network that is not known here"
+            )
+        if is_timm and metadata.model in convert_timm.EVAL_MODES:
+            mode = convert_timm.EVAL_MODES[metadata.model]
+            metadata = dataclasses.replace(metadata, eval_mode=mode)
+        return Weights(params, state, metadata)
     weights = Weights(params, state, decode_metadata(text[_METADATA_KEY], path))
     if weights.metadata.model is not None:
         try:
@@ -376,6 +491,8 @@ def _run_metadata(directory: pathlib.Path) -> Metadata:
 
 
 _METADATA_KEY = 'nfnets_jax'
+# First convolutions, of all families.
+_STEM = re.compile(r'[^/]+/~/(stem_conv0|initial_conv|conv0)')
 # Modules whose leaves are state, in files that do not say: batch norm's running statistics.
 _STATE_MODULE = re.compile(r'.*/(mean|var)_ema')
 
@@ -434,10 +551,15 @@ def _num_classes(params: hk.Params) -> int | None:
     return weight.shape[-1] if np.ndim(weight) == 2 and weight.shape[-1] else None
 
 
-def _recognise(params: hk.Params, options: Mapping[str, Any]) -> Metadata:
-    """Returns the metadata of the model whose parameters these are, by their names and shapes."""
-    num_classes = _num_classes(params)
-    if num_classes is None:
+def _recognise(params: hk.Params, is_timms_form: bool) -> Metadata:
+    """Returns the metadata of the model whose parameters these are, by their names and shapes.
+
+    Args:
+      params: of a model, whole.
+      is_timms_form: whether it is one of timm's own networks.
+    """
+    num_classes = _num_classes(params) if _head(params) else 0
+    if not params or num_classes is None:
         return Metadata()
     has_se = any('squeeze_excite' in module for module in params)
     blocks = {m[0] for m in map(re.compile(r'[^/]+/~/\w*block\w*').match, params) if m}
@@ -446,16 +568,17 @@ def _recognise(params: hk.Params, options: Mapping[str, Any]) -> Metadata:
         row = models.variant_info(name)
         if row.family.lower() != root or sum(row.depths) != len(blocks):
             continue
-        sizes = row.train_size, row.test_size
-        if options.get('conventions') == 'timm':
-            sizes = convert_timm.SIZES.get(name, sizes)
-        with_se = {'use_se': True} if has_se and 'use_se' in models.model_options(name) else {}
+        if bool(row.base) != is_timms_form:
+            continue
+        takes_se = not row.base and 'use_se' in models.model_options(name)
         metadata = Metadata(
             model=name,
-            options=dict(options) | with_se,
+            options={'use_se': True} if has_se and takes_se else {},
             num_classes=num_classes,
-            train_size=sizes[0],
-            test_size=sizes[1],
+            train_size=row.train_size,
+            test_size=row.test_size,
+            mean=row.mean or augment.IMAGENET_MEAN,
+            std=row.std or augment.IMAGENET_STD,
         )
         # Files of parameters alone are common: batch norm's statistics may be missing.
         shapes, _ = variable_shapes(metadata)

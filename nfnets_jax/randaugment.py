@@ -119,7 +119,8 @@ def autoaugment(keys: jax.Array, images: jax.Array) -> jax.Array:
 
 def _apply(keys: jax.Array, images: jax.Array, operations, choice: jax.Array) -> jax.Array:
     """Applies the chosen operations: warps either way, Cutout anywhere in the picture."""
-    sign = 1.0 - 2.0 * jax.vmap(jax.random.bernoulli)(_fold(keys, 0))
+    turned = jax.vmap(jax.random.bernoulli)(_fold(keys, 0))
+    sign = 1 - 2 * turned.astype(jnp.float32)
     height, width = images.shape[1:3]
     centre = jnp.stack([_draw(_fold(keys, 1), height), _draw(_fold(keys, 2), width)], axis=-1)
     return apply_operations(images, operations, choice, sign, centre)

@@ -39,6 +39,7 @@ def sam_value_and_grad(
     has_aux: bool = False,
     both_aux: bool = False,
     adaptive: bool = False,
+    value_and_grad: Callable[..., Callable[..., Any]] = jax.value_and_grad,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` with the gradient taken at params + rho * g / ||g||, g the gradient.
 
@@ -61,11 +62,16 @@ def sam_value_and_grad(
         entries of every leaf of `batch` along its leading axis. 0.2 costs about 1.2 plain gradients
         where 1 costs 2.
       axis_name: the mapped axis over whose devices the ascent gradient is averaged; None: every
-        device climbs by its own examples, as in both papers ("m-sharpness").
+        device climbs by its own examples, as in both papers ("m-sharpness", m being the examples on
+        one device): the result then depends on how many devices share a batch.
       has_aux: whether `loss_fn` returns an auxiliary output.
       both_aux: whether to return the auxiliary output of both passes.
       adaptive: ASAM: the distance is relative to the size of each weight, so that rescaling the
         network does not matter. Takes a larger rho: its paper uses 0.5 to 2.
+      value_and_grad: called as `jax.value_and_grad(loss_fn, has_aux=has_aux)`, once, and the result
+        for both passes. One that accumulates the gradient over microbatches finishes the ascent
+        over all of them before the descent begins; SAM inside of each microbatch would be another
+        method.
 
     Returns:
       A function `(params, batch, *args, **kwargs) -> (value, grad)`, or `((value, aux), grad)`.
@@ -85,9 +91,9 @@ def sam_value_and_grad(
         raise ValueError(f'rho must be >= 0, got {rho}')
     if both_aux and not has_aux:
         raise ValueError('both_aux=True needs has_aux=True and a loss_fn that returns (loss, aux)')
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
+    differentiate = value_and_grad(loss_fn, has_aux=has_aux)
 
-    @functools.wraps(value_and_grad)
+    @functools.wraps(differentiate)
     def sam(params: PyTree, batch: PyTree, *args: Any, **kwargs: Any) -> Any:
         if not callable(rho):
             radius = rho
@@ -95,10 +101,10 @@ def sam_value_and_grad(
             radius = rho(kwargs.pop('step'))
         else:
             raise ValueError('rho is a schedule: pass the step too, as the keyword step=...')
-        first, ascent = value_and_grad(params, _head(batch, ascent_fraction), *args, **kwargs)
+        first, ascent = differentiate(params, _head(batch, ascent_fraction), *args, **kwargs)
         if axis_name is not None:
             ascent = jax.lax.pmean(ascent, axis_name)
-        final, grad = value_and_grad(
+        final, grad = differentiate(
             _climb(params, ascent, radius, adaptive), batch, *args, **kwargs
         )
         if not has_aux:

@@ -99,17 +99,22 @@ def _parse(duration: int | str, key: str) -> tuple[float, str]:
 
 
 def warmup_cosine(
-    peak: jax.typing.ArrayLike, *, total_steps: int, warmup_steps: int = 0
+    peak: jax.typing.ArrayLike,
+    *,
+    total_steps: int,
+    warmup_steps: int = 0,
+    end_value: float = 0.0,
 ) -> Schedule:
-    """Rises linearly from 0 to `peak`, then falls along half a cosine to 0 at `total_steps`.
+    """Rises linearly from 0 to `peak`, then falls along half a cosine to `end_value`.
 
-    The schedule of both papers (arXiv 2101.08692; arXiv 2102.06171, section 5). It stays 0
-    after `total_steps`.
+    The schedule of both papers (arXiv 2101.08692; arXiv 2102.06171, section 5). It reaches
+    `end_value` at `total_steps` and stays there.
     """
 
     def cosine(step):
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return 0.5 * peak * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        fall = 0.5 * (peak - end_value) * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        return fall + end_value
 
     return _warm_up(cosine, peak, warmup_steps)
 
@@ -150,6 +155,7 @@ def default_config() -> dict:
     return {
         'name': 'cosine',  # cosine | constant | step
         'warmup': '0 steps',  # linear from 0; any duration
+        'end_value': 0.0,  # cosine: the learning rate at the end, scaled as the learning rate is
         'boundaries': ('30%', '60%', '80%'),  # step: the learning rate falls here
         'factor': 0.1,  # step: by this factor
     }
@@ -161,6 +167,7 @@ def create(
     *,
     steps_per_epoch: float,
     total_steps: int,
+    scale: float = 1.0,
     key: str = 'schedule',
 ) -> Schedule:
     """Returns the schedule that a config describes.
@@ -170,6 +177,7 @@ def create(
         peak: the value after the warm-up, before any decay.
         steps_per_epoch: optimizer steps in one epoch; may be fractional.
         total_steps: steps of the whole training.
+        scale: multiplies `end_value`, as `peak` has been multiplied already.
         key: the config's own key, for messages.
 
     Raises:
@@ -192,9 +200,24 @@ def create(
         return steps
 
     warmup_steps = in_steps(config['warmup'], 'warmup', minimum=0)
+    end_value = config['end_value']
+    if isinstance(end_value, bool) or not isinstance(end_value, int | float):
+        raise UsageError(f'{key}.end_value={end_value!r}: must be a number')
+    if not (math.isfinite(end_value) and end_value >= 0):
+        raise UsageError(f'{key}.end_value={end_value}: must be at least 0')
+    if end_value and config['name'] != 'cosine':
+        raise UsageError(
+            f'{key}.end_value={end_value}: {key}.name={config["name"]!r} has no end; '
+            "choose 'cosine', or 0"
+        )
     match config['name']:
         case 'cosine':
-            return warmup_cosine(peak, total_steps=total_steps, warmup_steps=warmup_steps)
+            return warmup_cosine(
+                peak,
+                total_steps=total_steps,
+                warmup_steps=warmup_steps,
+                end_value=end_value * scale,
+            )
         case 'constant':
             return constant(peak, warmup_steps=warmup_steps)
         case 'step':

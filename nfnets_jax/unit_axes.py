@@ -38,7 +38,7 @@ A tree that mixes layouts takes a rule of one's own:
 ...     module: {name: jax.ShapeDtypeStruct(shape, 'float32') for name, shape in leaves.items()}
 ...     for module, leaves in shapes.items()
 ... }
->>> describe_clipping(params, axis=axes)
+>>> print(describe_clipping(params, axis=axes))
 leaf      shape            norm over  units  clipping  group
 blocks/b  (6, 8)           (1,)           6      0.01  blocks
 blocks/w  (6, 3, 3, 8, 8)  (1, 2, 3)     48      0.01  blocks

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import pathlib
 
 import chex
 import jax
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 from nfnets_jax import adaptive_grad_clip, describe_clipping, unit_axes
+from nfnets_jax.agc import clipping_groups
 
 # Shapes of every rank that optax's rule knows, ones with axes of length 1 included.
 SHAPES = [(), (1,), (7,), (1, 6), (6, 1), (5, 4), (1, 1, 8), (4, 2, 3), (1, 1, 4, 6), (1, 1, 1, 6)]
@@ -247,7 +249,7 @@ class TestArguments:
             seen[path] = leaf.shape, leaf.dtype
             return {'head/w': None, 'head/b': 0.5}.get(path, 0.25)
 
-        norms = self.norms(ratio)
+        norms = self.norms(clipping_by_leaf=ratio)
         assert seen == {
             'body/w': ((4, 3), np.float32),
             'head/w': ((4, 3), np.float32),
@@ -256,6 +258,19 @@ class TestArguments:
         np.testing.assert_allclose(norms['head/w'], 12**0.5, rtol=1e-6)
         np.testing.assert_allclose(norms['head/b'], 0.5 * 3**0.5, rtol=1e-6)
         np.testing.assert_allclose(norms['body/w'], 0.25 * 12**0.5, rtol=1e-6)
+
+    def test_a_function_as_clipping_still_works_with_a_warning(self):
+        def ratio(path, leaf):
+            return None if path == 'head/w' else 0.25
+
+        expected = self.norms(clipping_by_leaf=ratio)
+        with pytest.warns(DeprecationWarning, match='pass it as clipping_by_leaf') as caught:  # noqa: PT031
+            assert self.norms(ratio) == expected
+            table = describe_clipping(self.params, ratio)
+        # The warning names the line of the caller.
+        assert {pathlib.Path(warning.filename) for warning in caught} == {pathlib.Path(__file__)}
+        assert all('\n' not in str(warning.message) for warning in caught)
+        assert table == describe_clipping(self.params, clipping_by_leaf=ratio)
 
     def test_clipping_by_step(self):
         tx = adaptive_grad_clip(optax.linear_schedule(1.0, 0.0, 4))
@@ -310,31 +325,33 @@ class TestFraction:
         _, state = jax.jit(tx.update)(grads, state, params)
         np.testing.assert_allclose(optax.tree.get(state, 'clipped_fraction'), 3 / 8)
         by_group = optax.tree.get(state, 'clipped_fraction_by_group')
-        assert by_group.keys() == {'a', 'c'}
-        np.testing.assert_allclose(by_group['a'], 2 / 4)
-        np.testing.assert_allclose(by_group['c'], 1 / 4)
-        assert by_group['a'].dtype == np.float32
+        assert clipping_groups(params) == ['a', 'c']
+        np.testing.assert_allclose(by_group, [2 / 4, 1 / 4])
+        assert by_group.dtype == np.float32
 
     def test_counts_no_masked_leaf(self):
         params = {'a': jnp.ones(3), 'b': jnp.ones(3)}
         _, state = clip(params, params, mask={'a': True, 'b': False})
         assert state.clipped_fraction == 1
-        assert state.clipped_fraction_by_group.keys() == {'a'}
+        np.testing.assert_array_equal(state.clipped_fraction_by_group, [1, 0])
 
     @pytest.mark.parametrize(
         ('paths', 'groups'),
         [
             (['NFNet/~/stem/w', 'NFNet/~/block_1/~/conv0/w', 'NFNet/~/linear/w'],
-             {'stem', 'block_1', 'linear'}),
+             ['block_1', 'linear', 'stem']),
             (['params/Conv_0/kernel', 'params/Conv_0/bias', 'params/Dense_0/kernel'],
-             {'Conv_0', 'Dense_0'}),
-            (['linear/w', 'linear/b'], {'w', 'b'}),
-            (['linear/w'], {'w'}),
+             ['Conv_0', 'Dense_0']),
+            (['linear/w', 'linear/b'], ['b', 'w']),
+            (['linear/w'], ['w']),
+            ([], []),
         ],
     )  # fmt: skip
     def test_group_is_the_first_part_that_differs(self, paths, groups):
-        state = adaptive_grad_clip().init({path: jnp.ones(2) for path in paths})
-        assert state.clipped_fraction_by_group.keys() == groups
+        params = {path: jnp.ones(2) for path in paths}
+        assert clipping_groups(params) == groups
+        state = adaptive_grad_clip().init(params)
+        assert state.clipped_fraction_by_group.shape == (len(groups),)
 
 
 class TestErrors:
@@ -357,13 +374,25 @@ class TestErrors:
             describe_clipping(self.params, **kwargs)
 
     def test_negative_for_a_leaf(self):
-        tx = adaptive_grad_clip(lambda path, leaf: -1.0 if path == 'conv/w' else 0.01)
+        tx = adaptive_grad_clip(
+            clipping_by_leaf=lambda path, leaf: -1.0 if path == 'conv/w' else 0.01
+        )
         with pytest.raises(ValueError, match='conv/w: clipping must be a number >= 0, got -1'):
             tx.init(self.params)
 
     def test_clipping_of_three_arguments(self):
         with pytest.raises(ValueError, match=r'\(path, leaf\) -> float; got a function of 3'):
             adaptive_grad_clip(lambda a, b, c: 0.01)
+
+    @pytest.mark.parametrize('clipping', [0.02, 1.0, optax.constant_schedule(0.02)])
+    def test_clipping_twice(self, clipping):
+        with pytest.raises(ValueError, match='clipping=.* and clipping_by_leaf exclude each other'):
+            adaptive_grad_clip(clipping, clipping_by_leaf=lambda path, leaf: 0.01)
+
+    @pytest.mark.parametrize('rule', [0.02, {'head': 0.02}, lambda step: 0.01])
+    def test_clipping_by_leaf_is_no_rule(self, rule):
+        with pytest.raises(ValueError, match=r'clipping_by_leaf must be a function \(path, leaf\)'):
+            adaptive_grad_clip(clipping_by_leaf=rule)
 
     def test_params_missing(self):
         tx = adaptive_grad_clip()
@@ -394,7 +423,7 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         'kwargs',
-        [{'mask': False}, {'clipping': lambda path, leaf: None}, {'mask': lambda p: False}],
+        [{'mask': False}, {'clipping_by_leaf': lambda path, leaf: None}, {'mask': lambda p: False}],
     )
     def test_nothing_selected(self, kwargs):
         with pytest.raises(ValueError, match="select none of the 2 leaves .*'conv/b'"):
@@ -419,11 +448,14 @@ class TestDescribe:
     }
 
     def test_table(self, capsys):
-        describe_clipping(
-            self.params, lambda path, leaf: 0.02 if leaf.ndim == 4 else 0.01, axis=unit_axes.hwio,
+        description = describe_clipping(
+            self.params,
+            clipping_by_leaf=lambda path, leaf: 0.02 if leaf.ndim == 4 else 0.01,
+            axis=unit_axes.hwio,
             mask={'conv': True, 'head': False, 'steps': True},
-        )  # fmt: skip
-        head, *table = [line.split('  ') for line in capsys.readouterr().out.splitlines()]
+        )
+        assert not capsys.readouterr().out
+        head, *table = [line.split('  ') for line in description.splitlines()]
         table = [[cell.strip() for cell in row if cell.strip()] for row in table]
         assert head[0] == 'leaf'
         assert table[:4] == [
@@ -434,11 +466,10 @@ class TestDescribe:
         ]
         assert table[4][0].startswith('17 units in 2 of 4 leaves: ')
 
-    def test_schedule(self, capsys):
-        describe_clipping(self.params, optax.linear_schedule(0.04, 0.01, 100))
-        out = capsys.readouterr().out
-        assert '  0.04  conv' in out
-        assert out.rstrip().endswith('clipping as at step 0')
+    def test_schedule(self):
+        table = describe_clipping(self.params, optax.linear_schedule(0.04, 0.01, 100))
+        assert '  0.04  conv' in table
+        assert table.endswith('clipping as at step 0')
 
     def test_errors_as_at_init(self):
         with pytest.raises(ValueError, match='conv/b: axis 2 is out of range'):

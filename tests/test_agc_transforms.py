@@ -87,7 +87,11 @@ class TestOptax:
         ours = assert_updates(adaptive_grad_clip(0.01, mask=mask), expected)
         theirs = assert_updates(optax.masked(adaptive_grad_clip(0.01), mask), expected)
         assert fraction(ours) == fraction(theirs)
-        assert optax.tree.get(theirs, 'clipped_fraction_by_group').keys() == {'conv', 'gain'}
+        # Groups: conv, gain, linear.
+        chex.assert_trees_all_equal(
+            *(optax.tree.get(state, 'clipped_fraction_by_group') for state in (ours, theirs))
+        )
+        assert optax.tree.get(theirs, 'clipped_fraction_by_group')[2] == 0
 
     @pytest.mark.parametrize('partition', [optax.multi_transform, optax.partition])
     def test_partition(self, partition):

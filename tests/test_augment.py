@@ -123,6 +123,7 @@ def test_operations_do_not_share_random_numbers(images):
         ({'label_smoothing': 1.0}, r'augment\.label_smoothing=1\.0'),
         ({'mixup': -0.2}, r'augment\.mixup=-0\.2'),
         ({'cutmix': True}, r'augment\.cutmix=True'),
+        ({'mix_pairs': 'distnct'}, r"augment\.mix_pairs='distnct': unknown .*'distinct'"),
         ({'mix_first': 0}, r'augment\.mix_first=0'),
         ({'randaugment_layers': 1.5}, r'augment\.randaugment_layers=1\.5'),
         ({'randaugment_magnitude': float('nan')}, r'augment\.randaugment_magnitude=nan'),
@@ -177,6 +178,50 @@ def test_targets_are_mixed_as_the_pictures_are(kinds):
         expected = own[i] * one_hot(labels[i]) + (1 - own[i]) * one_hot(labels[i ^ 1])
         np.testing.assert_allclose(targets[i], expected, atol=1e-6)
     np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
+
+
+distinct = jax.jit(augment.mix_distinct, static_argnums=(3, 4))
+
+
+@pytest.mark.parametrize('kinds', [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)])
+def test_distinct_pairs_equal_numpys_mixing(kinds, images):
+    """MixUp and CutMix of images 2i and 2i + 1 in float64; black and white ones show the shares."""
+    shown, _ = distinct(keys(), BLACK_AND_WHITE[:, :SIZE, :SIZE], one_hot(labels), *kinds)
+    own = 1 - np.asarray(shown, np.float64)[..., :1] / 255
+    mixed, targets = distinct(keys(), images, one_hot(labels), *kinds)
+    assert (len(mixed), len(targets)) == (N // 2, N // 2)
+    expected = own * images[::2].astype(np.float64) + (1 - own) * images[1::2]
+    np.testing.assert_allclose(mixed, expected, atol=1e-3)
+    weight = own.mean((1, 2))
+    expected = weight * one_hot(labels[::2]) + (1 - weight) * one_hot(labels[1::2])
+    np.testing.assert_allclose(targets, expected, atol=1e-6)
+    is_box = np.isin(own, (0, 1)).all((1, 2, 3))
+    assert is_box[1::2].all() == bool(kinds[1])
+    assert is_box[::2].all() == (not kinds[0])
+
+
+def test_distinct_pairs_are_flipped_before_and_distorted_after_mixing(images, monkeypatch):
+    """Both images of a pair are flipped on their own; what is mixed is distorted once."""
+    seen = []
+
+    def record(keys, images, *_):
+        seen.append((keys.shape, images.shape))
+        return images
+
+    monkeypatch.setattr(augment.randaugment, 'randaugment', record)
+    config = {'flip': True, 'cutmix': 1.0, 'randaugment_layers': 1, 'mix_pairs': 'distinct'}
+    out, _ = augment.make_augment(config, 10)(keys(), images, labels)
+    assert seen == [((N // 2,), (N // 2, SIZE, SIZE, 3))]
+    flipped = augment.random_flip(augment._own(keys(), 0), images)
+    again, _ = augment.mix_distinct(augment._own(keys(), 2), flipped, one_hot(labels), 0.0, 1.0)
+    np.testing.assert_allclose(out, augment.normalise(again), atol=1e-5)
+
+
+@pytest.mark.parametrize('pairs', ['batch', 'distinct'])
+def test_an_example_is_made_of_one_image_or_two(pairs):
+    expected = {'batch': 1, 'distinct': 2}[pairs]
+    assert augment.images_per_example({'mixup': 0.2, 'mix_pairs': pairs}) == expected
+    assert augment.images_per_example({'mix_pairs': pairs}) == 1  # Without mixing there is no pair.
 
 
 def test_mixing_kinds_share_the_batch():
@@ -293,8 +338,9 @@ def test_examples_depend_on_their_group_of_four_alone(images, config):
     assert (whole[0] != apply(keys(step=1), images, labels)[0]).any((1, 2, 3)).mean() > 0.9
 
 
-def test_the_number_of_devices_changes_nothing(images):
-    config = {'flip': True, 'shift': 2, 'mixup': 1.0, 'cutmix': 1.0}
+@pytest.mark.parametrize('pairs', ['batch', 'distinct'])
+def test_the_number_of_devices_changes_nothing(images, pairs):
+    config = {'flip': True, 'shift': 2, 'mixup': 1.0, 'cutmix': 1.0, 'mix_pairs': pairs}
     apply = augment.make_augment(config, 10)
 
     def on_shard(step, images, labels):
@@ -304,5 +350,5 @@ def test_the_number_of_devices_changes_nothing(images):
     whole = jax.jit(lambda step: apply(keys(step), images, labels))(jnp.int32(7))
     shards = jax.tree.map(lambda x: x.reshape(4, N // 4, *x.shape[1:]), (images, labels))
     spread = jax.pmap(on_shard, axis_name='devices', in_axes=(None, 0, 0))(jnp.int32(7), *shards)
-    spread = jax.tree.map(lambda x: np.asarray(x).reshape(N, *x.shape[2:]), spread)
+    spread = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), spread)
     chex.assert_trees_all_equal(whole, spread)

@@ -6,16 +6,22 @@ import jax
 import numpy as np
 import pytest
 
-from configs.imagenet import nf_regnet, nf_resnet, nfnet, resnet, sam
+from configs.imagenet import fixup_resnet, nf_regnet, nf_resnet, nfnet, resnet, sam, skipinit_resnet
 from experiments import config as experiment
-from experiments import smoke, task
+from experiments import smoke, task, workdir
 from experiments.train import train
 from nfnets_jax import models
 from nfnets_jax.data import sources
 from nfnets_jax.errors import UsageError
 
-FAMILIES = {nfnet: 'NFNet', sam: 'NFNet', nf_regnet: 'NF-RegNet', nf_resnet: 'NF-ResNet'} | {
-    resnet: 'ResNet'
+FAMILIES = {
+    nfnet: 'NFNet',
+    sam: 'NFNet',
+    nf_regnet: 'NF-RegNet',
+    nf_resnet: 'NF-ResNet',
+    resnet: 'ResNet',
+    skipinit_resnet: 'SkipInit-ResNet',
+    fixup_resnet: 'Fixup-ResNet',
 }
 ROWS = [models.variant_info(name) for name in models.list_models()]
 ALL = [
@@ -24,7 +30,8 @@ ALL = [
     for row in ROWS
     if row.family == family and row.stem == 'imagenet'
 ]
-FIRST = {(nfnet, 'F0'), (sam, 'F0'), (nf_regnet, 'B0'), (nf_resnet, '50'), (resnet, '50')}
+FIRST = {(nfnet, 'F0'), (sam, 'F0'), (nf_regnet, 'B0')}
+FIRST |= {(file, '50') for file in (nf_resnet, resnet, skipinit_resnet, fixup_resnet)}
 QUICK = {(nf_resnet, '50')}  # The others compile for half a minute each.
 
 
@@ -120,28 +127,121 @@ def test_a_rule_for_no_parameter_of_the_recipes_network_is_told():
         smoke.shrink(config)
 
 
-def test_nfnets_have_the_papers_recipe():
-    config = nfnet.get_config('F2+')
-    assert config.model.name == 'NFNet-F2+'
-    assert (config.batch_size, config.duration, config.ema) == (4096, '360 epochs', 0.99999)
-    assert config.optimizer.learning_rate == 0.1
-    assert config.optimizer.scale_lr_by_batch
-    assert config.optimizer.schedule.warmup == '5 epochs'
-    assert config.optimizer.weight_decay == 2e-5
-    assert (config.optimizer.clip.name, config.optimizer.clip.clipping) == ('agc', 0.01)
-    augment = config.augment
-    assert (augment.mixup, augment.cutmix, augment.label_smoothing) == (0.2, 1.0, 0.1)
-    assert (augment.randaugment_layers, augment.randaugment_magnitude) == (4, 10)
-    assert config.precision == 'bfloat16'
-    assert not config.sam.rho
-    assert sam.get_config('F2+').sam.to_dict() == {'rho': 0.05, 'ascent_fraction': 0.2}
+# What the papers and the authors' code state, copied by hand; every config must say the same.
+BASE = {
+    'optimizer.name': 'sgd',
+    'optimizer.momentum': 0.9,
+    'optimizer.nesterov': True,
+    'optimizer.learning_rate': 0.1,
+    'optimizer.scale_lr_by_batch': True,
+    'optimizer.schedule.name': 'cosine',
+    'optimizer.schedule.warmup': '5 epochs',
+    'optimizer.schedule.end_value': 0.0,
+    'optimizer.weight_decay': 1e-4,
+    'optimizer.clip.name': 'none',
+    'batch_size': 1024,
+    'duration': '90 epochs',
+    'ema': 0.0,
+    'precision': 'float32',
+    'eval.precision': 'float32',
+    'data.test_mode': 'crop_resize',
+    'augment.flip': True,
+    'augment.label_smoothing': 0.1,
+    'augment.mixup': 0.0,
+    'augment.cutmix': 0.0,
+    'augment.randaugment_layers': 0,
+    'augment.erasing': 0.0,
+    'sam.rho': 0.0,
+}
+MIXED = {'augment.mixup': 0.2, 'augment.cutmix': 1.0, 'augment.mix_pairs': 'distinct'}
+NFNETS = {
+    **BASE,
+    **MIXED,
+    'optimizer.weight_decay': 2e-5,
+    'optimizer.clip.name': 'agc',
+    'optimizer.clip.clipping': 0.01,
+    'optimizer.clip.eps': 1e-3,
+    'batch_size': 4096,
+    'duration': '360 epochs',
+    'ema': 0.99999,
+    'precision': 'bfloat16',
+    'data.test_mode': 'resize_crop_32',
+    'augment.mix_first': True,
+    'augment.randaugment_layers': 4,
+}
+MAGNITUDES = {0: 5, 1: 10, 2: 10} | dict.fromkeys(range(3, 8), 15)
+NF_REGNETS = {
+    **BASE,
+    **MIXED,
+    'optimizer.learning_rate': 0.4,
+    'optimizer.scale_lr_by_batch': False,
+    'optimizer.schedule.end_value': 0.001,
+    'duration': '360 epochs',
+    'ema': 0.99999,
+}
+DECAYS = (5e-5, 6e-5, 7e-5, 8e-5, 9e-5, 1e-4)  # B0 to B5; the authors have none for B6 to B8
+STOCHASTIC_DEPTH = {'model.stochdepth_rate': 0.1}
+PUBLISHED = {
+    **{
+        (nfnet, f'F{i}'): NFNETS | {'augment.randaugment_magnitude': MAGNITUDES[i]}
+        for i in range(8)
+    },
+    **{
+        (sam, f'F{i}'): NFNETS
+        | {'augment.randaugment_magnitude': MAGNITUDES[i]}
+        | {'sam.rho': 0.05, 'sam.ascent_fraction': 0.2}
+        for i in range(8)
+    },
+    **{
+        (nf_regnet, f'B{i}'): NF_REGNETS | {'optimizer.weight_decay': decay}
+        for i, decay in enumerate(DECAYS)
+    },
+    (resnet, '50'): BASE,
+    (resnet, '600'): BASE,
+    (nf_resnet, '50'): BASE | STOCHASTIC_DEPTH | {'model.drop_rate': 0.0},
+    (nf_resnet, '200,dropout'): BASE | STOCHASTIC_DEPTH | {'model.drop_rate': 0.25},
+    (nf_resnet, '50,clipping'): BASE
+    | STOCHASTIC_DEPTH
+    | {'batch_size': 4096, 'optimizer.clip.name': 'agc', 'optimizer.clip.clipping': 0.01},
+    (skipinit_resnet, '50'): BASE | STOCHASTIC_DEPTH,
+    (fixup_resnet, '50'): BASE | STOCHASTIC_DEPTH,
+}
 
 
-def test_nf_regnets_decay_more_with_their_level():
-    config = nf_regnet.get_config('B3')
-    assert config.optimizer.weight_decay == pytest.approx(8e-5)
-    assert config.optimizer.clip.name == 'none'
-    assert (config.batch_size, config.duration) == (1024, '360 epochs')
+@pytest.mark.parametrize(('file', 'variant'), PUBLISHED, ids=[named(*each) for each in PUBLISHED])
+def test_every_config_is_the_published_recipe(file, variant):
+    config = file.get_config(variant)
+    flat = workdir.flatten(config.to_dict())
+    expected = PUBLISHED[file, variant]
+    assert {key: flat.get(key) for key in expected} == pytest.approx(expected)
+
+
+def test_the_networks_own_rates_are_the_published():
+    """Where a config does not say them they are the variant's: dropout and stochastic depth."""
+    rates = {
+        'NFNet-F0': (0.2, 0.25),
+        'NFNet-F1': (0.3, 0.25),
+        'NFNet-F6': (0.5, 0.25),
+        'NF-RegNet-B0': (0.2, 0.1),
+        'NF-RegNet-B5': (0.4, 0.1),
+        'ResNet-50': (0.0, 0.0),
+        'SkipInit-ResNet-50': (0.0, 0.0),
+    }
+    for name, expected in rates.items():
+        row = models.variant_info(name)
+        assert (row.drop_rate, row.stochdepth_rate) == expected
+
+
+def test_the_decay_of_the_largest_nf_regnets_goes_on():
+    decays = [nf_regnet.get_config(f'B{i}').optimizer.weight_decay for i in (6, 7, 8)]
+    assert decays == pytest.approx([1.1e-4, 1.2e-4, 1.3e-4])
+
+
+def test_a_step_reads_two_images_for_each_example_of_the_mixed_recipes():
+    setting = task.prepare(smoke.shrink(nf_regnet.get_config('B0')))
+    assert setting.images_per_step == 2 * setting.config.batch_size
+    setting = task.prepare(smoke.shrink(resnet.get_config('50')))
+    assert setting.images_per_step == setting.config.batch_size
 
 
 def test_a_wrong_variant_is_told():
@@ -149,6 +249,10 @@ def test_a_wrong_variant_is_told():
         nfnet.get_config('F9')
     with pytest.raises(UsageError, match="no NF-ResNet '20'"):  # a network for small pictures
         nf_resnet.get_config('20')
+    with pytest.raises(UsageError, match=r"no setting 'cliping' \(did you mean 'clipping'"):
+        nf_resnet.get_config('50,cliping')
+    with pytest.raises(UsageError, match="no setting ''"):
+        nf_resnet.get_config('50,')
 
 
 def test_made_pictures_are_equal_everywhere_and_can_be_told_apart():

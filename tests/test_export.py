@@ -21,6 +21,7 @@ MODELS = {
     'NFNet-F0': {'widths': (16, 32), 'depths': (1, 1), 'group_size': 8, 'stem': 'small'},
     'NF-RegNet-B0': {'widths': (16, 32), 'depths': (1, 1), 'width': 1.0},
     'ResNet-8': {'widths': (8, 16), 'depths': (1, 1)},
+    'eca_nfnet_l0': {'widths': (16, 32), 'depths': (1, 1), 'group_size': 4, 'stem_width': 8},
 }
 
 
@@ -63,7 +64,7 @@ def expected_logits(weights: Weights, pixels: np.ndarray) -> np.ndarray:
     return jax.jit(network.apply)(weights.params, weights.state, None, images)[0]['logits']
 
 
-@pytest.mark.parametrize('name', ['NFNet-F0', 'ResNet-8'])
+@pytest.mark.parametrize('name', ['NFNet-F0', 'ResNet-8', 'eca_nfnet_l0'])
 def test_the_program_gives_the_models_logits(name):
     program = load(exported(name))
     x = pixels(3)
@@ -133,7 +134,7 @@ def test_the_program_runs_without_this_package(tmp_path):
     chex.assert_trees_all_close(np.array(json.loads(done.stdout)), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['NF-ResNet-8', 'NF-RegNet-B0'])
+@pytest.mark.parametrize('name', ['NF-ResNet-8', 'NF-RegNet-B0', 'eca_nfnet_l0'])
 def test_onnx_gives_the_models_logits_at_any_batch_size(name):
     pytest.importorskip('jax2onnx', reason='an optional extra')
     onnxruntime = pytest.importorskip('onnxruntime', reason='an optional extra')
@@ -144,6 +145,17 @@ def test_onnx_gives_the_models_logits_at_any_batch_size(name):
     for batch in (1, 3):
         (logits,) = session.run(['logits'], {'pixels': x[:batch]})
         np.testing.assert_allclose(logits, expected[:batch], rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_of_features_for_one_channel():
+    weights = pretrained.fit_stem(trained('eca_nfnet_l0'), 1)
+    metadata = dataclasses.replace(weights.metadata, num_classes=0)
+    program = load(export.to_stablehlo(weights._replace(metadata=metadata)))
+    x = pixels(2)[..., :1]
+    images = augment.normalise(x, metadata.mean, metadata.std)
+    network = pretrained.network(metadata)
+    expected = jax.jit(lambda x: network.apply(weights.params, {}, None, x, False)[0])(images)
+    chex.assert_trees_all_close(program.call(x), expected['pool'], rtol=1e-5, atol=1e-5)
 
 
 def test_without_jax2onnx_it_says_what_to_install(monkeypatch):

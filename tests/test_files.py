@@ -1,11 +1,14 @@
 import contextlib
+import getpass
 import os
+import pathlib
+import pwd
 import resource
 
 import pytest
 
 from nfnets_jax.errors import UsageError
-from nfnets_jax.files import write_whole
+from nfnets_jax.files import expand, write_whole
 
 
 @contextlib.contextmanager
@@ -37,3 +40,21 @@ def test_what_cannot_be_written_leaves_the_old_file_alone(tmp_path):
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(UsageError, match='nowhere/a cannot be written: No such file'):
         write_whole(tmp_path / 'nowhere' / 'a', '')
+
+
+def test_a_path_is_what_a_shell_makes_of_it(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert expand('~') == str(tmp_path)
+    assert expand(pathlib.Path('~/a')) == f'{tmp_path}/a'
+    assert expand(f'~{getpass.getuser()}') == pwd.getpwnam(getpass.getuser()).pw_dir
+    assert expand('runs/~/a') == 'runs/~/a'
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"~nobody-here/a: there is no user 'nobody-here'"):
+        expand('~nobody-here/a')
+    pathlib.Path('~nobody-here').touch()
+    assert expand('~nobody-here') == '~nobody-here', 'a file of that name'
+
+
+def test_text_with_bytes_of_a_file_name_is_written(tmp_path):
+    write_whole(tmp_path / 'page', os.fsdecode(b'caf\xc3\xa9 \xff'))
+    assert (tmp_path / 'page').read_text(encoding='utf-8') == 'café \\udcff'

@@ -151,6 +151,7 @@ MODULES = {
     'conv': lambda: layers.Conv2D(6, 3),
     'linear': lambda: layers.Linear(6),
     'se': lambda: layers.SqueezeExcite(8, 0.5),
+    'eca': lambda: layers.EfficientChannelAttention(8),
 }
 
 
@@ -239,6 +240,27 @@ def test_squeeze_excite_has_a_hidden_unit_at_least():
     network = hk.transform(lambda x: layers.SqueezeExcite(2, 0.25)(x))
     params = jax.eval_shape(network.init, jax.random.key(0), normal(1, 2, 2, 2))
     assert params['squeeze_excite/~/linear']['w'].shape == (2, 1)
+
+
+def test_efficient_channel_attention_convolves_the_channels_means():
+    x = normal(3, 4, 4, 16)
+    params, _, gates, _ = init_and_apply(lambda: layers.EfficientChannelAttention(16), x)
+    kernel = params['efficient_channel_attention']['w'][:, 0, 0]
+    assert kernel.shape == (3,)
+    assert np.abs(kernel).max() <= 3**-0.5
+    pooled = np.asarray(x).mean((1, 2))
+    # numpy's convolution turns the kernel round; neural networks' does not.
+    logits = np.stack([np.convolve(row, kernel[::-1], 'same') for row in pooled])
+    np.testing.assert_allclose(gates[:, 0, 0], 1 / (1 + np.exp(-logits)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('channels', 'size'), [(16, 3), (64, 3), (128, 5), (256, 5), (512, 5), (1536, 5), (2048, 7)]
+)
+def test_the_kernel_of_efficient_channel_attention_grows_with_the_channels(channels, size):
+    module = hk.transform(lambda x: layers.EfficientChannelAttention(channels)(x))
+    params = jax.eval_shape(module.init, jax.random.key(0), normal(1, 1, 1, channels))
+    assert params['efficient_channel_attention']['w'].shape == (size, 1, 1)
 
 
 def test_stochastic_depth_drops_whole_samples_and_rescales_none():

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nfnets_jax import load_pretrained, pretrained
+from nfnets_jax import convolution, from_pretrained, load_pretrained, models, pretrained
 from nfnets_jax.checkpoints import Checkpoints
 from nfnets_jax.errors import UsageError
 from nfnets_jax.pretrained import Metadata, Weights, fit_weights, save_weights
 
+EVAL_MODES = {'NFNet-F0': 'resize_crop_32'}
 TREES = pathlib.Path(__file__).parent / 'golden' / 'param_trees'
 SMALL = Metadata(
     model='NF-ResNet-8',
@@ -73,8 +74,21 @@ def test_the_authors_files_are_recognised(name, options, tmp_path):
     assert weights.metadata.options == options
     assert weights.metadata.num_classes == 1000
     assert weights.metadata.test_size == {'NFNet-F0': 256}.get(name, 224)
+    assert weights.metadata.eval_mode == EVAL_MODES.get(name, 'crop_resize')
     chex.assert_trees_all_equal(weights.params, tree)
-    assert weights.added == ()
+
+
+def test_the_evaluation_mode_follows_the_model_unless_it_is_given():
+    for name in models.list_models():
+        is_timms = models.variant_info(name).base is not None
+        expected = 'resize_crop_32' if name.startswith('NFNet') else 'crop_resize'
+        if is_timms:
+            expected = models.variant_info(name).eval_mode
+            assert expected.startswith('timm_center_')
+        assert Metadata(model=name).eval_mode == expected
+    assert Metadata().eval_mode == Metadata(model='unknown').eval_mode == 'crop_resize'
+    told = '{"model": "NFNet-F0", "eval_mode": "crop_resize"}'  # As earlier versions wrote.
+    assert pretrained.decode_metadata(told, 'w').eval_mode == 'crop_resize'
 
 
 def test_parameters_of_no_known_model_are_read_all_the_same(tmp_path):
@@ -222,6 +236,64 @@ def test_a_head_for_other_classes_is_left_as_it_is(weights):
         {module: leaves for module, leaves in weights.params.items() if module != head},
     )
     assert state == {}
+
+
+def test_a_network_of_features_needs_no_head(weights):
+    target = random_weights(dataclasses.replace(SMALL, num_classes=0, class_names=()))
+    _, _, report = fit_weights(weights, target.params, target.state)
+    assert report.unused_head == ('NF_ResNet/~/linear/b', 'NF_ResNet/~/linear/w')
+    assert report.fits
+    assert str(report).endswith('; 2 unused head')
+
+
+def test_from_pretrained(weights, tmp_path):
+    save_weights(tmp_path / 'w.safetensors', weights)
+    network, params, state, metadata = from_pretrained(tmp_path / 'w.safetensors', 'NF-ResNet-8')
+    chex.assert_trees_all_equal(params, weights.params)
+    assert metadata == SMALL
+    images = np.random.RandomState(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
+    pool = network.apply(params, state, None, images, False)[0]['pool']
+    # With another head, or none, the rest is the same.
+    for num_classes in (7, 0):
+        network, params, state, metadata = from_pretrained(
+            tmp_path / 'w.safetensors', num_classes=num_classes
+        )
+        assert (metadata.num_classes, metadata.class_names) == (num_classes, ())
+        outputs = network.apply(params, state, None, images, False)[0]
+        np.testing.assert_allclose(outputs['pool'], pool, rtol=1e-5)
+        if num_classes:
+            assert outputs['logits'].shape == (2, 7)
+            assert 0.005 < np.std(params['NF_ResNet/~/linear']['w']) < 0.02  # as drawn
+        else:
+            assert 'logits' not in outputs
+    with pytest.raises(UsageError, match='weights of NFNet-F0: they are those of NF-ResNet-8'):
+        from_pretrained(tmp_path / 'w.safetensors', 'dm_nfnet_f0')
+
+
+def test_weights_for_other_channels_travel(weights, tmp_path):
+    fitted = pretrained.fit_stem(weights, 1)
+    assert fitted.metadata.mean == (2.0,)
+    save_weights(tmp_path / 'w.safetensors', fitted)
+    again = load_pretrained(tmp_path / 'w.safetensors')
+    chex.assert_trees_all_equal(again.params, fitted.params)
+    assert (again.metadata, again.metadata.channels) == (fitted.metadata, 1)
+    assert pretrained.fit_stem(again, 1) is again
+    with pytest.raises(UsageError, match='channels=4: .* the weights have 1 channels'):
+        pretrained.fit_stem(again, 4)
+    with pytest.raises(UsageError, match='channels=0: must be a positive integer'):
+        pretrained.fit_stem(weights, 0)
+
+
+def test_images_with_equal_channels_give_the_same_from_one_channel_or_six():
+    weights = random_weights(Metadata(model='ResNet-8', num_classes=2, options={'width': 0.5}))
+    gray = np.random.RandomState(0).standard_normal((2, 8, 8, 1)).astype(np.float32)
+
+    def stem(channels):
+        w = pretrained.fit_stem(weights, channels).params['ResNet/~/initial_conv']['w']
+        return convolution.conv2d(jnp.repeat(gray, channels, -1), jnp.asarray(w))
+
+    for channels in (1, 6):
+        np.testing.assert_allclose(stem(channels), stem(3), rtol=1e-4, atol=1e-5)
 
 
 def test_a_new_head_can_be_asked_for(weights):

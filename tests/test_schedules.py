@@ -3,6 +3,7 @@ import math
 import chex
 import jax
 import numpy as np
+import optax
 import pytest
 
 from nfnets_jax import schedules
@@ -116,6 +117,25 @@ def test_warmup_cosine_by_value():
     chex.assert_trees_all_close([float(schedule(i)) for i in range(8)], expected, atol=1e-8)
 
 
+def test_cosine_ends_at_its_end_value():
+    schedule = schedules.warmup_cosine(0.4, total_steps=12, warmup_steps=2, end_value=0.001)
+    expected = [0, 0.2, 0.4, 0.2005, 0.001, 0.001]
+    chex.assert_trees_all_close(
+        [float(schedule(i)) for i in (0, 1, 2, 7, 12, 20)], expected, rtol=1e-6
+    )
+    optax_schedule = optax.warmup_cosine_decay_schedule(0.0, 0.4, 2, 12, end_value=0.001)
+    steps = np.arange(14)
+    chex.assert_trees_all_close(
+        jax.vmap(schedule)(steps), jax.vmap(optax_schedule)(steps), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_the_end_value_is_scaled_as_the_peak_is():
+    config = schedules.default_config() | {'end_value': 0.01}
+    schedule = schedules.create(config, 0.8, steps_per_epoch=1, total_steps=10, scale=4.0)
+    chex.assert_trees_all_close(float(schedule(10)), 0.04, rtol=1e-6)
+
+
 def test_cosine_without_warmup_starts_at_the_peak():
     schedule = schedules.warmup_cosine(2.0, total_steps=10)
     chex.assert_trees_all_close(
@@ -154,7 +174,11 @@ def test_schedules_agree_inside_and_outside_of_jit(name):
 
 
 def test_create_reads_durations():
-    config = {'name': 'step', 'warmup': '1 epoch', 'boundaries': ('50%', '8 epochs'), 'factor': 0.1}
+    config = schedules.default_config() | {
+        'name': 'step',
+        'warmup': '1 epoch',
+        'boundaries': ('50%', '8 epochs'),
+    }
     schedule = schedules.create(config, 1.0, steps_per_epoch=10, total_steps=100)
     values = [float(schedule(i)) for i in (5, 10, 49, 50, 79, 80)]
     chex.assert_trees_all_close(values, [0.5, 1.0, 1.0, 0.1, 0.1, 0.01], rtol=1e-6)
@@ -166,6 +190,9 @@ def test_create_reads_durations():
         ({'name': 'cosinus'}, r"schedule\.name='cosinus'.*did you mean 'cosine'"),
         ({'warmup': '11 epochs'}, r"schedule\.warmup='11 epochs' is 110 steps, longer than .*100"),
         ({'warmup': -1}, r'schedule\.warmup=-1'),
+        ({'end_value': -0.1}, r'schedule\.end_value=-0\.1: must be at least 0'),
+        ({'end_value': True}, r'schedule\.end_value=True: must be a number'),
+        ({'name': 'step', 'end_value': 0.1}, r"end_value=0\.1: schedule\.name='step' has no end"),
         ({'name': 'step', 'factor': 0.0}, r'schedule\.factor=0\.0'),
         ({'name': 'step', 'boundaries': ('5 parsecs',)}, r"schedule\.boundaries='5 parsecs'"),
     ],

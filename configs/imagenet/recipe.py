@@ -1,6 +1,7 @@
 """What the published ImageNet recipes have in common; the files beside this one say the rest.
 
-ImageNet is read as docs/data.md tells, from --config.data.data_dir (~/tensorflow_datasets).
+ImageNet is read as docs/data.md tells, from --config.data.data_dir (~/tensorflow_datasets). In what
+a run differs from the authors' on purpose is in docs/differences.md.
 """
 
 from ml_collections import ConfigDict
@@ -21,30 +22,47 @@ def choose(family: str, variant: str) -> models.Variant:
 
 
 def imagenet(row: models.Variant) -> ConfigDict:
-    """Returns the recipe that all have in common, for the network of a row.
+    """Returns the recipe that the authors' code starts from, for the network of a row.
 
-    Momentum 0.9 (Nesterov), learning rate 0.1 for every 256 examples, along a cosine after 5 epochs
-    of warm-up; label smoothing 0.1; random crops and flips; the computation in bfloat16. That the
-    recipe of the NFNets holds for the other families too, label smoothing, warm-up and the default
-    moving average of the parameters above all, is our choice: their papers were not found to
-    state it.
+    90 epochs of 1024 examples a step, momentum 0.9 (Nesterov), learning rate 0.1 for every 256
+    examples along a cosine to 0 after 5 epochs of warm-up, weight decay 1e-4, label smoothing 0.1,
+    random crops and flips; no clipping, no moving average; the computation in float32, in
+    evaluation too. Every file beside this one says in what its family differs.
     """
     config = default_config()
     config.model = {'name': row.name, 'remat': False, 'scan': False}
-    config.precision = 'bfloat16'
     config.data = {
         'name': 'tfds',
         'dataset': 'imagenet2012',
         'data_dir': DEFAULT_DATA_DIR,
         'image_size': row.train_size,
         'test_image_size': row.test_size,
-        'test_mode': 'resize_crop_32',
+        'test_mode': row.eval_mode,
     }
     config.augment.flip = True
     config.augment.label_smoothing = 0.1
+    config.batch_size = 1024
+    config.duration = '90 epochs'
+    config.optimizer.learning_rate = 0.1
     config.optimizer.schedule.warmup = '5 epochs'
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.clip.name = 'none'
+    config.ema = 0.0
+    config.precision = 'float32'
+    config.eval.precision = 'float32'
     config.eval.batch_size = 2048
     config.eval.every = '5 epochs'
     config.checkpoint.every = '1 epochs'
     config.log_every = '100 steps'
     return config
+
+
+def mix(config: ConfigDict) -> None:
+    """Turns MixUp and CutMix on as published: half of the batch each, of pairs that are distinct.
+
+    A step of B examples reads 2 B images. Epochs count examples, as in the authors' code: 360
+    epochs are 720 passes over the images.
+    """
+    config.augment.mixup = 0.2
+    config.augment.cutmix = 1.0
+    config.augment.mix_pairs = 'distinct'

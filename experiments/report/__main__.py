@@ -46,9 +46,9 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_multi_string(
+    cli.define_paths(
         'workdir', None, 'The directory of a study; may be given more than once.', required=True
     )
-    flags.DEFINE_string('out', None, 'The page to write, else report.html in the first --workdir.')
-    flags.DEFINE_string('static', None, 'A directory for PNG pictures and a README.md.')
+    cli.define_path('out', None, 'The page to write, else report.html in the first --workdir.')
+    cli.define_path('static', None, 'A directory for PNG pictures and a README.md.')
     cli.run(main)

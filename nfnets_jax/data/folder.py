@@ -12,6 +12,7 @@ import numpy as np
 from nfnets_jax.data.preprocessing import SUFFIXES, PictureError, is_image
 from nfnets_jax.data.splits import SPLITS, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.files import expand
 
 # What the directory of a split may be called, in upper or lower case.
 SPLIT_NAMES = {
@@ -65,7 +66,7 @@ class ImageFolder:
         split_seed: int | None = None,
     ):
         check_split('folder', split, SPLITS)
-        root = pathlib.Path(path).expanduser()
+        root = pathlib.Path(expand(path))
         if not path or not root.is_dir():
             raise UsageError(f'data.path={str(path)!r}: not a directory; give one with the classes')
         hold_out = {'test_fraction': test_fraction, 'split_seed': split_seed}

@@ -42,8 +42,9 @@ def make_transform(mode: str, image_size: int) -> Callable:
     """Returns the transform called `mode`, to square pictures of `image_size` pixels.
 
     Args:
-        mode: 'random_crop' for training; 'crop_resize', 'resize_crop_32' (any number of pixels) or
-            'resize_crop_0.875' (any fraction) for evaluation.
+        mode: 'random_crop' for training. For evaluation the authors' 'crop_resize',
+            'resize_crop_32' (any number of pixels) or 'resize_crop_0.875' (any fraction), or
+            timm's 'timm_squash_0.9' and 'timm_center_0.9' (any fraction).
         image_size: pixels.
 
     Raises:
@@ -55,16 +56,19 @@ def make_transform(mode: str, image_size: int) -> Callable:
         return functools.partial(random_crop, size=image_size)
     if mode == 'crop_resize':
         return lambda image, rng: crop_resize(image, image_size)
-    if mode.startswith('resize_crop_'):
-        try:
-            resized = _resized_size(image_size, float(mode.removeprefix('resize_crop_')))
-        except ValueError:
-            pass
-        else:
+    name, _, margin = mode.rpartition('_')
+    try:
+        if name == 'resize_crop':
+            resized = _resized_size(image_size, float(margin))
             return lambda image, rng: resize_crop(image, image_size, resized)
+        if name in ('timm_squash', 'timm_center') and 0 < float(margin) <= 1:
+            resized, squash = int(image_size / float(margin)), name == 'timm_squash'
+            return lambda image, rng: timm_resize_crop(image, image_size, resized, squash=squash)
+    except ValueError:
+        pass
     raise UsageError(
         f'preprocessing {mode!r}: unknown (known: random_crop, crop_resize, resize_crop_PIXELS, '
-        'resize_crop_FRACTION)'
+        'resize_crop_FRACTION, timm_squash_FRACTION, timm_center_FRACTION)'
     )
 
 
@@ -159,6 +163,31 @@ def resize_crop(image: bytes | np.ndarray, size: int, resized: int) -> np.ndarra
     start = (resized - size + 1) // 2
     large = resize(decode(image), (resized, resized))
     return large[start : start + size, start : start + size]
+
+
+def timm_resize_crop(
+    image: bytes | np.ndarray, size: int, resized: int, *, squash: bool
+) -> np.ndarray:
+    """Returns the center of a resized image, uint8 [size, size, 3]: timm's evaluation transform.
+
+    Pillow decodes (with the exact DCT) and resizes by its bicubic (a = -1/2) with antialiasing,
+    rounded to uint8, as timm does for `crop_mode` 'squash' or 'center' and 'bicubic'.
+
+    Args:
+        image: bytes of an encoded image, or uint8 [H, W, 3].
+        size: pixels of the result.
+        resized: pixels before the crop, at least `size`.
+        squash: whether both sides become `resized`. Otherwise the shorter side does and the aspect
+            is kept.
+    """
+    pixels = image if isinstance(image, np.ndarray) else _decode_with_pillow(image)
+    picture = Image.fromarray(pixels)
+    shorter = min(picture.size)
+    width, height = (resized if squash else resized * side // shorter for side in picture.size)
+    _check_size(height, width)
+    large = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return large[top : top + size, left : left + size]
 
 
 def _resized_size(size: int, margin: float) -> int:

@@ -19,7 +19,6 @@ Reading is thread-safe and has no order: shuffling, sharding and batching belong
 import hashlib
 import inspect
 import numbers
-import os
 import types
 import typing
 import zipfile
@@ -29,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nfnets_jax import files
 from nfnets_jax.data.folder import ImageFolder
 from nfnets_jax.data.preprocessing import resize
 from nfnets_jax.data.splits import check_split
@@ -184,7 +184,7 @@ class ArrayFile(ArraySource):
     def __init__(self, split: str, path: str):
         check_split('arrays', split)
         try:
-            with np.load(os.path.expanduser(path), allow_pickle=False) as file:
+            with np.load(files.expand(path), allow_pickle=False) as file:
                 images, labels = file[f'{split}_images'], file[f'{split}_labels']
                 names = file.get('class_names')
                 if names is None:

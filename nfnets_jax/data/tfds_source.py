@@ -3,6 +3,7 @@
 import hashlib
 import pathlib
 
+from nfnets_jax import files
 from nfnets_jax.data.preprocessing import PictureError, decode
 from nfnets_jax.data.splits import check_split
 from nfnets_jax.errors import UsageError, nearest
@@ -96,7 +97,7 @@ def open_builder(dataset: str, data_dir: str):
     """
     import tensorflow_datasets as tfds  # here: a slow import that only such data need
 
-    root = str(pathlib.Path(data_dir).expanduser()) if '://' not in data_dir else data_dir
+    root = files.expand(data_dir)
     try:
         builder = tfds.builder(dataset, data_dir=root)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:

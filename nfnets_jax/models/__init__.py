@@ -5,11 +5,11 @@ from nfnets_jax.models.fixup_resnet import FixupResNet
 from nfnets_jax.models.nf_regnet import NFRegNet
 from nfnets_jax.models.nf_resnet import NFResNet
 from nfnets_jax.models.nfnet import NFNet
-from nfnets_jax.models.registry import create_model, model_options
+from nfnets_jax.models.registry import build, create_model, model_options
 from nfnets_jax.models.resnet import ResNet
 from nfnets_jax.models.skipinit_resnet import SkipInitResNet
 from nfnets_jax.models.small_cnn import SmallCNN
-from nfnets_jax.models.variants import Variant, list_models, variant_info
+from nfnets_jax.models.variants import Variant, find_variant, list_models, variant_info
 
 __all__ = [
     'Cost',
@@ -22,7 +22,9 @@ __all__ = [
     'SmallCNN',
     'Variant',
     'activation_bytes',
+    'build',
     'create_model',
+    'find_variant',
     'list_models',
     'model_cost',
     'model_options',

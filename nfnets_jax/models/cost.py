@@ -23,7 +23,7 @@ class Cost:
     Attributes:
       parameters: trained numbers; running statistics are not among them.
       conv_macs: of the convolutions on a picture of 32 x 32 pixels.
-      linear_macs: of the linear layers, squeeze-and-excitation included, on any picture.
+      linear_macs: of the linear layers, those of channel attention included, on any picture.
     """
 
     parameters: int
@@ -42,7 +42,8 @@ class Cost:
 
 def model_cost(name: str, num_classes: int = 1000, **overrides: Any) -> Cost:
     """Returns the cost of `create_model(name, num_classes, **overrides)`."""
-    macs: dict[type, int] = {layers.Linear: 0, layers.Conv2D: 0, layers.ScaledWSConv2D: 0}
+    linears = layers.Linear, layers.EfficientChannelAttention
+    macs: dict[type, int] = dict.fromkeys((layers.Conv2D, layers.ScaledWSConv2D, *linears), 0)
 
     def count(call, args, kwargs, context):
         out = call(*args, **kwargs)
@@ -57,12 +58,13 @@ def model_cost(name: str, num_classes: int = 1000, **overrides: Any) -> Cost:
         with hk.intercept_methods(count):
             return create_model(name, num_classes, **overrides)(images, False)
 
-    image = jax.ShapeDtypeStruct((1, _TRACED_SIZE, _TRACED_SIZE, 3), jnp.float32)
+    shape = (1, _TRACED_SIZE, _TRACED_SIZE, overrides.get('channels') or 3)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
     params, _ = jax.eval_shape(hk.transform_with_state(forward).init, jax.random.key(0), image)
     return Cost(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         conv_macs=macs[layers.Conv2D] + macs[layers.ScaledWSConv2D],
-        linear_macs=macs[layers.Linear],
+        linear_macs=sum(macs[kind] for kind in linears),
     )
 
 

@@ -17,13 +17,14 @@ class FixupResNet(hk.Module):
     """A post-activation ResNet with rescaled initial weights and scalar biases for a norm.
 
     Args:
-      num_classes: size of the logits.
+      num_classes: size of the logits; 0 for features only, without a classifier.
       variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
       activation: name in layers.activations; not scaled.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       remat: recompute blocks in the backward pass: less memory, more time.
       scan: compile the equal blocks of a stage once: deep networks compile several times faster.
         Slow on CPUs. See docs/scaling.md.
+      channels: of the images; None takes any.
       **overrides: see options.ResNetOverrides.
 
     Raises:
@@ -39,43 +40,55 @@ class FixupResNet(hk.Module):
         fc_init: float | hk.initializers.Initializer = 0.0,
         remat: bool = False,
         scan: bool = False,
+        channels: int | None = None,
         name: str = 'FixUp_ResNet',
         **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
         self.row = row = options.resolve('Fixup-ResNet', variant, overrides)
-        options.check('Fixup-ResNet', num_classes=num_classes)
+        options.check('Fixup-ResNet', num_classes=num_classes, channels=channels)
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=False)
         self.initial_conv = layers.Conv2D(
-            *resnet_parts.stem_shape(row), with_bias=False, name='initial_conv'
+            *resnet_parts.stem_shape(row),
+            with_bias=False,
+            in_channels=channels,
+            name='initial_conv',
         )
         plans = resnet_parts.plan_resnet(row)
         self.blocks = [
             ResBlock(plan, resnet_parts.branch_shapes(row, plan), self.activation, len(plans))
             for plan in plans
         ]
-        self.fc = layers.Linear(num_classes, layers.initializer(fc_init, 'stddev'))
+        self.fc = residual.make_classifier(num_classes, layers.initializer(fc_init, 'stddev'))
 
     def __call__(
-        self, images: Array, is_training: bool, return_metrics: bool = False
+        self,
+        images: Array,
+        is_training: bool,
+        return_metrics: bool = False,
+        return_features: bool = False,
     ) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, 3]; see `create_model`."""
+        """Classifies normalised images [N, H, W, C]; see `create_model`."""
         out = self.activation(_add_scalar(self.initial_conv(images), 'bias1'))
         out = resnet_parts.stem_pool(self.row, out)
-        out, metrics = residual.run_blocks(
+        out, extras = residual.run_blocks(
             self.blocks,
             out,
             is_training,
             remat=self.remat,
             scan=self.scan,
             return_metrics=return_metrics,
+            return_features=return_features,
         )
 
-        def classifier(pool: Array) -> Array:
-            return self.fc(_add_scalar(pool, 'bias2'))
+        if (last := self.fc) is None:
+            return extras | residual.classify(out, None, self.row.drop_rate, is_training)
 
-        return metrics | residual.classify(out, classifier, self.row.drop_rate, is_training)
+        def classifier(pool: Array) -> Array:
+            return last(_add_scalar(pool, 'bias2'))
+
+        return extras | residual.classify(out, classifier, self.row.drop_rate, is_training)
 
 
 class ResBlock(hk.Module):

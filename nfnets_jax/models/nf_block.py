@@ -1,8 +1,9 @@
 """The block of NFNets and NF-RegNets: 1x1, grouped 3x3 once or twice, 1x1."""
 
+from collections.abc import Callable
+
 import haiku as hk
 import jax
-import jax.numpy as jnp
 
 from nfnets_jax import layers
 from nfnets_jax.convolution import Padding
@@ -21,12 +22,12 @@ class NFBlock(hk.Module):
       activation: variance-preserving.
       group_size: channels in a group of the 3x3 convolutions.
       grouped_convs: 1 or 2 of them; the first has the stride.
-      se_ratio: of squeeze-and-excitation.
-      se_inside: gates after the grouped convolutions (NF-RegNet), or at the end (NFNet).
+      attention: makes the module of the gates for a number of channels.
+      attention_inside: gates after the grouped convolutions (NF-RegNet), or at the end (NFNet).
       alpha: weight of the branch.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
+      skip_gain: whether that gain is a parameter of its own, or the last convolution's.
       padding: of the grouped convolutions.
-      se_divisor: of the hidden width of squeeze-and-excitation.
     """
 
     def __init__(
@@ -37,18 +38,18 @@ class NFBlock(hk.Module):
         *,
         group_size: int,
         grouped_convs: int = 1,
-        se_ratio: float,
-        se_inside: bool = False,
+        attention: Callable[[int], residual.Attention],
+        attention_inside: bool = False,
         alpha: float,
         skipinit_gain: float | hk.initializers.Initializer,
+        skip_gain: bool = True,
         padding: Padding = 'SAME',
-        se_divisor: int = 1,
         name: str | None = None,
     ):
         super().__init__(name=name)
         self.plan, self.alpha, self.activation = plan, alpha, activation
-        self.se_inside = se_inside
-        self.skipinit_gain = layers.initializer(skipinit_gain, 'constant')
+        self.attention_inside = attention_inside
+        self.skip_gain = skipinit_gain if skip_gain else None
         groups = inner_channels // group_size
         if groups == 0:
             raise UsageError(
@@ -61,11 +62,11 @@ class NFBlock(hk.Module):
             conv(width, 3, stride, groups=groups, padding=padding, name=conv_name)
             for stride, conv_name in ((plan.stride, 'conv1'), (1, 'conv1b'))[:grouped_convs]
         ]
-        self.conv2 = conv(plan.out_channels, 1, name='conv2')
+        gain_init = 1.0 if skip_gain else skipinit_gain
+        self.conv2 = conv(plan.out_channels, 1, gain_init=gain_init, name='conv2')
         if plan.is_transition:
             self.conv_shortcut = conv(plan.out_channels, 1, name='conv_shortcut')
-        se_channels = width if se_inside else plan.out_channels
-        self.se = layers.SqueezeExcite(se_channels, se_ratio, se_divisor)
+        self.attention = attention(width if attention_inside else plan.out_channels)
 
     def __call__(self, x: Array, own: residual.Own, is_training: bool) -> tuple[Array, Array]:
         """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
@@ -77,11 +78,9 @@ class NFBlock(hk.Module):
         out = self.conv0(out)
         for conv in self.grouped:
             out = conv(self.activation(out))
-        if self.se_inside:
-            out = 2 * self.se(out) * out
+        if self.attention_inside:
+            out = 2 * self.attention(out) * out
         out = self.conv2(self.activation(out))
-        if not self.se_inside:
-            out = 2 * self.se(out) * out
-        gain = hk.get_parameter('skip_gain', (), jnp.float32, init=self.skipinit_gain)
-        branch = own.drop(out)
-        return shortcut + branch * (gain * self.alpha).astype(branch.dtype), out
+        if not self.attention_inside:
+            out = 2 * self.attention(out) * out
+        return shortcut + residual.weigh(own.drop(out), self.alpha, self.skip_gain), out

@@ -6,7 +6,6 @@ import haiku as hk
 import jax
 
 from nfnets_jax import layers
-from nfnets_jax.convolution import Padding
 from nfnets_jax.models import options, residual
 from nfnets_jax.models.nf_block import NFBlock
 
@@ -17,7 +16,7 @@ class NFRegNet(hk.Module):
     """A RegNet with depthwise-like groups of 8 and no normalisation, B0 to B8.
 
     Args:
-      num_classes: size of the logits.
+      num_classes: size of the logits; 0 for features only, without a classifier.
       variant: 'B0' to 'B8'.
       expansion: width inside a block over its input width (1 in the first block, as published).
       group_size: channels in each group of the grouped convolutions.
@@ -26,10 +25,11 @@ class NFRegNet(hk.Module):
       activation: name in layers.nonlinearities.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
-      conventions: 'timm' pads convolutions symmetrically and rounds every width to a multiple of 8.
+      conventions: see options.Conventions.
       remat: recompute blocks in the backward pass: less memory, more time.
       scan: compile the equal blocks of a stage once: deep networks compile several times faster.
         Slow on CPUs. See docs/scaling.md.
+      channels: of the images; None takes any.
       **overrides: see options.Overrides; with stem='small' the stem keeps the size of the picture.
 
     Raises:
@@ -51,6 +51,7 @@ class NFRegNet(hk.Module):
         conventions: options.Conventions = 'published',
         remat: bool = False,
         scan: bool = False,
+        channels: int | None = None,
         name: str = 'NF_RegNet',
         **overrides: Unpack[options.Overrides],
     ):
@@ -59,31 +60,32 @@ class NFRegNet(hk.Module):
         options.check(
             'NF-RegNet',
             num_classes=num_classes,
+            channels=channels,
             expansion=expansion,
             group_size=group_size,
             se_ratio=se_ratio,
             alpha=alpha,
             conventions=conventions,
         )
-        is_timm = conventions == 'timm'
-        padding: Padding = 'SYMMETRIC' if is_timm else 'SAME'
+        self.form = form = options.form(conventions, activation)
 
-        def rounded(channels: float) -> int:
-            return layers.round_to(channels, 8) if is_timm else int(channels)
+        def rounded(width: float) -> int:
+            return layers.round_to(width, 8) if form.is_timm else int(width)
 
-        channels = [rounded(width * row.width) for width in row.widths]
+        widths = [rounded(width * row.width) for width in row.widths]
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=True)
         self.initial_conv = layers.ScaledWSConv2D(
-            channels[0],
+            widths[0],
             3,
             1 if row.stem == 'small' else 2,
-            padding=padding,
+            padding=form.padding,
+            in_channels=channels,
             name='initial_conv',
         )
         plans = residual.plan_blocks(
-            channels[0],
-            channels,
+            widths[0],
+            widths,
             row.depths,
             [2] * len(row.depths),
             alpha=alpha,
@@ -95,34 +97,41 @@ class NFRegNet(hk.Module):
                 rounded(plan.in_channels * (expansion if plan.index else 1)),
                 self.activation,
                 group_size=group_size,
-                se_ratio=se_ratio,
-                se_inside=True,
+                attention=lambda width: layers.SqueezeExcite(
+                    width, se_ratio, 8 if form.is_timm else 1
+                ),
+                attention_inside=True,
                 alpha=alpha,
                 skipinit_gain=skipinit_gain,
-                padding=padding,
-                se_divisor=8 if is_timm else 1,
+                skip_gain=form.skip_gain,
+                padding=form.padding,
             )
             for plan in plans
         ]
         # EfficientNet's 1280 channels, in proportion.
-        if is_timm:
+        if form.is_timm:
             final_channels = rounded(row.width * (1280 * row.widths[-1] // 440))
         else:
-            final_channels = 1280 * channels[-1] // 440
+            final_channels = 1280 * widths[-1] // 440
         self.final_conv = layers.ScaledWSConv2D(final_channels, 1, name='final_conv')
-        self.fc = layers.Linear(num_classes, layers.initializer(fc_init, 'stddev'))
+        self.fc = residual.make_classifier(num_classes, layers.initializer(fc_init, 'stddev'))
 
     def __call__(
-        self, images: Array, is_training: bool, return_metrics: bool = False
+        self,
+        images: Array,
+        is_training: bool,
+        return_metrics: bool = False,
+        return_features: bool = False,
     ) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, 3]; see `create_model`."""
-        out, metrics = residual.run_blocks(
+        """Classifies normalised images [N, H, W, C]; see `create_model`."""
+        out, extras = residual.run_blocks(
             self.blocks,
-            self.initial_conv(images),
+            self.initial_conv(self.form.scale(images)),
             is_training,
             remat=self.remat,
             scan=self.scan,
             return_metrics=return_metrics,
+            return_features=return_features,
         )
-        features = self.activation(self.final_conv(out))
-        return metrics | residual.classify(features, self.fc, self.row.drop_rate, is_training)
+        features = self.form.final_activation(self.final_conv(self.form.scale(out)))
+        return extras | residual.classify(features, self.fc, self.row.drop_rate, is_training)

@@ -6,10 +6,9 @@ from typing import Any, Unpack
 
 import haiku as hk
 import jax
-import jax.numpy as jnp
 
 from nfnets_jax import layers
-from nfnets_jax.convolution import Padding
+from nfnets_jax.errors import UsageError
 from nfnets_jax.models import options, residual, resnet_parts
 
 Array = jax.Array
@@ -19,7 +18,7 @@ class NFResNet(hk.Module):
     """A pre-activation ResNet whose blocks keep the variance of the signal by construction.
 
     Args:
-      num_classes: size of the logits.
+      num_classes: size of the logits; 0 for features only, without a classifier.
       variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
       alpha: weight of the residual branch.
       standardize: scaled weight standardisation. This and the next two take one part each out of
@@ -27,6 +26,7 @@ class NFResNet(hk.Module):
       activation_gain: multiply activations by their gain gamma, so that they preserve variance.
       downscale: multiply what a branch receives by beta; False fixes beta to 1.
       use_se: squeeze-and-excitation at the end of the branch.
+      use_eca: efficient channel attention there.
       se_ratio: its hidden width over its width.
       activation: name in layers.nonlinearities.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
@@ -34,11 +34,11 @@ class NFResNet(hk.Module):
       stem_bn: batch norm after the first convolution. No NF-ResNet has it; it is there to compare
         with networks in which it was left.
       cross_replica_axis: of that batch norm, as in ResNet.
-      conventions: 'timm' pads convolutions symmetrically and pools shortcuts before their
-        convolution instead of striding it.
+      conventions: see options.Conventions.
       remat: recompute blocks in the backward pass: less memory, more time.
       scan: compile the equal blocks of a stage once: deep networks compile several times faster.
         Slow on CPUs. See docs/scaling.md.
+      channels: of the images; None takes any.
       **overrides: see options.ResNetOverrides.
 
     Raises:
@@ -55,6 +55,7 @@ class NFResNet(hk.Module):
         activation_gain: bool = True,
         downscale: bool = True,
         use_se: bool = False,
+        use_eca: bool = False,
         se_ratio: float = 0.25,
         activation: str = 'relu',
         skipinit_gain: float | hk.initializers.Initializer = 0.0,
@@ -64,6 +65,7 @@ class NFResNet(hk.Module):
         conventions: options.Conventions = 'published',
         remat: bool = False,
         scan: bool = False,
+        channels: int | None = None,
         name: str = 'NF_ResNet',
         **overrides: Unpack[options.ResNetOverrides],
     ):
@@ -72,17 +74,22 @@ class NFResNet(hk.Module):
         options.check(
             'NF-ResNet',
             num_classes=num_classes,
+            channels=channels,
             alpha=alpha,
             se_ratio=se_ratio,
             conventions=conventions,
         )
-        self.padding: Padding = 'SYMMETRIC' if conventions == 'timm' else 'SAME'
+        if use_se and use_eca:
+            raise UsageError('NF-ResNet use_eca: must be False where use_se is True')
+        self.form = form = options.form(conventions, activation, scaled=activation_gain)
         conv = functools.partial(
-            layers.ScaledWSConv2D, padding=self.padding, standardize=standardize
+            layers.ScaledWSConv2D, padding=form.padding, standardize=standardize
         )
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=activation_gain)
-        self.initial_conv = conv(*resnet_parts.stem_shape(row), name='initial_conv')
+        self.initial_conv = conv(
+            *resnet_parts.stem_shape(row), in_channels=channels, name='initial_conv'
+        )
         self.initial_bn = (
             layers.BatchNorm(cross_replica_axis=cross_replica_axis, name='initial_bn')
             if stem_bn
@@ -94,34 +101,40 @@ class NFResNet(hk.Module):
                 resnet_parts.branch_shapes(row, plan),
                 self.activation,
                 conv=conv,
-                pool_shortcut=conventions == 'timm',
+                pool_shortcut=form.is_timm,
                 alpha=alpha,
-                se_ratio=se_ratio if use_se else None,
+                attention=options.attention(use_eca, se_ratio, form) if use_se or use_eca else None,
                 skipinit_gain=skipinit_gain,
+                skip_gain=form.skip_gain,
             )
             # Branches that add no variance leave nothing to scale by.
             for plan in resnet_parts.plan_resnet(row, alpha if downscale else 0.0)
         ]
-        self.fc = layers.Linear(num_classes, layers.initializer(fc_init, 'stddev'))
+        self.fc = residual.make_classifier(num_classes, layers.initializer(fc_init, 'stddev'))
 
     def __call__(
-        self, images: Array, is_training: bool, return_metrics: bool = False
+        self,
+        images: Array,
+        is_training: bool,
+        return_metrics: bool = False,
+        return_features: bool = False,
     ) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, 3]; see `create_model`."""
-        out = self.initial_conv(images)
+        """Classifies normalised images [N, H, W, C]; see `create_model`."""
+        out = self.initial_conv(self.form.scale(images))
         if self.initial_bn:
             out = self.initial_bn(out, is_training)
-        out = resnet_parts.stem_pool(self.row, out, self.padding)
-        out, metrics = residual.run_blocks(
+        out = resnet_parts.stem_pool(self.row, out, self.form.padding)
+        out, extras = residual.run_blocks(
             self.blocks,
             out,
             is_training,
             remat=self.remat,
             scan=self.scan,
             return_metrics=return_metrics,
+            return_features=return_features,
         )
-        features = self.activation(out)
-        return metrics | residual.classify(features, self.fc, self.row.drop_rate, is_training)
+        features = self.form.final_activation(out)
+        return extras | residual.classify(features, self.fc, self.row.drop_rate, is_training)
 
 
 class NFResBlock(hk.Module):
@@ -139,19 +152,24 @@ class NFResBlock(hk.Module):
         conv: Callable[..., layers.ScaledWSConv2D | layers.Conv2D] = layers.ScaledWSConv2D,
         pool_shortcut: bool = False,
         alpha: float = 0.2,
-        se_ratio: float | None = None,
+        attention: Callable[[int], residual.Attention] | None = None,
         skipinit_gain: float | hk.initializers.Initializer = 0.0,
+        skip_gain: bool = True,
         name: str | None = None,
     ):
         super().__init__(name=name)
         self.plan, self.alpha, self.activation = plan, alpha, activation
-        self.skipinit_gain = layers.initializer(skipinit_gain, 'constant')
-        self.convs = [conv(*shape, name=f'conv{i}') for i, shape in enumerate(branch)]
+        self.skip_gain = skipinit_gain if skip_gain else None
+        last = {} if skip_gain else {'gain_init': skipinit_gain}
+        self.convs = [
+            conv(*shape, **(last if i == len(branch) - 1 else {}), name=f'conv{i}')
+            for i, shape in enumerate(branch)
+        ]
         self.pool_shortcut = pool_shortcut and plan.stride > 1
         if plan.is_transition:
             stride = 1 if self.pool_shortcut else plan.stride
             self.conv_shortcut = conv(plan.out_channels, 1, stride, name='conv_shortcut')
-        self.se = layers.SqueezeExcite(plan.out_channels, se_ratio) if se_ratio else None
+        self.attention = attention(plan.out_channels) if attention else None
 
     def __call__(self, x: Array, own: residual.Own, is_training: bool) -> tuple[Array, Array]:
         """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
@@ -163,8 +181,6 @@ class NFResBlock(hk.Module):
         out = self.convs[0](out)
         for conv in self.convs[1:]:
             out = conv(self.activation(out))
-        if self.se:
-            out = 2 * self.se(out) * out
-        gain = hk.get_parameter('skip_gain', (), jnp.float32, init=self.skipinit_gain)
-        branch = own.drop(out)
-        return shortcut + branch * (gain * self.alpha).astype(branch.dtype), out
+        if self.attention:
+            out = 2 * self.attention(out) * out
+        return shortcut + residual.weigh(own.drop(out), self.alpha, self.skip_gain), out

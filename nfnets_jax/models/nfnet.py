@@ -17,23 +17,27 @@ class NFNet(hk.Module):
     """A Normalizer-Free network, F0 to F7 and the wider F0+ to F7+.
 
     Args:
-      num_classes: size of the logits.
+      num_classes: size of the logits; 0 for features only, without a classifier.
       variant: 'F0' to 'F7', 'F0+' to 'F7+'.
       expansion: width of the grouped convolutions over the width of the block.
       group_size: channels in each of their groups.
       big_width: whether `expansion` multiplies the block's output width, or its input width.
       use_two_convs: two grouped 3x3 convolutions in a block, or one.
+      use_eca: efficient channel attention instead of squeeze-and-excitation.
       se_ratio: hidden width of squeeze-and-excitation over its width.
       alpha: weight of the residual branch.
       final_conv_mult: width of the last 1x1 convolution over that of the last block; None to
         give it as final_conv_ch.
       final_conv_ch: width of the last convolution if final_conv_mult is None.
+      stem_width: channels of the stem's last convolution; None for half of the first stage's.
       activation: name in layers.nonlinearities.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
+      conventions: see options.Conventions.
       remat: recompute blocks in the backward pass: less memory, more time.
       scan: compile the equal blocks of a stage once: deep networks compile several times faster.
         Slow on CPUs. See docs/scaling.md.
+      channels: of the images; None takes any.
       **overrides: see options.Overrides. `width` does not reach the stem, as published; with
         stem='small' the stem keeps the size of the picture.
 
@@ -50,15 +54,19 @@ class NFNet(hk.Module):
         group_size: int = 128,
         big_width: bool = True,
         use_two_convs: bool = True,
+        use_eca: bool = False,
         se_ratio: float = 0.5,
         alpha: float = 0.2,
         final_conv_mult: float | None = 2,
         final_conv_ch: int | None = None,
+        stem_width: int | None = None,
         activation: str = 'gelu',
         skipinit_gain: float | hk.initializers.Initializer = 0.0,
         fc_init: float | hk.initializers.Initializer = 0.01,
+        conventions: options.Conventions = 'published',
         remat: bool = False,
         scan: bool = False,
+        channels: int | None = None,
         name: str = 'NFNet',
         **overrides: Unpack[options.Overrides],
     ):
@@ -71,19 +79,33 @@ class NFNet(hk.Module):
         options.check(
             'NFNet',
             num_classes=num_classes,
+            channels=channels,
+            conventions=conventions,
             expansion=expansion,
             group_size=group_size,
             se_ratio=se_ratio,
             alpha=alpha,
             final_conv_ch=final_conv_ch,
         )
+        self.form = form = options.form(conventions, activation)
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=True)
         strides = (1, 1, 1, 1) if row.stem == 'small' else (2, 1, 1, 2)
-        stem_channels = (16, 32, 64, row.widths[0] // 2)
+        if stem_width is None:
+            stem_channels = (16, 32, 64, row.widths[0] // 2)
+        else:
+            options.check('NFNet', stem_width=stem_width)
+            stem_channels = (stem_width // 8, stem_width // 4, stem_width // 2, stem_width)
         self.stem = [
-            layers.ScaledWSConv2D(channels, 3, stride, name=f'stem_conv{i}')
-            for i, (channels, stride) in enumerate(zip(stem_channels, strides, strict=True))
+            layers.ScaledWSConv2D(
+                width,
+                3,
+                stride,
+                padding=form.padding,
+                in_channels=None if i else channels,
+                name=f'stem_conv{i}',
+            )
+            for i, (width, stride) in enumerate(zip(stem_channels, strides, strict=True))
         ]
         plans = residual.plan_blocks(
             stem_channels[-1],
@@ -101,28 +123,35 @@ class NFNet(hk.Module):
                 group_size=group_size,
                 grouped_convs=2 if use_two_convs else 1,
                 alpha=alpha,
-                se_ratio=se_ratio,
+                attention=options.attention(use_eca, se_ratio, form),
                 skipinit_gain=skipinit_gain,
+                skip_gain=form.skip_gain,
+                padding=form.padding,
             )
             for plan in plans
         ]
         self.final_conv = layers.ScaledWSConv2D(final_conv_ch, 1, name='final_conv')
-        self.fc = layers.Linear(num_classes, layers.initializer(fc_init, 'stddev'))
+        self.fc = residual.make_classifier(num_classes, layers.initializer(fc_init, 'stddev'))
 
     def __call__(
-        self, images: Array, is_training: bool, return_metrics: bool = False
+        self,
+        images: Array,
+        is_training: bool,
+        return_metrics: bool = False,
+        return_features: bool = False,
     ) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, 3]; see `create_model`."""
-        out = self.stem[0](images)
+        """Classifies normalised images [N, H, W, C]; see `create_model`."""
+        out = self.stem[0](self.form.scale(images))
         for conv in self.stem[1:]:
             out = conv(self.activation(out))
-        out, metrics = residual.run_blocks(
+        out, extras = residual.run_blocks(
             self.blocks,
             out,
             is_training,
             remat=self.remat,
             scan=self.scan,
             return_metrics=return_metrics,
+            return_features=return_features,
         )
-        features = self.activation(self.final_conv(out))
-        return metrics | residual.classify(features, self.fc, self.row.drop_rate, is_training)
+        features = self.form.final_activation(self.final_conv(self.form.scale(out)))
+        return extras | residual.classify(features, self.fc, self.row.drop_rate, is_training)

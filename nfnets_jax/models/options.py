@@ -5,12 +5,69 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict
 
+import jax
+import jax.numpy as jnp
+
+from nfnets_jax import layers
+from nfnets_jax.convolution import Padding
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.models.variants import VARIANTS, Variant
 
-# Whose network it is where the two differ: the papers', or the one of the PyTorch library timm,
-# whose weights of NF-ResNet-50 and NF-RegNet-B1 are public.
-Conventions = Literal['published', 'timm']
+# Which reference to follow where they differ: the papers, or the PyTorch library timm.
+# - 'timm': symmetric padding, pooled shortcuts, widths in multiples of 8; gains as published.
+# - 'timm_gains': these, and gains where timm has them. The gain of the activation is that of every
+#   convolution, also where no activation stands before it (the stem, the final convolution), so the
+#   last activation is without; the gain of a branch is that of its last convolution, so there is no
+#   skip gain. Networks by timm's names are of this kind, and parameters are one for one timm's.
+Conventions = Literal['published', 'timm', 'timm_gains']
+
+
+class Form(NamedTuple):
+    """What conventions make of a network.
+
+    Attributes:
+      is_timm: shortcuts are pooled, and widths multiples of 8, as timm has it.
+      padding: of the convolutions.
+      skip_gain: whether a branch has a gain of its own.
+      gain: of a convolution before which no activation stands.
+      final_activation: of the features.
+    """
+
+    is_timm: bool
+    padding: Padding
+    skip_gain: bool
+    gain: float
+    final_activation: layers.Activation
+
+    def scale(self, x: jax.Array) -> jax.Array:
+        """Returns what stands for x before a convolution without activation."""
+        return x if self.gain == 1 else x * jnp.asarray(self.gain, x.dtype)
+
+
+def form(conventions: Conventions, activation: str, *, scaled: bool = True) -> Form:
+    """Returns what `conventions` mean for a network.
+
+    Args:
+      conventions: of the network.
+      activation: its name.
+      scaled: whether activations have their gain, or where they would have it convolutions.
+    """
+    has_timms_gains = conventions == 'timm_gains'
+    return Form(
+        is_timm=conventions != 'published',
+        padding='SAME' if conventions == 'published' else 'SYMMETRIC',
+        skip_gain=not has_timms_gains,
+        gain=layers.get_gain(activation) if has_timms_gains and scaled else 1.0,
+        final_activation=layers.get_activation(activation, scaled=scaled and not has_timms_gains),
+    )
+
+
+def attention(use_eca: bool, se_ratio: float, form: Form) -> Callable[[int], Any]:
+    """Returns what makes the gates at the end of a branch, for its number of channels."""
+    if use_eca:
+        return layers.EfficientChannelAttention
+    divisor = 1 if form.skip_gain else 8  # timm's
+    return lambda channels: layers.SqueezeExcite(channels, se_ratio, divisor)
 
 
 class Overrides(TypedDict, total=False):
@@ -45,7 +102,7 @@ def resolve(family: str, variant: str, overrides: Overrides) -> Variant:
     Raises:
       UsageError: the family has no such variant or option, or no network has such a value.
     """
-    rows = {row.variant: row for row in VARIANTS.values() if row.family == family}
+    rows = {row.variant: row for row in VARIANTS.values() if row.family == family and not row.base}
     if variant not in rows:
         raise UsageError(f'{family} variant: unknown {variant!r}{nearest(variant, rows)}')
     for name in overrides:
@@ -87,6 +144,7 @@ def _one_of(*choices: str) -> _Rule:
     return _Rule(' or '.join(map(repr, choices)), lambda v: v in choices)
 
 
+_COUNT = _Rule('a whole number, 0 or more', lambda v: _is_int(v) and v >= 0)
 _POSITIVE_INT = _Rule('a positive integer', lambda v: _is_int(v) and v > 0)
 _POSITIVE = _Rule('a positive number', lambda v: _is_number(v) and v > 0)
 _RATE = _Rule('a number in [0, 1)', lambda v: _is_number(v) and 0 <= v < 1)
@@ -99,7 +157,9 @@ _STAGES = _Rule(
 )
 
 _RULES = {
-    'num_classes': _POSITIVE_INT,
+    'num_classes': _COUNT,
+    'channels': _Rule(_POSITIVE_INT.wants, lambda v: v is None or _POSITIVE_INT.holds(v)),
+    'stem_width': _Rule('a positive multiple of 8', lambda v: _is_int(v) and v > 0 and v % 8 == 0),
     'group_size': _POSITIVE_INT,
     'width': _POSITIVE,
     'expansion': _POSITIVE,
@@ -115,7 +175,7 @@ _RULES = {
     'block': _one_of('bottleneck', 'basic'),
     'stem': _one_of('imagenet', 'small'),
     'norm': _one_of('batch', 'none'),
-    'conventions': _one_of('published', 'timm'),
+    'conventions': _one_of('published', 'timm', 'timm_gains'),
     'activation': _NAME,
     'cross_replica_axis': _NAME,
     'skipinit_gain': _START,
@@ -123,6 +183,7 @@ _RULES = {
     'remat': _BOOL,
     'scan': _BOOL,
     'use_se': _BOOL,
+    'use_eca': _BOOL,
     'stem_bn': _BOOL,
     'downscale': _BOOL,
     'standardize': _BOOL,

@@ -1,9 +1,10 @@
 """From a model's name to the Haiku module."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import haiku as hk
 import jax
 
 from nfnets_jax.errors import UsageError, nearest
@@ -15,7 +16,7 @@ from nfnets_jax.models.nfnet import NFNet
 from nfnets_jax.models.resnet import ResNet
 from nfnets_jax.models.skipinit_resnet import SkipInitResNet
 from nfnets_jax.models.small_cnn import SmallCNN
-from nfnets_jax.models.variants import variant_info
+from nfnets_jax.models.variants import Variant, variant_info
 
 
 class Network(Protocol):
@@ -42,16 +43,18 @@ def create_model(name: str, num_classes: int, **overrides: Any) -> Network:
             lambda images, is_training: create_model('NFNet-F0', 10)(images, is_training)
         )
 
-    Calling the module with images [N, H, W, 3], normalised, in the dtype to compute in (float32 or
+    Calling the module with images [N, H, W, C], normalised, in the dtype to compute in (float32 or
     bfloat16), and a Python bool is_training returns a dict: 'logits' float32 [N, num_classes] and
-    'pool' float32 [N, C], the features they are made of; with return_metrics=True (residual
-    families) also 'signal', see layers.signal_metrics. Parameters are float32. Training with
-    dropout or stochastic depth needs an rng key. Batch-normalised networks have state.
+    'pool' float32 [N, F], the features they are made of. Residual families return more on demand:
+    with return_metrics=True 'signal', see layers.signal_metrics; with return_features=True
+    'features', the output of every stage, see residual.run_blocks. Parameters are float32. Training
+    with dropout or stochastic depth needs an rng key. Batch-normalised networks have state.
 
     Args:
-      name: one of `list_models()`.
-      num_classes: size of the logits.
-      **overrides: options of the family's class, e.g. width, depths, stem, drop_rate, activation.
+      name: one of `list_models()`, or timm's for one of them, as 'dm_nfnet_f0'.
+      num_classes: size of the logits; 0 for a network of features, without classifier and 'logits'.
+      **overrides: options of the family's class, e.g. width, depths, stem, drop_rate, activation;
+        channels=N refuses images of other than N channels.
 
     Raises:
       UsageError: no such model or option, or a value no network could be built from.
@@ -63,9 +66,38 @@ def create_model(name: str, num_classes: int, **overrides: Any) -> Network:
         if option not in known:
             raise UsageError(f'{name}: unknown option {option!r}{nearest(option, known)}')
     options.check(row.family, **{k: v for k, v in overrides.items() if v is not None})
-    if row.variant:
-        overrides['variant'] = row.variant
-    return family(num_classes, **overrides)
+    return family(num_classes, **_arguments(row, overrides))
+
+
+def build(name: str, num_classes: int, **overrides: Any) -> hk.TransformedWithState:
+    """Returns the network called `name` as init and apply(params, state, key, images, is_training).
+
+    Args and errors are those of `create_model`; apply takes its return_metrics and return_features.
+
+    >>> import jax, jax.numpy as jnp
+    >>> network = build('SmallCNN', 10)
+    >>> images = jnp.zeros((1, 32, 32, 3))
+    >>> params, state = network.init(jax.random.key(0), images, True)
+    >>> outputs, state = network.apply(params, state, None, images, False)
+    >>> outputs['logits'].shape
+    (1, 10)
+    """
+
+    def forward(images: jax.Array, is_training: bool, **kwargs: Any) -> dict[str, Any]:
+        return create_model(name, num_classes, **overrides)(images, is_training, **kwargs)
+
+    return hk.transform_with_state(forward)
+
+
+def _arguments(row: Variant, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keyword arguments that make the network of a row of its family's class."""
+    if not row.variant:
+        return dict(overrides)
+    if row.base is None:
+        return {'variant': row.variant, **overrides}
+    own = {name: getattr(row, name) for name in options.overrides_of(row.family)}
+    given = {k: v for k, v in overrides.items() if k not in own or v is not None}
+    return {'variant': row.base, **own, **row.options, **given}
 
 
 def model_options(name: str) -> list[str]:

@@ -25,6 +25,7 @@ class BlockPlan:
       stride: of the block.
       beta: 1 / expected standard deviation of the block's input at initialisation.
       stochdepth_rate: probability of dropping the branch, linear in the index.
+      stage: of the network, from 1.
     """
 
     index: int
@@ -33,6 +34,7 @@ class BlockPlan:
     stride: int
     beta: float
     stochdepth_rate: float
+    stage: int
 
     @property
     def is_transition(self) -> bool:
@@ -57,10 +59,12 @@ def plan_blocks(
     """
     plans: list[BlockPlan] = []
     variance = 1.0
-    for width, depth, stage_stride in zip(widths, depths, strides, strict=True):
+    stages = zip(widths, depths, strides, strict=True)
+    for stage, (width, depth, stage_stride) in enumerate(stages, start=1):
         for position in range(depth):
             plan = BlockPlan(
                 index=len(plans),
+                stage=stage,
                 in_channels=in_channels,
                 out_channels=width,
                 stride=stage_stride if position == 0 else 1,
@@ -97,8 +101,25 @@ class Own(NamedTuple):
         return layers.stochastic_depth(self.key, self.stochdepth_rate, branch)
 
 
+# attention(x) -> gates in (0, 1), [N, 1, 1, C]
+Attention = Callable[[Array], Array]
 # block(x, own, is_training, ...) -> (output, residual branch before it is scaled and added)
 Block = Callable[..., tuple[Array, Array]]
+
+
+def weigh(
+    branch: Array, alpha: float, skipinit_gain: float | hk.initializers.Initializer | None
+) -> Array:
+    """Returns a branch times alpha and, unless `skipinit_gain` is None, a learned gain.
+
+    The gain is the parameter 'skip_gain' of the block in whose method this is called; it starts at
+    `skipinit_gain`.
+    """
+    if skipinit_gain is None:
+        return branch * jnp.asarray(alpha, branch.dtype)
+    init = layers.initializer(skipinit_gain, 'constant')
+    gain = hk.get_parameter('skip_gain', (), jnp.float32, init=init)
+    return branch * (gain * alpha).astype(branch.dtype)
 
 
 def run_blocks(
@@ -109,6 +130,7 @@ def run_blocks(
     remat: bool,
     scan: bool,
     return_metrics: bool,
+    return_features: bool,
 ) -> tuple[Array, dict[str, dict[str, Array]]]:
     """Runs x through the blocks.
 
@@ -122,14 +144,17 @@ def run_blocks(
         SHORTEST_LOOP or more. Results are the same but for rounding. The stacked parameters are a
         copy of them.
       return_metrics: whether to measure the signal.
+      return_features: whether to return the output of every stage.
 
     Returns:
-      The last block's output and {'signal': layers.signal_metrics}, or {} if not asked for.
+      The last block's output, and of what is asked for 'signal': layers.signal_metrics and
+      'features': {'stem': x, 'stage1': its output, ...}, [N, H', W', C] each.
     """
     if hk.running_init():  # Then neither is of use, and initial values must not depend on them.
         remat = scan = False
     activations: list[Array] = [x]
     branches: list[Array] = []
+    features = {'stem': x}
     for group in _loops(blocks) if scan else [[block] for block in blocks]:
         owns = [_own(block.plan, is_training) for block in group]
         outputs: Iterable[Array]
@@ -145,10 +170,16 @@ def run_blocks(
 
             x, branch = (hk.remat(apply) if remat else apply)(x, owns[0])
             outputs, inner = [x], [branch]
+        features[f'stage{group[-1].plan.stage}'] = x  # The last of a stage stays.
         if return_metrics:
             activations.extend(outputs)
             branches.extend(inner)
-    return x, {'signal': layers.signal_metrics(activations, branches)} if return_metrics else {}
+    extras = {}
+    if return_metrics:
+        extras['signal'] = layers.signal_metrics(activations, branches)
+    if return_features:
+        extras['features'] = features
+    return x, extras
 
 
 def _own(plan: BlockPlan, is_training: bool) -> Own:
@@ -172,7 +203,7 @@ def _kind(block: Any) -> tuple:
     """Returns what consecutive blocks have in common if their parameters have the same shapes."""
     plan = block.plan
     position = plan.index if plan.is_transition else -1
-    return position, plan.out_channels, plan.stochdepth_rate > 0
+    return position, plan.stage, plan.stochdepth_rate > 0
 
 
 def _scan(
@@ -241,16 +272,29 @@ class _Named(hk.Module):
             hk.set_state(name, value)
 
 
+def make_classifier(
+    num_classes: int, w_init: hk.initializers.Initializer | None
+) -> layers.Linear | None:
+    """Returns the last linear layer of a network; None for a network of features, of 0 classes."""
+    return layers.Linear(num_classes, w_init) if num_classes else None
+
+
 def classify(
-    features: Array, classifier: Callable[[Array], Array], drop_rate: float, is_training: bool
+    features: Array,
+    classifier: Callable[[Array], Array] | None,
+    drop_rate: float,
+    is_training: bool,
 ) -> dict[str, Array]:
     """Global average pooling, dropout and the classifier, in float32 whatever the features.
 
     Returns:
-      'pool', [N, C] before dropout, and 'logits', [N, classes].
+      'pool', [N, C] before dropout, and with a classifier 'logits', [N, classes].
     """
     pool = jnp.mean(features.astype(jnp.float32), (1, 2))
+    if classifier is None:
+        return {'pool': pool}
     dropped = pool
     if is_training and drop_rate > 0:
-        dropped = hk.dropout(hk.next_rng_key(), drop_rate, pool)
+        with jax.numpy_dtype_promotion('standard'):  # Haiku's dropout multiplies by a bool.
+            dropped = hk.dropout(hk.next_rng_key(), drop_rate, pool)
     return {'pool': pool, 'logits': classifier(dropped)}

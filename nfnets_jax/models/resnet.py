@@ -19,7 +19,7 @@ class ResNet(hk.Module):
     """A ResNet with batch normalisation, pre-activation (arXiv 1603.05027) by default.
 
     Args:
-      num_classes: size of the logits.
+      num_classes: size of the logits; 0 for features only, without a classifier.
       variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
       preactivation: False for the order of arXiv 1512.03385, activation after the addition.
       norm: 'batch', or 'none' for the same network with normalisation removed and biases added. Its
@@ -34,6 +34,7 @@ class ResNet(hk.Module):
       remat: recompute blocks in the backward pass: less memory, more time.
       scan: compile the equal blocks of a stage once: deep networks compile several times faster.
         Slow on CPUs. See docs/scaling.md.
+      channels: of the images; None takes any.
       **overrides: see options.ResNetOverrides.
 
     Raises:
@@ -55,6 +56,7 @@ class ResNet(hk.Module):
         fc_init: float | hk.initializers.Initializer = 0.0,
         remat: bool = False,
         scan: bool = False,
+        channels: int | None = None,
         name: str = 'ResNet',
         **overrides: Unpack[options.ResNetOverrides],
     ):
@@ -63,6 +65,7 @@ class ResNet(hk.Module):
         options.check(
             'ResNet',
             num_classes=num_classes,
+            channels=channels,
             norm=norm,
             bn_decay_rate=bn_decay_rate,
             se_ratio=se_ratio,
@@ -80,7 +83,9 @@ class ResNet(hk.Module):
             conv = functools.partial(layers.Conv2D, w_init=layers.he_init)
         else:
             conv = functools.partial(layers.Conv2D, with_bias=False)
-        self.initial_conv = conv(*resnet_parts.stem_shape(row), name='initial_conv')
+        self.initial_conv = conv(
+            *resnet_parts.stem_shape(row), in_channels=channels, name='initial_conv'
+        )
         if not preactivation:
             self.initial_bn = make_norm('initial_bn')
         block = ResBlockV2 if preactivation else ResBlockV1
@@ -97,7 +102,7 @@ class ResNet(hk.Module):
         ]
         if preactivation:
             self.final_bn = make_norm('final_bn')
-        self.fc = layers.Linear(num_classes, layers.initializer(fc_init, 'stddev'))
+        self.fc = residual.make_classifier(num_classes, layers.initializer(fc_init, 'stddev'))
 
     def __call__(
         self,
@@ -105,8 +110,9 @@ class ResNet(hk.Module):
         is_training: bool,
         return_metrics: bool = False,
         test_local_stats: bool = False,
+        return_features: bool = False,
     ) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, 3]; see `create_model`.
+        """Classifies normalised images [N, H, W, C]; see `create_model`.
 
         test_local_stats evaluates with the statistics of the batch itself.
         """
@@ -114,7 +120,7 @@ class ResNet(hk.Module):
         if not self.preactivation:
             out = self.activation(self.initial_bn(out, is_training, test_local_stats))
         out = resnet_parts.stem_pool(self.row, out)
-        out, metrics = residual.run_blocks(
+        out, extras = residual.run_blocks(
             self.blocks,
             out,
             is_training,
@@ -122,10 +128,11 @@ class ResNet(hk.Module):
             remat=self.remat,
             scan=self.scan,
             return_metrics=return_metrics,
+            return_features=return_features,
         )
         if self.preactivation:
             out = self.activation(self.final_bn(out, is_training, test_local_stats))
-        return metrics | residual.classify(out, self.fc, self.row.drop_rate, is_training)
+        return extras | residual.classify(out, self.fc, self.row.drop_rate, is_training)
 
 
 class ResBlockV2(hk.Module):

@@ -19,7 +19,7 @@ class SkipInitResNet(hk.Module):
     receives is not divided by its expected standard deviation.
 
     Args:
-      num_classes: size of the logits.
+      num_classes: size of the logits; 0 for features only, without a classifier.
       variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
       activation: name in layers.activations; not scaled.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
@@ -27,6 +27,7 @@ class SkipInitResNet(hk.Module):
       remat: recompute blocks in the backward pass: less memory, more time.
       scan: compile the equal blocks of a stage once: deep networks compile several times faster.
         Slow on CPUs. See docs/scaling.md.
+      channels: of the images; None takes any.
       **overrides: see options.ResNetOverrides.
 
     Raises:
@@ -43,16 +44,20 @@ class SkipInitResNet(hk.Module):
         fc_init: float | hk.initializers.Initializer = 0.0,
         remat: bool = False,
         scan: bool = False,
+        channels: int | None = None,
         name: str = 'SkipInit_ResNet',
         **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
         self.row = row = options.resolve('SkipInit-ResNet', variant, overrides)
-        options.check('SkipInit-ResNet', num_classes=num_classes)
+        options.check('SkipInit-ResNet', num_classes=num_classes, channels=channels)
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=False)
         self.initial_conv = layers.Conv2D(
-            *resnet_parts.stem_shape(row), with_bias=False, name='initial_conv'
+            *resnet_parts.stem_shape(row),
+            with_bias=False,
+            in_channels=channels,
+            name='initial_conv',
         )
         self.blocks = [
             NFResBlock(
@@ -65,20 +70,25 @@ class SkipInitResNet(hk.Module):
             )
             for plan in resnet_parts.plan_resnet(row)
         ]
-        self.fc = layers.Linear(num_classes, layers.initializer(fc_init, 'stddev'))
+        self.fc = residual.make_classifier(num_classes, layers.initializer(fc_init, 'stddev'))
 
     def __call__(
-        self, images: Array, is_training: bool, return_metrics: bool = False
+        self,
+        images: Array,
+        is_training: bool,
+        return_metrics: bool = False,
+        return_features: bool = False,
     ) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, 3]; see `create_model`."""
+        """Classifies normalised images [N, H, W, C]; see `create_model`."""
         out = resnet_parts.stem_pool(self.row, self.initial_conv(images))
-        out, metrics = residual.run_blocks(
+        out, extras = residual.run_blocks(
             self.blocks,
             out,
             is_training,
             remat=self.remat,
             scan=self.scan,
             return_metrics=return_metrics,
+            return_features=return_features,
         )
         features = self.activation(out)
-        return metrics | residual.classify(features, self.fc, self.row.drop_rate, is_training)
+        return extras | residual.classify(features, self.fc, self.row.drop_rate, is_training)

@@ -20,11 +20,12 @@ class SmallCNN(hk.Module):
     statistics are counted with them, as the report does.
 
     Args:
-      num_classes: size of the logits.
+      num_classes: size of the logits; 0 for features only, without the three linears.
       norm: 'batch', after each convolution, or 'none'.
       bn_decay_rate: of the running statistics.
       cross_replica_axis: as in ResNet.
       activation: name in layers.activations; not scaled.
+      channels: of the images; None takes any.
     """
 
     def __init__(
@@ -35,13 +36,27 @@ class SmallCNN(hk.Module):
         bn_decay_rate: float = 0.9,
         cross_replica_axis: str | None = None,
         activation: str = 'relu',
+        channels: int | None = None,
         name: str = 'SmallCNN',
     ):
         super().__init__(name=name)
-        options.check('SmallCNN', num_classes=num_classes, norm=norm, bn_decay_rate=bn_decay_rate)
+        options.check(
+            'SmallCNN',
+            num_classes=num_classes,
+            norm=norm,
+            bn_decay_rate=bn_decay_rate,
+            channels=channels,
+        )
         self.activation = layers.get_activation(activation, scaled=False)
         self.convs = [
-            layers.Conv2D(32, 3, padding='VALID', w_init=layers.he_init, name=f'conv{i}')
+            layers.Conv2D(
+                32,
+                3,
+                padding='VALID',
+                w_init=layers.he_init,
+                in_channels=None if i else channels,
+                name=f'conv{i}',
+            )
             for i in range(4)
         ]
         self.norms = [
@@ -51,10 +66,10 @@ class SmallCNN(hk.Module):
             for i in range(4)
         ]
         self.hidden = [layers.Linear(128, layers.he_init), layers.Linear(32, layers.he_init)]
-        self.fc = layers.Linear(num_classes)
+        self.fc = residual.make_classifier(num_classes, None)
 
     def __call__(self, images: Array, is_training: bool) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, 3] of SMALLEST or more; see `create_model`."""
+        """Classifies normalised images [N, H, W, C] of SMALLEST or more; see `create_model`."""
         if min(images.shape[1:3]) < SMALLEST:
             raise UsageError(
                 f'SmallCNN: pictures must have at least {SMALLEST} x {SMALLEST} pixels, not '
@@ -69,9 +84,12 @@ class SmallCNN(hk.Module):
             if i == 1:
                 out = layers.max_pool(out, 2, 2, 'VALID')
 
+        if (last := self.fc) is None:
+            return residual.classify(out, None, 0.0, is_training)
+
         def classifier(pool: Array) -> Array:
             for linear in self.hidden:
                 pool = self.activation(linear(pool))
-            return self.fc(pool)
+            return last(pool)
 
         return residual.classify(out, classifier, 0.0, is_training)

@@ -1,11 +1,12 @@
 """Every published network as data: one row per name, read by models, configs and evaluation.
 
 Sizes, depths and rates: the two papers and the authors' code. Accuracies: ImageNet top-1 and
-top-5 in percent, single crop at `test_size`, from the papers' tables as noted in `source`.
+top-5 in percent, single crop at `test_size`, from the papers' tables or timm's as `source` notes.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from nfnets_jax.errors import UsageError, nearest
 
@@ -16,11 +17,17 @@ class Variant:
 
     Attributes:
       family: name of the family, 'NFNet'.
-      variant: name within the family, 'F0'.
+      variant: name within the family, 'F0'; of timm's networks timm's name, 'eca_nfnet_l0'.
+      base: of timm's networks, the published variant that `options` make this network of.
+      options: of `create_model`, where they are not the family's defaults.
       widths: output channels of each stage, before the width multiplier.
       depths: residual blocks of each stage.
       train_size: side in pixels of the pictures it is trained on.
       test_size: side in pixels of the pictures it is tested on.
+      eval_mode: how its authors prepare an image for testing, a mode of
+        `data.preprocessing.make_transform`.
+      mean, std: of the normalisation its authors test with, three values on a scale of 0..255;
+        None for ImageNet's.
       width: default width multiplier.
       block: residual branch of the ResNets, 1x1-3x3-1x1 or 3x3-3x3.
       stem: 'imagenet' reduces the picture before the first block, 'small' keeps its size.
@@ -37,6 +44,9 @@ class Variant:
     depths: tuple[int, ...]
     train_size: int
     test_size: int
+    eval_mode: str = 'crop_resize'
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     width: float = 1.0
     block: Literal['bottleneck', 'basic'] = 'bottleneck'
     stem: Literal['imagenet', 'small'] = 'imagenet'
@@ -46,9 +56,13 @@ class Variant:
     top1: float | None = None
     top5: float | None = None
     source: str | None = None
+    base: str | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
+        if self.base:
+            return self.variant
         return f'{self.family}-{self.variant}' if self.variant else self.family
 
     @property
@@ -79,6 +93,7 @@ def _nfnets():
                 depths=tuple((level + 1) * depth for depth in (1, 2, 6, 3)),
                 train_size=train,
                 test_size=test,
+                eval_mode='resize_crop_32',
                 drop_rate=drop,
                 stochdepth_rate=0.25,
                 randaugment=magnitude,
@@ -146,6 +161,99 @@ def _resnets(family: str, small: bool):
         )
 
 
+def _timms() -> Iterator[Variant]:
+    """timm's networks that the papers do not have, and its forms of those that they have.
+
+    Sizes, depths and options: timm's models/nfnet.py. Accuracies: its results-imagenet.csv, of the
+    weights that it has published under the name, at the test size.
+    """
+    source = 'timm, results-imagenet.csv'
+    gains = {'conventions': 'timm_gains'}
+    light: dict[str, Any] = gains | {'expansion': 0.25, 'group_size': 64, 'activation': 'silu'}
+    eca = {'use_eca': True}
+    se: dict[str, Any] = {'se_ratio': 0.25}
+    tiny = light | se | {'group_size': 8, 'final_conv_mult': 1.5, 'stem_width': 128}
+    nfnets = [  # name, multiple of the depths, train, test, options, top-1, top-5
+        ('nfnet_l0', 1, 224, 288, light | se | {'final_conv_mult': 1.5}, 82.766, 96.494),
+        ('eca_nfnet_l0', 1, 224, 288, light | eca | {'final_conv_mult': 1.5}, 82.590, 96.486),
+        ('eca_nfnet_l1', 2, 256, 320, light | eca, 84.062, 97.026),
+        ('eca_nfnet_l2', 3, 320, 384, light | eca, 84.710, 97.256),
+        ('eca_nfnet_l3', 4, 352, 448, light | eca, None, None),
+    ]
+    for name, multiple, train, test, options, top1, top5 in nfnets:
+        yield Variant(
+            family='NFNet',
+            variant=name,
+            base='F0',
+            options=options,
+            widths=(256, 512, 1536, 1536),
+            depths=tuple(multiple * depth for depth in (1, 2, 6, 3)),
+            train_size=train,
+            test_size=test,
+            eval_mode='timm_center_1.0',
+            top1=top1,
+            top5=top5,
+            source=source if top1 else None,
+        )
+    yield Variant(
+        family='NFNet',
+        variant='test_nfnet',
+        base='F0',
+        options=tiny,
+        widths=(32, 64, 96, 128),
+        depths=(1, 1, 1, 1),
+        train_size=160,
+        test_size=160,
+        eval_mode='timm_center_0.95',
+        mean=(127.5, 127.5, 127.5),
+        std=(127.5, 127.5, 127.5),
+        top1=47.634,
+        top5=72.880,
+        source=source,
+    )
+    attentions: dict[str, dict[str, Any]] = {
+        '': {},
+        'se': {'use_se': True, 'se_ratio': 1 / 16},
+        'eca': eca,
+    }
+    for attention, options in attentions.items():
+        for layers, depths in {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}.items():
+            is_trained = (attention, layers) == ('', 50)
+            yield Variant(
+                family='NF-ResNet',
+                variant=f'nf_{attention}resnet{layers}',
+                base='50',
+                options=gains | options,
+                widths=(64, 128, 256, 512),
+                depths=depths,
+                train_size=256 if is_trained else 224,
+                test_size=288 if is_trained else 224,
+                eval_mode='timm_center_0.94' if is_trained else 'timm_center_0.9',
+                width=4.0,
+                top1=80.658 if is_trained else None,
+                top5=95.350 if is_trained else None,
+                source=source if is_trained else None,
+            )
+    sizes = {0: (192, 256), 1: (256, 288)}  # The others' are the published.
+    for row in list(_nf_regnets())[:6]:
+        level = int(row.variant[1:])
+        train, test = sizes.get(level, (row.train_size, row.test_size))
+        yield dataclasses.replace(
+            row,
+            variant=f'nf_regnet_b{level}',
+            base=row.variant,
+            options=gains | {'fc_init': 0.01},
+            train_size=train,
+            test_size=test,
+            eval_mode='timm_center_0.9',
+            drop_rate=0.0,
+            stochdepth_rate=0.0,
+            top1=79.368 if level == 1 else None,
+            top5=94.726 if level == 1 else None,
+            source=source if level == 1 else None,
+        )
+
+
 VARIANTS: dict[str, Variant] = {
     row.name: row
     for row in (
@@ -156,22 +264,20 @@ VARIANTS: dict[str, Variant] = {
         *_resnets('SkipInit-ResNet', small=True),
         *_resnets('Fixup-ResNet', small=True),
         Variant(family='SmallCNN', variant='', widths=(), depths=(), train_size=32, test_size=32),
+        *_timms(),
     )
 }
 
+# Other names of networks above: timm's, where it computes what the authors do.
+ALIASES: dict[str, str] = {f'dm_nfnet_f{level}': f'NFNet-F{level}' for level in range(7)}
+
 
 def list_models() -> list[str]:
-    """Returns the names that `create_model` and `variant_info` know, families together."""
+    """Returns the names that `create_model` and `variant_info` know, families together.
+
+    They know timm's dm_nfnet_f0 to f6 too, as NFNet-F0 to F6.
+    """
     return list(VARIANTS)
-
-
-# What timm calls networks of ours -> the name here.
-ALIASES: dict[str, str] = {
-    'nf_resnet50': 'NF-ResNet-50',
-    'nf_resnet101': 'NF-ResNet-101',
-    **{f'dm_nfnet_f{level}': f'NFNet-F{level}' for level in range(7)},
-    **{f'nf_regnet_b{level}': f'NF-RegNet-B{level}' for level in range(6)},
-}
 
 
 def variant_info(name: str) -> Variant:
@@ -182,7 +288,11 @@ def variant_info(name: str) -> Variant:
     Raises:
       UsageError: no model has that name.
     """
-    row = VARIANTS.get(ALIASES.get(name, name))
-    if row is None:
+    if (row := find_variant(name)) is None:
         raise UsageError(f'model: unknown {name!r}{nearest(name, VARIANTS, ALIASES)}')
     return row
+
+
+def find_variant(name: Any) -> Variant | None:
+    """Returns the data of the model of that name or alias, None if there is none."""
+    return VARIANTS.get(ALIASES.get(name, name)) if isinstance(name, str) else None

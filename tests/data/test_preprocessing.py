@@ -15,7 +15,9 @@ from nfnets_jax.data.sources import ImageFolder
 from nfnets_jax.errors import UsageError
 
 PICTURES = pathlib.Path(sklearn.datasets.__file__).parent / 'images'
-GOLDEN = np.load(pathlib.Path(__file__).parent.parent / 'golden' / 'eval_preprocessing.npz')
+GOLDEN_DIRECTORY = pathlib.Path(__file__).parent.parent / 'golden'
+GOLDEN = np.load(GOLDEN_DIRECTORY / 'eval_preprocessing.npz')
+TIMM_GOLDEN = np.load(GOLDEN_DIRECTORY / 'timm-preprocessing.npz')
 
 
 @pytest.fixture(scope='module')
@@ -49,6 +51,37 @@ def test_evaluation_equals_the_published_preprocessing(mode, number):
     large = make_transform(mode, 256)(encoded, None)
     np.testing.assert_allclose(large.mean((0, 1)), GOLDEN[f'{number}_{mode}_256_mean'], atol=2e-3)
     np.testing.assert_allclose(large[100], GOLDEN[f'{number}_{mode}_256_row100'], atol=1e-3)
+
+
+@pytest.mark.parametrize('file', ['china.jpg', 'flower.jpg'])
+@pytest.mark.parametrize(
+    ('model', 'mode', 'size'),
+    [
+        ('dm_nfnet_f0', 'timm_squash_0.9', 256),
+        ('nf_resnet50', 'timm_center_0.94', 288),
+        ('nf_regnet_b1', 'timm_center_0.9', 288),
+        ('eca_nfnet_l0', 'timm_center_1.0', 288),
+        ('test_nfnet', 'timm_center_0.95', 160),
+    ],
+)
+def test_evaluation_equals_timms_preprocessing(model, mode, size, file):
+    image = make_transform(mode, size)((PICTURES / file).read_bytes(), None)
+    assert image.dtype == np.uint8
+    difference = np.abs(image.astype(int) - TIMM_GOLDEN[f'{model}/{file}'])
+    assert difference.max() <= 1
+
+
+@pytest.mark.parametrize('mode', ['timm_squash_1.1', 'timm_center_0', 'timm_center_', 'squash_0.9'])
+def test_an_unknown_mode_is_refused(mode):
+    with pytest.raises(UsageError, match='timm_squash_FRACTION'):
+        make_transform(mode, 64)
+
+
+def test_timms_resize_of_a_line_is_refused():
+    """Its shorter side of one pixel would become 71, and the other 14 million."""
+    line = np.zeros((1, 200_000, 3), np.uint8)
+    with pytest.raises(PictureError, match='pixels are more than'):
+        make_transform('timm_center_0.9', 64)(line, None)
 
 
 def test_resize_crop_takes_pixels_or_a_fraction(flower):

@@ -1,10 +1,13 @@
 import ast
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
+import warnings
 
 import pytest
+from absl import flags
 
 from experiments import cli
 from experiments.config import default_config, unknown_key
@@ -62,13 +65,13 @@ def directory(tmp_path_factory):
     return path
 
 
-def run(directory, *arguments, program='program.py'):
+def run(directory, *arguments, program='program.py', **environment):
     return subprocess.run(
         [sys.executable, program, *arguments],
         capture_output=True,
         text=True,
         cwd=directory,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        env={**os.environ, 'PYTHONPATH': str(ROOT), **environment},
     )
 
 
@@ -160,3 +163,107 @@ def test_what_other_trainers_call_a_key_is_answered(key, message):
     config = default_config()
     known = cli._keys(config) + cli._options_of(config)
     assert str(unknown_key(key, known)) == f'unknown key config.{key}{message}'
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu', 'rocm', 'nonsense'])
+def test_a_device_that_is_not_there_is_one_line(platform, tmp_path, monkeypatch):
+    program = tmp_path / 'program.py'
+    program.write_text('import jax\nfrom experiments import cli\ncli.run(lambda: jax.devices())')
+    monkeypatch.setenv('JAX_PLATFORMS', platform)
+    done = run(tmp_path, program=program)
+    assert done.stderr.startswith(f'error: JAX_PLATFORMS={platform}: JAX finds cpu here')
+    assert done.stderr.endswith(
+        f'; set JAX_PLATFORMS=cpu, or install the driver and the JAX for {platform}\n'
+    )
+    assert (done.returncode, done.stderr.count('\n'), done.stdout) == (2, 1, '')
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+    for command, config in [('train', 'digits.py'), ('study', 'studies/sam.py:digits')]:
+        done = subprocess.run(
+            [sys.executable, '-m', f'experiments.{command}', f'--config=configs/{config}']
+            + [f'--workdir={tmp_path / command}'],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        assert done.stderr.startswith('error: JAX_PLATFORMS=cuda: JAX finds cpu here')
+        assert (done.returncode, done.stderr.count('\n')) == (2, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def flags_of(module, monkeypatch):
+    """Returns {name: flag}, what a command defines when it is run."""
+    before = set(flags.FLAGS)
+    monkeypatch.setattr(cli, 'run', lambda *args, **kwargs: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)  # It has been imported before.
+        runpy.run_module(module, run_name='__main__')
+    new = {name: flags.FLAGS[name] for name in flags.FLAGS if name not in before}
+    own = {flag.name for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]]}
+    for name in new:
+        delattr(flags.FLAGS, name)
+    return {name: flag for name, flag in new.items() if name in own}
+
+
+COMMANDS = [
+    '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__main__')
+    for path in sorted([*ROOT.glob('experiments/**/*.py'), *ROOT.glob('benchmarks/*.py')])
+    if 'cli.run(' in path.read_text() and path.name != 'cli.py'
+]
+# Flags with text as their value that is no path.
+NO_PATHS = {'checkpoint', 'model', 'eval_mode', 'dataset', 'models', 'devices', 'against'}
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_flag_for_a_path_takes_one_as_a_shell_would(command, monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for name, flag in flags_of(command, monkeypatch).items():
+        if isinstance(flag.parser, cli.PathParser):
+            assert flag.parser.parse('~/a b/c/') == f'{tmp_path}/a b/c/'
+            assert flag.parser.parse('a/~/../c') == 'a/~/../c'
+            for wrong in ('', 'gs://bucket/run', '~nobody-of-this-name/run'):
+                with pytest.raises(ValueError, match=r'must|no user'):
+                    flag.parser.parse(wrong)
+        elif type(flag.parser) is flags.ArgumentParser:
+            assert name in NO_PATHS, f'is --{name} a path? then cli.define_path'
+
+
+def test_paths_of_benchmarks_are_taken_so_too():
+    for path in ROOT.glob('benchmarks/*.py'):
+        for line in path.read_text().splitlines():
+            if any(f"'--{name}'" in line for name in ('json', 'tensorflow', 'pictures', 'out')):
+                assert 'type=' in line or 'define_path' in line, f'{path.name}: {line}'
+
+
+def test_home_directories_in_the_config(directory, tmp_path):
+    environment = {'HOME': str(directory)}
+    for arguments in (['--config=~/good.py', '--config.n=5'], ['--config', '~/good.py']):
+        done = run(tmp_path, *arguments, program=directory / 'program.py', **environment)
+        assert (done.returncode, done.stderr) == (0, '')
+    done = run(directory, '--config=~nobody-of-this-name/good.py')
+    assert "there is no user 'nobody-of-this-name'" in done.stderr
+    assert (done.returncode, done.stderr.count('\n')) == (2, 1)
+
+
+def test_a_run_in_the_home_directory(command, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    process = command('train', '--workdir=~/run')
+    assert 'step 6' in process.communicate()[1]
+    assert process.returncode == 0
+    assert (tmp_path / 'run' / 'summary.json').exists()
+    assert not (ROOT / '~').exists()
+
+
+def test_a_workdir_that_orbax_cannot_write_is_refused(tmp_path):
+    name = os.fsdecode(b'run\xff')
+    done = subprocess.run(
+        [sys.executable, '-m', 'experiments.train', '--config=configs/digits.py']
+        + [f'--workdir={tmp_path / name}'],
+        capture_output=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    assert b'must be valid UTF-8' in done.stderr
+    assert list(tmp_path.iterdir()) == []

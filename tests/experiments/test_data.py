@@ -57,6 +57,17 @@ def test_encoded_pictures_come_to_the_published_sizes(folder):
 
 
 @pytest.mark.parametrize(
+    ('model', 'mode'), [('NFNet-F0', 'resize_crop_32'), ('NF-RegNet-B0', 'crop_resize')]
+)
+def test_images_are_evaluated_as_the_models_authors_do(folder, model, mode):
+    config = config_of(**folder)
+    config.model.name = model
+    assert open_data(config)[-1].test_mode == mode
+    config.data.test_mode = 'resize_crop_0.5'
+    assert open_data(config)[-1].test_mode == 'resize_crop_0.5'
+
+
+@pytest.mark.parametrize(
     ('options', 'match'),
     [
         ({'image_size': 0}, r'config\.data\.image_size=0: must be pixels'),

@@ -146,3 +146,22 @@ def test_the_sums_ignore_padding(run):
         'mask': np.array([1, 1, 1, 0, 0, 0, 0, 0], np.float32),
     }
     assert float(step(variables, parallel.shard(batch))['']['count']) == 3
+
+
+def test_evaluation_computes_in_its_own_precision(tmp_path):
+    """Trained in bfloat16, tested in float32: the figures are those of a float32 forward pass."""
+    config = tiny_config(precision='bfloat16', eval__precision='float32')
+    trained = train(config, tmp_path / 'run')['final']
+    assert evaluate(tmp_path / 'run')['test/loss'] == trained['test/loss']
+    setting = task.prepare(workdir.load_config(tmp_path / 'run'))
+    state = Checkpoints(tmp_path / 'run' / 'checkpoints', read_only=True).restore(
+        6, jax.eval_shape(lambda: task.init_state(setting))
+    )
+
+    def loss(precision):
+        setting.config.eval.precision = precision
+        placed = parallel.replicate(state.variables())
+        return task.evaluate(setting, task.make_eval_step(setting), placed)['test/loss']
+
+    assert loss('float32') == trained['test/loss']
+    assert loss('training') == loss('bfloat16') != trained['test/loss']

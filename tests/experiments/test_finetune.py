@@ -55,7 +55,7 @@ def small(arguments: str):
     config = finetune.get_config(arguments)
     config.batch_size = 8
     config.duration = '4 steps'
-    config.eval = {'every': '4 steps', 'batch_size': 8}
+    config.eval.every, config.eval.batch_size = '4 steps', 8
     config.checkpoint = {'every': '4 steps', 'keep': 1}
     config.log_every = '2 steps'
     return config

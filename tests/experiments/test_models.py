@@ -14,6 +14,13 @@ def test_rows_hold_the_published_figures():
     assert lines[0].index('source') == lines[1].index('2102.06171')
 
 
+def test_timms_networks_are_rows():
+    _, *lines = table_of_models.table('test_nfnet', 1000)
+    assert [' '.join(line.split()) for line in lines] == [
+        'test_nfnet 383,080 0.29 160 160 47.6 72.9 timm, results-imagenet.csv'
+    ]
+
+
 def test_number_of_classes_counts():
     _, line = table_of_models.table('SmallCNN', 10)
     assert line.split()[1] == '37,578'

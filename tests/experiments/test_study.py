@@ -11,7 +11,8 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import studies, study, task, train_step, writers
+from experiments import studies, study, task, train_step, workdir, writers
+from experiments.config import ADDED_FIELDS
 from experiments.journal import MAX_ATTEMPTS, Journal
 from experiments.report import reading, results
 from experiments.studies import default_study, make_trials
@@ -105,6 +106,16 @@ def test_an_ended_study_is_added_to_and_not_done_again(done, monkeypatch):
     added = {id: t['state'] for id, t in after.items() if id not in before}
     assert sorted(added.values()) == ['complete', 'pending']
     assert read(directory)['axes']['seed'] == [0, 1, 2]
+
+
+def test_a_study_of_an_earlier_version_is_the_same_study(tmp_path):
+    """Its base lacks the fields that were added since."""
+    journal = study.open_journal(tiny_study(), tmp_path)
+    base = workdir.flatten(workdir.as_json(tiny_study().base))
+    journal.add([], [], {key: base[key] for key in base.keys() - ADDED_FIELDS.keys()})
+    journal.add([], [], base)
+    with pytest.raises(UsageError, match=r'config.base.optimizer.schedule.end_value is 0.0 there'):
+        journal.add([], [], base | {'optimizer.schedule.end_value': 0.1})
 
 
 def test_a_study_with_another_config_is_refused(done):

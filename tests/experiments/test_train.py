@@ -299,6 +299,7 @@ def test_divergence_stops_with_the_step_and_the_last_good_checkpoint(tiny, tmp_p
         ({'augment__mixup': 0.2, 'batch_size': 4}, r'config.augment.mixup .* 1$'),
         ({'ema': 1.0}, r'config.ema=1.0: must be at least 0 and below 1'),
         ({'precision': 'float16'}, r"config.precision='float16' is unknown"),
+        ({'eval__precision': 'float16'}, r"eval.precision='float16' is unknown.*'float32'"),
         ({'sam__rho': -0.1}, r'config.sam.rho=-0.1'),
         ({'sam__ascent_fraction': 0.0}, r'config.sam.ascent_fraction=0.0'),
         ({'sam__roh': 1.0}, r"unknown key config.sam.roh \(did you mean 'rho'"),

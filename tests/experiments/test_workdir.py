@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,7 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import workdir
+from nfnets_jax import pretrained
 from nfnets_jax.errors import UsageError
+from tests.experiments.conftest import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = {'seed': 0, 'groups': ({'match': 'a'}, {'match': 'b'}), 'eval': {'every': '1 epochs'}}
@@ -26,7 +29,7 @@ def claim(path, **changes):
 def test_the_config_is_kept_and_the_directory_can_be_claimed_again(tmp_path):
     path = tmp_path / 'a' / 'b'
     assert claim(path) == path
-    assert workdir.load_config(path).to_dict() == json.loads(json.dumps(CONFIG))
+    assert json.loads((path / 'config.json').read_text()) == json.loads(json.dumps(CONFIG))
     assert claim(path) == path
 
 
@@ -43,6 +46,56 @@ def test_what_the_result_does_not_depend_on_may_change(tmp_path):
     claim(tmp_path)
     claim(tmp_path, eval={'every': '2 epochs'})
     assert workdir.load_config(tmp_path).eval.every == '2 epochs'
+
+
+ADDED = ('augment.mix_pairs', 'eval.precision', 'optimizer.schedule.end_value')
+
+
+def forget(path, *keys):
+    """Makes the config.json of a run one of an earlier version, without `keys`."""
+    file = path / 'config.json'
+    fields = json.loads(file.read_text())
+    for key in keys:
+        *nodes, name = key.split('.')
+        node = fields
+        for part in nodes:
+            node = node[part]
+        node.pop(name)
+    file.write_text(json.dumps(fields))
+
+
+def test_a_run_of_an_earlier_version_is_the_same_experiment(tmp_path):
+    with workdir.claimed(tmp_path, tiny_config()):
+        pass
+    forget(tmp_path, *ADDED)
+    assert workdir.load_config(tmp_path).to_dict() == workdir.as_json(tiny_config())
+    assert not workdir.free_changes(tmp_path, tiny_config())
+    with workdir.claimed(tmp_path, tiny_config()):
+        pass
+    forget(tmp_path, *ADDED)
+    changed = tiny_config(augment__mix_pairs='distinct')
+    with (
+        pytest.raises(UsageError, match="mix_pairs is 'batch' there and 'distinct' here"),
+        workdir.claimed(tmp_path, changed),
+    ):
+        pass
+
+
+def test_a_run_is_evaluated_as_it_was_when_the_default_was_another(tmp_path):
+    earlier = tiny_config(model={'name': 'NFNet-F0'}, data={'name': 'folder', 'path': 'x'})
+    with workdir.claimed(tmp_path, earlier):
+        pass
+    metadata = pretrained.Metadata(model='NFNet-F0', num_classes=2)
+    model_json = tmp_path / 'model.json'
+    model_json.write_text(pretrained.encode_metadata(metadata))
+    assert 'test_mode' not in workdir.load_config(tmp_path).data
+    metadata = dataclasses.replace(metadata, eval_mode='crop_resize')
+    model_json.write_text(pretrained.encode_metadata(metadata))
+    assert workdir.load_config(tmp_path).data.test_mode == 'crop_resize'
+    changes = workdir.free_changes(tmp_path, earlier)
+    assert changes == ["config.data.test_mode is 'crop_resize' before and None now"]
+    with workdir.claimed(tmp_path, earlier):
+        pass
 
 
 def test_what_makes_a_step_fit_or_survive_may_change_too(tmp_path):

@@ -46,6 +46,46 @@ def test_small_networks(name, overrides, parameters):
     assert models.model_cost(name, 10, **overrides).parameters == parameters
 
 
+# As timm 1.0.31 counts them: sum(p.numel() for p in timm.create_model(name).parameters()).
+TIMM = {
+    'nfnet_l0': 35_074_488,
+    'eca_nfnet_l0': 24_143_924,
+    'eca_nfnet_l1': 41_407_728,
+    'eca_nfnet_l2': 56_722_348,
+    'eca_nfnet_l3': 72_036_968,
+    'test_nfnet': 383_080,
+    'nf_resnet26': 15_995_176,
+    'nf_resnet50': 25_557_032,
+    'nf_resnet101': 44_549_160,
+    'nf_seresnet26': 17_395_976,
+    'nf_seresnet50': 28_088_024,
+    'nf_seresnet101': 49_326_872,
+    'nf_ecaresnet26': 15_995_220,
+    'nf_ecaresnet50': 25_557_118,
+    'nf_ecaresnet101': 44_549_331,
+    'nf_regnet_b0': 8_764_288,
+    'nf_regnet_b1': 10_223_984,
+    'nf_regnet_b2': 14_314_608,
+    'nf_regnet_b3': 18_593_832,
+    'nf_regnet_b4': 30_210_816,
+    'nf_regnet_b5': 49_741_728,
+    'dm_nfnet_f0': 71_489_284,
+}
+QUICK_TIMM = {'test_nfnet', 'eca_nfnet_l0', 'nf_seresnet26', 'nf_ecaresnet26', 'nf_regnet_b1'}
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=() if n in QUICK_TIMM else pytest.mark.slow) for n in TIMM]
+)
+def test_timms_networks_have_as_many_parameters_as_timm_counts(name):
+    assert models.model_cost(name).parameters == TIMM[name]
+
+
+def test_every_network_of_timms_is_counted():
+    rows = map(models.variant_info, models.list_models())
+    assert {row.name for row in rows if row.base} == TIMM.keys() - {'dm_nfnet_f0'}
+
+
 def test_small_cnn_counts_as_the_report_does_with_running_statistics():
     network = hk.transform_with_state(lambda x: models.SmallCNN(10)(x, True))
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), 'float32')

@@ -127,7 +127,14 @@ def test_outputs_loss_and_gradients(name):
     want = dict(zip(golden['grad_names'].tolist(), golden['grad_norms'].tolist(), strict=True))
     got = norms(grads)
     assert got.keys() == want.keys()
-    np.testing.assert_allclose([got[k] for k in want], list(want.values()), rtol=1e-4)
+    # The smallest, of gains, are differences of large terms: no better than float32 has the whole.
+    whole = np.linalg.norm(golden['grad_norms'])
+    np.testing.assert_allclose(
+        [got[k] for k in want],
+        list(want.values()),
+        rtol=1e-4,
+        atol=np.finfo(np.float32).eps * whole,
+    )
     if 'logits_eval' in golden:  # Not for batch normalisation, which has no statistics yet.
         assert_close(evaluated['logits'], golden['logits_eval'])
         assert_close(evaluated['pool'], golden['pool_eval'])

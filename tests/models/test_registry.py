@@ -31,6 +31,29 @@ def test_names():
     assert all(models.variant_info(name).name == name for name in names)
 
 
+def test_timms_names_of_published_networks_are_aliases():
+    for level in range(7):
+        assert models.variant_info(f'dm_nfnet_f{level}').name == f'NFNet-F{level}'
+    assert models.find_variant('dm_nfnet_f7') is models.find_variant(None) is None
+
+
+def test_timms_rows():
+    row = models.variant_info('eca_nfnet_l1')
+    assert (row.train_size, row.test_size, row.eval_mode) == (256, 320, 'timm_center_1.0')
+    assert (row.depths, row.top1, row.family) == ((2, 4, 12, 6), 84.062, 'NFNet')
+    assert models.variant_info('nf_resnet50').eval_mode == 'timm_center_0.94'
+    assert models.variant_info('test_nfnet').mean == (127.5, 127.5, 127.5)
+
+
+def test_options_of_a_timm_network_can_be_overridden():
+    def macs(**overrides):
+        return models.model_cost('test_nfnet', 10, **overrides).conv_macs
+
+    assert macs(depths=None, width=None) == macs()
+    assert macs(depths=(1, 1, 1, 2)) > macs()
+    assert macs(group_size=4) < macs()
+
+
 def test_variant_info():
     row = models.variant_info('NFNet-F5')
     assert (row.train_size, row.test_size, row.drop_rate, row.randaugment) == (416, 544, 0.5, 15)
@@ -44,7 +67,11 @@ def test_variant_info():
     [
         ('NFNet-F9', {}, r"model: unknown 'NFNet-F9' \(did you mean 'NFNet-F\d'\?\)"),
         ('NFNet-F0', {'dropout': 0.1}, r"NFNet-F0: unknown option 'dropout' \(did you mean 'drop_"),
-        ('NFNet-F0', {'num_classes': 0}, 'NFNet num_classes: must be a positive integer, not 0'),
+        ('NFNet-F0', {'num_classes': -1}, 'num_classes: must be a whole number, 0 or more, not -1'),
+        ('NFNet-F0', {'channels': 0}, 'NFNet channels: must be a positive integer, not 0'),
+        ('NFNet-F0', {'stem_width': 12}, 'NFNet stem_width: must be a positive multiple of 8'),
+        ('eca_nfnet_l9', {}, r"model: unknown 'eca_nfnet_l9' \(did you mean 'eca_nfnet_l\d'"),
+        ('NF-ResNet-50', {'use_se': True, 'use_eca': True}, 'use_eca: must be False where use_se'),
         ('NFNet-F0', {'drop_rate': 1.5}, r'NFNet drop_rate: must be a number in \[0, 1\), not 1.5'),
         ('NFNet-F0', {'alpha': -0.2}, 'NFNet alpha: must be a positive number, not -0.2'),
         ('NFNet-F0', {'depths': (1, 0, 1, 1)}, 'NFNet depths: must be positive integers, one a'),
@@ -110,6 +137,45 @@ def test_class_and_name_make_the_same_network():
     by_class = shapes(lambda: nfnets_jax.NFNet(5, variant='F0', use_two_convs=False))
     by_name = shapes(lambda: nfnets_jax.create_model('NFNet-F0', 5, use_two_convs=False))
     assert by_class == by_name
+
+
+@pytest.mark.parametrize('name', ['NFNet-F0', 'nf_regnet_b0', 'ResNet-8', 'SmallCNN'])
+def test_channels_and_a_network_of_features(name):
+    network = nfnets_jax.build(name, 0, channels=4)
+
+    def init(channels):
+        image = jax.ShapeDtypeStruct((2, 32, 32, channels), jnp.float32)
+        params, state = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, True), image)
+        outputs = jax.eval_shape(
+            lambda p, s, x: network.apply(p, s, None, x, False)[0], params, state, image
+        )
+        return params, outputs
+
+    params, outputs = init(4)
+    assert outputs.keys() == {'pool'}
+    assert outputs['pool'].shape[0] == 2
+    assert not any(re.fullmatch(r'[^/]+/~/linear(_\d)?', module) for module in params)
+    with pytest.raises(UsageError, match='channels: the images must have 4, not 3'):
+        init(3)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_features_of_every_stage(scan):
+    network = nfnets_jax.build('NF-ResNet-8', 5, depths=(1, 7, 1), scan=scan)
+    image = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+    params, state = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, True), image)
+
+    def features(params, state, image):
+        outputs, _ = network.apply(params, state, None, image, False, return_features=True)
+        return outputs['features']
+
+    shapes = jax.eval_shape(features, params, state, image)
+    assert {name: leaf.shape for name, leaf in shapes.items()} == {
+        'stem': (2, 16, 16, 16),
+        'stage1': (2, 16, 16, 16),
+        'stage2': (2, 8, 8, 32),
+        'stage3': (2, 4, 4, 64),
+    }
 
 
 def test_none_is_the_variants_own_value():

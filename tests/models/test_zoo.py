@@ -29,6 +29,13 @@ ZOO = {
     'NF-RegNet': ('NF-RegNet-B0', STAGE | RATES | {'group_size': 8}, True),
     'NF-ResNet': ('NF-ResNet-50', STAGES | RATES | {'width': 1, 'use_se': True}, True),
     'NF-ResNet, basic': ('NF-ResNet-8', STAGES, False),
+    'NFNet, timm': (
+        'eca_nfnet_l0',
+        STAGES | RATES | {'group_size': 4, 'stem_width': 16},
+        True,
+    ),
+    'NF-RegNet, timm': ('nf_regnet_b0', STAGE | RATES, True),
+    'NF-ResNet, timm': ('nf_seresnet26', STAGES | RATES | {'width': 1}, True),
     'ResNet': ('ResNet-50', STAGES | RATES | BN | {'width': 1, 'use_se': True}, True),
     'ResNet, post-activation': ('ResNet-8', STAGE | BN | {'preactivation': False}, False),
     'ResNet, no norm': ('ResNet-8', STAGES | {'norm': 'none'}, False),
@@ -41,7 +48,7 @@ ZOO = {
 }  # fmt: skip
 # Made of the parts of others.
 SLOW = {'NFNet, one conv', 'NF-ResNet, basic', 'ResNet, no norm', 'SkipInit', 'Fixup, basic'}
-SLOW |= {'SmallCNN, no norm'}
+SLOW |= {'SmallCNN, no norm', 'NF-RegNet, timm', 'NF-ResNet, timm'}
 EACH = pytest.mark.parametrize(
     'zoo_name', [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in ZOO]
 )

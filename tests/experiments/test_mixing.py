@@ -1,0 +1,89 @@
+"""Training where each example is mixed from two images of its own, as published."""
+
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from experiments import task, writers
+from experiments.task import prepare
+from experiments.train import _open_batches, train
+from experiments.train_step import make_train_step
+from nfnets_jax import parallel
+from nfnets_jax.data import pipeline
+from nfnets_jax.errors import UsageError
+from tests.experiments.conftest import tiny_config
+from tests.experiments.test_train import assert_same_run, final_state
+
+MIXED = {'augment__mixup': 0.2, 'augment__cutmix': 1.0, 'augment__mix_pairs': 'distinct'}
+NOISE = {'name': 'noise', 'image_size': 8, 'classes': 10, 'examples': 256}
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A run that was never stopped."""
+    directory = tmp_path_factory.mktemp('runs') / 'whole'
+    train(tiny_config(checkpoint__keep=3, **MIXED), directory)
+    return directory
+
+
+def test_every_image_of_an_epoch_is_read_once():
+    """A step of 64 examples reads 128 images; epochs count examples, as the authors' do."""
+    setting = prepare(tiny_config(data=NOISE, duration='1 epochs', **MIXED))
+    assert (setting.total_steps, setting.images_per_step) == (4, 128)
+    with _open_batches(setting, 0, pipeline.BadPictures()) as batches:
+        for _ in range(2):
+            read = [np.asarray(next(batches)['image']).reshape(128, -1) for _ in range(2)]
+            found = sorted(image.tobytes() for image in np.concatenate(read))
+            assert found == sorted(image.tobytes() for image in setting.train_source.images)
+            assert len(set(found)) == 256
+
+
+def test_a_resumed_run_is_bit_for_bit_the_same(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '6')
+    (tmp_path / 'run' / 'summary.json').unlink()
+    train(tiny_config(checkpoint__keep=3, **MIXED), tmp_path / 'run')
+    assert_same_run(whole, tmp_path / 'run')
+
+
+def test_images_on_the_device_are_the_same_images(whole, tmp_path):
+    train(tiny_config(data__on_device=True, checkpoint__keep=3, **MIXED), tmp_path / 'run')
+    assert_same_run(whole, tmp_path / 'run')
+
+
+def test_the_number_of_devices_changes_nothing(whole, command, tmp_path):
+    options = [f'--config.{key.replace("__", ".")}={value}' for key, value in MIXED.items()]
+    process = command('train', f'--workdir={tmp_path}/run', *options, devices=1)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    chex.assert_trees_all_close(
+        final_state(whole).params, final_state(tmp_path / 'run').params, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_pairs_of_the_batch_are_another_experiment(whole, tmp_path):
+    train(tiny_config(**(MIXED | {'augment__mix_pairs': 'batch'})), tmp_path / 'run')
+    losses = [writers.read_metrics(run)[0]['train/loss'] for run in (whole, tmp_path / 'run')]
+    assert losses[0] != losses[1]
+    with pytest.raises(UsageError, match="mix_pairs is 'distinct' there and 'batch' here"):
+        train(tiny_config(**(MIXED | {'augment__mix_pairs': 'batch'})), whole)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    def step(**changes):
+        setting = prepare(tiny_config(**MIXED, **changes))
+        with _open_batches(setting, 0, pipeline.BadPictures()) as batches:
+            stop = parallel.shard(np.zeros(jax.device_count(), np.float32))
+            state = parallel.replicate(task.init_state(setting))
+            state, _ = make_train_step(setting)(state, next(batches) | {'stop': stop})
+        return state.params
+
+    chex.assert_trees_all_close(step(), step(accumulate=4), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_that_reads_more_images_than_there_are_is_refused():
+    with pytest.raises(UsageError, match=r"mix_pairs='distinct': a step .*=200 reads 400 images"):
+        prepare(tiny_config(data=NOISE, batch_size=200, **MIXED))
