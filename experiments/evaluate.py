@@ -27,6 +27,7 @@ from experiments import cli, data_record, task, workdir
 from experiments.task import describe
 from nfnets_jax import files, parallel
 from nfnets_jax.checkpoints import Checkpoints, DamagedCheckpointError
+from nfnets_jax.data.splits import SPLITS
 from nfnets_jax.errors import UsageError, nearest
 
 EVALUATIONS_FILE = 'evaluations.jsonl'
@@ -261,9 +262,10 @@ if __name__ == '__main__':
     flags.DEFINE_string(
         'checkpoint', 'latest', "Which one: 'latest', 'best', or the step of one that is kept."
     )
-    flags.DEFINE_string(
+    flags.DEFINE_enum(
         'split',
         None,
+        SPLITS,
         "Which images: 'test', 'validation' or 'train'. By default 'test'; with --watch those that "
         'the run chooses its best checkpoint on.',
     )
@@ -271,7 +273,7 @@ if __name__ == '__main__':
         'batch_size', None, 'Examples at a time; by default as in training.', lower_bound=1
     )
     cli.define_path('config.data.path', None, 'Where the same data lie now.')
-    flags.DEFINE_string('config.data.data_dir', None, 'Where the same data sets of TFDS lie now.')
+    cli.define_path('config.data.data_dir', None, 'Where the same data sets of TFDS lie now.')
     flags.DEFINE_integer('config.data.skip_bad', None, 'Unreadable images to leave out.')
     flags.DEFINE_bool('json', False, 'Print one JSON object, all metrics in it.')
     flags.DEFINE_bool('watch', False, 'Evaluate each checkpoint of a running job as it appears.')

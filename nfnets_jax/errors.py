@@ -58,11 +58,16 @@ def _nearest(name: str, known: Sequence[str]) -> str | None:
         lasts.setdefault(candidate.rpartition('.')[2], original)
     if close := _first(lasts, meant):
         return close
-    # Of equally similar ones the first: difflib would take the last of the alphabet.
-    similar = difflib.get_close_matches(fold(name), folded, n=len(folded) or 1, cutoff=0.5)
-    ratio = {word: difflib.SequenceMatcher(None, word, fold(name)).ratio() for word in similar}
-    best = [word for word in folded if ratio.get(word, 0) == max(ratio.values(), default=1)]
-    return folded[best[0]] if best else None
+    similar = [folded[one] for one in difflib.get_close_matches(fold(name), folded, cutoff=0.5)]
+    # Of those that fold to equally near ones, the one that is also written like it.
+    return max(similar, key=lambda one: _likeness(name, one), default=None)
+
+
+def _likeness(name: str, other: str) -> tuple[float, ...]:
+    return tuple(
+        difflib.SequenceMatcher(None, a, b).ratio()
+        for a, b in ((fold(name), fold(other)), (name, other))
+    )
 
 
 def _first(known: Mapping[str, str], names: Iterable[str]) -> str | None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnets_jax import augment, convert_timm, downloads, files, models, weight_files
+from nfnets_jax import augment, convert_timm, files, models, weight_files
 from nfnets_jax.errors import UsageError, first_line, nearest
 
 
@@ -108,7 +108,7 @@ def load_pretrained(
     directory of a training run.
 
     Args:
-      path: a file, the workdir of a run, or a name in `list_pretrained()`, which is downloaded.
+      path: a file, or the workdir of a run.
       model: name in `list_models()`, to be told if the weights are of another.
       checkpoint: of a run: 'latest', 'best' or a step.
       ema: of a run: the moving average of the parameters, where there is one.
@@ -121,7 +121,7 @@ def load_pretrained(
     """
     if model is not None:
         model = models.variant_info(model).name
-    path = downloads.locate(files.expand(path))
+    path = files.expand(path)
     if os.path.isdir(path):
         weights = _load_run(pathlib.Path(path), str(checkpoint), ema)
     else:
@@ -225,6 +225,16 @@ def fit_weights(
     return *_split(target), report
 
 
+def describe(weights: Weights) -> str:
+    """Returns a line like 'NF-ResNet-8, 78,045 parameters, 10 classes, 16 px (crop_resize)'."""
+    metadata = weights.metadata
+    parameters = sum(leaf.size for module in weights.params.values() for leaf in module.values())
+    return (
+        f'{metadata.model}, {parameters:,} parameters, {metadata.num_classes} classes, '
+        f'{metadata.test_size} px ({metadata.eval_mode})'
+    )
+
+
 class Pretrained(NamedTuple):
     """A network with its weights: `network.apply(params, state, None, images, False)`."""
 
@@ -305,16 +315,6 @@ def fit_stem(weights: Weights, channels: int) -> Weights:
     return weights._replace(
         params={**weights.params, stem: {**weights.params[stem], 'w': w}},
         metadata=dataclasses.replace(metadata, options=options, mean=mean, std=std),
-    )
-
-
-def describe(weights: Weights) -> str:
-    """Returns a line like 'NF-ResNet-8, 78,045 parameters, 10 classes, 16 px (crop_resize)'."""
-    metadata = weights.metadata
-    parameters = sum(leaf.size for module in weights.params.values() for leaf in module.values())
-    return (
-        f'{metadata.model}, {parameters:,} parameters, {metadata.num_classes} classes, '
-        f'{metadata.test_size} px ({metadata.eval_mode})'
     )
 
 

@@ -137,6 +137,34 @@ def test_a_mistake_is_one_line_and_status_2(directory, arguments, message):
     assert done.stdout == ''
 
 
+def test_a_config_file_is_run_once(directory, tmp_path):
+    (tmp_path / 'counting.py').write_text(
+        f'open({str(tmp_path / "runs")!r}, "a").write("x")\n{CONFIG}'
+    )
+    done = run(directory, f'--config={tmp_path}/counting.py:x', '--config.n=5')
+    assert (done.returncode, done.stdout, done.stderr) == (0, '5 0.5\n', '')
+    assert (tmp_path / 'runs').read_text() == 'x'
+
+
+@pytest.mark.parametrize(
+    ('key', 'message'),
+    [
+        ('lr', " (did you mean 'optimizer.learning_rate'?)"),
+        ('optimizer.lr', " (did you mean 'optimizer.learning_rate'?)"),
+        ('epochs', " (did you mean 'duration'?)"),
+        ('data.resolution', " (did you mean 'data.image_size'?)"),
+        ('num_workers', ': images are read by one thread for each core'),
+        ('data.workers', ': images are read by one thread for each core'),
+        ('output_dir', ': give --workdir=DIRECTORY'),
+        ('gpus', ': all devices of the machine are used'),
+    ],
+)
+def test_what_other_trainers_call_a_key_is_answered(key, message):
+    config = default_config()
+    known = cli._keys(config) + cli._options_of(config)
+    assert str(unknown_key(key, known)) == f'unknown key config.{key}{message}'
+
+
 @pytest.mark.parametrize('platform', ['cuda', 'tpu', 'rocm', 'nonsense'])
 def test_a_device_that_is_not_there_is_one_line(platform, tmp_path, monkeypatch):
     program = tmp_path / 'program.py'
@@ -184,9 +212,8 @@ COMMANDS = [
     for path in sorted([*ROOT.glob('experiments/**/*.py'), *ROOT.glob('benchmarks/*.py')])
     if 'cli.run(' in path.read_text() and path.name != 'cli.py'
 ]
-# Flags with text as their value that is no path, or may be one of a bucket.
-NO_PATHS = {'checkpoint', 'model', 'eval_mode', 'dataset', 'models', 'devices', 'against', 'split'}
-NO_PATHS |= {'config.data.data_dir'}
+# Flags with text as their value that is no path.
+NO_PATHS = {'checkpoint', 'model', 'eval_mode', 'dataset', 'models', 'devices', 'against'}
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -240,31 +267,3 @@ def test_a_workdir_that_orbax_cannot_write_is_refused(tmp_path):
     assert done.returncode == 2
     assert b'must be valid UTF-8' in done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_config_file_is_run_once(directory, tmp_path):
-    (tmp_path / 'counting.py').write_text(
-        f'open({str(tmp_path / "runs")!r}, "a").write("x")\n{CONFIG}'
-    )
-    done = run(directory, f'--config={tmp_path}/counting.py:x', '--config.n=5')
-    assert (done.returncode, done.stdout, done.stderr) == (0, '5 0.5\n', '')
-    assert (tmp_path / 'runs').read_text() == 'x'
-
-
-@pytest.mark.parametrize(
-    ('key', 'message'),
-    [
-        ('lr', " (did you mean 'optimizer.learning_rate'?)"),
-        ('optimizer.lr', " (did you mean 'optimizer.learning_rate'?)"),
-        ('epochs', " (did you mean 'duration'?)"),
-        ('data.resolution', " (did you mean 'data.image_size'?)"),
-        ('num_workers', ': images are read by one thread for each core'),
-        ('data.workers', ': images are read by one thread for each core'),
-        ('output_dir', ': give --workdir=DIRECTORY'),
-        ('gpus', ': all devices of the machine are used'),
-    ],
-)
-def test_what_other_trainers_call_a_key_is_answered(key, message):
-    config = default_config()
-    known = cli._keys(config) + cli._options_of(config)
-    assert str(unknown_key(key, known)) == f'unknown key config.{key}{message}'
