@@ -247,6 +247,8 @@ def test_a_step_reads_two_images_for_each_example_of_the_mixed_recipes():
 def test_a_wrong_variant_is_told():
     with pytest.raises(UsageError, match=r"no NFNet 'F9' \(did you mean 'F\d"):
         nfnet.get_config('F9')
+    with pytest.raises(UsageError, match="no NFNet 'nfnet_l0'"):  # timm's
+        nfnet.get_config('nfnet_l0')
     with pytest.raises(UsageError, match="no NF-ResNet '20'"):  # a network for small pictures
         nf_resnet.get_config('20')
     with pytest.raises(UsageError, match=r"no setting 'cliping' \(did you mean 'clipping'"):

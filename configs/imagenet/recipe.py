@@ -13,12 +13,16 @@ from nfnets_jax.errors import UsageError, nearest
 
 
 def choose(family: str, variant: str) -> models.Variant:
-    """Returns the row of an ImageNet network by the argument of a config file, 'F0' or '50'."""
+    """Returns the row of an ImageNet network by the argument of a config file, 'F0' or '50'.
+
+    Raises:
+      UsageError: no such network, or one of timm's, which the published recipes are not of.
+    """
     rows = [models.variant_info(name) for name in models.list_models()]
     known = {
         row.variant: row
         for row in rows
-        if row.family == family and row.stem == 'imagenet' and not row.base  # timm's have no recipe
+        if row.family == family and row.stem == 'imagenet' and not row.base
     }
     if variant not in known:
         raise UsageError(f'no {family} {variant!r}{nearest(variant, known)}')
