@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -350,6 +351,70 @@ def test_every_command_is_run_or_listed_and_every_rule_is_of_use():
     for rules in (SHRINK, FAST, STATUS):
         used = {pattern for command in to_run for pattern in matching(rules, command)}
         assert used == set(rules), 'matches no printed command'
+
+
+# Parses the command lines on the standard input, a JSON list of lists; prints what each gets wrong.
+PARSER = """
+import argparse, contextlib, io, json, runpy, sys, warnings
+from absl import flags
+from experiments import cli
+
+class Parsed(BaseException):
+    pass
+
+def run(main, *, positional=False, distributed=False):
+    if distributed:
+        cli._define_distributed_flags()
+    flags.FLAGS(cli._parse(sys.argv))
+    raise Parsed
+
+def parse_args(parser, *arguments):
+    original(parser, *arguments)
+    raise Parsed
+
+original, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, parse_args
+cli.run, cli.guarded = run, contextlib.nullcontext
+warnings.simplefilter('ignore')
+wrong = []
+for module, *arguments in json.load(sys.stdin):
+    before = set(flags.FLAGS)
+    flags.FLAGS.unparse_flags()
+    sys.argv = [module, *arguments]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            runpy.run_module(module, run_name='__main__')
+        said.write('it parses nothing')
+    except Parsed:
+        said = io.StringIO()
+    except SystemExit:
+        pass
+    wrong.append(said.getvalue())
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+print(json.dumps(wrong))
+"""
+
+
+def test_the_flags_of_every_command_are_known(workplace):
+    """In one process: it takes seconds, where running all takes minutes."""
+    commands = {}
+    for command in COMMANDS:
+        if not matching(NOT_RUN, command) and re.search(r'-m (experiments|benchmarks)', command):
+            words = shlex.split(runnable(command).replace('$k', '0').replace('$port', '1'))
+            words = words[words.index('-m') + 1 :]
+            commands[command] = words[: words.index('&')] if '&' in words else words
+    done = subprocess.run(
+        [sys.executable, '-c', PARSER],
+        input=json.dumps(list(commands.values())),
+        capture_output=True,
+        text=True,
+        cwd=workplace('weights=runs/pretrained'),
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    wrong = dict(zip(commands, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    assert {command: said for command, said in wrong.items() if said} == {}
 
 
 @pytest.mark.parametrize(
