@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from experiments import output, peers
-from nfnets_jax import files
+from nfnets_jax import extras, files
 from nfnets_jax.errors import UsageError, first_line
 
 flags.disclaim_key_flags()  # What is defined here are the flags, in --help, of who calls.
@@ -66,7 +66,9 @@ def guarded() -> Iterator[None]:
         except KeyboardInterrupt:
             print('interrupted', file=sys.stderr)
             sys.exit(peers.INTERRUPTED)
-        except Exception:
+        except Exception as error:
+            if isinstance(error, ImportError) and (line := extras.how_to_install(error.name)):
+                _fail(line)
             if problem := _missing_devices():
                 _fail(problem)
             raise

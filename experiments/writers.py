@@ -90,7 +90,7 @@ def _import_wandb(config: ConfigDict):
     except ImportError:
         raise UsageError(
             f'config.wandb.project={config.wandb.project!r} needs Weights & Biases: '
-            'pip install wandb'
+            "pip install 'nfnets_jax[tracking]'"
         ) from None
     return wandb
 

@@ -1,6 +1,8 @@
 """Normalizer-Free networks, adaptive gradient clipping and SAM for JAX.
 
-Names are imported on first use, so that `import nfnets_jax.agc` needs jax and optax only.
+Names are imported on first use, so that `import nfnets_jax.agc` needs only jax and optax.
+`adaptive_grad_clip`, `sam_value_and_grad` and their helpers need no more than that; the networks
+and their weights need `pip install 'nfnets_jax[models]'`.
 """
 
 import importlib
@@ -58,8 +60,29 @@ _HOME = {
 def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    module = importlib.import_module(f'{__name__}.{_HOME.get(name, "models")}')
+    try:
+        module = importlib.import_module(f'{__name__}.{_HOME.get(name, "models")}')
+    except ModuleNotFoundError as error:
+        from nfnets_jax import extras
+
+        if line := extras.how_to_install(error.name):
+            return _unavailable(name, line)
+        raise
     return getattr(module, name)
+
+
+def _unavailable(name: str, line: str):
+    """Returns what stands for a name whose packages are missing: calling it raises `line`.
+
+    Looking at it does not, so that `help`, `dir`, tab completion and `import *` work.
+    """
+
+    def unavailable(*args, **kwargs):
+        raise ModuleNotFoundError(f'{__name__}.{name}: {line}')
+
+    unavailable.__name__ = unavailable.__qualname__ = name
+    unavailable.__doc__ = f'Unavailable: {line}'
+    return unavailable
 
 
 def __dir__():

@@ -23,11 +23,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from nfnets_jax import files
+from nfnets_jax import extras, files
 from nfnets_jax.errors import UsageError, first_line
 
+with extras.optional():
+    import orbax.checkpoint as ocp
 PyTree = Any
 
 

@@ -10,14 +10,15 @@ classifier); the normalisation is inside, the batch size is free.
 import functools
 from collections.abc import Callable
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnets_jax import augment, convolution, layers, pretrained
+from nfnets_jax import augment, convolution, extras, layers, pretrained
 from nfnets_jax.errors import UsageError
 
+with extras.optional():
+    import haiku as hk
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
 

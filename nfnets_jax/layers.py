@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from nfnets_jax import convolution
+from nfnets_jax import convolution, extras
 from nfnets_jax.errors import UsageError, nearest
 
+with extras.optional():
+    import haiku as hk
 Array = jax.Array
 Activation = Callable[[Array], Array]
 

@@ -12,13 +12,15 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnets_jax import augment, convert_timm, files, models, weight_files
+from nfnets_jax import augment, convert_timm, extras, files, models, weight_files
 from nfnets_jax.errors import UsageError, first_line, nearest
+
+with extras.optional():
+    import haiku as hk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

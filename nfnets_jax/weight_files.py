@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from nfnets_jax import files, safe_pickle
+from nfnets_jax import extras, files, safe_pickle
 from nfnets_jax.errors import UsageError, first_line
+
+with extras.optional():
+    import safetensors
+    import safetensors.numpy
 
 
 class Contents(NamedTuple):

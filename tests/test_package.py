@@ -1,15 +1,19 @@
 """The package: light to import, whole when installed."""
 
+import importlib.metadata
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 
 import pytest
 
 import nfnets_jax
+from nfnets_jax import extras
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEAVY = ['haiku', 'tensorflow', 'tensorflow_datasets', 'grain', 'orbax', 'flax', 'ml_collections']
@@ -49,6 +53,83 @@ def test_public_names_exist(name):
     assert name in dir(nfnets_jax)
 
 
+MODELS = "pip install 'nfnets_jax[models]'"
+# Each line runs where the extra `models` is not installed; it prints what follows it.
+WITHOUT_MODELS = {
+    'help(nfnets_jax)': [MODELS, 'adaptive_grad_clip', 'NFNet('],
+    'print(dir(nfnets_jax))': ["'list_models'", "'adaptive_grad_clip'"],
+    'import inspect; print(inspect.getmembers(nfnets_jax))': ["('list_models'"],
+    'from nfnets_jax import *; print(sam_value_and_grad, NFNet)': ['sam_value_and_grad', 'NFNet'],
+    "import rlcompleter; print(rlcompleter.Completer({'n': nfnets_jax}).attr_matches('n.list'))": [
+        'n.list_models'
+    ],
+    'print(nfnets_jax.list_models.__doc__)': [MODELS],
+}
+UNAVAILABLE = {
+    'nfnets_jax.list_models()': 'nfnets_jax.list_models: haiku is not installed: ' + MODELS,
+    'from nfnets_jax import NFNet; NFNet(10)': 'nfnets_jax.NFNet: haiku is not installed: '
+    + MODELS,
+    "nfnets_jax.from_pretrained('x')": 'haiku is not installed: ' + MODELS,
+    'import nfnets_jax.models': 'haiku is not installed: ' + MODELS,
+    'import nfnets_jax.models.nfnet': 'haiku is not installed: ' + MODELS,
+    'import nfnets_jax.layers': 'haiku is not installed: ' + MODELS,
+    'import nfnets_jax.pretrained': 'is not installed: ' + MODELS,
+    'import nfnets_jax.export': 'is not installed: ' + MODELS,
+    'import nfnets_jax.weight_files': 'safetensors is not installed: ' + MODELS,
+    'import nfnets_jax.checkpoints': "orbax is not installed: pip install 'nfnets_jax[train]'",
+    'import nfnets_jax.data.pipeline': "pip install 'nfnets_jax[train]'",
+    'import nfnets_jax.data.preprocessing': "cv2 is not installed: pip install 'nfnets_jax[train]'",
+}
+# Makes the imports of packages fail as if they were not installed.
+HIDDEN = "import sys; sys.modules |= dict.fromkeys('haiku safetensors orbax grain cv2'.split())\n"
+
+
+def check_without_extras(python, before='', **kwargs):
+    for code, printed in WITHOUT_MODELS.items():
+        out = run(python, f'{before}import nfnets_jax\n{code}', **kwargs)
+        for words in printed:
+            assert words in out, code
+    for code, message in UNAVAILABLE.items():
+        done = subprocess.run(
+            [str(python), '-c', f'{before}import nfnets_jax\n{code}'],
+            capture_output=True, text=True, check=False, **kwargs,
+        )  # fmt: skip
+        *_, last = done.stderr.splitlines()
+        assert last.startswith('ModuleNotFoundError: '), code
+        assert last.endswith(message), code
+        # The import that failed is not shown beside it.
+        assert 'During handling' not in done.stderr
+
+
+def test_without_extras():
+    check_without_extras(sys.executable, HIDDEN, cwd=ROOT)
+
+
+def test_commands_without_extras():
+    """A command says in one line what to install."""
+    code = f"{HIDDEN}import runpy; runpy.run_module('experiments.train', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: haiku is not installed: pip install 'nfnets_jax[models]'\n"
+
+
+def test_every_optional_package_has_its_extra():
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    distributions = importlib.metadata.packages_distributions()
+    for extra in ('models', 'train', 'tracking', 'onnx'):
+        wanted = {
+            re.match(r'[\w.-]+', requirement)[0].lower().replace('-', '_')
+            for requirement in project['optional-dependencies'][extra]
+        } - {'nfnets_jax'}
+        ours = {name for name, its in extras.EXTRAS.items() if its == extra}
+        assert len(ours) == len(wanted), extra
+        for name in ours & distributions.keys():
+            found = {d.lower().replace('-', '_') for d in distributions[name]}
+            assert found & wanted, name
+
+
 def test_unknown_name():
     with pytest.raises(AttributeError, match="no attribute 'adaptive_clip'"):
         _ = nfnets_jax.adaptive_clip
@@ -71,6 +152,7 @@ def test_installs_into_an_empty_environment(tmp_path):
     loaded = loaded_by(python, 'nfnets_jax.agc, nfnets_jax.sam', cwd=tmp_path)
     assert not loaded.intersection(HEAVY)
     assert 'nfnets_jax.agc' in loaded
+    check_without_extras(python, cwd=tmp_path)
     files = json.loads(
         run(
             python,

@@ -19,12 +19,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-import grain
 import numpy as np
 
+from nfnets_jax import extras
 from nfnets_jax.data.preprocessing import PictureError
 from nfnets_jax.errors import UsageError
 
+with extras.optional():
+    import grain
 CHUNK = 32  # examples one thread reads at a time: enough to hide Grain, few enough to start soon
 _ORDER, _TRANSFORM = range(2)  # independent streams of random numbers
 

@@ -10,13 +10,15 @@ import io
 import os
 from collections.abc import Callable, Sequence
 
-import cv2
 import numpy as np
-import simplejpeg
-from PIL import Image, ImageOps
 
+from nfnets_jax import extras
 from nfnets_jax.errors import UsageError
 
+with extras.optional():
+    import cv2
+    import simplejpeg
+    from PIL import Image, ImageOps
 MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; where Pillow, too, suspects a decompression bomb
 
 # No format that runs another program (EPS) or is not a picture of pixels.

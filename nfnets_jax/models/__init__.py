@@ -1,5 +1,10 @@
 """Every network of the two papers, its baselines, and the table that describes them."""
 
+from nfnets_jax import extras
+
+with extras.optional():
+    import haiku  # noqa: F401  every network is a Haiku module
+
 from nfnets_jax.models.cost import Cost, activation_bytes, model_cost
 from nfnets_jax.models.fixup_resnet import FixupResNet
 from nfnets_jax.models.nf_regnet import NFRegNet

@@ -203,7 +203,7 @@ def test_wandb_is_left_alone_without_a_project(tmp_path, monkeypatch):
 
 def test_missing_wandb_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)  # makes the import fail
-    with pytest.raises(UsageError, match=r"config\.wandb\.project='p' needs .*pip install wandb"):
+    with pytest.raises(UsageError, match=r"wandb\.project='p' needs .*nfnets_jax\[tracking\]"):
         _open(tmp_path, project='p')
     assert list(tmp_path.iterdir()) == []
 
