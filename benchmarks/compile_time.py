@@ -18,7 +18,7 @@ import optax
 
 import nfnets_jax
 from benchmarks import timing
-from experiments import cli
+from experiments.launch import cli
 from nfnets_jax import files
 
 

@@ -5,7 +5,7 @@
 
 Prints milliseconds of the forward pass, the input's gradient and the weight's gradient, and seconds
 to compile the three, for each form at each size of convolution in the networks. On a GPU the
-defaults take about 15 minutes. --write puts the fastest forms into nfnets_jax/convolution_table.py
+defaults take about 15 minutes. --write puts the fastest forms into nfnets_jax/convolution/table.py
 as the part of this machine's platform, and leaves the others' parts; run the tests then. A form
 other than XLA's own must win by a tenth, a second of compilation counting as a millisecond, as if
 for a thousand steps. On a CPU what counts is the time of all processors together, which other
@@ -26,9 +26,10 @@ import jax.numpy as jnp
 
 import nfnets_jax
 from benchmarks import timing
-from experiments import cli
-from nfnets_jax import convolution, convolution_table, files
-from nfnets_jax.convolution import ConvShape, Forms, Size
+from experiments.launch import cli
+from nfnets_jax import files
+from nfnets_jax.convolution import conv, table
+from nfnets_jax.convolution.conv import ConvShape, Forms, Size
 
 NETWORKS = {
     'gpu': 'NFNet-F0:192,NFNet-F1:224,NFNet-F3:320,NF-ResNet-50:224,NF-RegNet-B1:224',
@@ -45,22 +46,22 @@ def sizes(networks: str, batch: int) -> dict[Size, tuple[str, ConvShape, tuple, 
 
         def note(x, w, stride=1, *, groups=1, padding='SAME', network=network):
             shape = ConvShape(stride, groups, padding)
-            size = convolution.measure(shape, x.shape, w.shape)
+            size = conv.measure(shape, x.shape, w.shape)
             found.setdefault(size, (network, shape, x.shape, w.shape))
-            return convolution.plain(shape, x, w)
+            return conv.plain(shape, x, w)
 
         def forward(images, model=model):
             return nfnets_jax.create_model(model, 1000)(images, False)
 
         images = jax.ShapeDtypeStruct((batch, int(pixels), int(pixels), 3), jnp.float32)
-        with mock.patch.object(convolution, 'conv2d', note):
+        with mock.patch.object(conv, 'conv2d', note):
             jax.eval_shape(hk.transform_with_state(forward).init, jax.random.key(0), images)
     return found
 
 
 def passes(name: str, shape: ConvShape):
     """Returns the three passes of a form, each a function of (x, w, cotangent)."""
-    form = convolution.FORMS[name]
+    form = conv.FORMS[name]
     return {
         'forward': lambda x, w, _: form(shape, x, w),
         'input_gradient': lambda x, w, c: jax.vjp(lambda x: form(shape, x, w), x)[1](c),
@@ -77,12 +78,12 @@ def measure(size: Size, shape: ConvShape, x, w, args: argparse.Namespace) -> dic
     """Returns {(form, pass): (Times, processor seconds to compile)}."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, w = (jax.random.normal(k, s, args.dtype) for k, s in zip(keys, (x, w), strict=False))
-    out = jax.eval_shape(lambda x, w: convolution.plain(shape, x, w), x, w)
+    out = jax.eval_shape(lambda x, w: conv.plain(shape, x, w), x, w)
     arrays = x, w, jax.random.normal(keys[2], out.shape, args.dtype)
     if args.loop:
         arrays = tuple(jnp.stack([array, array]) for array in arrays)
     programs, seconds = {}, {}
-    for form in convolution.candidates(size):
+    for form in conv.candidates(size):
         for name, function in passes(form, shape).items():
             start = time.process_time()  # Compilation is the host's work on every platform.
             program = jax.jit(twice(function) if args.loop else function)
@@ -112,14 +113,14 @@ def shorten(part: dict[Size, Forms]) -> dict[Size, Forms]:
     short = dict(part)
     for size in sorted(part):
         rest = {key: forms for key, forms in short.items() if key != size}
-        if all(convolution.choose(rest, key) == forms for key, forms in part.items()):
+        if all(conv.choose(rest, key) == forms for key, forms in part.items()):
             short = rest
     return short
 
 
 def table_source(table: dict) -> str:
-    """Returns the text of nfnets_jax/convolution_table.py that holds a table."""
-    path = pathlib.Path(convolution_table.__file__)
+    """Returns the text of nfnets_jax/convolution/table.py that holds a table."""
+    path = pathlib.Path(table.__file__)
     head = path.read_text().partition('TABLE:')[0]
     lines = ['TABLE: dict[str, dict[tuple[int, ...], tuple[str, str, str]]] = {']
     for platform, part in sorted(table.items()):
@@ -139,7 +140,7 @@ def main(argv=None):
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--seconds', type=float, default=0.2, help='for each form and pass')
     parser.add_argument('--loop', action='store_true', help='each pass in a loop of two rounds')
-    parser.add_argument('--write', action='store_true', help='nfnets_jax/convolution_table.py')
+    parser.add_argument('--write', action='store_true', help='nfnets_jax/convolution/table.py')
     parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
 
@@ -149,7 +150,7 @@ def main(argv=None):
     print(''.join(f'{name.replace("_", " "):>17}' for name in PASSES), f'{"compile s":>10}')
     rows, part = [], {}
     for size, (network, *shapes) in sorted(sizes(args.networks, args.batch).items()):
-        measured, forms = measure(size, *shapes, args), convolution.candidates(size)
+        measured, forms = measure(size, *shapes, args), conv.candidates(size)
         part[size] = chosen = fastest(measured, forms, on_cpu)
         for form in forms:
             cells, row = '', {'network': network, **size._asdict(), 'form': form}
@@ -167,8 +168,8 @@ def main(argv=None):
         platform = device.platform
         if platform == 'gpu':
             platform = 'cuda' if device.device_kind.startswith('NVIDIA') else 'rocm'
-        text = table_source(convolution_table.TABLE | {platform: shorten(part)})
-        files.write_whole(convolution_table.__file__, text)
+        text = table_source(table.TABLE | {platform: shorten(part)})
+        files.write_whole(table.__file__, text)
 
 
 if __name__ == '__main__':

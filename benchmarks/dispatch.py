@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import timing
-from experiments import cli
-from nfnets_jax import files, parallel
+from experiments.launch import cli
+from experiments.run import parallel
+from nfnets_jax import files
 
 
 def measure(row: str, leaves: int, rounds: int) -> tuple[float, float, float]:

@@ -23,9 +23,10 @@ import nfnets_jax
 from benchmarks import timing
 from configs.finetune import head_only
 from experiments.config import default_config
-from experiments.task import init_state, prepare
+from experiments.experiment import init_state, prepare
+from experiments.run import parallel
 from experiments.train_step import make_train_step
-from nfnets_jax import optimizers, parallel
+from nfnets_jax import files, optimizers
 
 GROUPS = {'everything': optimizers.PUBLISHED_GROUPS, 'head only': head_only()}
 
@@ -78,7 +79,7 @@ def main(argv=None):
     parser.add_argument('--rho', type=float, default=0.0)
     parser.add_argument('--accumulate', type=int, default=1)
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--json', help='where to write the table as JSON')
+    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
 
     prepared = {row: prepare_step(groups, args) for row, groups in GROUPS.items()}

@@ -24,8 +24,10 @@ import jax.numpy as jnp
 
 import nfnets_jax
 from benchmarks import peers, timing
-from experiments import cli
-from nfnets_jax import convolution, export, files, pretrained
+from experiments.launch import cli
+from nfnets_jax import files
+from nfnets_jax.convolution import conv
+from nfnets_jax.weights import export, pretrained
 
 
 def our_logits(model: str, batch: int, size: int, dtype: str, *, folded: bool):
@@ -36,7 +38,7 @@ def our_logits(model: str, batch: int, size: int, dtype: str, *, folded: bool):
     params, state = jax.jit(init)(jax.random.key(1), images.astype(jnp.float32))
     folding: contextlib.AbstractContextManager = contextlib.nullcontext()
     if folded:
-        interceptor = functools.partial(export.convolve_folded, convolution.conv2d)
+        interceptor = functools.partial(export.convolve_folded, conv.conv2d)
         folding = hk.intercept_methods(interceptor)
         params = jax.tree.map(lambda x: jnp.asarray(x, dtype), export.fold_standardization(params))
 

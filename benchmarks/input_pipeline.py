@@ -240,7 +240,7 @@ if __name__ == '__main__':
     if any(argument.startswith('--row') for argument in sys.argv):
         main()  # By a Python that may have TensorFlow and nothing of ours.
     else:
-        from experiments import cli
+        from experiments.launch import cli
 
         with cli.guarded():
             main()

@@ -16,7 +16,8 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from configs.digits import get_config
-from experiments import cli, writers
+from experiments.launch import cli
+from experiments.run import metric_writers
 from experiments.train import train
 
 _PAGE = 4096  # bytes, of /proc/self/statm
@@ -44,7 +45,9 @@ def run(directory: str, steps: int) -> tuple[list[dict], np.ndarray]:
     finally:
         ended.set()
         watcher.join()
-    lines = [line for line in writers.read_metrics(directory) if 'train/images_per_second' in line]
+    lines = [
+        line for line in metric_writers.read_metrics(directory) if 'train/images_per_second' in line
+    ]
     return lines, np.array(memory)
 
 

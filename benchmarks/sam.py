@@ -15,7 +15,7 @@ import optax
 
 import nfnets_jax
 from benchmarks import timing
-from experiments import cli
+from experiments.launch import cli
 from nfnets_jax import files
 
 FRACTIONS = (0.2, 0.5, 1.0)

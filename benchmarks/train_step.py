@@ -30,8 +30,10 @@ import optax
 
 import nfnets_jax
 from benchmarks import peers, timing
-from experiments import cli
-from nfnets_jax import convolution, devices, files, models
+from experiments.launch import cli
+from experiments.run import accelerators
+from nfnets_jax import files, models
+from nfnets_jax.convolution import conv
 
 ROWS = ('ours', 'plain', 'timm', 'timm bare', 'timm autocast', 'timm compiled')
 
@@ -87,7 +89,7 @@ def prepare(row: str, args: argparse.Namespace):
     if row == 'ours':
         return our_step(args.model, args.batch, args.image_size, args.dtype)
     if row == 'plain':
-        with mock.patch.object(convolution, 'TABLE', {}):
+        with mock.patch.object(conv, 'TABLE', {}):
             return our_step(args.model, args.batch, args.image_size, args.dtype)
     compiled = row == 'timm compiled'
     step = peers.train_step(
@@ -122,7 +124,7 @@ def main(argv=None):
     times = timing.in_turns({row: run for row, (run, *_) in prepared.items()}, args.rounds)
 
     peak = args.peak_tflops * 1e12 if args.peak_tflops else None
-    peak = peak or devices.peak_flops(jax.devices()[0].device_kind)
+    peak = peak or accelerators.peak_flops(jax.devices()[0].device_kind)
     operations = 6 * models.model_cost(args.model).macs(args.image_size) * args.batch
     first = times[wanted[0]]
     rows = [

@@ -27,7 +27,7 @@ from nfnets_jax import models
 from nfnets_jax.data.sources import open_source
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.optimizers import PUBLISHED_GROUPS
-from nfnets_jax.pretrained import Metadata, load_metadata
+from nfnets_jax.weights.pretrained import Metadata, load_metadata
 
 _BATCH_SIZE = 2048
 _ARGUMENTS = ('data', 'weights', 'model', 'freeze')

@@ -17,13 +17,13 @@ from absl import flags
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 
-from experiments import cli
+from experiments.launch import cli
 from nfnets_jax import augment
+from nfnets_jax.augment.operations import OPERATIONS, WARPS, apply_operations
+from nfnets_jax.augment.randaugment import published_operation
 from nfnets_jax.data.folder import find_images
 from nfnets_jax.data.preprocessing import make_transform
 from nfnets_jax.errors import UsageError
-from nfnets_jax.image_operations import OPERATIONS, WARPS, apply_operations
-from nfnets_jax.randaugment import published_operation
 
 SIZE = 224  # pixels of a picture
 

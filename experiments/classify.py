@@ -17,11 +17,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli
-from nfnets_jax import export, files, pretrained
+from experiments.launch import cli
+from nfnets_jax import files
 from nfnets_jax.data.folder import find_images
 from nfnets_jax.data.preprocessing import PictureError, make_transform
 from nfnets_jax.errors import UsageError
+from nfnets_jax.weights import export, pretrained
 
 
 class Guess(NamedTuple):

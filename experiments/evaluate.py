@@ -23,12 +23,14 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, data_record, task, workdir
-from experiments.task import describe
-from nfnets_jax import files, parallel
-from nfnets_jax.checkpoints import Checkpoints, DamagedCheckpointError
+from experiments import experiment
+from experiments.experiment import describe
+from experiments.launch import cli
+from experiments.run import data_record, parallel, workdir
+from nfnets_jax import files
 from nfnets_jax.data.splits import SPLITS
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.weights.checkpoints import Checkpoints, DamagedCheckpointError
 
 EVALUATIONS_FILE = 'evaluations.jsonl'
 
@@ -132,19 +134,19 @@ def _fields(directory: str) -> dict:
 class _Evaluate:
     """A function (process 0's state) -> metrics of a split."""
 
-    def __init__(self, setting: task.Task, split: str):
+    def __init__(self, setting: experiment.Task, split: str):
         self.split = split
-        self._setting, self._step = setting, task.make_eval_step(setting)
+        self._setting, self._step = setting, experiment.make_eval_step(setting)
 
-    def __call__(self, state: task.TrainState) -> dict[str, float]:
-        variables = task.TrainState(*state).variables()
+    def __call__(self, state: experiment.TrainState) -> dict[str, float]:
+        variables = experiment.TrainState(*state).variables()
         placed = parallel.replicate(parallel.broadcast(variables))
-        return task.evaluate(self._setting, self._step, placed, self.split)
+        return experiment.evaluate(self._setting, self._step, placed, self.split)
 
 
 def _evaluator(
     fields: dict, options: Options, directory: str
-) -> tuple[_Evaluate, task.TrainState, list[str]]:
+) -> tuple[_Evaluate, experiment.TrainState, list[str]]:
     """Returns what evaluates, the shapes of a state, and what to say of both."""
     config = ConfigDict(fields['config'])
     if options.batch_size is not None:
@@ -154,7 +156,7 @@ def _evaluator(
             if name != 'skip_bad' and name not in config.data:
                 raise UsageError(f'config.data.{name}: not an option of {config.data.name!r}')
             config.data[name] = value
-    setting = task.prepare(config, training=False)
+    setting = experiment.prepare(config, training=False)
     split = options.split or setting.watched
     if split not in setting.splits:
         raise UsageError(f'--split={split}: no such split{nearest(split, setting.splits)}')
@@ -166,15 +168,17 @@ def _evaluator(
                 f'{data_record.in_words(changed, "give --config.data.path of the same data")}'
             )
     lines = [
-        task.describe_network(setting),
-        *task.describe_data(setting),
-        f'evaluation: the {split} images, on {task.describe_devices()}',
+        experiment.describe_network(setting),
+        *experiment.describe_data(setting),
+        f'evaluation: the {split} images, on {experiment.describe_devices()}',
     ]
-    like = jax.eval_shape(lambda: task.init_state(setting))
+    like = jax.eval_shape(lambda: experiment.init_state(setting))
     return _Evaluate(setting, split), like, lines
 
 
-def _restore(directory: str, checkpoint: str, like: task.TrainState) -> tuple[int, task.TrainState]:
+def _restore(
+    directory: str, checkpoint: str, like: experiment.TrainState
+) -> tuple[int, experiment.TrainState]:
     checkpoints = Checkpoints(f'{directory}/checkpoints', read_only=True)
     try:
         step = checkpoints.choose(checkpoint)
@@ -201,7 +205,7 @@ def _wait_for(look: Callable[[], Any], seconds: float) -> Any:
 class _Follower:
     """The checkpoints of a running job one after the other, and what was found of each."""
 
-    def __init__(self, directory: str, like: task.TrainState, split: str):
+    def __init__(self, directory: str, like: experiment.TrainState, split: str):
         self._directory, self._like = pathlib.Path(directory), like
         self._checkpoints = Checkpoints(self._directory / 'checkpoints', read_only=True)
         self._file = self._directory / EVALUATIONS_FILE

@@ -15,10 +15,11 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
-from nfnets_jax import export, files, pretrained
+from experiments.launch import cli
+from nfnets_jax import files
 from nfnets_jax.data.preprocessing import make_transform
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.weights import export, pretrained
 
 FORMATS = ('.safetensors', '.stablehlo', '.onnx')
 

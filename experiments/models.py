@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from experiments import cli
+from experiments.launch import cli
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError
 

@@ -20,8 +20,8 @@ import tqdm
 from absl import flags
 from PIL import Image
 
-from experiments import cli
-from nfnets_jax.data.tfds_source import DEFAULT_DATA_DIR, open_builder
+from experiments.launch import cli
+from nfnets_jax.data.tfds import DEFAULT_DATA_DIR, open_builder
 from nfnets_jax.errors import UsageError
 
 _IMAGENET_ARCHIVES = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')

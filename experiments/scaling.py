@@ -21,8 +21,9 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from experiments import cli
-from nfnets_jax import devices, models
+from experiments.launch import cli
+from experiments.run import accelerators
+from nfnets_jax import models
 from nfnets_jax.errors import UsageError, nearest
 
 IMAGES = 1_281_167  # in ImageNet's training set
@@ -70,7 +71,7 @@ class Estimate:
 
 
 def estimate(
-    name: str, device: devices.Device, count: int, batch: int, utilisation: float | None = None
+    name: str, device: accelerators.Device, count: int, batch: int, utilisation: float | None = None
 ) -> Estimate:
     """Returns what a step of `batch` examples costs on `count` devices.
 
@@ -103,7 +104,7 @@ def estimate(
     )
 
 
-def default_share(device: devices.Device) -> float:
+def default_share(device: accelerators.Device) -> float:
     """Returns the part of the peak that the paper's figures give for a device of this kind."""
     return TPU_SHARE if device.kinds[0].startswith('TPU') else GPU_SHARE
 
@@ -123,7 +124,7 @@ def operations(name: str, remat: bool = False) -> float:
     return passes * 2 * _cost(name).macs(models.variant_info(name).train_size)
 
 
-def all_reduce_seconds(size: float, device: devices.Device, count: int) -> float:
+def all_reduce_seconds(size: float, device: accelerators.Device, count: int) -> float:
     """Returns the time to sum `size` bytes over all devices, at the bandwidth of their links.
 
     Every device sends its data twice, but for a part of its own: once in adding up, once in handing
@@ -164,9 +165,9 @@ def _largest_block(name: str, size: int) -> float:
     )
 
 
-def parse_devices(text: str) -> list[tuple[devices.Device, int]]:
-    """Reads 'v4:128,H100:8': names as in nfnets_jax.devices, and how many."""
-    known = {device.name: device for device in devices.DEVICES}
+def parse_devices(text: str) -> list[tuple[accelerators.Device, int]]:
+    """Reads 'v4:128,H100:8': names as in experiments.run.accelerators, and how many."""
+    known = {device.name: device for device in accelerators.DEVICES}
     parsed = []
     for item in text.split(','):
         name, _, count = item.partition(':')
@@ -186,7 +187,7 @@ HEADER = (
 
 def row(
     name: str,
-    device: devices.Device,
+    device: accelerators.Device,
     count: int,
     batch: int,
     epochs: float,
@@ -210,7 +211,7 @@ def row(
 
 def calibrate() -> Iterator[str]:
     """Yields, for the paper's measured steps, the share of the peak that the formula implies."""
-    v3, v100 = (devices.find_device(kind) for kind in ('TPU v3', 'Tesla V100-SXM2-16GB'))
+    v3, v100 = (accelerators.find_device(kind) for kind in ('TPU v3', 'Tesla V100-SXM2-16GB'))
     yield (
         f'{"model":<10}{"GFLOP/image":>12}{"v3 core ms":>12}{"computed":>10}{"share":>7}'
         f'{"V100 ms":>10}{"computed":>10}{"share":>7}'

@@ -21,8 +21,9 @@ from absl import flags
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments import cli
-from nfnets_jax import models, parallel
+from experiments.launch import cli
+from experiments.run import parallel
+from nfnets_jax import models
 from nfnets_jax.errors import UsageError, nearest
 
 _PANELS = (

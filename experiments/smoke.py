@@ -7,9 +7,10 @@ import haiku as hk
 import jax
 from ml_collections import ConfigDict
 
-from experiments import config as experiment
-from experiments import task
-from nfnets_jax import models, optimizers, pretrained
+from experiments import config as schema
+from experiments import experiment
+from nfnets_jax import models, optimizers
+from nfnets_jax.weights import pretrained
 
 IMAGE_SIZE, CLASSES, ROWS = 32, 10, 4  # Mixing takes a multiple of four examples on each device.
 
@@ -24,11 +25,11 @@ def shrink(config: ConfigDict) -> ConfigDict:
     Raises:
       UsageError: a field of the config that is unknown, missing or out of range.
     """
-    experiment.check(config)
+    schema.check(config)
     optimizers.check(config.optimizer, 'config.optimizer')
     config = config.copy_and_resolve_references()
     options = {name: value for name, value in config.model.items() if name not in _SIZES}
-    with task.naming('model'):
+    with experiment.naming('model'):
         row = models.variant_info(config.model.name)
         optimizers.assign_groups(
             config.optimizer.groups, _parameters(config.model), key='config.optimizer.groups'

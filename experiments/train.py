@@ -24,20 +24,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import (
-    cli,
-    data_record,
-    plots,
-    progress,
-    smoke,
-    stopping,
-    window,
-    workdir,
-    writers,
-)
-from experiments import config as experiment
-from experiments.clock import Clock
-from experiments.task import (
+from experiments import config as schema
+from experiments import smoke
+from experiments.experiment import (
     Task,
     TrainState,
     describe,
@@ -52,12 +41,25 @@ from experiments.task import (
     prepare,
     score,
 )
-from experiments.trace import Trace
+from experiments.launch import cli, preemption
+from experiments.run import (
+    curves,
+    data_record,
+    device_cached,
+    metric_writers,
+    parallel,
+    progress,
+    step_metrics,
+    workdir,
+)
+from experiments.run.profiling import Trace
+from experiments.run.throughput import Clock
 from experiments.train_step import Programs, compile_programs, computed_per_device
-from nfnets_jax import files, parallel, pretrained
-from nfnets_jax.checkpoints import Checkpoints, DamagedCheckpointError
-from nfnets_jax.data import pipeline, resident
+from nfnets_jax import files
+from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError, first_line
+from nfnets_jax.weights import pretrained
+from nfnets_jax.weights.checkpoints import Checkpoints, DamagedCheckpointError
 
 
 class DivergedError(Exception):
@@ -100,7 +102,7 @@ def train(
     workdir.assert_same(config, data)
     weights = None
     if primary:
-        writers.check(directory, config)
+        metric_writers.check(directory, config)
         for change in workdir.free_changes(directory, config):
             say(f'resuming with a changed config: {change}')
         if config.init.weights and not workdir.has_checkpoints(directory):
@@ -108,9 +110,9 @@ def train(
             say(f'{config.init.weights}: {report}')
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(workdir.claimed(directory, config, data, active=primary))
-        stop = stack.enter_context(stopping.on_signals())
+        stop = stack.enter_context(preemption.on_signals())
         lines = describe_network(task), *describe_data(task), describe_steps(task)
-        for line in (*lines, *experiment.take_adaptations(config)):
+        for line in (*lines, *schema.take_adaptations(config)):
             say(line)  # Not before: a mistake is one line.
 
         # Where were we?
@@ -147,7 +149,7 @@ def train(
         # Where the images come from, and where it is told what becomes of them.
         bad = pipeline.BadPictures(task.skip_bad)
         batches = stack.enter_context(_open_batches(task, step, bad))
-        writer = writers.open_writer(path, config=config, start_step=step, active=primary)
+        writer = metric_writers.open_writer(path, config=config, start_step=step, active=primary)
         stack.callback(writer.close)
         on_record = parallel.broadcast_json(_on_record(path, step) if primary and step else {})
         bar = progress.Progress(task.total_steps, active=primary and not quiet)
@@ -164,8 +166,8 @@ def train(
 
         def write_training_metrics() -> dict[str, float]:
             sums = jax.device_get(state.window)
-            nonfinite = window.nonfinite_steps(sums)
-            metrics = window.means(sums) | clock.read()
+            nonfinite = step_metrics.nonfinite_steps(sums)
+            metrics = step_metrics.means(sums) | clock.read()
             metrics |= {'skipped_pictures': len(bad)} if task.skip_bad else {}
             metrics |= {'skipped_steps': nonfinite} if config.skip_nonfinite else {}
             updates = max(0, step - 1 - nonfinite)  # before the last, which the schedule counts
@@ -251,7 +253,7 @@ def summarise(
       clock: of the training.
       watched: the split by which the best is chosen.
     """
-    evaluations = [line for line in writers.read_metrics(path) if f'{watched}/top1' in line]
+    evaluations = [line for line in metric_writers.read_metrics(path) if f'{watched}/top1' in line]
     return {
         'step': int(state.step),
         'final': dict(results),
@@ -272,7 +274,7 @@ _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'orbax-checkpoint', 'grain', 
 
 def _open_batches(
     task: Task, start_step: int, bad: pipeline.BadPictures
-) -> pipeline.Prefetch | resident.ResidentBatches:
+) -> pipeline.Prefetch | device_cached.ResidentBatches:
     """Returns this process's training batches on its devices, from `start_step` on."""
     process, rows = jax.process_index(), parallel.local_batch_size(task.images_per_step)
     options = {
@@ -285,7 +287,7 @@ def _open_batches(
         'bad': bad,
     }
     if task.on_device:
-        return resident.ResidentBatches(task.train_source, **options)
+        return device_cached.ResidentBatches(task.train_source, **options)
     position = np.arange(process * rows, (process + 1) * rows, dtype=np.int32)
     batches = pipeline.train_batches(task.train_source, **options)
     return pipeline.Prefetch(batches, lambda b: parallel.shard(b | {'position': position}))
@@ -293,9 +295,9 @@ def _open_batches(
 
 def _on_record(path: pathlib.Path, step: int) -> dict[str, float]:
     """Returns the metrics that a run has written of a step."""
-    if not (path / writers.METRICS_FILE).exists():
+    if not (path / metric_writers.METRICS_FILE).exists():
         return {}
-    lines = [line for line in writers.read_metrics(path) if line['step'] == step]
+    lines = [line for line in metric_writers.read_metrics(path) if line['step'] == step]
     return {name: x for line in lines for name, x in line.items() if name != 'step'}
 
 
@@ -323,7 +325,7 @@ def _saving_at_failure(
         saved = ''
         # Where no checkpoint can be written, or the device has failed, what failed first is told.
         with contextlib.suppress(Exception):
-            if step > start_step and window.lost_at(jax.device_get(state.window)) is None:
+            if step > start_step and step_metrics.lost_at(jax.device_get(state.window)) is None:
                 checkpoints.save(step, state, note=parallel.describe_devices())
                 checkpoints.wait()
                 saved = f'step {step:,} is saved, and the same command continues from there'
@@ -337,13 +339,13 @@ def _saving_at_failure(
 def _draw_curves(path: pathlib.Path, title: str, say: Callable[[str], None]) -> None:
     """Draws curves.png. A run does not fail by it."""
     try:
-        plots.draw_curves(writers.read_metrics(path), path / 'curves.png', title=title)
+        curves.draw_curves(metric_writers.read_metrics(path), path / 'curves.png', title=title)
     except Exception as error:  # Of Matplotlib, whose fonts and caches may be anywhere.
         say(f'curves.png cannot be drawn: {first_line(error)}')
 
 
-def _assert_finite(sums: window.Window, checkpoints: Checkpoints) -> None:
-    bad = window.lost_at(sums)
+def _assert_finite(sums: step_metrics.Window, checkpoints: Checkpoints) -> None:
+    bad = step_metrics.lost_at(sums)
     if bad is None:
         return
     checkpoints.wait()

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from experiments import window
-from experiments.task import Task, TrainState, make_eval_step, make_init
-from nfnets_jax import augment, models, optimizers, parallel
-from nfnets_jax.data import resident
+from experiments.experiment import Task, TrainState, make_eval_step, make_init
+from experiments.run import device_cached, parallel, step_metrics
+from nfnets_jax import augment, models, optimizers
 from nfnets_jax.sam import sam_value_and_grad
 
 # Keeps the randomness of dropout and stochastic depth apart from that of the augmentations, which
@@ -65,7 +64,7 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], tuple[TrainState
     def train_step(s: TrainState, batch: dict) -> tuple[TrainState, jax.Array]:
         stop = batch['stop'][0]
         if task.on_device:
-            batch = resident.take(batch, s.step, task.images_per_step)
+            batch = device_cached.take(batch, s.step, task.images_per_step)
         keys = augment.example_keys(s.seed, s.step, batch['position'])
         images, targets = task.augmentation(keys, batch['image'], batch['label'])
         key = jax.random.fold_in(keys[0], _MODEL_STREAM)
@@ -109,12 +108,14 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], tuple[TrainState
             opt_state=opt_state,
             ema_params=ema_params,
             ema_state=ema_state,
-            window=window.add(s.window, metrics, s.step, task.log_every, config.skip_nonfinite),
+            window=step_metrics.add(
+                s.window, metrics, s.step, task.log_every, config.skip_nonfinite
+            ),
         )
         if not config.skip_nonfinite:
             return new, stop
         left_out = s._replace(step=new.step, window=new.window)
-        finite = window.is_finite(metrics)
+        finite = step_metrics.is_finite(metrics)
         return jax.tree.map(functools.partial(jnp.where, finite), new, left_out), stop
 
     return parallel.parallelise(train_step, donate_replicated=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # For readers of types; `__getattr__` does the same when a name is used.
     from nfnets_jax.agc import adaptive_grad_clip, describe_clipping, unit_axes
-    from nfnets_jax.downloads import list_pretrained
     from nfnets_jax.models import (
         FixupResNet,
         NFNet,
@@ -22,8 +21,9 @@ if TYPE_CHECKING:  # For readers of types; `__getattr__` does the same when a na
         create_model,
         list_models,
     )
-    from nfnets_jax.pretrained import from_pretrained, load_pretrained
     from nfnets_jax.sam import sam_value_and_grad
+    from nfnets_jax.weights.downloads import list_pretrained
+    from nfnets_jax.weights.pretrained import from_pretrained, load_pretrained
 
 __version__ = '0.1.0'
 
@@ -51,9 +51,9 @@ _HOME = {
     'describe_clipping': 'agc',
     'unit_axes': 'agc',
     'sam_value_and_grad': 'sam',
-    'from_pretrained': 'pretrained',
-    'list_pretrained': 'downloads',
-    'load_pretrained': 'pretrained',
+    'from_pretrained': 'weights.pretrained',
+    'list_pretrained': 'weights.downloads',
+    'load_pretrained': 'weights.pretrained',
 }
 
 

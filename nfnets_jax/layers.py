@@ -13,7 +13,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from nfnets_jax import convolution, extras
+from nfnets_jax import extras
+from nfnets_jax.convolution import conv
 from nfnets_jax.errors import UsageError, nearest
 
 with extras.optional():
@@ -192,7 +193,7 @@ class Conv2D(hk.Module):
         _check_channels(x, self.in_channels)
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.output_channels)
         w = hk.get_parameter('w', shape, jnp.float32, init=self.w_init)
-        out = convolution.conv2d(x, w.astype(x.dtype), self.stride, padding=self.padding)
+        out = conv.conv2d(x, w.astype(x.dtype), self.stride, padding=self.padding)
         if self.with_bias:
             b = hk.get_parameter('b', shape[-1:], jnp.float32, init=jnp.zeros)
             out = out + b.astype(x.dtype)
@@ -220,7 +221,7 @@ class ScaledWSConv2D(hk.Module):
         stride: int = 1,
         *,
         groups: int = 1,
-        padding: convolution.Padding = 'SAME',
+        padding: conv.Padding = 'SAME',
         standardize: bool = True,
         gain_init: float | hk.initializers.Initializer = 1.0,
         in_channels: int | None = None,
@@ -250,7 +251,7 @@ class ScaledWSConv2D(hk.Module):
         gain = hk.get_parameter('gain', shape[-1:], jnp.float32, init=self.gain_init)
         bias = hk.get_parameter('bias', shape[-1:], jnp.float32, init=jnp.zeros)
         w = (standardize(w, gain) if self.standardize else w * gain).astype(x.dtype)
-        out = convolution.conv2d(x, w, self.stride, groups=self.groups, padding=self.padding)
+        out = conv.conv2d(x, w, self.stride, groups=self.groups, padding=self.padding)
         return out + bias.astype(x.dtype)
 
 
@@ -403,7 +404,7 @@ class BatchNorm(hk.Module):
         return jax.lax.pmean(mean, self.cross_replica_axis)
 
 
-def max_pool(x: Array, window: int, stride: int, padding: convolution.Padding = 'SAME') -> Array:
+def max_pool(x: Array, window: int, stride: int, padding: conv.Padding = 'SAME') -> Array:
     """[N, H, W, C] -> the maximum over square windows."""
     if padding == 'SYMMETRIC':
         ends, padding = (window // 2, window // 2), 'VALID'

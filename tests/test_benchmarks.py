@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import convolution, dispatch, inference, optimizer, sam, timing, train_step
-from nfnets_jax.convolution import Forms, Size
+from nfnets_jax.convolution.conv import Forms, Size
 
 SMALL = ['--model=SmallCNN', '--image-size=16', '--batch=2', '--rounds=1']
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from configs.imagenet import fixup_resnet, nf_regnet, nf_resnet, nfnet, resnet, sam, skipinit_resnet
-from experiments import config as experiment
-from experiments import smoke, task, workdir
+from experiments import config as schema
+from experiments import experiment, smoke
+from experiments.run import workdir
 from experiments.train import train
 from nfnets_jax import models
 from nfnets_jax.data import sources
@@ -42,7 +43,7 @@ def named(file, variant):
 @pytest.mark.parametrize(('file', 'variant'), ALL, ids=[named(*each) for each in ALL])
 def test_every_config_is_whole_and_of_its_network(file, variant):
     config = file.get_config(variant)
-    experiment.check(config)
+    schema.check(config)
     row = models.variant_info(config.model.name)
     assert (row.family, row.variant) == (FAMILIES[file], variant)
     assert (config.data.image_size, config.data.test_image_size) == (row.train_size, row.test_size)
@@ -61,7 +62,7 @@ def some(quick):
 
 @some(FIRST)
 def test_data_model_optimizer_and_augmentation_of_a_tiny_likeness_fit(file, variant):
-    setting = task.prepare(smoke.shrink(file.get_config(variant)))
+    setting = experiment.prepare(smoke.shrink(file.get_config(variant)))
     assert setting.total_steps == 3
     assert setting.pictures.shape == (32, 32, 3)
     clipped = [group.clip for group in setting.optimizer.groups.values()]
@@ -110,7 +111,7 @@ def test_the_likeness_of_a_changed_recipe_is_one_that_trains():
     config.optimizer.groups = (late, *config.optimizer.groups)
     config.wandb.project = 'mine'
     tiny = smoke.shrink(config)
-    assert task.prepare(tiny).total_steps == 3
+    assert experiment.prepare(tiny).total_steps == 3
     assert [rule['match'] for rule in tiny.optimizer.groups] == [
         rule['match'] for rule in nf_resnet.get_config('50').optimizer.groups
     ]
@@ -238,9 +239,9 @@ def test_the_decay_of_the_largest_nf_regnets_goes_on():
 
 
 def test_a_step_reads_two_images_for_each_example_of_the_mixed_recipes():
-    setting = task.prepare(smoke.shrink(nf_regnet.get_config('B0')))
+    setting = experiment.prepare(smoke.shrink(nf_regnet.get_config('B0')))
     assert setting.images_per_step == 2 * setting.config.batch_size
-    setting = task.prepare(smoke.shrink(resnet.get_config('50')))
+    setting = experiment.prepare(smoke.shrink(resnet.get_config('50')))
     assert setting.images_per_step == setting.config.batch_size
 
 

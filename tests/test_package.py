@@ -73,10 +73,11 @@ UNAVAILABLE = {
     'import nfnets_jax.models': 'haiku is not installed: ' + MODELS,
     'import nfnets_jax.models.nfnet': 'haiku is not installed: ' + MODELS,
     'import nfnets_jax.layers': 'haiku is not installed: ' + MODELS,
-    'import nfnets_jax.pretrained': 'is not installed: ' + MODELS,
-    'import nfnets_jax.export': 'is not installed: ' + MODELS,
-    'import nfnets_jax.weight_files': 'safetensors is not installed: ' + MODELS,
-    'import nfnets_jax.checkpoints': "orbax is not installed: pip install 'nfnets_jax[train]'",
+    'import nfnets_jax.weights.pretrained': 'is not installed: ' + MODELS,
+    'import nfnets_jax.weights.export': 'is not installed: ' + MODELS,
+    'import nfnets_jax.weights.weight_files': 'safetensors is not installed: ' + MODELS,
+    'import nfnets_jax.weights.checkpoints': 'orbax is not installed: pip install '
+    "'nfnets_jax[train]'",
     'import nfnets_jax.data.pipeline': "pip install 'nfnets_jax[train]'",
     'import nfnets_jax.data.preprocessing': "cv2 is not installed: pip install 'nfnets_jax[train]'",
 }

@@ -181,7 +181,7 @@ def runnable(command: str) -> str:
 def save_network(path: pathlib.Path, name: str, **options) -> None:
     import jax
 
-    from nfnets_jax import pretrained
+    from nfnets_jax.weights import pretrained
 
     metadata = pretrained.Metadata(
         model=name,
@@ -357,7 +357,7 @@ def test_every_command_is_run_or_listed_and_every_rule_is_of_use():
 PARSER = """
 import argparse, contextlib, io, json, runpy, sys, warnings
 from absl import flags
-from experiments import cli
+from experiments.launch import cli
 
 class Parsed(BaseException):
     pass

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from experiments.config import default_config
 from nfnets_jax import models
-from nfnets_jax.data.tfds_source import DEFAULT_DATA_DIR
+from nfnets_jax.data.tfds import DEFAULT_DATA_DIR
 from nfnets_jax.errors import UsageError, nearest
 
 

@@ -3,9 +3,9 @@
     python -m experiments.study --config=configs/studies/bn_price.py:digits --workdir=S
 
 Sizes: digits, cifar10_small, cifar10. Besides training, every trial measures how far what the
-network says of a picture depends on the others in its batch, and what changes from training mode to
-evaluation mode (`batch_dependence` in experiments/measurements.py), and the memory that a training
-step takes (`step_memory`).
+network says of an image depends on the others in its batch, and what changes from training mode to
+evaluation mode (`batch_dependence` in experiments/study/measurements.py), and the memory that a
+training step takes (`step_memory`).
 """
 
 from configs.studies.settings import NO_CLIPPING, OURS, arm, batch_norm, chart, claim, new_study

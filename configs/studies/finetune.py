@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs.finetune import head_only
 from configs.studies.settings import OURS, arm, chart, claim, new_study
-from experiments.studies import PRETRAINED
+from experiments.study.config import PRETRAINED
 
 _NETWORKS = {
     'digits': 'NFNet of 4 blocks, trained on the 8x8 digits 0 to 4; then on 5 to 9, '

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from configs.imagenet import recipe
 from experiments.config import default_config
-from experiments.studies import default_study
+from experiments.study.config import default_study
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError, nearest
 

@@ -17,7 +17,7 @@ import sys
 
 from absl import flags
 
-from experiments import cli
+from experiments.launch import cli
 from experiments.report import page, reading, static
 from nfnets_jax import files
 from nfnets_jax.errors import UsageError

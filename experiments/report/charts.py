@@ -21,7 +21,7 @@ from experiments.report.wording import (
     number,
     scale,
 )
-from experiments.study_format import DONE, ChartSpec, Point, Value
+from experiments.study.schema import DONE, ChartSpec, Point, Value
 
 _SPREAD = 0.06  # of the threads through one value of an axis, in heights
 NUM_COLOURS = 7  # of a palette; with the next series the colours begin anew

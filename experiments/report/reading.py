@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import writers
-from experiments.study_format import (
+from experiments.run import metric_writers
+from experiments.study.schema import (
     NONE,
     NUMBER,
     STATES,
@@ -73,11 +73,11 @@ class Study:
     def curve(self, trial: Trial, metric: str) -> list[tuple[int, float]]:
         """Returns (step, value) where a trial recorded a finite value; [] if it never started."""
         directory = self.path / 'trials' / trial.id
-        if not (directory / writers.METRICS_FILE).exists():
+        if not (directory / metric_writers.METRICS_FILE).exists():
             return []
         return [
             (record['step'], record[metric])
-            for record in writers.read_metrics(directory)
+            for record in metric_writers.read_metrics(directory)
             if math.isfinite(record.get(metric, math.nan))
         ]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from experiments.report.reading import Study, Trial
 from experiments.report.statistics import Comparison, Sample, Verdict, compare
-from experiments.study_format import DONE, Claim, Point, Value
+from experiments.study.schema import DONE, Claim, Point, Value
 
 Key = tuple[tuple[str, Value], ...]  # a Point that can be compared and be a key
 

@@ -14,7 +14,7 @@ from experiments.report.wording import (
     metric_label,
     number,
 )
-from experiments.study_format import DONE, STATES, ChartSpec, Point
+from experiments.study.schema import DONE, STATES, ChartSpec, Point
 
 METHOD = (
     'Figures are means over seeds ± the standard error of the mean, with the number of seeds in '

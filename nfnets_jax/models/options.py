@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nfnets_jax import layers
-from nfnets_jax.convolution import Padding
+from nfnets_jax.convolution.conv import Padding
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.models.variants import VARIANTS, Variant
 

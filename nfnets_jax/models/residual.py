@@ -10,7 +10,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from nfnets_jax import layers, pieces
+from nfnets_jax import layers
+from nfnets_jax.convolution import split_concat
 
 Array = jax.Array
 
@@ -261,7 +262,7 @@ def _under(name: str, new: str, tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stack(*leaves: jax.typing.ArrayLike) -> Array:
-    return pieces.join([jnp.expand_dims(leaf, 0) for leaf in leaves], 0)
+    return split_concat.join([jnp.expand_dims(leaf, 0) for leaf in leaves], 0)
 
 
 class _Named(hk.Module):

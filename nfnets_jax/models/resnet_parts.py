@@ -3,7 +3,7 @@
 import jax
 
 from nfnets_jax import layers
-from nfnets_jax.convolution import Padding
+from nfnets_jax.convolution.conv import Padding
 from nfnets_jax.errors import UsageError
 from nfnets_jax.models import residual
 from nfnets_jax.models.variants import Variant

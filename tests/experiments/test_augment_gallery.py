@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from experiments import augment_gallery
+from nfnets_jax.augment.operations import OPERATIONS
 from nfnets_jax.errors import UsageError
-from nfnets_jax.image_operations import OPERATIONS
 
 PICTURES = augment_gallery.load_pictures('')[:, ::8, ::8]
 

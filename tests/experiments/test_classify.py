@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from experiments import classify
-from nfnets_jax import pretrained
 from nfnets_jax.data.preprocessing import crop_resize, resize_crop
+from nfnets_jax.weights import pretrained
 
 METADATA = pretrained.Metadata(
     model='NF-ResNet-8',

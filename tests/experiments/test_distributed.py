@@ -11,7 +11,7 @@ import chex
 import numpy as np
 import pytest
 
-from experiments import writers
+from experiments.run import metric_writers
 from experiments.train import train
 from tests.experiments.conftest import tiny_config
 from tests.experiments.test_train import assert_same_run, final_state, newest_step, timeless
@@ -141,7 +141,7 @@ def test_where_one_dies_the_other_ends_and_the_restart_continues(command, tmp_pa
 # Checkpoints take longer than the others would wait for a process that is silent.
 SLOW_DISK = """
 import time
-from nfnets_jax.checkpoints import Checkpoints
+from nfnets_jax.weights.checkpoints import Checkpoints
 from tests.experiments.conftest import tiny_config
 wait = Checkpoints.wait
 def wait_long(checkpoints):
@@ -255,6 +255,6 @@ def test_evaluation_follows_a_job_both_with_two_processes(command, tmp_path):
     assert sorted(found) == list(range(10, 201, 10))
     kept = (directory / 'evaluations.jsonl').read_text()
     assert kept == out
-    for told in writers.read_metrics(directory):
+    for told in metric_writers.read_metrics(directory):
         if 'test/top1' in told:
             assert found[told['step']] == pytest.approx(told, rel=1e-6)

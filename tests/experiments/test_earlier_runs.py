@@ -14,7 +14,7 @@ import pytest
 from configs.finetune import head_only
 from experiments.evaluate import evaluate
 from experiments.train import train
-from nfnets_jax.checkpoints import Checkpoints
+from nfnets_jax.weights.checkpoints import Checkpoints
 from tests.experiments.conftest import tiny_config
 
 ARCHIVES = pathlib.Path(__file__).with_name('runs_of_0.1.0')

@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import task, workdir, writers
+from experiments import experiment
 from experiments.evaluate import EVALUATIONS_FILE, evaluate, watch
+from experiments.run import metric_writers, parallel, workdir
 from experiments.train import train
-from nfnets_jax import augment, parallel
-from nfnets_jax.checkpoints import Checkpoints
+from nfnets_jax import augment
 from nfnets_jax.errors import UsageError
+from nfnets_jax.weights.checkpoints import Checkpoints
 from tests.experiments.conftest import tiny_config
 
 
@@ -39,8 +40,8 @@ def test_the_figures_are_those_of_training_whatever_the_batch_size(run, batch_si
 def test_the_figures_are_right(run):
     """Against the plain forward pass over all test pictures at once, in numpy."""
     directory, final = run
-    setting = task.prepare(workdir.load_config(directory))
-    like = jax.eval_shape(lambda: task.init_state(setting))
+    setting = experiment.prepare(workdir.load_config(directory))
+    like = jax.eval_shape(lambda: experiment.init_state(setting))
     state = Checkpoints(directory / 'checkpoints', read_only=True).restore(6, like)
     source = setting.test_source
     images = augment.normalise(np.stack([source[i]['image'] for i in range(len(source))]))
@@ -58,11 +59,13 @@ def test_the_figures_are_right(run):
 def test_the_best_and_a_given_checkpoint(run):
     directory, _ = run
     at_step_3 = evaluate(directory, '3')
-    told = next(line for line in writers.read_metrics(directory) if 'test/top1' in line)
+    told = next(line for line in metric_writers.read_metrics(directory) if 'test/top1' in line)
     assert at_step_3 == told
     best = evaluate(directory, 'best')
     assert best['test_ema/top1'] == max(
-        line['test_ema/top1'] for line in writers.read_metrics(directory) if 'test/top1' in line
+        line['test_ema/top1']
+        for line in metric_writers.read_metrics(directory)
+        if 'test/top1' in line
     )
 
 
@@ -105,7 +108,7 @@ def test_watching_evaluates_each_checkpoint_once_until_the_run_is_complete(run, 
     directory = tmp_path / 'run'
     shutil.copytree(run[0], directory)
     found = list(watch(directory, seconds=0))
-    told = [line for line in writers.read_metrics(directory) if 'test/top1' in line]
+    told = [line for line in metric_writers.read_metrics(directory) if 'test/top1' in line]
     assert found == told
     lines = (directory / EVALUATIONS_FILE).read_text().splitlines()
     assert [json.loads(line) for line in lines] == told
@@ -136,9 +139,9 @@ def test_watching_ends_with_ctrl_c_in_one_line(command, tmp_path):
 
 def test_the_sums_ignore_padding(run):
     directory, _ = run
-    setting = task.prepare(workdir.load_config(directory))
-    step = task.make_eval_step(setting)
-    variables = parallel.replicate(task.init_state(setting).variables())
+    setting = experiment.prepare(workdir.load_config(directory))
+    step = experiment.make_eval_step(setting)
+    variables = parallel.replicate(experiment.init_state(setting).variables())
     example = setting.test_source[0]
     batch = {
         'image': np.stack([example['image']] * 8),
@@ -153,15 +156,15 @@ def test_evaluation_computes_in_its_own_precision(tmp_path):
     config = tiny_config(precision='bfloat16', eval__precision='float32')
     trained = train(config, tmp_path / 'run')['final']
     assert evaluate(tmp_path / 'run')['test/loss'] == trained['test/loss']
-    setting = task.prepare(workdir.load_config(tmp_path / 'run'))
+    setting = experiment.prepare(workdir.load_config(tmp_path / 'run'))
     state = Checkpoints(tmp_path / 'run' / 'checkpoints', read_only=True).restore(
-        6, jax.eval_shape(lambda: task.init_state(setting))
+        6, jax.eval_shape(lambda: experiment.init_state(setting))
     )
 
     def loss(precision):
         setting.config.eval.precision = precision
         placed = parallel.replicate(state.variables())
-        return task.evaluate(setting, task.make_eval_step(setting), placed)['test/loss']
+        return experiment.evaluate(setting, experiment.make_eval_step(setting), placed)['test/loss']
 
     assert loss('float32') == trained['test/loss']
     assert loss('training') == loss('bfloat16') != trained['test/loss']

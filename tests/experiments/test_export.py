@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import export, train
-from nfnets_jax import load_pretrained, pretrained
+from nfnets_jax import load_pretrained
 from nfnets_jax.errors import UsageError
+from nfnets_jax.weights import pretrained
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from configs import finetune
-from experiments import config as experiment
-from experiments import evaluate, task, train
-from nfnets_jax import load_pretrained, pretrained
+from experiments import config as schema
+from experiments import evaluate, experiment, train
+from nfnets_jax import load_pretrained
 from nfnets_jax.errors import UsageError
+from nfnets_jax.weights import pretrained
 
 HEAD = 'NF_ResNet/~/linear'
 
@@ -99,14 +100,14 @@ def test_wrong_arguments_are_told(arguments, problem):
 
 
 def test_training_starts_from_the_weights_and_a_new_head(weights, folder):
-    setting = task.prepare(small(f'weights={weights},data={folder}'))
+    setting = experiment.prepare(small(f'weights={weights},data={folder}'))
     assert setting.pictures.shape == (12, 12, 3)
     assert (setting.pictures.test_size, setting.pictures.test_mode) == (16, 'resize_crop_4')
-    params, state, report = task.load_weights(setting)
+    params, state, report = experiment.load_weights(setting)
     assert set(report.new_head) == {f'{HEAD}/w', f'{HEAD}/b'}
-    started = task.init_state(setting, (params, state))
+    started = experiment.init_state(setting, (params, state))
     source = load_pretrained(weights).params
-    random = task.init_state(setting).params
+    random = experiment.init_state(setting).params
     for module in source:
         chex.assert_trees_all_equal(started.params[module], params[module])
         expected = random[module] if module == HEAD else source[module]
@@ -135,7 +136,7 @@ def test_a_frozen_body_stays_and_the_run_knows_what_it_is(weights, folder, tmp_p
 
 def test_a_pattern_freezes_what_it_matches(weights, folder):
     config = small(f'weights={weights},data={folder},freeze=.*/initial_conv/.*')
-    groups = task.prepare(config).optimizer.groups
+    groups = experiment.prepare(config).optimizer.groups
     frozen = {name for name, group in groups.items() if group.freeze}
     assert frozen == {f'NF_ResNet/~/initial_conv/{leaf}' for leaf in ('w', 'gain', 'bias')}
 
@@ -152,7 +153,7 @@ def test_weights_of_another_network_are_refused(key, value, problem, weights, fo
     with config.model.ignore_type():
         config.model[key] = value
     with pytest.raises(UsageError, match=problem):
-        task.load_weights(task.prepare(config))
+        experiment.load_weights(experiment.prepare(config))
 
 
 def test_a_class_without_pictures_is_named_and_nothing_written(weights, folder, tmp_path):
@@ -194,7 +195,7 @@ def test_weights_that_do_not_say_what_they_are_are_read_once(folder, tmp_path, m
     )
     config = small(f'weights={tmp_path}/plain.npz,data={folder}')
     assert config.model.name == 'NF-ResNet-8'
-    params, *_ = task.load_weights(task.prepare(config))
+    params, *_ = experiment.load_weights(experiment.prepare(config))
     assert len(read) == 1
     module = 'NF_ResNet/~/initial_conv'
     np.testing.assert_array_equal(params[module]['w'], filled[0][module]['w'])
@@ -214,7 +215,7 @@ def test_metadata_that_are_written_down_are_read_without_an_array(
         raise AssertionError('an array was read')
 
     monkeypatch.setattr(pretrained.weight_files, 'read', refuse)
-    monkeypatch.setattr('nfnets_jax.checkpoints.Checkpoints', refuse)
+    monkeypatch.setattr('nfnets_jax.weights.checkpoints.Checkpoints', refuse)
     assert pretrained.load_metadata(path) == expected
     with pytest.raises(UsageError, match='weights of NFNet-F0: they are those of NF-ResNet-8'):
         pretrained.load_metadata(path, 'NFNet-F0')
@@ -228,11 +229,11 @@ def test_the_batch_fits_a_small_folder(examples, batch_size, monkeypatch):
     config = finetune.get_config('model=NFNet-F0,data=there')
     assert config.batch_size == batch_size
     told = f'config.batch_size={batch_size} instead of 2048, for there are {examples:,} training '
-    assert experiment.take_adaptations(config) == [f'{told}images']
-    assert not experiment.take_adaptations(config), 'it was told'
+    assert schema.take_adaptations(config) == [f'{told}images']
+    assert not schema.take_adaptations(config), 'it was told'
     config = finetune.get_config('model=NFNet-F0,data=there')
     config.batch_size = 3
-    assert not experiment.take_adaptations(config)
+    assert not schema.take_adaptations(config)
 
 
 def test_a_large_folder_has_the_papers_batch(monkeypatch):
@@ -243,5 +244,5 @@ def test_a_large_folder_has_the_papers_batch(monkeypatch):
 def test_six_steps_are_a_duration_like_any(weights, folder):
     config = finetune.get_config(f'weights={weights},data={folder}')
     config.duration = '6 steps'
-    setting = task.prepare(config)
+    setting = experiment.prepare(config)
     assert (setting.log_every, setting.eval_every, setting.checkpoint_every) == (1, 1, 1)

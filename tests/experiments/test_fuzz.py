@@ -25,7 +25,8 @@ SERVER = """
 import json, os, sys
 from absl import flags
 from ml_collections import config_flags
-from experiments import cli, train
+from experiments import train
+from experiments.launch import cli
 import grain.python, matplotlib.pyplot, orbax.checkpoint, sklearn.datasets
 config_flags.DEFINE_config_file('config', None, '', lock_config=True)
 flags.DEFINE_string('workdir', None, '')

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import task, writers
-from experiments.task import prepare
+from experiments import experiment
+from experiments.experiment import prepare
+from experiments.run import metric_writers, parallel
 from experiments.train import _open_batches, train
 from experiments.train_step import make_train_step
-from nfnets_jax import parallel
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError
 from tests.experiments.conftest import tiny_config
@@ -66,7 +66,9 @@ def test_the_number_of_devices_changes_nothing(whole, command, tmp_path):
 
 def test_pairs_of_the_batch_are_another_experiment(whole, tmp_path):
     train(tiny_config(**(MIXED | {'augment__mix_pairs': 'batch'})), tmp_path / 'run')
-    losses = [writers.read_metrics(run)[0]['train/loss'] for run in (whole, tmp_path / 'run')]
+    losses = [
+        metric_writers.read_metrics(run)[0]['train/loss'] for run in (whole, tmp_path / 'run')
+    ]
     assert losses[0] != losses[1]
     with pytest.raises(UsageError, match="mix_pairs is 'distinct' there and 'batch' here"):
         train(tiny_config(**(MIXED | {'augment__mix_pairs': 'batch'})), whole)
@@ -77,7 +79,7 @@ def test_parts_of_a_batch_add_up_to_the_whole():
         setting = prepare(tiny_config(**MIXED, **changes))
         with _open_batches(setting, 0, pipeline.BadPictures()) as batches:
             stop = parallel.shard(np.zeros(jax.device_count(), np.float32))
-            state = parallel.replicate(task.init_state(setting))
+            state = parallel.replicate(experiment.init_state(setting))
             state, _ = make_train_step(setting)(state, next(batches) | {'stop': stop})
         return state.params
 

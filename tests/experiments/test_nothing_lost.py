@@ -3,15 +3,16 @@
 import json
 
 import pytest
+from tests.experiments.test_data_record import config_of, write_images
 
 from experiments import evaluate as evaluation
-from experiments import plots, task, workdir, writers
+from experiments import experiment
 from experiments.evaluate import evaluate
+from experiments.run import curves, metric_writers, workdir
 from experiments.train import train
-from nfnets_jax.checkpoints import Checkpoints
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError
-from tests.experiments.test_data_record import config_of, write_images
+from nfnets_jax.weights.checkpoints import Checkpoints
 from tests.experiments.test_train import assert_same_run, timeless
 
 
@@ -96,14 +97,14 @@ def test_an_unreadable_training_image_costs_no_step(data, go, tmp_path, monkeypa
 @pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), RuntimeError('a bug')])
 def test_metrics_that_cannot_be_written_cost_no_step(go, tmp_path, monkeypatch, error):
     go('whole')
-    real = writers._TensorBoard.write
+    real = metric_writers._TensorBoard.write
 
     def fails(self, step, scalars):
         if step == 4:
             raise error
         real(self, step, scalars)
 
-    monkeypatch.setattr(writers._TensorBoard, 'write', fails)
+    monkeypatch.setattr(metric_writers._TensorBoard, 'write', fails)
     with pytest.raises((UsageError, RuntimeError), match='cannot be written|a bug'):
         go()
     assert saved(tmp_path)[0] == [2, 4]
@@ -119,7 +120,7 @@ def test_curves_that_cannot_be_drawn_are_told_and_the_run_is_complete(
     def fails(*args, **options):
         raise RuntimeError('no font')
 
-    monkeypatch.setattr(plots, 'draw_curves', fails)
+    monkeypatch.setattr(curves, 'draw_curves', fails)
     summary = go()
     assert 'curves.png cannot be drawn: no font\n' in capsys.readouterr().err
     assert json.loads((tmp_path / 'run' / 'summary.json').read_text()) == summary
@@ -168,7 +169,7 @@ def validated(tmp_path_factory):
     config.eval.every = config.checkpoint.every = '1 steps'
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        real = task.evaluate
+        real = experiment.evaluate
 
         def counted(setting, step, variables, split):
             calls.append(split)
@@ -182,7 +183,7 @@ def validated(tmp_path_factory):
 def test_the_best_is_chosen_on_validation_data_and_the_test_data_seen_once(validated):
     directory, summary, calls = validated
     assert calls == ['validation'] * 4 + ['test']
-    lines = writers.read_metrics(directory)
+    lines = metric_writers.read_metrics(directory)
     watched = [line for line in lines if 'validation/top1' in line]
     assert [line['step'] for line in watched] == [1, 2, 3, 4]
     assert [line['step'] for line in lines if 'test/top1' in line] == [4]
@@ -206,14 +207,14 @@ def test_either_split_is_evaluated_as_in_training(validated, split):
 def test_the_default_is_the_test_and_a_watched_job_is_watched_on_validation(validated):
     directory, _, _ = validated
     assert 'test/top1' in evaluate(directory)
-    lines = [line for line in writers.read_metrics(directory) if 'validation/top1' in line]
+    lines = [line for line in metric_writers.read_metrics(directory) if 'validation/top1' in line]
     assert list(evaluation.watch(directory, seconds=0)) == [
         line for line in lines if line['step'] in saved(directory.parent)[0]
     ]
 
 
 def test_both_are_told(validated):
-    line = task.describe(validated[1]['final'])
+    line = experiment.describe(validated[1]['final'])
     assert line.startswith('validation top-1 ')
     assert '; test top-1 ' in line
 

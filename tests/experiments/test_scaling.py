@@ -1,11 +1,11 @@
 import pytest
 
 from experiments import scaling
-from nfnets_jax import devices
+from experiments.run import accelerators
 from nfnets_jax.errors import UsageError
 
-V5E = devices.find_device('TPU v5 lite')
-H100 = devices.find_device('NVIDIA H100 80GB HBM3')
+V5E = accelerators.find_device('TPU v5 lite')
+H100 = accelerators.find_device('NVIDIA H100 80GB HBM3')
 
 
 def test_operations_are_those_of_the_paper():

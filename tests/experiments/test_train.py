@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import task, workdir, writers
+from experiments import experiment
+from experiments.run import metric_writers, workdir
 from experiments.train import DivergedError, train
-from nfnets_jax.checkpoints import Checkpoints
 from nfnets_jax.errors import UsageError
+from nfnets_jax.weights.checkpoints import Checkpoints
 from tests.experiments.conftest import ONE_BLOCK, tiny_config
 from tests.test_files import files_no_larger_than
 
 
 def final_state(directory):
     """The training state that a run ended with."""
-    setting = task.prepare(workdir.load_config(directory))
-    like = jax.eval_shape(lambda: task.init_state(setting))
+    setting = experiment.prepare(workdir.load_config(directory))
+    like = jax.eval_shape(lambda: experiment.init_state(setting))
     checkpoints = Checkpoints(f'{directory}/checkpoints', read_only=True)
     try:
         return checkpoints.restore(setting.total_steps, like)
@@ -36,7 +37,7 @@ def timeless(directory):
     clocked = {f'train/{name}' for name in names}
     return [
         {name: value for name, value in line.items() if name not in clocked}
-        for line in writers.read_metrics(directory)
+        for line in metric_writers.read_metrics(directory)
     ]
 
 
@@ -60,7 +61,7 @@ def test_a_run_leaves_what_the_contract_names(whole):
     assert any(name.startswith('events.out.tfevents') for name in os.listdir(directory))
     assert json.loads((directory / 'summary.json').read_text()) == summary
     assert summary['step'] == 6
-    assert summary['final']['test/top1'] == writers.read_metrics(directory)[-1]['test/top1']
+    assert summary['final']['test/top1'] == metric_writers.read_metrics(directory)[-1]['test/top1']
     assert set(summary['versions']) >= {'jax', 'optax', 'dm-haiku', 'python'}
     assert summary['images_per_second'] > 0
 
@@ -131,7 +132,7 @@ def test_devices_share_the_work_without_changing_it(whole, command, tmp_path):
     chex.assert_trees_all_close(
         final_state(whole[0]).params, final_state(tmp_path / 'run').params, rtol=1e-4, atol=1e-5
     )
-    ours, theirs = (writers.read_metrics(d)[-1] for d in (whole[0], tmp_path / 'run'))
+    ours, theirs = (metric_writers.read_metrics(d)[-1] for d in (whole[0], tmp_path / 'run'))
     assert ours['test/loss'] == pytest.approx(theirs['test/loss'], rel=1e-4)
 
 
@@ -160,7 +161,7 @@ def longer(command, tmp_path_factory):
 
 
 def test_it_learns(longer):
-    assert writers.read_metrics(longer)[-1]['test/top1'] > 0.5
+    assert metric_writers.read_metrics(longer)[-1]['test/top1'] > 0.5
 
 
 def wait_for(process, condition):

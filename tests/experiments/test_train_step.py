@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from configs.finetune import head_only
-from experiments import window
-from experiments.task import init_state, make_eval_step, prepare
+from experiments.experiment import init_state, make_eval_step, prepare
+from experiments.run import parallel, step_metrics
 from experiments.train import train
 from experiments.train_step import compile_programs, computed_per_device, make_train_step
-from nfnets_jax import augment, optimizers, parallel
+from nfnets_jax import augment, optimizers
 from tests.experiments.conftest import ONE_BLOCK, tiny_config
 from tests.experiments.test_train import final_state
 
@@ -57,7 +57,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(plain, tiny):
     in_parts = two_steps(tiny(accumulate=4))
     chex.assert_trees_all_close(in_parts.params, plain.params, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(
-        window.means(in_parts.window), window.means(plain.window), rtol=1e-5
+        step_metrics.means(in_parts.window), step_metrics.means(plain.window), rtol=1e-5
     )
 
 
@@ -97,7 +97,7 @@ def test_gradients_are_averaged_in_the_dtype_asked_for(tiny, plain):
 
 def test_low_precision_gradients_change_little(tiny, plain):
     low = two_steps(tiny(gradient_dtype='bfloat16'))
-    means = window.means(low.window), window.means(plain.window)
+    means = step_metrics.means(low.window), step_metrics.means(plain.window)
     assert means[0]['loss'] == pytest.approx(means[1]['loss'], rel=1e-3)
     assert means[0]['gradient_norm'] != means[1]['gradient_norm']
     assert {x.dtype for x in jax.tree.leaves(low.params)} == {np.dtype('float32')}
@@ -122,15 +122,15 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(tiny):
         after._replace(step=before.step, window=before.window), before, strict=True
     )
     assert after.step == 2
-    assert window.nonfinite_steps(after.window) == 1
-    assert window.lost_at(after.window) is None
+    assert step_metrics.nonfinite_steps(after.window) == 1
+    assert step_metrics.lost_at(after.window) is None
 
     state, _ = step(state, batch())
     assert np.any(jax.tree.leaves(state.params)[0] != jax.tree.leaves(before.params)[0])
     for _ in range(2):
         state, _ = step(state, bad)
-    assert window.lost_at(state.window) == 5
-    assert window.nonfinite_steps(state.window) == 3
+    assert step_metrics.lost_at(state.window) == 5
+    assert step_metrics.nonfinite_steps(state.window) == 3
     chex.assert_tree_all_finite(state.params)
 
 
@@ -312,7 +312,7 @@ def test_a_frozen_parameter_whose_gradient_would_be_lost_does_not_matter(tiny, s
     state, _ = make_train_step(task._replace(model=task.model._replace(apply=apply)))(
         state, batch()
     )
-    assert window.nonfinite_steps(state.window) == 0
+    assert step_metrics.nonfinite_steps(state.window) == 0
     chex.assert_tree_all_finite(state.params)
 
 

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from experiments import study_format
 from experiments.report import charts, reading
+from experiments.study import schema
 from tests.experiments.report.conftest import chart
 
 
@@ -132,7 +132,7 @@ def test_a_long_table_is_thinned_and_keeps_its_ends():
     assert table.rows[-1] == ['1,000', '1000']
 
 
-@pytest.mark.parametrize('kind', study_format.KINDS)
+@pytest.mark.parametrize('kind', schema.KINDS)
 def test_a_study_that_has_not_begun_has_no_charts(build, study_fields, kind):
     trials = [t | {'state': 'pending', 'metrics': {}} for t in study_fields['trials']]
     x = 'step' if kind == 'curves' else 'batch_size'

@@ -5,8 +5,8 @@ import math
 import plotly.graph_objects as go
 import pytest
 
-from experiments import study_format
 from experiments.report import charts, interactive, reading
+from experiments.study import schema
 from tests.experiments.report.conftest import chart
 
 
@@ -29,7 +29,7 @@ def _coloured(figure):
     return json.loads(text, object_pairs_hook=paint), text
 
 
-@pytest.mark.parametrize('kind', [kind for kind in study_format.KINDS if kind != 'table'])
+@pytest.mark.parametrize('kind', [kind for kind in schema.KINDS if kind != 'table'])
 def test_plotly_knows_every_field(drawn, kind):
     painted, _ = _coloured(interactive.figure(drawn[kind]))
     go.Figure(painted)  # It refuses what it does not know.

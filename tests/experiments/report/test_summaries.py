@@ -1,7 +1,6 @@
 import pytest
 
 from configs.studies import bn_price
-from experiments import studies
 from experiments.report import page, reading, results, summaries
 from nfnets_jax.errors import UsageError
 
@@ -109,4 +108,4 @@ def test_a_study_that_asks_for_a_time_is_refused(kind):
         config.claims[0]['compare']['metric'] = 'training_seconds'
         key = r'config.claims\[0\].compare.metric'
     with pytest.raises(UsageError, match=f'{key}=.*cannot measure time'):
-        studies.make_trials(config)
+        config.make_trials(config)

@@ -1,0 +1,338 @@
+"""Shared by all commands: flags, text output, and a user's mistake as one line.
+
+Exit status: 0 done (or stopped on request, to be continued), 1 the training diverged,
+2 something in the command line, the config or a file is not right, 3 another process has died,
+130 interrupted (Ctrl-C), where that is not how training is asked to stop, 141 nobody reads the
+output any more.
+"""
+
+import ast
+import contextlib
+import inspect
+import os
+import re
+import runpy
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from experiments.launch import output
+from experiments.launch.distributed import INTERRUPTED, Peers, joined
+from nfnets_jax import extras, files
+from nfnets_jax.errors import UsageError, first_line
+
+flags.disclaim_key_flags()  # What is defined here are the flags, in --help, of who calls.
+
+
+def run(main: Callable[..., None], *, positional: bool = False, distributed: bool = False) -> None:
+    """Parses the command line and calls `main`, which reads `flags.FLAGS`.
+
+    Args:
+      main: the command.
+      positional: whether it takes what is on the command line besides flags, a list of strings.
+      distributed: whether several processes may run it together.
+    """
+    if distributed:
+        _define_distributed_flags()
+
+    def call_main(argv: Sequence[str]) -> None:
+        if len(argv) > 1 and not positional:
+            _fail(f'unexpected argument {argv[1]!r}: flags are written --name=value')
+        logging.set_verbosity(logging.ERROR)  # Libraries narrate their work; we say what matters.
+        warnings.filterwarnings('ignore', module='PIL')
+        with joined(_peers()) if distributed else contextlib.nullcontext():
+            main(argv[1:]) if positional else main()
+
+    with guarded():
+        app.run(call_main, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Ends a command as users expect it: any text can be printed, and a mistake is one line.
+
+    For `run`, and for programs that parse their command line in another way.
+    """
+    with output.session():
+        try:
+            yield
+        except UsageError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print('interrupted', file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            if isinstance(error, ImportError) and (line := extras.how_to_install(error.name)):
+                _fail(line)
+            if problem := _missing_devices():
+                _fail(problem)
+            raise
+
+
+def _missing_devices() -> str | None:
+    """Says why JAX cannot use the devices that the environment asks for; None if it can."""
+    asked = jax.config.jax_platforms
+    try:
+        jax.devices()
+        return None
+    except Exception as error:  # A RuntimeError, or an AssertionError where no GPU is visible.
+        reason = re.sub(
+            r"^Unable to initialize backend '\w+': | \(set JAX_.*", '', first_line(error)
+        )
+    jax.config.update('jax_platforms', '')
+    try:
+        here = ','.join(sorted({device.platform for device in jax.devices()}))
+    except Exception:
+        here = ''
+    found = f'JAX finds {here} here' if here else 'JAX finds no device here'
+    reason = '' if reason == 'AssertionError' else f' ({reason})'
+    todo = (
+        f'set JAX_PLATFORMS={here}, or install the driver and the JAX for {asked}'
+        if asked
+        else 'set JAX_PLATFORMS=cpu to compute on the CPU'
+    )
+    return f'JAX_PLATFORMS={asked or ""}: {found}{reason}; {todo}'
+
+
+class PathParser(flags.ArgumentParser):
+    """Parses a path of the local file system, which may begin with ~."""
+
+    syntactic_help = 'a path'
+
+    def parse(self, argument: str) -> str:
+        if not argument:
+            raise ValueError('a path must not be empty')
+        if '://' in argument:
+            raise ValueError('must be a path of the file system; mount the bucket')
+        return files.expand(argument)
+
+
+class WorkdirParser(PathParser):
+    """Parses the path of a directory that will hold checkpoints."""
+
+    def parse(self, argument: str) -> str:
+        path = super().parse(argument)
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise ValueError('must be valid UTF-8, as Orbax needs it') from None
+        return path
+
+
+def define_workdir(help: str, **options: Any) -> flags.FlagHolder:
+    """Defines --workdir; options as `flags.DEFINE` takes them."""
+    return flags.DEFINE(WorkdirParser(), 'workdir', None, help, **options)
+
+
+def define_path(name: str, default: str | None, help: str, **options: Any) -> flags.FlagHolder:
+    """Defines a flag for a file or a directory; options as `flags.DEFINE` takes them."""
+    return flags.DEFINE(PathParser(), name, default, help, **options)
+
+
+def define_paths(name: str, default: str | None, help: str, **options: Any) -> flags.FlagHolder:
+    """Defines a flag for a file or a directory that may be given several times."""
+    return flags.DEFINE_multi(
+        PathParser(), flags.ArgumentSerializer(), name, default, help, **options
+    )
+
+
+def _define_distributed_flags() -> None:
+    why = 'To train with several processes; not needed where the cluster says it.'
+    flags.DEFINE_string('coordinator', None, f'{why} host:port of process 0.')
+    flags.DEFINE_integer('num_processes', None, f'{why} How many there are.')
+    flags.DEFINE_integer('process_id', None, f'{why} Which of them this is, from 0.')
+    flags.DEFINE_float(
+        'start_timeout', 300.0, 'Seconds in which all processes must meet.', lower_bound=1.0
+    )
+    flags.DEFINE_float(
+        'peer_timeout', 60.0, 'Seconds of silence after which a process is dead.', lower_bound=1.0
+    )
+
+
+def _peers() -> Peers:
+    return Peers(**{name: flags.FLAGS[name].value for name in Peers._fields})
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        argv = _expand_config(argv)
+        for argument, following in zip(argv[1:], [*argv[2:], ''], strict=False):
+            name, equals, value = argument.partition('=')
+            if name in ('-config', '--config'):
+                given = value if equals else following
+                config = _load(given)
+                flags.FLAGS['config'].parser = _Loaded(given, config)
+                argv = _with_options(config, argv)
+                _check_overrides(config, argv)
+        sys.argv[:] = argv  # where the flags of a config look for each other
+        return flags.FLAGS(argv)
+    except UsageError as error:
+        _fail(str(error))
+    except (flags.Error, TypeError, ValueError) as error:  # The value of some flag.
+        missing = re.search(r'Flag (--\w+) must have a value other than None', str(error))
+        _fail(f'{missing[1]} is missing: see --help' if missing else _one_line(error))
+    except SystemExit as ending:
+        sys.exit(0 if ending.code == 1 else ending.code)  # absl ends --help with 1.
+
+
+def _expand_config(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with ~ replaced in --config=~/x.py and --config ~/x.py."""
+    expanded = list(argv)
+    for i, argument in enumerate(expanded):
+        name, equals, path = argument.partition('=')
+        if name in ('-config', '--config') and path:
+            expanded[i] = f'{name}={files.expand(path)}'
+        elif i and not equals and expanded[i - 1] in ('-config', '--config'):
+            expanded[i] = files.expand(argument)
+    return expanded
+
+
+class _Loaded(flags.ArgumentParser):
+    """Gives the flag the config that has been loaded, so that its file is run only once."""
+
+    def __init__(self, given: str, config: ConfigDict):
+        self._given, self._config = given, config
+
+    def parse(self, argument: str) -> ConfigDict:
+        return self._config.lock() if argument == self._given else _load(argument).lock()
+
+
+def _load(config: str) -> ConfigDict:
+    """Runs a config file, given as 'path' or 'path:argument'."""
+    path, colon, argument = config.partition(':')
+    if not os.path.isfile(path):
+        raise UsageError(f'--config={config}: there is no file {path}')
+    try:
+        get_config = runpy.run_path(path).get('get_config')
+        if get_config is None:
+            raise UsageError(f'--config={path} defines no function get_config()')
+        if colon and not inspect.signature(get_config).parameters:
+            raise UsageError(f'--config={config}: get_config() of {path} takes no argument')
+        loaded = get_config(argument) if colon else get_config()
+        if not isinstance(loaded, ConfigDict):
+            raise UsageError(
+                f'--config={path}: get_config() must return a ConfigDict, not '
+                f'{type(loaded).__name__}'
+            )
+        return loaded
+    except UsageError as error:
+        raise UsageError(
+            f'--config={config}: {error}' if str(error)[:2] != '--' else error
+        ) from None
+    except Exception as error:
+        raise UsageError(
+            f'{_place(path, error)}: {type(error).__name__}: {_one_line(error)}'
+        ) from error
+
+
+def _with_options(config: ConfigDict, argv: Sequence[str]) -> list[str]:
+    """Returns the arguments, options that the config file does not name put into their node whole.
+
+    A model and a source of data have more options than a config file need name, but only what it
+    names is a flag: --config.model.width=2 becomes --config.model={'name': ..., 'width': 2}.
+    """
+    rest, given = [], {}
+    for argument in argv:
+        match = re.fullmatch(
+            r'--?config\.((?:\w+\.)*(model|data))\.(\w+)=(.*)', argument, re.DOTALL
+        )
+        if match:
+            path, node, option, text = match.groups()
+            fields = _node(config, path)
+            name = _last_value(argv, f'config.{path}.name') or (fields or {}).get('name')
+            if fields is not None and option not in fields and option in _options(node, name):
+                given.setdefault(path, fields.to_dict())[option] = _literal(text)
+                continue
+        rest.append(argument)
+    # Before other settings of the node, which go on top.
+    overrides = (i for i, argument in enumerate(rest) if re.match(r'--?(no)?config\.', argument))
+    first = next(overrides, len(rest))
+    rest[first:first] = [f'--config.{path}={fields!r}' for path, fields in given.items()]
+    return rest
+
+
+def _node(config: ConfigDict, path: str) -> ConfigDict | None:
+    for part in path.split('.'):
+        config = config.get(part) if isinstance(config, ConfigDict) else None
+    return config if isinstance(config, ConfigDict) else None
+
+
+def _last_value(argv: Sequence[str], flag: str) -> str | None:
+    values = [a.partition('=')[2] for a in argv if re.match(rf'--?{re.escape(flag)}=', a)]
+    return values[-1] if values else None
+
+
+def _options(node: str, name: Any) -> Collection[str]:
+    """All options of a model or a source of data; none where there is no such thing."""
+    from experiments.run import (
+        data,  # here: these take seconds to import, and few commands need them
+    )
+    from nfnets_jax import models
+
+    try:
+        return models.model_options(name) if node == 'model' else data.options(name)
+    except UsageError:
+        return ()  # Its name is what is wrong, which is told where it is used.
+
+
+def _literal(text: str) -> Any:
+    if text in ('true', 'false'):  # As absl's flags know them.
+        return text == 'true'
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
+    known = _keys(config)
+    for argument in argv[1:]:
+        override = re.match(r'--?(?:no)?config\.([^=]*)', argument)
+        if override and (key := override[1]) not in known:
+            from experiments.config import unknown_key  # here: a slow import
+
+            raise unknown_key(key, known + _options_of(config))
+
+
+def _options_of(config: ConfigDict) -> list[str]:
+    """The dotted names of the options of a config's model and data."""
+    return [
+        f'{node}.{option}'
+        for node in ('model', 'data')
+        if (fields := _node(config, node)) is not None
+        for option in _options(node, fields.get('name'))
+    ]
+
+
+def _keys(config: ConfigDict, prefix: str = '') -> list[str]:
+    """All dotted keys of a config, those of the inner nodes included."""
+    keys = []
+    for key in config:
+        keys.append(prefix + key)
+        if isinstance(config[key], ConfigDict):
+            keys += _keys(config[key], f'{prefix}{key}.')
+    return keys
+
+
+def _place(path: str, error: Exception) -> str:
+    if isinstance(error, SyntaxError):
+        return f'{path}:{error.lineno}'
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if os.path.realpath(f.filename) == os.path.realpath(path)]
+    return f'{path}:{lines[-1]}' if lines else path
+
+
+def _one_line(error: Exception) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    return ' '.join(str(text).split())[:300] or type(error).__name__
+
+
+def _fail(message: str) -> None:
+    print(f'error: {" ".join(message.split())}', file=sys.stderr)  # One line, whatever was given.
+    sys.exit(2)

@@ -1,0 +1,298 @@
+"""What a study is: a question, the arms that are compared, and the trials that follow from them.
+
+A file under configs/studies/ starts from `default_study()`. Its trials are the points of a grid:
+every arm, at every value of every axis, the learning rate and the seed among them.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from experiments.config import default_config
+from experiments.run import workdir
+from experiments.study import measurements
+from experiments.study.schema import TIMES, Fields, parse_chart, parse_claim
+from experiments.train_step import program_key
+from nfnets_jax.errors import UsageError, nearest
+
+PRETRAINED = '{study}/pretrained'  # {study}, which `load_weights` knows, is the study's directory
+
+# Nodes whose fields depend on a name: with a new name come all of its own fields.
+_NAMED = ('model', 'data')
+
+_ARM = ('name', 'label', 'config', 'grid')
+_NAME = re.compile(r'[A-Za-z0-9][\w.+-]*')
+_VALUE = re.compile(r'[\w.+-]+')
+
+
+class Trial(NamedTuple):
+    """One point of a study's grid."""
+
+    id: str  # and the name of its directory
+    axes: dict[str, Any]  # the arm, and the value on each axis that the arm has
+    config: ConfigDict
+    program: str  # equal for trials that share a compiled program
+
+
+def default_study() -> ConfigDict:
+    """Returns every field of a study with its default."""
+    return ConfigDict(
+        {
+            'name': '',
+            'title': '',
+            'question': '',
+            'setting': '',  # data and network, in words; the recipe comes on top, see `recipe`
+            'size': '',  # digits | cifar10 | imagenet | ...
+            'cost': '',  # what it took where, in words, as measured
+            'base': default_config(),  # what all trials start from
+            # A config to be trained once before the trials, if it is not empty; they find its
+            # weights with config.init.weights = PRETRAINED.
+            'pretrain': {},
+            # Name of an axis -> the key of the config that it sets.
+            'axes': {'learning_rate': 'optimizer.learning_rate', 'seed': 'seed'},
+            'grid': {'seed': (0, 1, 2)},  # axis -> its values, in every arm
+            # {'name', 'label': words, 'config': what differs from the base, 'grid': axis -> its
+            # values in this arm, instead of the study's}. An arm may lack an axis.
+            'arms': (),
+            # What a trial does, in order: names of experiments.study.measurements.
+            'measure': ('train',),
+            'metric': 'test/top1',  # what arms are judged by
+            'higher_is_better': True,
+            'chance': 0.1,  # the metric of a network that knows nothing, and of a diverged trial
+            # Axes whose best value is chosen for each arm, by the mean over the seeds.
+            'tuned': ('learning_rate',),
+            # {'text', 'source', 'compare': {'better': {axis: value}, 'worse': {axis: value},
+            # 'margin', 'direction': 'greater' | 'less'}}: what was claimed before.
+            'claims': (),
+            # {'kind': one of KINDS, 'x': axis or 'step', 'y': metric, 'series': axis, 'log_x',
+            # 'title'} and if wanted 'where': {axis: value}, 'log_y', 'x_label'.
+            'charts': (),
+        }
+    )
+
+
+def make_trials(study: ConfigDict) -> list[Trial]:
+    """Returns all trials of a study, those that share a compiled program one after another.
+
+    Raises:
+      UsageError: naming the field of the study that is wrong. The trials' configs are not checked.
+    """
+    _check(study)
+    trials: dict[str, list[Trial]] = {}
+    for i, arm in enumerate(study.arms):
+        config = ConfigDict(study.base.to_dict())
+        _merge(config, arm.get('config', {}), f'config.arms[{i}].config')
+        grid = {**study.grid.to_dict(), **arm.get('grid', {})}
+        axes = [axis for axis in study.axes if axis in grid]
+        for values in itertools.product(*(grid[axis] for axis in axes)):
+            point = {'arm': arm['name'], **dict(zip(axes, values, strict=True))}
+            trial = _make_trial(study, point, config)
+            trials.setdefault(trial.program, []).append(trial)
+    return [trial for group in trials.values() for trial in group]
+
+
+def difference(trial: Trial, study: ConfigDict) -> dict[str, Any]:
+    """Returns what a trial's config has other than the study's base: {dotted key: value}."""
+    base = workdir.flatten(workdir.as_json(study.base))
+    here = workdir.flatten(workdir.as_json(trial.config))
+    return {key: value for key, value in here.items() if key not in base or base[key] != value}
+
+
+def in_study(message: str, trial: Trial, study: ConfigDict) -> str:
+    """Returns a message about a trial's config, its keys named as they are in the study.
+
+    'config.data.path' becomes 'config.base.data.path', unless the arm or an axis sets it.
+    """
+    i = [arm['name'] for arm in study.arms].index(trial.axes['arm'])
+    changes, grid = study.arms[i].get('config', {}), study.arms[i].get('grid', {})
+    axes = {study.axes[axis]: axis for axis in trial.axes if axis != 'arm'}
+
+    def place(key: str) -> str:
+        if key in axes:
+            return f'arms[{i}].grid.{axes[key]}' if axes[key] in grid else f'grid.{axes[key]}'
+        return f'arms[{i}].config.{key}' if _has(changes, key) else f'base.{key}'
+
+    return rename_keys(message, place)
+
+
+def rename_keys(message: str, place: Callable[[str], str]) -> str:
+    """Returns a message about a run's config with each key of it replaced by `place(key)`."""
+    known = '|'.join(default_config())
+    return re.sub(
+        rf'\bconfig\.((?:{known})\b(?:\.\w+)*)', lambda match: f'config.{place(match[1])}', message
+    )
+
+
+def _has(changes: Mapping, key: str) -> bool:
+    """Whether nested changes say what a dotted key is."""
+    node, _, rest = key.partition('.')
+    value = changes.get(node)
+    if not rest or not _is_node(value) or _is_whole(node, value):
+        return node in changes
+    return _has(value, rest)
+
+
+def axis_values(study: ConfigDict) -> dict[str, list]:
+    """Returns the arms, and all values on each axis over all arms, in order."""
+    values: dict[str, list] = {'arm': [arm['name'] for arm in study.arms]}
+    for axis in study.axes:
+        grids = [study.grid, *(arm.get('grid', {}) for arm in study.arms)]
+        seen = dict.fromkeys(value for grid in grids for value in grid.get(axis, ()))
+        if seen:
+            values[axis] = list(seen)
+    return values
+
+
+def _make_trial(study: ConfigDict, axes: Mapping[str, Any], config: ConfigDict) -> Trial:
+    config = ConfigDict(config.to_dict())
+    names = [axes['arm']]
+    for axis, value in axes.items():
+        if axis != 'arm':
+            _set(config, study.axes[axis], value, f'axes.{axis}')
+            names.append(f'{axis}={value}')
+    program = hashlib.sha256(program_key(config).encode()).hexdigest()[:16]
+    return Trial('-'.join(names), dict(axes), config, program)
+
+
+def _merge(config: ConfigDict, changes: Mapping, place: str) -> None:
+    """Puts nested changes into a config."""
+    for key, value in changes.items():
+        if key not in config and place.rpartition('.')[2] not in _NAMED:
+            raise UsageError(f'unknown key {place}.{key}{nearest(key, config)}')
+        if _is_node(value) and _is_node(config.get(key)) and not _is_whole(key, value):
+            _merge(config[key], value, f'{place}.{key}')
+        else:
+            with config.ignore_type():
+                config[key] = value.to_dict() if isinstance(value, ConfigDict) else value
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping | ConfigDict)
+
+
+def _is_whole(key: str, value: Mapping) -> bool:
+    """Whether a change of a node leaves nothing of what was there."""
+    return key in _NAMED and 'name' in value
+
+
+def _set(config: ConfigDict, key: str, value: Any, axis: str) -> None:
+    *nodes, field = key.split('.')
+    for node in nodes:
+        if not isinstance(config.get(node), ConfigDict):
+            raise UsageError(
+                f'config.{axis}={key!r}: no config has {node!r}{nearest(node, config)}'
+            )
+        config = config[node]
+    if field not in config and nodes != ['model'] and nodes != ['data']:
+        raise UsageError(f'config.{axis}={key!r}: there is no such key{nearest(field, config)}')
+    with config.ignore_type():
+        config[field] = value
+
+
+def _check(study: ConfigDict) -> None:
+    known = default_study()
+    for key in study:
+        if key not in known:
+            raise UsageError(f'unknown key config.{key} of a study{nearest(key, known)}')
+    for key in known:
+        if key not in study:
+            raise UsageError(f'config.{key} is missing: see experiments/study/config.py')
+    if not study.arms:
+        raise UsageError('config.arms is empty: a study needs an arm')
+    for name in study.measure:
+        if name not in measurements.MEASUREMENTS:
+            raise UsageError(
+                f'config.measure: unknown {name!r}{nearest(name, measurements.MEASUREMENTS)}'
+            )
+    for i, arm in enumerate(study.arms):
+        for key in arm:
+            if key not in _ARM:
+                raise UsageError(f'unknown key config.arms[{i}].{key}{nearest(key, _ARM)}')
+        _check_name(arm.get('name', ''), f'arms[{i}].name')
+        if arm['name'] in [other['name'] for other in study.arms[:i]]:
+            raise UsageError(f'config.arms[{i}].name={arm["name"]!r}: another arm has this name')
+        _check_grid(arm.get('grid', {}), f'arms[{i}].grid', study)
+    _check_grid(study.grid, 'grid', study)
+    told = to_json(study)
+    for i, claim in enumerate(told['claims']):
+        parsed = parse_claim(Fields(claim, f'config.claims[{i}]'), told['axes'], study.metric)
+        _check_no_time(parsed.metric, f'config.claims[{i}].compare.metric')
+    for i, chart in enumerate(told['charts']):
+        drawn = parse_chart(Fields(chart, f'config.charts[{i}]'), told['axes'])
+        _check_no_time(drawn.y, f'config.charts[{i}].y')
+    for axis in study.tuned:
+        if axis not in study.axes:
+            raise UsageError(f'config.tuned: no axis {axis!r}{nearest(axis, study.axes)}')
+
+
+def _check_grid(grid: Mapping, key: str, study: ConfigDict) -> None:
+    for axis, values in grid.items():
+        if axis not in study.axes:
+            raise UsageError(f'config.{key}.{axis}: no such axis{nearest(axis, study.axes)}')
+        if not isinstance(values, tuple | list) or not values:
+            raise UsageError(f'config.{key}.{axis}={values!r}: give a tuple of values')
+        for value in values:
+            _check_name(str(value), f'{key}.{axis}', _VALUE)
+        if len(set(values)) < len(values):
+            raise UsageError(f'config.{key}.{axis}={values!r}: a value twice')
+
+
+def _check_name(name: str, key: str, allowed: re.Pattern = _NAME) -> None:
+    if not allowed.fullmatch(name):
+        raise UsageError(
+            f'config.{key}: {name!r} becomes part of a directory: letters, digits, _ . + - only'
+        )
+
+
+def recipe(study: ConfigDict) -> str:
+    """Returns how the study's networks are trained, in words; '' where nothing is trained."""
+    if 'train' not in study.measure:
+        return ''
+    base = study.base
+    optimizer, clip, schedule = base.optimizer, base.optimizer.clip, base.optimizer.schedule
+    if optimizer.name == 'sgd':
+        nesterov = 'Nesterov ' if optimizer.nesterov else ''
+        trained_by = f'SGD with {nesterov}momentum {optimizer.momentum:g}'
+    else:
+        trained_by = optimizer.name.capitalize()
+    told = {
+        'batch_size': f'batch size {base.batch_size}',
+        'duration': base.duration,
+        'optimizer.name': trained_by,
+        'optimizer.schedule.name': f'{schedule.name} schedule, {schedule.warmup} warm-up',
+        'optimizer.weight_decay': f'weight decay {optimizer.weight_decay:g}',
+        'optimizer.clip.clipping': {
+            'none': 'no clipping',
+            'agc': f'AGC at {clip.clipping:g}',
+        }.get(clip.name, f'clipping {clip.name} at {clip.clipping:g}'),
+        'optimizer.scale_lr_by_batch': 'learning rates of SGD for 256 examples, in proportion to '
+        'the batch'
+        if optimizer.scale_lr_by_batch
+        else 'learning rates whatever the batch',
+    }
+    varied = set(study.axes.values())
+    words = ', '.join(text for key, text in told.items() if key not in varied)
+    return f'Where arms and figures do not say otherwise: {words}.'
+
+
+def _check_no_time(metric: str, key: str) -> None:
+    if metric in TIMES:
+        raise UsageError(
+            f'{key}={metric!r}: trials share the machine, so that a study cannot measure time; '
+            'see benchmarks/'
+        )
+
+
+def to_json(study: ConfigDict) -> dict[str, Any]:
+    """Returns what study.json says of the study itself; trials and circumstances come on top."""
+    words = ('name', 'title', 'question', 'setting', 'size', 'cost')
+    fields = (*words, 'metric', 'higher_is_better', 'chance', 'tuned', 'claims', 'charts')
+    labels = {arm['name']: arm.get('label', arm['name']) for arm in study.arms}
+    told = {field: study[field] for field in fields} | {'axes': axis_values(study), 'arms': labels}
+    told['setting'] = '. '.join(filter(None, (study.setting, recipe(study))))
+    return json.loads(json.dumps(told, default=dict))

@@ -1,0 +1,140 @@
+"""RandAugment and AutoAugment on the device.
+
+The operations, their magnitudes and the policy are those of the papers (AutoAugment, arXiv
+1805.09501; RandAugment, 1909.13719) in the form that the NFNets were trained with.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nfnets_jax.augment.operations import OPERATIONS, Operation, apply_operations
+
+# The published reach of the operations that count pixels, and the smallest picture it was published
+# for; in smaller ones it shrinks in proportion (at 32 pixels, Cutout would leave nothing).
+_RANDAUGMENT_REACH = {'translate': 100, 'cutout': 40}
+_AUTOAUGMENT_REACH = {'translate': 250, 'cutout': 100}
+_FULL_REACH_SIZE = 192
+
+
+# AutoAugment's policy for ImageNet: pairs of (operation, probability, level).
+_POLICY_V0 = (
+    (('Equalize', 0.8, 1), ('ShearY', 0.8, 4)),
+    (('Color', 0.4, 9), ('Equalize', 0.6, 3)),
+    (('Color', 0.4, 1), ('Rotate', 0.6, 8)),
+    (('Solarize', 0.8, 3), ('Equalize', 0.4, 7)),
+    (('Solarize', 0.4, 2), ('Solarize', 0.6, 2)),
+    (('Color', 0.2, 0), ('Equalize', 0.8, 8)),
+    (('Equalize', 0.4, 8), ('SolarizeAdd', 0.8, 3)),
+    (('ShearX', 0.2, 9), ('Rotate', 0.6, 8)),
+    (('Color', 0.6, 1), ('Equalize', 1.0, 2)),
+    (('Invert', 0.4, 9), ('Rotate', 0.6, 0)),
+    (('Equalize', 1.0, 9), ('ShearY', 0.6, 3)),
+    (('Color', 0.4, 7), ('Equalize', 0.6, 0)),
+    (('Posterize', 0.4, 6), ('AutoContrast', 0.4, 7)),
+    (('Solarize', 0.6, 8), ('Color', 0.6, 9)),
+    (('Solarize', 0.2, 4), ('Rotate', 0.8, 9)),
+    (('Rotate', 1.0, 7), ('TranslateY', 0.8, 9)),
+    (('ShearX', 0.0, 0), ('Solarize', 0.8, 4)),
+    (('ShearY', 0.8, 0), ('Color', 0.6, 4)),
+    (('Color', 1.0, 0), ('Rotate', 0.6, 2)),
+    (('Equalize', 0.8, 4), ('Equalize', 0.0, 8)),
+    (('Equalize', 1.0, 4), ('AutoContrast', 0.6, 2)),
+    (('ShearY', 0.4, 7), ('SolarizeAdd', 0.6, 7)),
+    (('Posterize', 0.8, 2), ('Solarize', 0.6, 10)),
+    (('Solarize', 0.6, 8), ('Equalize', 0.6, 1)),
+    (('Color', 0.8, 6), ('Rotate', 0.4, 5)),
+)
+
+
+def published_operation(name: str, level: float, *, translate: float, cutout: float) -> Operation:
+    """Returns an operation at a magnitude as AutoAugment, RandAugment and the NFNets count it.
+
+    Args:
+        name: one of `OPERATIONS`.
+        level: magnitude, at least 0; at 10 a picture turns by 30 degrees.
+        translate, cutout: pixels that those operations reach at level 10.
+    """
+    strength = level / 10
+    at_ten = {'Rotate': 30, 'ShearX': 0.3, 'ShearY': 0.3}
+    at_ten |= {'TranslateX': translate, 'TranslateY': translate}
+    whole_at_ten = {'Solarize': 256, 'SolarizeAdd': 110, 'Cutout': cutout}
+    if name in at_ten:
+        return Operation(name, strength * at_ten[name])
+    if name in whole_at_ten:
+        return Operation(name, int(strength * whole_at_ten[name]))
+    if name == 'Posterize':  # one bit and eight are the limits of TensorFlow's shift, too
+        return Operation(name, min(max(int(strength * 4), 1), 8))
+    if name in ('Brightness', 'Color', 'Contrast', 'Sharpness'):
+        return Operation(name, strength * 1.8 + 0.1)
+    return Operation(name)
+
+
+def randaugment(keys: jax.Array, images: jax.Array, layers: int, magnitude: float) -> jax.Array:
+    """Applies `layers` operations to each picture, every one drawn from all sixteen.
+
+    Args:
+        keys: [N], one for each picture.
+        images: uint8 [N, H, W, 3].
+        layers: operations in a row.
+        magnitude: of all of them; see `published_operation`.
+
+    Returns:
+        uint8 [N, H, W, 3].
+    """
+    reach = _reach(_RANDAUGMENT_REACH, images)
+    operations = [published_operation(name, magnitude, **reach) for name in OPERATIONS]
+
+    def layer(index, images):
+        layer_keys = _fold(keys, index)
+        choice = _draw(layer_keys, len(operations))
+        return _apply(layer_keys, images, operations, choice)
+
+    return jax.lax.fori_loop(0, layers, layer, images)
+
+
+def autoaugment(keys: jax.Array, images: jax.Array) -> jax.Array:
+    """Applies AutoAugment's ImageNet policy v0: to each picture a random one of 25 pairs.
+
+    Args:
+        keys: [N], one for each picture.
+        images: uint8 [N, H, W, 3].
+
+    Returns:
+        uint8 [N, H, W, 3].
+    """
+    reach = _reach(_AUTOAUGMENT_REACH, images)
+    flat = [entry for pair in _POLICY_V0 for entry in pair]
+    operations = [published_operation(name, level, **reach) for name, _, level in flat]
+    probabilities = jnp.asarray([probability for _, probability, _ in flat])
+    pair = _draw(keys, len(_POLICY_V0))
+
+    def apply(place, images):
+        choice = 2 * pair + place
+        place_keys = _fold(keys, 1 + place)
+        happens = jax.vmap(jax.random.bernoulli)(place_keys, probabilities[choice])
+        return _apply(place_keys, images, operations, jnp.where(happens, choice, -1))
+
+    return jax.lax.fori_loop(0, 2, apply, images)
+
+
+def _apply(keys: jax.Array, images: jax.Array, operations, choice: jax.Array) -> jax.Array:
+    """Applies the chosen operations: warps either way, Cutout anywhere in the picture."""
+    turned = jax.vmap(jax.random.bernoulli)(_fold(keys, 0))
+    sign = 1 - 2 * turned.astype(jnp.float32)
+    height, width = images.shape[1:3]
+    centre = jnp.stack([_draw(_fold(keys, 1), height), _draw(_fold(keys, 2), width)], axis=-1)
+    return apply_operations(images, operations, choice, sign, centre)
+
+
+def _draw(keys: jax.Array, count: int) -> jax.Array:
+    """Returns for each key an integer in [0, count), int32 [N]."""
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, count))(keys)
+
+
+def _reach(published: dict[str, float], images: jax.Array) -> dict[str, float]:
+    scale = min(1.0, min(images.shape[1:3]) / _FULL_REACH_SIZE)
+    return {name: pixels * scale for name, pixels in published.items()}
+
+
+def _fold(keys: jax.Array, number) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)

@@ -1,0 +1,135 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+from sklearn.datasets import load_sample_images
+
+from nfnets_jax.augment.operations import OPERATIONS, WARPS, Operation, apply_operations
+from nfnets_jax.augment.randaugment import published_operation
+
+LEVELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 30)
+CENTRE = (7, 40)
+
+
+@pytest.fixture(scope='module')
+def pictures():
+    """Two photographs, in full and in half contrast, and what tables and histograms stumble on."""
+    photographs = [
+        np.asarray(Image.fromarray(image).resize((61, 48))) for image in load_sample_images().images
+    ]
+    flat = np.full((48, 61, 3), 200, np.uint8)
+    two_values = np.where(np.arange(61)[:, None] < 30, 3, 250) + np.zeros_like(flat)
+    noise = np.random.default_rng(0).integers(20, 193, flat.shape)
+    dim = [image // 2 + 40 for image in photographs]
+    return np.stack([*photographs, *dim, flat, two_values, noise]).astype(np.uint8)
+
+
+def with_pillow(operation, image, sign):
+    name, argument = operation
+    picture = Image.fromarray(image)
+    if name == 'Rotate':
+        return picture.rotate(sign * argument, fillcolor=(128,) * 3)
+    if name in WARPS:
+        matrix = [1, 0, 0, 0, 1, 0]
+        matrix[{'ShearX': 1, 'TranslateX': 2, 'ShearY': 3, 'TranslateY': 5}[name]] = sign * argument
+        return picture.transform(picture.size, Image.Transform.AFFINE, matrix, fillcolor=(128,) * 3)
+    if name == 'SolarizeAdd':
+        return picture.point([min(v + argument, 255) if v < 128 else v for v in range(256)] * 3)
+    if name == 'Cutout':
+        box = [c + s * argument for s in (-1, 1) for c in reversed(CENTRE)]
+        box = [min(max(x, 0), limit) for x, limit in zip(box, 2 * picture.size, strict=True)]
+        if box[0] < box[2] and box[1] < box[3]:
+            picture.paste((128,) * 3, box)
+        return picture
+    if name in ('Posterize', 'Solarize'):
+        return getattr(ImageOps, name.lower())(picture, argument)
+    if name in ('AutoContrast', 'Equalize', 'Invert'):
+        return getattr(ImageOps, name.lower())(picture)
+    return getattr(ImageEnhance, name)(picture).enhance(argument)
+
+
+def is_tie(shear, size):
+    return np.isclose((np.arange(size) + 0.5) * shear % 1, 0.5)
+
+
+@pytest.fixture(scope='module')
+def distorted(pictures):
+    """(operation, sign, pictures) of every operation at every level, all from one batch."""
+    operations = [
+        published_operation(name, level, translate=40, cutout=16)
+        for name in OPERATIONS
+        for level in LEVELS
+    ]
+    choice = np.repeat(np.arange(len(operations)), 2 * len(pictures))
+    sign = np.tile(np.repeat([1.0, -1.0], len(pictures)), len(operations)).astype(np.float32)
+    images = np.tile(pictures, (2 * len(operations), 1, 1, 1))
+    out = jax.jit(lambda *a: apply_operations(a[0], operations, *a[1:]))(
+        images, choice, sign, np.tile(CENTRE, (len(images), 1))
+    )
+    out = np.asarray(out).reshape(len(operations), 2, *pictures.shape)
+    return [
+        (operation, sign, signed)
+        for operation, both in zip(operations, out, strict=True)
+        for sign, signed in zip((1, -1), both, strict=True)
+    ]
+
+
+@pytest.mark.parametrize('name', OPERATIONS)
+def test_operations_agree_with_pillow_at_every_magnitude(pictures, distorted, name):
+    chosen = [case for case in distorted if case[0].name == name]
+    assert len(chosen) == 2 * len(LEVELS)
+    for operation, sign, found in chosen:
+        expected = np.stack([with_pillow(operation, image, sign) for image in pictures])
+        if name not in WARPS:
+            np.testing.assert_array_equal(found, expected, str(operation))
+            continue
+        differs = (found != expected).any(-1)
+        if name == 'ShearX':  # where two pixels are equally near, either may be taken
+            differs = differs[:, ~is_tie(operation.argument, 48), :]
+        if name == 'ShearY':
+            differs = differs[:, :, ~is_tie(operation.argument, 61)]
+        assert differs.mean() < 0.002, operation
+
+
+def test_every_picture_gets_its_own_operation(pictures):
+    """Any mixture of them, in any number, is what each would be alone."""
+    operations = [published_operation(name, 7, translate=40, cutout=16) for name in OPERATIONS]
+    rng = np.random.default_rng(1)
+    images = pictures[rng.integers(len(pictures), size=41)]
+    choice = rng.integers(-1, len(operations), size=41)
+    sign, centre = rng.choice([-1.0, 1.0], 41).astype(np.float32), rng.integers(0, 48, (41, 2))
+    together = jax.jit(lambda *a: apply_operations(a[0], operations, *a[1:]))
+    whole = together(images, choice, sign, centre)
+    for i in range(0, 41, 6):
+        alone = together(
+            *(
+                np.tile(x[i : i + 1], (41, *[1] * (x.ndim - 1)))
+                for x in (images, choice, sign, centre)
+            )
+        )
+        np.testing.assert_array_equal(whole[i], alone[0])
+    np.testing.assert_array_equal(whole[choice == -1], images[choice == -1])
+
+
+@pytest.mark.parametrize('count', [0, 1, 5])
+def test_where_few_or_none_need_it(pictures, count):
+    images = pictures[:5]
+    choice = np.full(5, -1)
+    choice[:count] = 0
+    out = apply_operations(images, [Operation('Invert')], choice, np.ones(5), np.zeros((5, 2), int))
+    np.testing.assert_array_equal(out[:count], 255 - images[:count])
+    np.testing.assert_array_equal(out[count:], images[count:])
+
+
+@pytest.mark.parametrize('size', [(1, 1), (2, 9)])
+def test_tiny_pictures(size):
+    images = np.random.default_rng(0).integers(0, 256, (16, *size, 3), dtype=np.uint8)
+    operations = [published_operation(name, 3, translate=2, cutout=4) for name in OPERATIONS]
+    out = apply_operations(images, operations, np.arange(16), np.ones(16), np.tile(CENTRE, (16, 1)))
+    chex.assert_shape(out, images.shape)
+    assert out.dtype == jnp.uint8
+    for image, operation, found in zip(images, operations, out, strict=True):
+        if operation.name not in WARPS:
+            np.testing.assert_array_equal(found, with_pillow(operation, image, 1), str(operation))

@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nfnets_jax.augment import randaugment
+from nfnets_jax.augment.operations import OPERATIONS, Operation
+from nfnets_jax.augment.randaugment import published_operation
+from nfnets_jax.augment.recipe import example_keys
+
+N = 64
+
+
+def keys(step=0, count=N):
+    return example_keys(0, step, jnp.arange(count))
+
+
+# The values that the authors' functions give at these levels.
+PUBLISHED = {
+    'AutoContrast': (0, 0, 0),
+    'Equalize': (0, 0, 0),
+    'Invert': (0, 0, 0),
+    'Rotate': (9, 30, 45),
+    'Posterize': (1, 4, 6),
+    'Solarize': (76, 256, 384),
+    'SolarizeAdd': (33, 110, 165),
+    'Color': (0.64, 1.9, 2.8),
+    'Contrast': (0.64, 1.9, 2.8),
+    'Brightness': (0.64, 1.9, 2.8),
+    'Sharpness': (0.64, 1.9, 2.8),
+    'ShearX': (0.09, 0.3, 0.45),
+    'ShearY': (0.09, 0.3, 0.45),
+    'TranslateX': (30, 100, 150),
+    'TranslateY': (30, 100, 150),
+    'Cutout': (12, 40, 60),
+}
+
+
+def test_magnitudes_are_the_published_ones():
+    assert set(PUBLISHED) == set(OPERATIONS)
+    for name, arguments in PUBLISHED.items():
+        for level, argument in zip((3, 10, 15), arguments, strict=True):
+            found = published_operation(name, level, translate=100, cutout=40)
+            assert found.name == name
+            np.testing.assert_allclose(found.argument, argument, rtol=1e-9)
+    assert published_operation('Posterize', 0, translate=1, cutout=1) == ('Posterize', 1)
+    assert published_operation('Posterize', 30, translate=1, cutout=1) == ('Posterize', 8)
+
+
+def record(monkeypatch):
+    """Makes `apply_operations` note its arguments, and returns the list of those."""
+    calls = []
+
+    def noted(images, *arguments):
+        calls.append(arguments)
+        return images
+
+    monkeypatch.setattr(randaugment, 'apply_operations', noted)
+    monkeypatch.setattr(
+        jax.lax,
+        'fori_loop',
+        lambda low, high, body, value: [value := body(i, value) for i in range(low, high)][-1],
+    )
+    return calls
+
+
+def test_randaugment_draws_evenly_and_anew_in_every_layer(monkeypatch):
+    calls = record(monkeypatch)
+    randaugment.randaugment(keys(count=4096), np.zeros((4096, 200, 240, 3), np.uint8), 3, 10)
+    assert len(calls) == 3
+    choices = np.stack([choice for _, choice, _, _ in calls])
+    for choice in choices:
+        shares = np.bincount(choice, minlength=16) / 4096
+        np.testing.assert_allclose(shares, 1 / 16, atol=0.012)
+    assert abs((choices[0] == choices[1]).mean() - 1 / 16) < 0.015
+    for operations, choice, sign, centre in calls:
+        assert Operation('TranslateX', 100) in operations
+        assert Operation('Cutout', 40) in operations
+        assert abs(np.mean(sign)) < 0.05
+        assert set(np.unique(sign)) == {-1.0, 1.0}
+        assert abs(np.corrcoef(sign, choice)[0, 1]) < 0.05
+        assert (np.asarray(centre).min(0) >= 0).all()
+        assert np.asarray(centre).max(0).tolist() == [199, 239]
+
+
+def test_pixels_shrink_with_small_pictures(monkeypatch):
+    calls = record(monkeypatch)
+    for size in (24, 192, 480):
+        randaugment.randaugment(keys(), np.zeros((N, size, size, 3), np.uint8), 1, 10)
+    reach = [dict(operations)['TranslateX'] for operations, *_ in calls]
+    np.testing.assert_allclose(reach, [12.5, 100, 100])
+    assert [dict(operations)['Cutout'] for operations, *_ in calls] == [5, 40, 40]
+
+
+def test_autoaugment_follows_its_policy(monkeypatch):
+    calls = record(monkeypatch)
+    count = 5_000
+    randaugment.autoaugment(keys(count=count), np.zeros((count, 192, 192, 3), np.uint8))
+    (operations, first, _, _), (_, second, _, _) = calls
+    first, second = np.asarray(first), np.asarray(second)
+    pair = np.where(first >= 0, first // 2, np.where(second >= 0, second // 2, -1))
+    both = (first >= 0) & (second >= 0)
+    np.testing.assert_array_equal(first[both] // 2, second[both] // 2)
+    assert (first[first >= 0] % 2 == 0).all()
+    assert (second[second >= 0] % 2 == 1).all()
+    frequency = np.bincount(first[first >= 0], minlength=50)[::2] / count * 25
+    expected = [p for (_, p, _), _ in randaugment._POLICY_V0]
+    np.testing.assert_allclose(frequency, expected, atol=0.2)
+    frequency = np.bincount(second[second >= 0], minlength=50)[1::2] / count * 25
+    np.testing.assert_allclose(frequency, [p for _, (_, p, _) in randaugment._POLICY_V0], atol=0.2)
+    assert operations[1] == ('ShearY', pytest.approx(0.12))
+    assert operations[31] == ('TranslateY', 225)
+    assert len(np.unique(pair)) >= 25

@@ -1,0 +1,205 @@
+"""The forms of a convolution agree, and each platform gets its own."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from nfnets_jax.convolution import conv
+from nfnets_jax.convolution.conv import ConvShape
+
+# kernel, in, out, shape: one group a convolution, merged groups with some left over, strides.
+CASES = {
+    'wide groups': (3, 192, 128, ConvShape(1, 2, 'SAME')),
+    'narrow groups, stride 2': (3, 88, 44, ConvShape(2, 11, 'SAME')),
+    'unpadded': (3, 6, 12, ConvShape(1, 6, 'VALID')),
+    'pointwise, stride 2': (1, 12, 20, ConvShape(2, 1, 'SAME')),
+    'pointwise in groups': (1, 12, 20, ConvShape(1, 4, 'SAME')),
+    'dense': (3, 5, 7, ConvShape(1, 1, 'SAME')),
+    'stem': (3, 3, 7, ConvShape(2, 1, 'SAME')),
+    'large stem, stride 3': (7, 3, 7, ConvShape(3, 1, 'SYMMETRIC')),
+    'pixels left over': (3, 3, 7, ConvShape(2, 1, 'VALID')),  # The last column is never read.
+}
+# A table that takes another form for each pass.
+TABLE = {
+    'cpu': {
+        (3, 1, 2, 128, 128, 98): ('split', 'batched', 'plain'),
+        (3, 2, 1, 3, 7, 32): ('plain', 'space_to_depth', 'batched'),
+        (1, 1, 1, 12, 20, 98): ('pointwise', 'pointwise', 'pointwise'),
+    },
+    'cuda': {(3, 1, 2, 128, 128, 98): ('plain', 'plain', 'batched')},
+}
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.setattr(conv, 'TABLE', TABLE)
+
+
+def example(case, height=7, width=8, dtype=jnp.float32):
+    kernel, inputs, outputs, shape = case
+    x = normal(2, height, width, inputs).astype(dtype)
+    w = normal(kernel, kernel, inputs // shape.groups, outputs, seed=1).astype(dtype)
+    return shape, x, w
+
+
+def normal(*shape, seed=0):
+    """Drawn by numpy, whose random numbers need no program."""
+    return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), jnp.float32)
+
+
+def conv2d(shape, x, w):
+    return conv.conv2d(x, w, shape.stride, groups=shape.groups, padding=shape.padding)
+
+
+def values_and_gradients(forms, shape, x, w):
+    """Returns {name: (output, gradients)} of several forms, in one program: it compiles faster."""
+    result = jax.eval_shape(functools.partial(conv.plain, shape), x, w)
+    cotangent = normal(*result.shape, seed=2).astype(result.dtype)
+
+    @jax.jit
+    def run(x, w, cotangent):
+        results = {}
+        for name, form in forms.items():
+            out, vjp = jax.vjp(functools.partial(form, shape), x, w)
+            results[name] = out, *vjp(cotangent)
+        return results
+
+    return run(x, w, cotangent)
+
+
+def assert_agree(results):
+    expected = results.pop('plain')
+    for name, values in results.items():
+        for got, want in zip(values, expected, strict=True):
+            atol = 2e-5 * np.abs(want).max()
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+def test_forms_agree_with_their_gradients(case):
+    shape, x, w = example(case)
+    size = conv.measure(shape, x.shape, w.shape)
+    forms = {name: conv.FORMS[name] for name in conv.candidates(size)}
+    assert len(forms) > 1
+    results = values_and_gradients(forms, shape, x, w)
+    assert size.positions * w.shape[-1] == results['plain'][0].size
+    assert_agree(results)
+
+
+@pytest.mark.parametrize('name', ['wide groups', 'stem'])
+def test_each_pass_takes_its_form(name, table):
+    forms = {'plain': conv.plain, 'conv2d': conv2d}
+    assert_agree(values_and_gradients(forms, *example(CASES[name])))
+
+
+def test_bfloat16_is_rounded_once():
+    """The sums are float32 and only the result is rounded: to 8 bits."""
+    shape, x, w = example(CASES['wide groups'], dtype=jnp.bfloat16)
+    exact = conv.plain(shape, x.astype(jnp.float32), w.astype(jnp.float32))
+    for name in ('plain', 'split', 'batched'):
+        out = conv.FORMS[name](shape, x, w)
+        assert out.dtype == jnp.bfloat16
+        difference = np.abs(out.astype(jnp.float32) - exact)
+        assert np.all(difference <= 2.0**-8 * np.abs(exact) + 1e-4), name
+
+
+def test_bfloat16_gradients_are_rounded_once():
+    shape, x, w = example(CASES['dense'], dtype=jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(form, x, w):
+        return jax.grad(lambda x, w: jnp.sum(form(shape, x, w) * 0.5), (0, 1))(x, w)
+
+    exact = gradients(conv.plain, x.astype(jnp.float32), w.astype(jnp.float32))
+    for got, want in zip(gradients(conv.canonical, x, w), exact, strict=True):
+        assert got.dtype == jnp.bfloat16
+        difference = np.abs(got.astype(jnp.float32) - want)
+        assert np.all(difference <= 2.0**-8 * np.abs(want) + 1e-4)
+
+
+def test_gradients_in_loops_have_the_axes_that_are_fast_on_the_cpu():
+    """XLA brings the axes of others into this order, but not in the body of a loop."""
+    shape, x, w = example((3, 5, 5, ConvShape(1, 1, 'SAME')))
+
+    def layers(x, ws):
+        return jnp.sum(jax.lax.scan(lambda x, w: (conv2d(shape, x, w), None), x, ws)[0])
+
+    gradients = jax.jit(jax.grad(layers, (0, 1))).lower(x, jnp.stack([w, w])).as_text()
+    axes = re.findall(r'dim_numbers = (\[.*?\])x(\[.*?\])->(\[.*?\])', gradients)
+    assert axes == [('[b, 0, 1, f]', '[0, 1, i, o]', '[b, 0, 1, f]')] * 3  # forward, of x, of w
+
+
+def test_the_nearest_entry_is_taken():
+    def choose(*size, platform='cpu'):
+        return conv.choose(TABLE[platform], conv.Size(*size))
+
+    assert choose(3, 1, 6, 128, 128, 288) == ('split', 'batched', 'plain')
+    assert choose(7, 2, 1, 3, 64, 100) == ('plain', 'space_to_depth', 'batched')
+    assert choose(1, 2, 1, 5, 5, 0) == ('pointwise',) * 3
+    assert choose(3, 1, 1, 64, 64, 98) == conv.PLAIN, 'no entry has the same candidates'
+    assert choose(1, 1, 1, 5, 5, 9, platform='cuda') == conv.PLAIN
+
+
+def test_the_table_names_forms_that_exist():
+    for entries in conv.TABLE.values():
+        for key, names in entries.items():
+            assert set(names) <= set(conv.candidates(conv.Size(*key)))
+
+
+def test_second_derivatives(table):
+    shape, x, w = example(CASES['wide groups'], 3, 3)
+
+    def curvature(form):
+        slope = jax.grad(lambda w: jnp.sum(jnp.sin(form(shape, x, w))))
+        return jax.jit(jax.grad(lambda w: jnp.sum(jnp.square(slope(w)))))(w)
+
+    want = curvature(conv.plain)
+    np.testing.assert_allclose(curvature(conv2d), want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize('name', ['wide groups', 'pointwise, stride 2'])
+def test_each_platform_gets_its_form(name, table):
+    shape, x, w = example(CASES[name])
+
+    def program(platform):
+        grad = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.square(conv2d(shape, x, w))), (0, 1)))
+        return export.export(grad, platforms=[platform])(x, w).mlir_module()
+
+    grouped = f'feature_group_count = {shape.groups}'
+    for platform in ('cuda', 'tpu'):
+        assert 'stablehlo.convolution' in program(platform)
+        assert grouped in program(platform)
+    if name == 'wide groups':
+        assert grouped not in program('cpu')
+        assert 'stablehlo.dot_general' in program('cuda')
+        assert 'stablehlo.dot_general' not in program('tpu')
+    else:
+        assert 'stablehlo.convolution' not in program('cpu')
+
+
+def test_the_platform_is_never_an_argument(table):
+    """Else XLA meets the convolutions in a conditional, where its CPU backend is very slow."""
+    shape, x, w = example(CASES['wide groups'])
+    inner = jax.jit(lambda x, w: jnp.sum(jnp.sin(conv2d(shape, x, w))))
+    jaxpr = jax.make_jaxpr(jax.grad(inner, (0, 1)))(x, w)
+    choices = list(_conditionals(jaxpr.jaxpr))
+    assert len(choices) == 2  # forward and backward
+    for index, arguments in choices:
+        assert index not in arguments
+
+
+def _conditionals(jaxpr):
+    """Yields (index variable, arguments of the function it is in) of every conditional."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == 'cond':
+            yield eqn.invars[0], jaxpr.invars
+        for value in eqn.params.values():
+            if hasattr(value, 'jaxpr'):
+                yield from _conditionals(value.jaxpr)
+            elif hasattr(value, 'eqns'):
+                yield from _conditionals(value)

@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import prepare_data
+from experiments.config import default_config
+from experiments.run.data import open_data
+from nfnets_jax.errors import UsageError
+from tests.tfds_builders import TinyPictures
+
+
+def config_of(**data):
+    config = default_config()
+    config.data = data
+    return config
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    """Options of a data set whose pictures have one size."""
+    data_dir = str(tmp_path_factory.mktemp('tfds'))
+    prepare_data.prepare('tiny_pictures', data_dir)
+    assert TinyPictures.SHAPE == (8, 8, 3)
+    return {'name': 'tfds', 'dataset': 'tiny_pictures', 'data_dir': data_dir}
+
+
+def test_pictures_of_one_size_are_left_as_they_are(tiny):
+    train, _, test, pictures = open_data(config_of(**tiny))
+    assert (len(train), len(test)) == (20, 6)
+    assert (pictures.shape, pictures.test_size) == ((8, 8, 3), 8)
+    assert pictures.train_transform is None
+    assert pictures.test_transform is None
+
+
+def test_pictures_of_one_size_are_cropped_if_a_size_is_given(tiny):
+    train, _, test, pictures = open_data(config_of(**tiny, image_size=12, test_image_size=10))
+    image = pictures.train_transform(train[0]['image'], np.random.default_rng(0))
+    assert (image.shape, image.dtype) == (pictures.shape, np.uint8) == ((12, 12, 3), np.uint8)
+    assert pictures.test_transform(test[0]['image'], None).shape == (10, 10, 3)
+
+
+@pytest.mark.parametrize(
+    ('options', 'match'),
+    [
+        ({'image_size': 6}, r"data\.image_size=6: the images of 'tfds' are 8x8 and left as they"),
+        ({'test_image_size': 16}, r'data\.test_image_size=16: the images'),
+        ({'test_mode': 'resize_crop_32'}, r"data\.test_mode='resize_crop_32': the images"),
+        ({'image_size': 8, 'test_mode': 'crop_resize'}, r"data\.test_mode='crop_resize': the im"),
+    ],
+)
+def test_images_of_one_size_are_not_cropped_by_a_single_option(tiny, options, match):
+    with pytest.raises(UsageError, match=match):
+        open_data(config_of(**tiny, **options))
+
+
+def test_the_size_that_images_have_leaves_them_as_they_are(tiny):
+    pictures = open_data(config_of(**tiny, image_size=8)).pictures
+    assert pictures == open_data(config_of(**tiny)).pictures
+
+
+def arrays(path, test_size=8, **more):
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    labels = np.arange(4) % 2
+    test = np.zeros((4, test_size, test_size, 3), np.uint8)
+    splits = {'train_images': images, 'train_labels': labels}
+    np.savez(path, **splits, test_images=test, test_labels=labels, **more)
+    return {'name': 'arrays', 'path': str(path)}
+
+
+def test_arrays_of_two_sizes_are_refused(tmp_path):
+    options = arrays(tmp_path / 'a.npz', test_size=6)
+    with pytest.raises(UsageError, match=r"'arrays' are 8x8 to train on but 6x6 in another split"):
+        open_data(config_of(**options))
+    assert open_data(config_of(**options, image_size=6, test_image_size=6)).pictures.test_size == 6
+
+
+def test_a_validation_split_is_there_or_none(tmp_path):
+    options = arrays(tmp_path / 'a.npz')
+    assert open_data(config_of(**options)).validation is None
+    images, labels = np.zeros((3, 8, 8, 3), np.uint8), [0, 1, 0]
+    options = arrays(tmp_path / 'a.npz', val_images=images, val_labels=labels)
+    data = open_data(config_of(**options))
+    assert [len(source) for source in data[:3]] == [4, 3, 4]
+    assert data.validation.origin == options['path']
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ('ant', 'bee'):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.new('RGB', (20 + i, 15)).save(tmp_path / name / f'{i}.png')
+    return {'name': 'folder', 'path': str(tmp_path)}
+
+
+def test_encoded_pictures_come_to_the_published_sizes(folder):
+    train, _, test, pictures = open_data(config_of(**folder))
+    assert (pictures.shape, pictures.test_size) == ((224, 224, 3), 224)  # of NF-ResNet-50
+    image = pictures.train_transform(train[0]['image'], np.random.default_rng(0))
+    assert (image.shape, image.dtype) == ((224, 224, 3), np.uint8)
+    assert pictures.test_transform(test[0]['image'], None).shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize(
+    ('model', 'mode'), [('NFNet-F0', 'resize_crop_32'), ('NF-RegNet-B0', 'crop_resize')]
+)
+def test_images_are_evaluated_as_the_models_authors_do(folder, model, mode):
+    config = config_of(**folder)
+    config.model.name = model
+    assert open_data(config)[-1].test_mode == mode
+    config.data.test_mode = 'resize_crop_0.5'
+    assert open_data(config)[-1].test_mode == 'resize_crop_0.5'
+
+
+@pytest.mark.parametrize(
+    ('options', 'match'),
+    [
+        ({'image_size': 0}, r'config\.data\.image_size=0: must be pixels'),
+        ({'test_image_size': '8'}, r"config\.data\.test_image_size='8': must be pixels"),
+        ({'test_mode': 'crop'}, "preprocessing 'crop': unknown"),
+        ({'imagesize': 8}, r"data\.imagesize: not an option of 'folder'"),
+    ],
+)
+def test_mistakes_are_named(folder, options, match):
+    with pytest.raises(UsageError, match=match):
+        open_data(config_of(**folder, **options))
