@@ -61,7 +61,7 @@ def main() -> None:
             command = [interpreter, __file__, f'--row={row}']
             for key in ('pictures', 'batches', 'threads'):
                 command.append(f'--{key}={getattr(args, key)}')
-            environment = os.environ | {'PYTHONPATH': os.getcwd()}
+            environment = os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
             result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
             if result.returncode:  # What is wrong has been said.
                 sys.exit(result.returncode)

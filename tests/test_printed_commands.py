@@ -174,7 +174,8 @@ def runnable(command: str) -> str:
     command = re.sub(r'\[(--[^]]*)\]', r'\1', command).replace('...', '')
     if command.endswith('$k &'):  # One of two processes, in a loop over $k.
         command = command.removesuffix(' &').replace(':1234', ':$port')
-        return f'for k in 0 1; do {command} {tiny} & done; wait -n && wait -n'
+        loop = f'for k in 0 1; do {command} {tiny} & both="$both $!"; done'
+        return f'{loop}; for k in $both; do wait $k || exit; done'
     return f'{command} {tiny}'
 
 
@@ -286,14 +287,17 @@ def workplace(request, materials, tmp_path):
     def prepare(command: str) -> pathlib.Path:
         reads_run = re.search(r'experiments.(evaluate|export)', command)
         for file in materials.iterdir():
-            if file.name not in ('run', 'study', 'docs', 'DIR' if reads_run else ''):
+            if file.name not in ('run', 'study', 'docs', 'DIR'):
                 (tmp_path / file.name).symlink_to(file)
+        if not reads_run:  # Which calls a run's directory so.
+            folder = 'caltech101' if 'experiments.study' in command else 'DIR'
+            (tmp_path / 'DIR').symlink_to(materials / folder)
         shutil.copytree(materials / 'docs', tmp_path / 'docs')
         (tmp_path / 'runs').mkdir()
         (tmp_path / 'runs' / 'cifar10.npz').symlink_to(materials / 'cifar10.npz')
         directories = re.findall(r'--workdir=(\S+)', command)
         if reads_run:
-            copied, directories = 'a_run', directories
+            copied = 'a_run'
         elif 'experiments.report' in command:
             copied = 'a_study'
         else:
