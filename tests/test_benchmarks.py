@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import convolution, dispatch, inference, optimizer, sam, timing, train_step
+from benchmarks import convolution, dispatch, frozen, inference, optimizer, sam, timing, train_step
 from nfnets_jax.convolution.conv import Forms, Size
 
 SMALL = ['--model=SmallCNN', '--image-size=16', '--batch=2', '--rounds=1']
@@ -52,6 +52,14 @@ def test_sam(tmp_path):
     plain, *ascents = rows(sam.main, SMALL, tmp_path / 'table.json')
     assert plain['x plain'] == 1
     assert [row['row'] for row in ascents] == [f'SAM, ascent on {k}%' for k in (20, 50, 100)]
+
+
+@pytest.mark.slow
+def test_frozen(tmp_path):
+    arguments = ['--model=NF-ResNet-8', '--image-size=16', '--batch=8', '--rounds=1']
+    everything, head = rows(frozen.main, arguments, tmp_path / 'table.json')
+    assert (everything['row'], head['row']) == ('everything', 'head only')
+    assert head['memory'] < everything['memory']
 
 
 def test_dispatch(tmp_path):

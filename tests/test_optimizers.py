@@ -262,6 +262,28 @@ def test_frozen_parameters_rest_and_cost_nothing(name, clip):
     chex.assert_trees_all_close(left, alone[-1], rtol=1e-6)
 
 
+@pytest.mark.parametrize('name', ['sgd', 'adam'])
+def test_the_trained_part_alone_updates_like_the_whole(name):
+    params, *gradients = _trees(4)
+    rules = ({'match': '.*(conv|linear)/b.*', 'freeze': True}, *optimizers.PUBLISHED_GROUPS)
+    optimizer = _create(_config(name=name, groups=rules))
+    trajectory, opt_state = _train(optimizer, params, gradients)
+
+    trained, frozen = optimizers.partition(params, optimizer.groups)
+    names = [optimizers._name(path) for path, _ in jax.tree.leaves_with_path(frozen)]
+    assert names == [
+        *('Net/~/block/~/squeeze_excite/~/linear/b', 'Net/~/conv/bias', 'Net/~/linear/b')
+    ]
+    assert len(jax.tree.leaves(trained)) == len(jax.tree.leaves(params)) - 3
+    chex.assert_trees_all_equal(optimizers.combine(trained, frozen), params)
+
+    part = [optimizers.partition(tree, optimizer.groups)[0] for tree in gradients]
+    alone, state = _train(optimizer, trained, part)
+    # Equal in structure too, so that either can be saved and the other be restored.
+    chex.assert_trees_all_equal(state, opt_state, strict=True)
+    chex.assert_trees_all_equal(optimizers.combine(alone[-1], frozen), trajectory[-1])
+
+
 def test_training_the_classifier_alone():
     params, *gradients = _trees(3)
     head = {'match': '[^/]+/~/linear/.*', 'clip': False, 'decay': False}

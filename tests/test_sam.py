@@ -346,3 +346,26 @@ def test_bad_calls():
     fn = sam_value_and_grad(dense_loss, ascent_fraction=0.5)
     with pytest.raises(ValueError, match='temperature: .* no leading axis; pass it after batch'):
         fn(DENSE, BATCH | {'temperature': 1.0})
+
+
+def test_a_gradient_that_is_accumulated_is_finished_before_the_descent():
+    def in_two_parts(loss_fn, has_aux):
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
+
+        def mean(params, batch):
+            halves = (jax.tree.map(lambda leaf, i=i: leaf[5 * i :][:5], batch) for i in (0, 1))
+            parts = [value_and_grad(params, half) for half in halves]
+            return jax.tree.map(lambda x, y: (x + y) / 2, *parts)
+
+        return mean
+
+    expected = jax.jit(sam_value_and_grad(dense_loss, RHO))(DENSE, BATCH)
+    accumulated = sam_value_and_grad(dense_loss, RHO, value_and_grad=in_two_parts)
+    chex.assert_trees_all_close(jax.jit(accumulated)(DENSE, BATCH), expected, rtol=1e-5, atol=1e-6)
+    of_each_half = in_two_parts(sam_as_loss, has_aux=False)
+    assert not np.allclose(of_each_half(DENSE, BATCH)[0], expected[0], rtol=1e-4)
+
+
+def sam_as_loss(params, batch):
+    """The loss at the top of the ascent by these examples alone."""
+    return sam_value_and_grad(dense_loss, RHO)(params, batch)[0]

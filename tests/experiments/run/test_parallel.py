@@ -85,3 +85,12 @@ def test_one_process_needs_no_others():
     chex.assert_trees_all_equal(parallel.broadcast(tree), tree)
     assert parallel.broadcast_json({'loss': [1, None]}) == {'loss': [1, None]}
     assert parallel.gather(np.uint32([3, 4])).tolist() == [[3, 4]]
+
+
+def test_without_jit_every_call_is_traced_and_none_is_refused():
+    step = parallel.parallelise(gradient_step)
+    weights, batch = parallel.replicate(np.zeros(3, np.float32)), parallel.shard(BATCH)
+    compiled = parallel.parallelise(gradient_step)(weights, batch)
+    with jax.disable_jit():
+        for _ in range(2):
+            chex.assert_trees_all_close(step(weights, batch), compiled, rtol=1e-5)
