@@ -1,6 +1,6 @@
 """Adaptive gradient clipping in an Equinox loop, whose kernels are OIHW.
 
-Run: python -m examples.agc_equinox
+Run: python examples/agc_equinox.py
 """
 
 import equinox as eqx
@@ -31,8 +31,8 @@ def main(steps=60):
         eqx.nn.Conv2d(3, 16, 3, key=jax.random.key(1)), eqx.nn.Linear(16, 3, key=jax.random.key(2))
     )
     params = eqx.filter(model, eqx.is_inexact_array)
-    describe_clipping(params, clipping, axis=unit_axes.oihw)
-    agc = adaptive_grad_clip(clipping, axis=unit_axes.oihw)
+    print(describe_clipping(params, clipping_by_leaf=clipping, axis=unit_axes.oihw))
+    agc = adaptive_grad_clip(clipping_by_leaf=clipping, axis=unit_axes.oihw)
     tx = optax.chain(agc, optax.sgd(0.1, momentum=0.9, nesterov=True))
 
     @eqx.filter_value_and_grad

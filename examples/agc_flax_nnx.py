@@ -1,6 +1,6 @@
 """Adaptive gradient clipping in a Flax NNX loop.
 
-Run: python -m examples.agc_flax_nnx
+Run: python examples/agc_flax_nnx.py
 """
 
 import jax
@@ -29,9 +29,10 @@ def main(steps=60):
     images = jax.random.normal(jax.random.key(0), (64, 8, 8, 3))
     images += jax.nn.one_hot(labels, 3)[:, None, None, :]
     model = Network(nnx.Rngs(0))
-    describe_clipping(nnx.state(model, nnx.Param), clipping, axis=unit_axes.hwio)
+    rules = {'clipping_by_leaf': clipping, 'axis': unit_axes.hwio}
+    print(describe_clipping(nnx.state(model, nnx.Param), **rules))
     tx = optax.chain(
-        adaptive_grad_clip(clipping, axis=unit_axes.hwio),
+        adaptive_grad_clip(**rules),
         optax.sgd(0.1, momentum=0.9, nesterov=True),
     )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

@@ -1,6 +1,6 @@
 """Adaptive gradient clipping in plain JAX and optax: two layers, no framework.
 
-Run: python -m examples.agc_optax
+Run: python examples/agc_optax.py
 """
 
 import jax
@@ -25,9 +25,9 @@ def main(steps=100):
         'head': {'w': jax.random.normal(keys[2], (64, 4)) / 8, 'b': jnp.zeros(4)},
     }
 
-    # As in the paper: every leaf is clipped but the last layer's weight, then comes the rest.
+    # As in the paper: clip every leaf but the weight of the last layer, before anything else.
     mask = {'hidden': True, 'head': {'w': False, 'b': True}}
-    nfnets_jax.describe_clipping(params, 0.04, mask=mask)
+    print(nfnets_jax.describe_clipping(params, 0.04, mask=mask))
     tx = optax.chain(
         nfnets_jax.adaptive_grad_clip(0.04, mask=mask),
         optax.sgd(0.5, momentum=0.9, nesterov=True),

@@ -1,7 +1,7 @@
 """Adaptive gradient clipping of sharded parameters: under jit, and by hand in shard_map.
 
-Run, on a CPU that poses as four devices:
-    XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m examples.agc_sharded
+Run on a CPU that is split into four devices:
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/agc_sharded.py
 """
 
 import jax
@@ -29,11 +29,11 @@ def main():
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     grads, params = jax.device_put((grads, params), (shardings, shardings))
 
-    # Under jit nothing is to be said: XLA sums over devices where an axis is split.
+    # Under jit `specs` is not needed: XLA sums over devices where an axis is split.
     by_jit, state = clip(adaptive_grad_clip(0.01), grads, params)
     print('jit:', *(f'{name} {leaf.sharding.spec}' for name, leaf in by_jit.items()))
 
-    # In shard_map a device sees its part only; specs tell which norms go over devices.
+    # In shard_map a device sees only its part; `specs` says which norms go over devices.
     tx = adaptive_grad_clip(0.01, specs=specs)
     mapped = jax.shard_map(
         lambda grads, params: clip(tx, grads, params),

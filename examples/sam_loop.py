@@ -1,6 +1,6 @@
 """Sharpness-aware minimisation in a plain loop, the ascent on a fifth of the batch.
 
-Run: python -m examples.sam_loop
+Run: python examples/sam_loop.py
 """
 
 import jax

@@ -1,17 +1,17 @@
-"""Which axes of a parameter make up one unit: ready rules for adaptive gradient clipping.
+"""Rules for which axes of a parameter make up one unit in adaptive gradient clipping.
 
-A unit is what the paper clips on its own: an output channel of a convolution, an output feature of
-a linear layer, the whole of a bias or gain. A rule is a function `(path, leaf) -> axes` that
-returns the axes to take the norm over, so all axes *but* the output's:
+The paper clips each unit separately: an output channel of a convolution, an output feature of a
+linear layer, a whole bias or gain. A rule is a function `(path, leaf) -> axes` that returns the
+axes to take the norm over, that is, all axes *but* the output axes:
 
-* `path` is the leaf's place in the tree, `'NFNet/~/linear/w'`: its keys joined by `/`;
+* `path` joins the keys of the leaf in the tree by `/`: `'NFNet/~/linear/w'`;
 * `leaf` is a `jax.ShapeDtypeStruct`, with `shape`, `ndim`, `size` and `dtype` but no values;
 * the axes are an int, a tuple of ints (negative ones count from the end), or None for `by_rank`.
 
-Every rule here sees a leaf with at most one axis longer than 1 as a vector, as the paper's code
-does: one unit, whatever its rank (Equinox stores a convolution's bias as [C, 1, 1]).
+Like the paper's code, every rule here treats a leaf with at most one axis longer than 1 as a
+vector, which is one unit whatever its rank (Equinox stores the bias of a convolution as [C, 1, 1]).
 
-Layouts and the rule that is right for them:
+Layouts and the rule for each:
 
 | parameters of | kernels | rule |
 |---|---|---|
@@ -27,7 +27,7 @@ the plain layout. The exception is PyTorch's grouped *transposed* convolution, [
 its unit is a slice of both leading axes, which no set of axes describes; reshape it to
 [groups, I/groups, O/groups, H, W] and reduce over (1, 3, 4).
 
-A tree that mixes layouts takes a rule of one's own:
+For a tree that mixes layouts, write your own rule:
 
 >>> from nfnets_jax import describe_clipping, unit_axes
 >>> def axes(path, leaf):
@@ -62,21 +62,21 @@ def _is_vector(leaf: jax.ShapeDtypeStruct) -> bool:
 
 
 def by_rank(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The rule of `optax.adaptive_grad_clip`, and what `axis=None` stands for.
+    """The rule of `optax.adaptive_grad_clip`; `axis=None` selects it.
 
     All axes of scalars and vectors, axis 0 at ranks 2 and 3, all but the last at ranks 4 and 5.
-    At rank 3 that fits an attention kernel [in, heads, size], and *not* the kernel of a 1-D
-    convolution, WIO, which wants `hwio`.
+    At rank 3 this fits an attention kernel [in, heads, size], but *not* the kernel of a 1-D
+    convolution, WIO, which needs `hwio`.
 
     Raises:
-      ValueError: for rank 6 and above, where the rank does not tell the layout.
+      ValueError: the rank is 6 or more, which does not determine the layout.
     """
     if _is_vector(leaf):
         return tuple(range(leaf.ndim))
     if leaf.ndim > 5:
         raise ValueError(
-            f'{path}: the rank of shape {leaf.shape} does not tell which axes are a unit; '
-            'give them: axis=unit_axes.hwio, other axes, or a function (path, leaf) -> axes'
+            f'{path}: the rank of shape {leaf.shape} does not determine which axes are a unit; '
+            'name them: axis=unit_axes.hwio, other axes, or a function (path, leaf) -> axes'
         )
     return (0,) if leaf.ndim <= 3 else tuple(range(leaf.ndim - 1))
 
@@ -94,7 +94,7 @@ def oihw(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 
 def hwoi(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """Output channel last but one (Haiku's transposed convolutions): all axes but that."""
+    """Output channel last but one (Haiku's transposed convolutions): all axes but that one."""
     del path
     if _is_vector(leaf):
         return tuple(range(leaf.ndim))
@@ -102,16 +102,19 @@ def hwoi(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 
 def per_tensor(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The whole leaf is one unit: the layer-wise clipping the paper compares with."""
+    """The whole leaf is one unit: layer-wise clipping, with which the paper compares."""
     del path
     return tuple(range(leaf.ndim))
 
 
 def dense_general(inputs: int) -> Rule:
-    """A rule for kernels of `inputs` input axes followed by any number of output axes.
+    """Returns a rule for kernels of `inputs` input axes followed by any number of output axes.
 
-    Biases, which have output axes only, do not tell their rank apart from a kernel's: leave them to
-    another rule, by their path.
+    The rank of a bias, which has only output axes, can be that of a kernel: select another rule for
+    biases, by their path.
+
+    Raises:
+      ValueError: `inputs` is less than 1; in the rule: a leaf has fewer axes than that.
     """
     if inputs < 1:
         raise ValueError(f'dense_general: inputs must be at least 1, got {inputs}')
@@ -125,7 +128,7 @@ def dense_general(inputs: int) -> Rule:
 
 
 def flax_attention(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """Flax's `MultiHeadAttention` (Linen and NNX), by its names; every other leaf as `hwio`.
+    """Flax's `MultiHeadAttention` (Linen and NNX), recognized by names; other leaves as `hwio`.
 
     One unit per head and feature in the query, key and value kernels [in, heads, size], one for
     each of their biases [heads, size]; one per output feature in the out kernel [heads, size, out].
@@ -141,10 +144,13 @@ def flax_attention(path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 
 def stacked(rule: Rule, axes: int = 1) -> Rule:
-    """`rule` for leaves of layers stacked along `axes` leading axes, which are never reduced.
+    """Returns `rule` for layers stacked along `axes` leading axes, which are never reduced.
 
-    `jax.lax.scan` over layers, `jax.vmap` of an initialiser, `flax.nnx.scan` and
-    `equinox.filter_vmap` make such leaves. Each layer is then clipped as if it stood alone.
+    `jax.lax.scan` over layers, `jax.vmap` of an initializer, `flax.nnx.scan` and
+    `equinox.filter_vmap` make such leaves. Each layer is then clipped as if it were alone.
+
+    Raises:
+      ValueError: `axes` is less than 1; in the rule: a leaf has fewer axes than that.
     """
     if axes < 1:
         raise ValueError(f'stacked: axes must be at least 1, got {axes}')
@@ -162,7 +168,7 @@ def normalize(path: str, leaf: jax.ShapeDtypeStruct, axes: Axes) -> tuple[int, .
     """Returns the axes as a sorted tuple of non-negative ints; None becomes `by_rank`'s.
 
     Raises:
-      ValueError: an axis is no int, out of range or named twice; the message begins with `path`.
+      ValueError: an axis is not an int, out of range or repeated; the message begins with `path`.
     """
     if axes is None:
         return by_rank(path, leaf)
@@ -177,9 +183,9 @@ def normalize(path: str, leaf: jax.ShapeDtypeStruct, axes: Axes) -> tuple[int, .
     if outside:
         raise ValueError(
             f'{path}: axis {outside[0]} is out of range for shape {leaf.shape}; give a function '
-            '(path, leaf) -> axes, such as unit_axes.hwio, or leave the leaf out with mask'
+            '(path, leaf) -> axes, such as unit_axes.hwio, or exclude the leaf with mask'
         )
     positive = sorted(axis % leaf.ndim for axis in chosen)
     if len(set(positive)) < len(positive):
-        raise ValueError(f'{path}: axes {tuple(chosen)} name an axis of shape {leaf.shape} twice')
+        raise ValueError(f'{path}: axes {tuple(chosen)} repeat an axis of shape {leaf.shape}')
     return tuple(positive)
