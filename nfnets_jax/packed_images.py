@@ -1,0 +1,273 @@
+"""The image operations in the form for TPUs: one image at a time, no access to single elements.
+
+A TPU has no fast gather or scatter of single elements, and skips the branches of a conditional that
+it does not take. So here each image runs its own operations alone, as arithmetic, moves of whole
+rows and columns, or products with one-hot matrices. An image is int32 [H, W], red in the lowest
+8 bits, then green, then blue, so that a warp moves all three channels at once.
+
+An instruction on a whole image costs a TPU little more than any instruction, however small, does.
+So there is a branch for each operation with its argument: nothing is looked up at run time.
+
+The results equal those of the other form to the last bit; see `nfnets_jax.image_operations`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nfnets_jax import image_shears
+from nfnets_jax.image_definitions import (
+    FILL,
+    WARPS,
+    Operation,
+    autocontrast_exceptions,
+    equalize_table,
+    luma,
+    rounded_mean,
+    warp_sources,
+)
+
+_GRAY = 0x010101  # times a value: that value in all channels
+
+
+def apply_operations(images, operations: Sequence[Operation], choice, sign, centre) -> jax.Array:
+    """Does what `nfnets_jax.image_operations.apply_operations` does; `choice` is [N, L]."""
+    size = images.shape[1:3]
+    row_bits, column_bits = ((length - 1).bit_length() for length in size)
+    branches, places = _branches(operations, size)
+    chosen = (choice[..., None] == jnp.arange(len(operations)))[..., None]
+    chosen &= (sign < 0)[..., None, None] == jnp.arange(2)
+    place = jnp.where(chosen, places, 0).sum((-2, -1))
+    # One number for each operation, because to read one costs as much as to read an image.
+    row, column = jnp.moveaxis(centre.astype(jnp.int32), -1, 0)
+    codes = (place << row_bits | row) << column_bits | column
+
+    def one_operation(image, code):
+        row, column = code >> column_bits & (1 << row_bits) - 1, code & (1 << column_bits) - 1
+        return jax.lax.switch(
+            code >> row_bits + column_bits, branches, image, row, column
+        ), None
+
+    def one_image(inputs):
+        return jax.lax.scan(one_operation, *inputs)[0]
+
+    return unpack(jax.lax.map(one_image, (pack(images), codes)))
+
+
+def pack(images: jax.Array) -> jax.Array:
+    """Returns uint8 [..., H, W, 3] as int32 [..., H, W]."""
+    return (images.astype(jnp.int32) << np.array([0, 8, 16])).sum(-1)
+
+
+def unpack(packed: jax.Array) -> jax.Array:
+    """Returns int32 [..., H, W] as uint8 [..., H, W, 3]."""
+    return (packed[..., None] >> np.array([0, 8, 16]) & 255).astype(jnp.uint8)
+
+
+def _join(channels: Sequence[jax.Array]) -> jax.Array:
+    red, green, blue = channels
+    return red | green << 8 | blue << 16
+
+
+def _split(packed: jax.Array) -> list[jax.Array]:
+    # Three arrays rather than one, so that what is made of them is a single instruction.
+    return [packed >> shift & 255 for shift in (0, 8, 16)]
+
+
+def _branches(
+    operations: Sequence[Operation], size: tuple[int, int]
+) -> tuple[list[Callable], np.ndarray]:
+    """Returns the branches, (image, row, column) -> image, and the place of each operation's.
+
+    The first leaves an image as it is. Places are int32 [operations, 2], by whether the sign is
+    negative.
+    """
+    branches: dict[tuple, Callable] = {('none',): lambda image, row, column: image}
+    places = np.zeros((len(operations), 2), np.int32)
+    for i, operation in enumerate(operations):
+        for negative in (False, True):
+            if operation.name in WARPS:
+                key = (operation, negative)
+                make = functools.partial(_make_warp, size=size, sign=-1 if negative else 1)
+            else:
+                key, make = (operation,), _MAKE[operation.name]
+            if key not in branches:
+                branches[key] = make(operation)
+            places[i, int(negative)] = list(branches).index(key)
+    return list(branches.values()), places
+
+
+def _make_warp(operation: Operation, size: tuple[int, int], sign: int) -> Callable:
+    sources = warp_sources(operation, size, sign)
+    if operation.name == 'Rotate':
+        plan = image_shears.plan_rotation(sign * operation.argument, sources)
+    else:
+        plan = image_shears.plan_axis(0 if operation.name.endswith('Y') else 1, sources)
+    return lambda image, row, column: image_shears.warp(plan, image, FILL * _GRAY)
+
+
+def _pointwise(change: Callable) -> Callable:
+    """Returns make(operation) -> branch, of what changes each channel by its own values.
+
+    Args:
+      change: (argument, values int32 [H, W]) -> the same.
+    """
+
+    def make(operation):
+        return lambda image, row, column: _join(
+            [change(operation.argument, values) for values in _split(image)]
+        )
+
+    return make
+
+
+def _blending(degenerate: Callable) -> Callable:
+    """Returns make(operation) -> branch, of what mixes an image with a degenerate one.
+
+    Args:
+      degenerate: three channels int32 [H, W] -> three that broadcast to them.
+    """
+
+    def make(operation):
+        def branch(image, row, column):
+            channels = _split(image)
+            return _join(
+                [
+                    _blend(operation.argument, own, other)
+                    for own, other in zip(channels, degenerate(channels), strict=True)
+                ]
+            )
+
+        return branch
+
+    return make
+
+
+def _blend(factor: float, values: jax.Array, degenerate: jax.Array) -> jax.Array:
+    """Returns degenerate + factor * (values - degenerate), int32, from integers in 0..255.
+
+    The factor is the sum of two numbers of 12 binary digits. The product of either with an integer
+    in -255..255 is exact, so that the sum of both is rounded once, like the product that Pillow
+    computes, whether or not a compiler fuses multiplications with additions.
+    """
+    factor = np.float32(factor)
+    high = (factor.view(np.int32) & ~0xFFF).view(np.float32)
+    difference = (values - degenerate).astype(jnp.float32)
+    product = high * difference + (factor - high) * difference
+    return jnp.clip(degenerate + product, 0, 255).astype(jnp.int32)
+
+
+def _smooth(channels: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns the channels blurred by 3x3 weights, 5 in the middle and 1 around, without border."""
+    blurred = []
+    for values in channels:
+        rows = values[:-2] + values[1:-1] + values[2:]
+        weighted = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * values[1:-1, 1:-1]
+        blurred.append(divide_by_26(2 * weighted + 13))
+    return blurred
+
+
+def divide_by_26(numerator):
+    """Returns numerator // 26 of integers in 0..6643, which the sums of the blur are in."""
+    return numerator * 20165 >> 19
+
+
+def _make_sharpness(operation: Operation) -> Callable:
+    def branch(image, row, column):
+        if min(image.shape) < 3:  # nothing but border
+            return image
+        channels = _split(image)
+        inner = [
+            _blend(operation.argument, own[1:-1, 1:-1], smooth)
+            for own, smooth in zip(channels, _smooth(channels), strict=True)
+        ]
+        return jax.lax.dynamic_update_slice(image, _join(inner), (1, 1))
+
+    return branch
+
+
+def _make_cutout(operation: Operation) -> Callable:
+    half = int(operation.argument)
+
+    def branch(image, row, column):
+        y, x = (jax.lax.broadcasted_iota(jnp.int32, image.shape, axis) for axis in (0, 1))
+        inside = (y >= row - half) & (y < row + half) & (x >= column - half) & (x < column + half)
+        return jnp.where(inside, FILL * _GRAY, image)
+
+    return branch
+
+
+def _autocontrast(image, row, column):
+    # The exceptions as 256 bits for each pair of lowest and highest value.
+    exceptions = autocontrast_exceptions()
+    bits = np.left_shift(1, exceptions & 31, dtype=np.int64).astype(np.uint32).view(np.int32)
+    stretched = []
+    for values in _split(image):
+        low, high = values.min(), values.max()
+        extent = jnp.maximum(high - low, 1)
+        # A quotient of floats may be one off; the remainder, of integers, tells.
+        numerator = (values - low) * 255
+        quotient = (numerator * (1 / extent.astype(jnp.float32))).astype(jnp.int32)
+        remainder = numerator - quotient * extent
+        quotient += (remainder >= extent).astype(jnp.int32) - (remainder < 0)
+
+        concerned = jnp.where(low * 256 + high == exceptions >> 8, bits, 0)
+        words = [
+            jnp.where(exceptions >> 5 & 7 == word, concerned, 0).sum() for word in range(8)
+        ]
+        exception = _select(values >> 5, words) >> (values & 31) & 1
+        stretched.append(jnp.where(high > low, quotient - exception, values))
+    return _join(stretched)
+
+
+def _equalize(image, row, column):
+    # Both nibbles of the values as one-hot matrices; bfloat16 has 0 and 1, and sums are float32.
+    values = jnp.stack(_split(image)).reshape(3, 1, -1)
+    digits = jnp.arange(16)[:, None]
+    high, low = (
+        (nibbles == digits).astype(jnp.bfloat16) for nibbles in (values >> 4, values & 15)
+    )
+    counts = jnp.einsum('chp,clp->chl', high, low, preferred_element_type=jnp.float32)
+    table = equalize_table(counts.astype(jnp.int32).reshape(3, 256)).reshape(3, 64, 4)
+    words = sum(table[..., i] << 8 * i for i in range(4))
+    return _join(
+        [
+            _select(values >> 2, [words[i, j] for j in range(64)]) >> 8 * (values & 3) & 255
+            for i, values in enumerate(_split(image))
+        ]
+    )
+
+
+def _select(index: jax.Array, words: Sequence[jax.Array]) -> jax.Array:
+    """Returns words[index], element by element: as a tree of choices, by the digits of `index`.
+
+    Of 64 words it takes less time than a product with a one-hot matrix.
+    """
+    words, bit = list(words), 0
+    while len(words) > 1:
+        odd = (index >> bit & 1) == 1
+        words = [jnp.where(odd, b, a) for a, b in zip(words[::2], words[1::2], strict=True)]
+        bit += 1
+    return words[0]
+
+
+_MAKE: dict[str, Callable[[Operation], Callable]] = {
+    'AutoContrast': lambda operation: _autocontrast,
+    'Brightness': _blending(lambda channels: [0] * 3),
+    'Color': _blending(lambda channels: [luma(channels)] * 3),
+    'Contrast': _blending(lambda channels: [rounded_mean(luma(channels))] * 3),
+    'Cutout': _make_cutout,
+    'Equalize': lambda operation: _equalize,
+    'Invert': lambda operation: lambda image, row, column: image ^ 255 * _GRAY,
+    'Posterize': _pointwise(lambda bits, values: values & 256 - (1 << 8 - int(bits))),
+    'Sharpness': _make_sharpness,
+    'Solarize': _pointwise(
+        lambda threshold, values: jnp.where(values < threshold, values, 255 - values)
+    ),
+    'SolarizeAdd': _pointwise(
+        lambda added, values: jnp.where(values < 128, jnp.clip(values + int(added), 0, 255), values)
+    ),
+}
