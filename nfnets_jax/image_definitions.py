@@ -124,12 +124,10 @@ def equalize_table(counts: jax.Array) -> jax.Array:
         counts: int32 [3, 256], how often each value occurs in each channel.
     """
     below = jnp.cumsum(counts, axis=1) - counts
-    value = jnp.arange(256)
-    highest = jnp.where(counts > 0, value, 0).max(axis=1, keepdims=True)
-    of_highest = jnp.where(value == highest, counts, 0).sum(axis=1, keepdims=True)
-    step = (counts.sum(axis=1, keepdims=True) - of_highest) // 255
+    # All pixels but those of the highest value.
+    step = jnp.where(counts > 0, below, 0).max(axis=1, keepdims=True) // 255
     table = (below + step // 2) // jnp.maximum(step, 1)
-    return jnp.where(step > 0, table, value).clip(0, 255)
+    return jnp.where(step > 0, table, jnp.arange(256)).clip(0, 255)
 
 
 @functools.cache

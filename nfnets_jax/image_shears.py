@@ -43,11 +43,13 @@ class Step(NamedTuple):
 
     Attributes:
       axis: along which they move.
+      padding: pixels before and after, along `axis`, before the move; negative ones are cut off.
       length: of the result along `axis`.
       digits: of the distances, which are their sum.
     """
 
     axis: int
+    padding: tuple[int, int]
     length: int
     digits: tuple[Digit, ...]
 
@@ -57,7 +59,6 @@ class Plan(NamedTuple):
 
     Attributes:
       turned: whether the image is turned by 180 degrees first.
-      padding: pixels before and after, of each axis; negative ones are cut off.
       steps: what comes next, in order.
       offsets: (rows, columns) from a pixel to the neighbors that it may pick.
       codes: uint8 [H, W], which of them it picks; their number: none, but the fill. None where
@@ -65,7 +66,6 @@ class Plan(NamedTuple):
     """
 
     turned: bool
-    padding: tuple[tuple[int, int], ...]
     steps: tuple[Step, ...]
     offsets: tuple[tuple[int, int], ...]
     codes: np.ndarray | None
@@ -113,21 +113,26 @@ def _plan(turned: bool, moves: list[tuple[int, Distances]], sources: np.ndarray)
     codes = np.full(size, len(offsets), np.uint8)
     codes[inside] = places.ravel()
 
-    reach = int(np.abs(offsets).max(initial=0))
-    window = [(-reach, length + reach) for length in size]  # Of the result; then of each input.
+    reach = [int(axis) for axis in np.abs(offsets).max(axis=0, initial=0)]
+    # Of the result; then of each input.
+    window = [(-ends, length + ends) for ends, length in zip(reach, size, strict=True)]
     steps = []
-    for axis, distances in reversed(moves):
-        by_line = distances(np.arange(*window[1 - axis]))
+    for i, (axis, distances) in reversed(list(enumerate(moves))):
+        earlier = {axis for axis, _ in moves[:i]}
+        # Before their first move, there are no other lines than those of the image.
+        lines = window[1 - axis] if 1 - axis in earlier else (0, size[1 - axis])
+        by_line = distances(np.arange(*lines))
         nearest = int(by_line.min())
         digits = _digits(axis, by_line - nearest)
         first, end = window[axis]
-        steps.append(Step(axis, end - first, digits))
-        window[axis] = (first + nearest, end + nearest + sum(digit.reach for digit in digits))
+        start, stop = first + nearest, end + nearest + sum(digit.reach for digit in digits)
+        padding = (0, 0) if axis in earlier else (-start, stop - size[axis])
+        steps.append(Step(axis, padding, end - first, digits))
+        window[axis] = (start, stop)
     return Plan(
         turned,
-        tuple((-first, end - length) for (first, end), length in zip(window, size, strict=True)),
         tuple(reversed(steps)),
-        tuple((int(row) + reach, int(column) + reach) for row, column in offsets),
+        tuple((int(row) + reach[0], int(column) + reach[1]) for row, column in offsets),
         codes if apart.any() else None,
     )
 
@@ -160,9 +165,8 @@ def warp(plan: Plan, image: jax.Array, fill: int) -> jax.Array:
     size = image.shape
     if plan.turned:
         image = image[::-1, ::-1]
-    image = jax.lax.pad(image, np.int32(fill), [(*ends, 0) for ends in plan.padding])
     for step in plan.steps:
-        image = _move(step, image)
+        image = _move(step, image, fill)
     if plan.codes is None:
         return image
     codes = jnp.asarray(plan.codes).astype(jnp.int32)
@@ -173,7 +177,10 @@ def warp(plan: Plan, image: jax.Array, fill: int) -> jax.Array:
     return warped
 
 
-def _move(step: Step, image: jax.Array) -> jax.Array:
+def _move(step: Step, image: jax.Array, fill: int) -> jax.Array:
+    ends = [(0, 0, 0), (0, 0, 0)]
+    ends[step.axis] = (*step.padding, 0)
+    image = jax.lax.pad(image, np.int32(fill), ends)
     for i, digit in enumerate(step.digits):
         length = step.length + sum(later.reach for later in step.digits[i + 1 :])
         of_line = jnp.expand_dims(jnp.asarray(digit.of_line, jnp.int32), step.axis)

@@ -35,26 +35,37 @@ _GRAY = 0x010101  # times a value: that value in all channels
 
 def apply_operations(images, operations: Sequence[Operation], choice, sign, centre) -> jax.Array:
     """Does what `nfnets_jax.image_operations.apply_operations` does; `choice` is [N, L]."""
-    size = images.shape[1:3]
-    row_bits, column_bits = ((length - 1).bit_length() for length in size)
-    branches, places = _branches(operations, size)
+    count, layers = choice.shape
+    branches, places = _branches(operations, images.shape[1:3])
     chosen = (choice[..., None] == jnp.arange(len(operations)))[..., None]
     chosen &= (sign < 0)[..., None, None] == jnp.arange(2)
     place = jnp.where(chosen, places, 0).sum((-2, -1))
-    # One number for each operation, because to read one costs as much as to read an image.
-    row, column = jnp.moveaxis(centre.astype(jnp.int32), -1, 0)
-    codes = (place << row_bits | row) << column_bits | column
+    # As many as one number holds: to read a number takes as long as to read an image.
+    bits = max(1, (len(branches) - 1).bit_length())
+    together = min(layers, 31 // bits)
+    place = jnp.pad(place, ((0, 0), (0, -layers % together)))
+    place = place.reshape(count, -1, together) << bits * jnp.arange(together)
+    words = place.sum(-1)
+    centre = centre.astype(jnp.int32).reshape(-1, 2)
 
-    def one_operation(image, code):
-        row, column = code >> column_bits & (1 << row_bits) - 1, code & (1 << column_bits) - 1
-        return jax.lax.switch(
-            code >> row_bits + column_bits, branches, image, row, column
-        ), None
+    def one_image(i, packed):
+        image = jax.lax.dynamic_index_in_dim(packed, i, keepdims=False)
 
-    def one_image(inputs):
-        return jax.lax.scan(one_operation, *inputs)[0]
+        def one_word(j, image):
+            word = jax.lax.dynamic_slice(words, (i, j), (1, 1)).reshape(())
 
-    return unpack(jax.lax.map(one_image, (pack(images), codes)))
+            def one_operation(k, carried):
+                image, word = carried
+                where = i * layers + j * together + k
+                image = jax.lax.switch(word & (1 << bits) - 1, branches, image, centre, where)
+                return image, word >> bits
+
+            return jax.lax.fori_loop(0, together, one_operation, (image, word))[0]
+
+        image = jax.lax.fori_loop(0, words.shape[1], one_word, image)
+        return jax.lax.dynamic_update_index_in_dim(packed, image, i, 0)
+
+    return unpack(jax.lax.fori_loop(0, count, one_image, pack(images)))
 
 
 def pack(images: jax.Array) -> jax.Array:
@@ -80,12 +91,12 @@ def _split(packed: jax.Array) -> list[jax.Array]:
 def _branches(
     operations: Sequence[Operation], size: tuple[int, int]
 ) -> tuple[list[Callable], np.ndarray]:
-    """Returns the branches, (image, row, column) -> image, and the place of each operation's.
+    """Returns the branches, (image, centres, place) -> image, and the place of each operation's.
 
     The first leaves an image as it is. Places are int32 [operations, 2], by whether the sign is
     negative.
     """
-    branches: dict[tuple, Callable] = {('none',): lambda image, row, column: image}
+    branches: dict[tuple, Callable] = {('none',): lambda image, centres, place: image}
     places = np.zeros((len(operations), 2), np.int32)
     for i, operation in enumerate(operations):
         for negative in (False, True):
@@ -106,7 +117,7 @@ def _make_warp(operation: Operation, size: tuple[int, int], sign: int) -> Callab
         plan = image_shears.plan_rotation(sign * operation.argument, sources)
     else:
         plan = image_shears.plan_axis(0 if operation.name.endswith('Y') else 1, sources)
-    return lambda image, row, column: image_shears.warp(plan, image, FILL * _GRAY)
+    return lambda image, centres, place: image_shears.warp(plan, image, FILL * _GRAY)
 
 
 def _pointwise(change: Callable) -> Callable:
@@ -117,7 +128,7 @@ def _pointwise(change: Callable) -> Callable:
     """
 
     def make(operation):
-        return lambda image, row, column: _join(
+        return lambda image, centres, place: _join(
             [change(operation.argument, values) for values in _split(image)]
         )
 
@@ -132,7 +143,7 @@ def _blending(degenerate: Callable) -> Callable:
     """
 
     def make(operation):
-        def branch(image, row, column):
+        def branch(image, centres, place):
             channels = _split(image)
             return _join(
                 [
@@ -160,47 +171,51 @@ def _blend(factor: float, values: jax.Array, degenerate: jax.Array) -> jax.Array
     return jnp.clip(degenerate + product, 0, 255).astype(jnp.int32)
 
 
-def _smooth(channels: Sequence[jax.Array]) -> list[jax.Array]:
-    """Returns the channels blurred by 3x3 weights, 5 in the middle and 1 around, without border."""
-    blurred = []
-    for values in channels:
-        rows = values[:-2] + values[1:-1] + values[2:]
-        weighted = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * values[1:-1, 1:-1]
-        blurred.append(divide_by_26(2 * weighted + 13))
-    return blurred
-
-
-def divide_by_26(numerator):
-    """Returns numerator // 26 of integers in 0..6643, which the sums of the blur are in."""
-    return numerator * 20165 >> 19
-
-
 def _make_sharpness(operation: Operation) -> Callable:
-    def branch(image, row, column):
+    def branch(image, centres, place):
         if min(image.shape) < 3:  # nothing but border
             return image
-        channels = _split(image)
+        # Red and blue together: their sums have less than 16 bits.
+        red_blue, green = (_blur(image >> shift & mask) for shift, mask in ((0, 0xFF00FF), (8, 255)))
+        smooth = (red_blue & 0xFFFF, green, red_blue >> 16)
         inner = [
-            _blend(operation.argument, own[1:-1, 1:-1], smooth)
-            for own, smooth in zip(channels, _smooth(channels), strict=True)
+            _blend(operation.argument, own, divide_by_26(2 * weighted + 13))
+            for own, weighted in zip(_split(image[1:-1, 1:-1]), smooth, strict=True)
         ]
         return jax.lax.dynamic_update_slice(image, _join(inner), (1, 1))
 
     return branch
 
 
+def _blur(values: jax.Array) -> jax.Array:
+    """Returns sums by 3x3 weights, 5 in the middle and 1 around, [H - 2, W - 2]."""
+    rows = values[:-2] + values[1:-1] + values[2:]
+    return rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * values[1:-1, 1:-1]
+
+
+def divide_by_26(numerator):
+    """Returns numerator // 26 of integers in 0..6643, those that the blur divides."""
+    return numerator * 20165 >> 19
+
+
 def _make_cutout(operation: Operation) -> Callable:
     half = int(operation.argument)
 
-    def branch(image, row, column):
-        y, x = (jax.lax.broadcasted_iota(jnp.int32, image.shape, axis) for axis in (0, 1))
-        inside = (y >= row - half) & (y < row + half) & (x >= column - half) & (x < column + half)
-        return jnp.where(inside, FILL * _GRAY, image)
+    def branch(image, centres, place):
+        # A square in the middle of a larger image, of which this one's part is cut out.
+        around = [size + half for size in image.shape]
+        rows, columns = (abs(np.arange(2 * n) - n + 0.5) < half for n in around)
+        square = jnp.asarray(np.outer(rows, columns), jnp.int32)
+        centre = jax.lax.dynamic_slice(centres, (place, 0), (1, 2))[0]
+        # Where the square is outside of the image, it does not matter how far.
+        start = [n - jnp.clip(at, -half, n) for n, at in zip(around, centre, strict=True)]
+        inside = jax.lax.dynamic_slice(square, start, image.shape)
+        return jnp.where(inside == 1, FILL * _GRAY, image)
 
     return branch
 
 
-def _autocontrast(image, row, column):
+def _autocontrast(image, centres, place):
     # The exceptions as 256 bits for each pair of lowest and highest value.
     exceptions = autocontrast_exceptions()
     bits = np.left_shift(1, exceptions & 31, dtype=np.int64).astype(np.uint32).view(np.int32)
@@ -223,7 +238,7 @@ def _autocontrast(image, row, column):
     return _join(stretched)
 
 
-def _equalize(image, row, column):
+def _equalize(image, centres, place):
     # Both nibbles of the values as one-hot matrices; bfloat16 has 0 and 1, and sums are float32.
     values = jnp.stack(_split(image)).reshape(3, 1, -1)
     digits = jnp.arange(16)[:, None]
@@ -231,14 +246,12 @@ def _equalize(image, row, column):
         (nibbles == digits).astype(jnp.bfloat16) for nibbles in (values >> 4, values & 15)
     )
     counts = jnp.einsum('chp,clp->chl', high, low, preferred_element_type=jnp.float32)
-    table = equalize_table(counts.astype(jnp.int32).reshape(3, 256)).reshape(3, 64, 4)
-    words = sum(table[..., i] << 8 * i for i in range(4))
-    return _join(
-        [
-            _select(values >> 2, [words[i, j] for j in range(64)]) >> 8 * (values & 3) & 255
-            for i, values in enumerate(_split(image))
-        ]
-    )
+    table = equalize_table(counts.astype(jnp.int32).reshape(3, 256))
+    # Four values in one word.
+    words = sum(table[:, 64 * i : 64 * (i + 1)] << 8 * i for i in range(4))
+    channels = jnp.stack(_split(image))
+    found = _select(channels & 63, [words[:, i, None, None] for i in range(64)])
+    return _join(found >> (channels >> 6 << 3) & 255)
 
 
 def _select(index: jax.Array, words: Sequence[jax.Array]) -> jax.Array:
@@ -261,7 +274,7 @@ _MAKE: dict[str, Callable[[Operation], Callable]] = {
     'Contrast': _blending(lambda channels: [rounded_mean(luma(channels))] * 3),
     'Cutout': _make_cutout,
     'Equalize': lambda operation: _equalize,
-    'Invert': lambda operation: lambda image, row, column: image ^ 255 * _GRAY,
+    'Invert': lambda operation: lambda image, centres, place: image ^ 255 * _GRAY,
     'Posterize': _pointwise(lambda bits, values: values & 256 - (1 << 8 - int(bits))),
     'Sharpness': _make_sharpness,
     'Solarize': _pointwise(
