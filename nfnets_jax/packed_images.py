@@ -176,7 +176,9 @@ def _make_sharpness(operation: Operation) -> Callable:
         if min(image.shape) < 3:  # nothing but border
             return image
         # Red and blue together: their sums have less than 16 bits.
-        red_blue, green = (_blur(image >> shift & mask) for shift, mask in ((0, 0xFF00FF), (8, 255)))
+        red_blue, green = (
+            _blur(image >> shift & mask) for shift, mask in ((0, 0xFF00FF), (8, 255))
+        )
         smooth = (red_blue & 0xFFFF, green, red_blue >> 16)
         inner = [
             _blend(operation.argument, own, divide_by_26(2 * weighted + 13))
@@ -230,9 +232,7 @@ def _autocontrast(image, centres, place):
         quotient += (remainder >= extent).astype(jnp.int32) - (remainder < 0)
 
         concerned = jnp.where(low * 256 + high == exceptions >> 8, bits, 0)
-        words = [
-            jnp.where(exceptions >> 5 & 7 == word, concerned, 0).sum() for word in range(8)
-        ]
+        words = [jnp.where(exceptions >> 5 & 7 == word, concerned, 0).sum() for word in range(8)]
         exception = _select(values >> 5, words) >> (values & 31) & 1
         stretched.append(jnp.where(high > low, quotient - exception, values))
     return _join(stretched)
@@ -242,9 +242,7 @@ def _equalize(image, centres, place):
     # Both nibbles of the values as one-hot matrices; bfloat16 has 0 and 1, and sums are float32.
     values = jnp.stack(_split(image)).reshape(3, 1, -1)
     digits = jnp.arange(16)[:, None]
-    high, low = (
-        (nibbles == digits).astype(jnp.bfloat16) for nibbles in (values >> 4, values & 15)
-    )
+    high, low = ((nibbles == digits).astype(jnp.bfloat16) for nibbles in (values >> 4, values & 15))
     counts = jnp.einsum('chp,clp->chl', high, low, preferred_element_type=jnp.float32)
     table = equalize_table(counts.astype(jnp.int32).reshape(3, 256))
     # Four values in one word.
