@@ -1,4 +1,4 @@
-"""Reads the text of a program that XLA compiled for a TPU: what each part costs, by its own estimate.
+"""Reads the text of a program compiled for a TPU: what each part costs by the compiler's estimate.
 
 `compiled.as_text()` holds the scheduled program. The compiler writes `estimated_cycles` beside
 nearly every instruction; nothing here needs libtpu, or runs anything. An estimate is not a
@@ -15,6 +15,18 @@ _COMPUTATION = re.compile(r'^(ENTRY )?%([^\s(]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$')
 _ARRAY = re.compile(r'\b[a-z]\w*\[([\d,]*)\]')
 _CALLED = re.compile(r'\b(?:to_apply|body|condition|calls|branch_computations)=(\{[^}]*\}|%\S+)')
+
+
+# What computes, and has no estimate in some programs.
+_UNESTIMATED = (
+    'gather',
+    'scatter',
+    'reduce-window',
+    'sort',
+    'custom-call',
+    'fusion',
+    'convolution',
+)
 
 
 class Instruction(NamedTuple):
@@ -166,6 +178,15 @@ def trip_count(program: Program, loop: Instruction) -> int | None:
 def unknown_loops(program: Program) -> list[Instruction]:
     """Returns the loops whose trip count depends on data."""
     return [x for x in _all(program) if x.opcode == 'while' and trip_count(program, x) is None]
+
+
+def without_estimate(program: Program, opcodes: Sequence[str] = _UNESTIMATED) -> list[Instruction]:
+    """Returns the instructions of these opcodes that run on their own, and have no estimate.
+
+    Their time is missing in every sum.
+    """
+    found = {cost.instruction.name: cost.instruction for cost in costs(program)}
+    return [x for x in found.values() if x.cycles is None and x.opcode in opcodes]
 
 
 def element_accesses(program: Program) -> dict[str, int]:

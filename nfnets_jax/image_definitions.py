@@ -117,13 +117,13 @@ def warp_sources(operation: Operation, size: tuple[int, int], sign: int) -> np.n
     return np.floor([from_y, from_x]).astype(int)
 
 
-def equalize_table(counts: jax.Array) -> jax.Array:
+def equalize_table(counts: jax.Array, below: jax.Array) -> jax.Array:
     """Returns the table that makes each value occur about equally often, int32 [3, 256] in 0..255.
 
     Args:
         counts: int32 [3, 256], how often each value occurs in each channel.
+        below: int32 [3, 256], how often lesser values do.
     """
-    below = jnp.cumsum(counts, axis=1) - counts
     # All pixels but those of the highest value.
     step = jnp.where(counts > 0, below, 0).max(axis=1, keepdims=True) // 255
     table = (below + step // 2) // jnp.maximum(step, 1)

@@ -170,11 +170,12 @@ def _make_adaptive_table(operations: Sequence[Operation]) -> Callable:
 
     def table(_, image, choice):
         counts = _histogram(image)
+        below = jnp.cumsum(counts, axis=1) - counts
         mean = rounded_mean(_luma(image))
         contrast = _blend(mean, jnp.arange(256), products[choice])
         return jnp.select(
             [is_autocontrast[choice], is_equalize[choice]],
-            [_autocontrast_table(counts), equalize_table(counts).astype(jnp.uint8)],
+            [_autocontrast_table(counts), equalize_table(counts, below).astype(jnp.uint8)],
             jnp.broadcast_to(contrast, (3, 256)),
         )
 

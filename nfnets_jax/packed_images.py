@@ -46,7 +46,8 @@ def apply_operations(images, operations: Sequence[Operation], choice, sign, cent
     place = jnp.pad(place, ((0, 0), (0, -layers % together)))
     place = place.reshape(count, -1, together) << bits * jnp.arange(together)
     words = place.sum(-1)
-    centre = centre.astype(jnp.int32).reshape(-1, 2)
+    centre = centre.astype(jnp.int32).clip(-(2**14), 2**14)
+    centres = (centre[..., 0] << 16 | centre[..., 1] & 0xFFFF).ravel()  # Also one number.
 
     def one_image(i, packed):
         image = jax.lax.dynamic_index_in_dim(packed, i, keepdims=False)
@@ -57,7 +58,7 @@ def apply_operations(images, operations: Sequence[Operation], choice, sign, cent
             def one_operation(k, carried):
                 image, word = carried
                 where = i * layers + j * together + k
-                image = jax.lax.switch(word & (1 << bits) - 1, branches, image, centre, where)
+                image = jax.lax.switch(word & (1 << bits) - 1, branches, image, centres, where)
                 return image, word >> bits
 
             return jax.lax.fori_loop(0, together, one_operation, (image, word))[0]
@@ -168,7 +169,7 @@ def _blend(factor: float, values: jax.Array, degenerate: jax.Array) -> jax.Array
     high = (factor.view(np.int32) & ~0xFFF).view(np.float32)
     difference = (values - degenerate).astype(jnp.float32)
     product = high * difference + (factor - high) * difference
-    return jnp.clip(degenerate + product, 0, 255).astype(jnp.int32)
+    return jnp.clip(degenerate.astype(jnp.float32) + product, 0, 255).astype(jnp.int32)
 
 
 def _make_sharpness(operation: Operation) -> Callable:
@@ -208,7 +209,8 @@ def _make_cutout(operation: Operation) -> Callable:
         around = [size + half for size in image.shape]
         rows, columns = (abs(np.arange(2 * n) - n + 0.5) < half for n in around)
         square = jnp.asarray(np.outer(rows, columns), jnp.int32)
-        centre = jax.lax.dynamic_slice(centres, (place, 0), (1, 2))[0]
+        packed = jax.lax.dynamic_slice(centres, (place,), (1,))[0]
+        centre = packed >> 16, packed << 16 >> 16
         # Where the square is outside of the image, it does not matter how far.
         start = [n - jnp.clip(at, -half, n) for n, at in zip(around, centre, strict=True)]
         inside = jax.lax.dynamic_slice(square, start, image.shape)
@@ -229,7 +231,7 @@ def _autocontrast(image, centres, place):
         numerator = (values - low) * 255
         quotient = (numerator * (1 / extent.astype(jnp.float32))).astype(jnp.int32)
         remainder = numerator - quotient * extent
-        quotient += (remainder >= extent).astype(jnp.int32) - (remainder < 0)
+        quotient += (remainder >= extent).astype(int) - (remainder < 0).astype(int)
 
         concerned = jnp.where(low * 256 + high == exceptions >> 8, bits, 0)
         words = [jnp.where(exceptions >> 5 & 7 == word, concerned, 0).sum() for word in range(8)]
@@ -244,7 +246,10 @@ def _equalize(image, centres, place):
     digits = jnp.arange(16)[:, None]
     high, low = ((nibbles == digits).astype(jnp.bfloat16) for nibbles in (values >> 4, values & 15))
     counts = jnp.einsum('chp,clp->chl', high, low, preferred_element_type=jnp.float32)
-    table = equalize_table(counts.astype(jnp.int32).reshape(3, 256))
+    counts = counts.astype(jnp.int32).reshape(3, 256)
+    value, other = (jax.lax.broadcasted_iota(jnp.int32, (256, 256), axis) for axis in (0, 1))
+    below = jnp.where(other < value, counts[:, None], 0).sum(-1)
+    table = equalize_table(counts, below)
     # Four values in one word.
     words = sum(table[:, 64 * i : 64 * (i + 1)] << 8 * i for i in range(4))
     channels = jnp.stack(_split(image))
@@ -267,7 +272,7 @@ def _select(index: jax.Array, words: Sequence[jax.Array]) -> jax.Array:
 
 _MAKE: dict[str, Callable[[Operation], Callable]] = {
     'AutoContrast': lambda operation: _autocontrast,
-    'Brightness': _blending(lambda channels: [0] * 3),
+    'Brightness': _blending(lambda channels: [jnp.int32(0)] * 3),
     'Color': _blending(lambda channels: [luma(channels)] * 3),
     'Contrast': _blending(lambda channels: [rounded_mean(luma(channels))] * 3),
     'Cutout': _make_cutout,
