@@ -18,15 +18,7 @@ _CALLED = re.compile(r'\b(?:to_apply|body|condition|calls|branch_computations)=(
 
 
 # What computes, and has no estimate in some programs.
-_UNESTIMATED = (
-    'gather',
-    'scatter',
-    'reduce-window',
-    'sort',
-    'custom-call',
-    'fusion',
-    'convolution',
-)
+_UNESTIMATED = ('gather', 'scatter', 'reduce-window', 'sort', 'custom-call', 'fusion')
 
 
 class Instruction(NamedTuple):
