@@ -1,9 +1,11 @@
-"""Pillow's operations on the device: on batches of uint8, a different one for each picture.
+"""Pillow's operations on the device: on batches of uint8, a different one for each image.
 
-What an operation does to a picture is what its counterpart in Pillow does, to the last bit but for
-the nearest pixel of a warp where two are equally near. They reduce to four primitives - an affine
+What an operation does to an image is what its counterpart in Pillow does, to the last bit but for
+the nearest pixel of a warp where two are equally near. There are two forms of them with the same
+results, chosen by the platform that a program is lowered for. For TPUs: see
+`nfnets_jax.packed_images`. For CPUs and GPUs, here, they reduce to four primitives - an affine
 warp, a table of 256 values for each channel, a blend, a mask - each of which runs over only those
-pictures whose operation needs it.
+images whose operation needs it.
 """
 
 import functools

@@ -38,11 +38,11 @@ def apply_operations(images, operations: Sequence[Operation], choice, sign, cent
     count, layers = choice.shape
     branches, places = _branches(operations, images.shape[1:3])
     chosen = (choice[..., None] == jnp.arange(len(operations)))[..., None]
-    chosen &= (sign < 0)[..., None, None] == jnp.arange(2)
+    chosen &= (sign < 0)[..., None, None] == np.array([False, True])
     place = jnp.where(chosen, places, 0).sum((-2, -1))
     # As many as one number holds: to read a number takes as long as to read an image.
     bits = max(1, (len(branches) - 1).bit_length())
-    together = min(layers, 31 // bits)
+    together = max(1, min(layers, 31 // bits))
     place = jnp.pad(place, ((0, 0), (0, -layers % together)))
     place = place.reshape(count, -1, together) << bits * jnp.arange(together)
     words = place.sum(-1)
@@ -229,7 +229,9 @@ def _autocontrast(image, centres, place):
         extent = jnp.maximum(high - low, 1)
         # A quotient of floats may be one off; the remainder, of integers, tells.
         numerator = (values - low) * 255
-        quotient = (numerator * (1 / extent.astype(jnp.float32))).astype(jnp.int32)
+        quotient = (numerator.astype(jnp.float32) * (1 / extent.astype(jnp.float32))).astype(
+            jnp.int32
+        )
         remainder = numerator - quotient * extent
         quotient += (remainder >= extent).astype(int) - (remainder < 0).astype(int)
 

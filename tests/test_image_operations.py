@@ -182,3 +182,17 @@ def test_tiny_pictures(size):
     for image, operation, found in zip(images, operations, out, strict=True):
         if operation.name not in WARPS:
             np.testing.assert_array_equal(found, with_pillow(operation, image, 1), str(operation))
+
+
+def test_no_dtype_is_promoted_implicitly(pictures):
+    operations = [published_operation(name, 7, translate=40, cutout=16) for name in OPERATIONS]
+    drawn = (
+        jax.ShapeDtypeStruct((2, 3), np.int32),
+        jax.ShapeDtypeStruct((2, 3), np.float32),
+        jax.ShapeDtypeStruct((2, 3, 2), np.int32),
+    )
+    images = jax.ShapeDtypeStruct((2, *pictures.shape[1:]), np.uint8)
+    with jax.numpy_dtype_promotion('strict'):
+        for form in (in_groups, one_by_one):
+            out = jax.eval_shape(lambda *a, form=form: form(operations, *a), images, *drawn)
+            assert (out.shape, out.dtype) == (images.shape, np.uint8)
