@@ -6,6 +6,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_images
 
+from nfnets_jax import packed_images
 from nfnets_jax.image_operations import (
     OPERATIONS,
     WARPS,
@@ -196,3 +197,8 @@ def test_no_dtype_is_promoted_implicitly(pictures):
         for form in (in_groups, one_by_one):
             out = jax.eval_shape(lambda *a, form=form: form(operations, *a), images, *drawn)
             assert (out.shape, out.dtype) == (images.shape, np.uint8)
+
+
+def test_division_without_dividing():
+    numerator = np.arange(2 * 13 * 255 + 14)
+    np.testing.assert_array_equal(packed_images.divide_by_26(numerator), numerator // 26)
