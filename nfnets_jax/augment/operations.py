@@ -1,41 +1,39 @@
-"""Pillow's operations on the device: on batches of uint8, a different one for each picture.
+"""Pillow's operations on the device: on batches of uint8, a different one for each image.
 
-What an operation does to a picture is what its counterpart in Pillow does, to the last bit but for
-the nearest pixel of a warp where two are equally near. They reduce to four primitives - an affine
-warp, a table of 256 values for each channel, a blend, a mask - each of which runs over only those
-pictures whose operation needs it.
+What an operation does to an image is what its counterpart in Pillow does, to the last bit but for
+the nearest pixel of a warp where two are equally near. There are two forms of them with the same
+results, chosen by the platform that a program is lowered for. For TPUs: see
+`nfnets_jax.augment.packed_images`. For CPUs and GPUs, here, they reduce to four primitives - an
+affine warp, a table of 256 values for each channel, a blend, a mask - each of which runs over only
+those images whose operation needs it.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-WARPS = ('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
-FIXED_TABLES = ('Brightness', 'Invert', 'Posterize', 'Solarize', 'SolarizeAdd')
-ADAPTIVE_TABLES = ('AutoContrast', 'Contrast', 'Equalize')  # they depend on the picture
-BLENDS = ('Color', 'Sharpness')
-MASKS = ('Cutout',)
-OPERATIONS = (*WARPS, *FIXED_TABLES, *ADAPTIVE_TABLES, *BLENDS, *MASKS)
+from nfnets_jax.augment import packed_images
+from nfnets_jax.augment.definitions import (
+    ADAPTIVE_TABLES,
+    BLENDS,
+    FILL,
+    FIXED_TABLES,
+    MASKS,
+    OPERATIONS,
+    WARPS,
+    Affine,
+    Operation,
+    affine,
+    autocontrast_exceptions,
+    equalize_table,
+    luma,
+    rounded_mean,
+)
 
-FILL = 128  # what a warp or a mask leaves empty
-
-
-class Operation(NamedTuple):
-    """An operation and its argument in the units of Pillow.
-
-    Rotate takes degrees; ShearX and ShearY the shift per row or column, in pixels; TranslateX and
-    TranslateY pixels; Posterize bits to keep; Solarize the threshold; SolarizeAdd what to add
-    below 128; Brightness, Color, Contrast and Sharpness the factor of `PIL.ImageEnhance`; Cutout
-    half the side of its square. AutoContrast, Equalize and Invert take none.
-    """
-
-    name: str
-    argument: float = 0.0
+__all__ = ['OPERATIONS', 'WARPS', 'Operation', 'apply_operations']
 
 
 def apply_operations(
@@ -45,20 +43,47 @@ def apply_operations(
     sign: jax.Array,
     centre: jax.Array,
 ) -> jax.Array:
-    """Applies to each picture the operation that was chosen for it.
+    """Applies to each image the operations that were chosen for it, one after the other.
 
     Args:
         images: uint8 [N, H, W, 3].
         operations: what there is to choose from.
-        choice: int32 [N], places in `operations`; -1 leaves the picture as it is.
-        sign: float32 [N], 1 or -1, which turns a warp's argument round.
-        centre: int32 [N, 2], the row and column of Cutout's middle.
+        choice: int32 [N, L] or [N], places in `operations`; -1 leaves the image as it is.
+        sign: float32 like `choice`, 1 or -1, which turns a warp's argument round.
+        centre: int32 [..., 2], like `choice` in front; the row and column of Cutout's middle.
 
     Returns:
         uint8 [N, H, W, 3].
     """
+    images, choice, sign, centre = map(jnp.asarray, (images, choice, sign, centre))
+    if choice.ndim == 1:
+        choice, sign, centre = choice[:, None], sign[:, None], centre[:, None]
+    return jax.lax.platform_dependent(
+        images,
+        choice,
+        sign,
+        centre,
+        tpu=functools.partial(one_by_one, operations),
+        default=functools.partial(in_groups, operations),
+    )
 
-    images, choice = jnp.asarray(images), jnp.asarray(choice)
+
+def one_by_one(operations, images, choice, sign, centre) -> jax.Array:
+    """The form for TPUs of `apply_operations`."""
+    return packed_images.apply_operations(images, operations, choice, sign, centre)
+
+
+def in_groups(operations, images, choice, sign, centre) -> jax.Array:
+    """The form for CPUs and GPUs of `apply_operations`."""
+
+    def apply(images, one):
+        return _apply_in_groups(images, operations, *one), None
+
+    return jax.lax.scan(apply, images, [jnp.moveaxis(x, 1, 0) for x in (choice, sign, centre)])[0]
+
+
+def _apply_in_groups(images, operations, choice, sign, centre) -> jax.Array:
+    """Applies to each image one operation; the arguments are those of `apply_operations`, [N]."""
 
     def needs(names):
         concerned = jnp.asarray([operation.name in names for operation in operations])
@@ -105,32 +130,14 @@ def _apply_where(needed: jax.Array, function: Callable, values: jax.Array, *argu
 
 
 def _make_warp(operations: Sequence[Operation], size: tuple[int, int]) -> Callable:
-    """Returns warp(image, choice, sign): nearest pixels, as Pillow's affine transform.
-
-    Output point p shows input point M (p - pivot) + pivot + shift, where x + 1/2, y + 1/2 is the
-    middle of a pixel; `sign` turns it round.
-    """
+    """Returns warp(image, choice, sign), by nearest pixels."""
     height, width = size
-    straight, across = np.ones(len(operations)), np.zeros((len(operations), 2))
-    shift, pivot = np.zeros((len(operations), 2)), np.zeros((len(operations), 2))
-    for i, (name, argument) in enumerate(operations):
-        if name == 'Rotate':  # counterclockwise, like Pillow
-            angle = math.radians(argument)
-            straight[i], across[i] = math.cos(angle), (-math.sin(angle), math.sin(angle))
-            pivot[i] = width / 2, height / 2
-        elif name in ('ShearX', 'ShearY'):
-            across[i, WARPS.index(name) - WARPS.index('ShearX')] = argument
-        elif name in ('TranslateX', 'TranslateY'):
-            shift[i, WARPS.index(name) - WARPS.index('TranslateX')] = argument
-    parameters = [jnp.asarray(x, jnp.float32) for x in (straight, across, shift, pivot)]
+    warps = [jnp.asarray(x) for x in affine(operations, size)]
     y, x = jnp.mgrid[:height, :width].astype(jnp.float32) + 0.5
 
     def warp(image, choice, sign):
-        straight, across, shift, pivot = (parameter[choice] for parameter in parameters)
-        dx, dy = x - pivot[0], y - pivot[1]
-        across, shift = sign * across, sign * shift
-        from_x = jnp.floor(straight * dx + across[0] * dy + pivot[0] + shift[0]).astype(int)
-        from_y = jnp.floor(across[1] * dx + straight * dy + pivot[1] + shift[1]).astype(int)
+        chosen = Affine(*(x[choice] for x in warps))
+        from_y, from_x = (jnp.floor(at).astype(int) for at in chosen.sources(sign, y, x))
         inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
         pixels = image.reshape(-1, 3)[jnp.where(inside, from_y * width + from_x, 0)]
         return jnp.where(inside[..., None], pixels, np.uint8(FILL))
@@ -165,11 +172,12 @@ def _make_adaptive_table(operations: Sequence[Operation]) -> Callable:
 
     def table(_, image, choice):
         counts = _histogram(image)
-        mean = _rounded_mean(_grey(image))
+        below = jnp.cumsum(counts, axis=1) - counts
+        mean = rounded_mean(_luma(image))
         contrast = _blend(mean, jnp.arange(256), products[choice])
         return jnp.select(
             [is_autocontrast[choice], is_equalize[choice]],
-            [_autocontrast_table(counts), _equalize_table(counts)],
+            [_autocontrast_table(counts), equalize_table(counts, below).astype(jnp.uint8)],
             jnp.broadcast_to(contrast, (3, 256)),
         )
 
@@ -194,46 +202,14 @@ def _table_places(image: jax.Array) -> jax.Array:
 def _autocontrast_table(counts: jax.Array) -> jax.Array:
     """Stretches the values that occur in a channel to [0, 255]; counts are int32 [3, 256]."""
     low = jnp.argmax(counts > 0, axis=1, keepdims=True)
-    high = _highest(counts)
+    high = 255 - jnp.argmax(counts[:, ::-1] > 0, axis=1, keepdims=True)
     value = jnp.arange(256)
     table = (value - low) * 255 // jnp.maximum(high - low, 1)
-    exceptions = jnp.asarray(_autocontrast_exceptions())
+    exceptions = jnp.asarray(autocontrast_exceptions())
     code = (low * 256 + high) * 256 + value
     nearest = jnp.searchsorted(exceptions, code).clip(0, len(exceptions) - 1)
     table = jnp.where(high > low, table - (exceptions[nearest] == code).astype(int), value)
     return table.clip(0, 255).astype(jnp.uint8)
-
-
-@functools.cache
-def _autocontrast_exceptions() -> np.ndarray:
-    """Returns where Pillow's autocontrast is one less than the exact quotient, int32, sorted.
-
-    It computes value * scale + offset in doubles, and where the exact result is an integer (only
-    there), rounding may leave it just below. Each is coded as (low * 256 + high) * 256 + value.
-    """
-    found = []
-    for low in range(255):
-        high, value = np.mgrid[low + 1 : 256, :256]
-        scale = 255.0 / (high - low)
-        computed = (value * scale + -low * scale).astype(int)
-        exact = (value - low) * 255 // (high - low)
-        wrong = (computed < exact) & (low <= value) & (value <= high)
-        found.append(((low * 256 + high) * 256 + value)[wrong])
-    return np.concatenate(found).astype(np.int32)
-
-
-def _equalize_table(counts: jax.Array) -> jax.Array:
-    """Makes each value occur about equally often; counts are int32 [3, 256]."""
-    below = jnp.cumsum(counts, axis=1) - counts
-    of_highest = jnp.take_along_axis(counts, _highest(counts), axis=1)
-    step = (counts.sum(axis=1, keepdims=True) - of_highest) // 255
-    table = (below + step // 2) // jnp.maximum(step, 1)
-    return jnp.where(step > 0, table, jnp.arange(256)).clip(0, 255).astype(jnp.uint8)
-
-
-def _highest(counts: jax.Array) -> jax.Array:
-    """Returns the greatest value that occurs in each channel, int32 [3, 1]."""
-    return 255 - jnp.argmax(counts[:, ::-1] > 0, axis=1, keepdims=True)
 
 
 def _make_blend(operations: Sequence[Operation]) -> Callable:
@@ -242,7 +218,7 @@ def _make_blend(operations: Sequence[Operation]) -> Callable:
     products = _products(operations)
 
     def blend(image, choice):
-        grey = _grey(image)[..., None]
+        grey = _luma(image)[..., None]
         degenerate = jnp.where(is_color[choice], grey, _smooth(image))
         return _blend(degenerate, image.astype(int), products[choice])
 
@@ -265,16 +241,9 @@ def _blend(degenerate, value, products: jax.Array) -> jax.Array:
     return blended.clip(0, 255).astype(jnp.uint8)
 
 
-def _grey(image: jax.Array) -> jax.Array:
-    """Returns the luma of an image [H, W, 3], int32 [H, W] in 0..255 (ITU-R 601-2)."""
-    red, green, blue = jnp.moveaxis(image.astype(int), -1, 0)
-    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
-
-
-def _rounded_mean(values: jax.Array) -> jax.Array:
-    """Returns the mean of integers, halves rounded up."""
-    total = values.sum()
-    return total // values.size + (2 * (total % values.size) >= values.size).astype(int)
+def _luma(image: jax.Array) -> jax.Array:
+    """Returns the luma of an image [H, W, 3], int32 [H, W] in 0..255."""
+    return luma(jnp.moveaxis(image.astype(int), -1, 0))
 
 
 def _smooth(image: jax.Array) -> jax.Array:

@@ -83,13 +83,8 @@ def randaugment(keys: jax.Array, images: jax.Array, layers: int, magnitude: floa
     """
     reach = _reach(_RANDAUGMENT_REACH, images)
     operations = [published_operation(name, magnitude, **reach) for name in OPERATIONS]
-
-    def layer(index, images):
-        layer_keys = _fold(keys, index)
-        choice = _draw(layer_keys, len(operations))
-        return _apply(layer_keys, images, operations, choice)
-
-    return jax.lax.fori_loop(0, layers, layer, images)
+    keys = _fold(keys[:, None], jnp.arange(layers))
+    return _apply(keys, images, operations, _draw(keys, len(operations)))
 
 
 def autoaugment(keys: jax.Array, images: jax.Array) -> jax.Array:
@@ -106,20 +101,22 @@ def autoaugment(keys: jax.Array, images: jax.Array) -> jax.Array:
     flat = [entry for pair in _POLICY_V0 for entry in pair]
     operations = [published_operation(name, level, **reach) for name, _, level in flat]
     probabilities = jnp.asarray([probability for _, probability, _ in flat])
-    pair = _draw(keys, len(_POLICY_V0))
-
-    def apply(place, images):
-        choice = 2 * pair + place
-        place_keys = _fold(keys, 1 + place)
-        happens = jax.vmap(jax.random.bernoulli)(place_keys, probabilities[choice])
-        return _apply(place_keys, images, operations, jnp.where(happens, choice, -1))
-
-    return jax.lax.fori_loop(0, 2, apply, images)
+    choice = 2 * _draw(keys, len(_POLICY_V0))[:, None] + jnp.arange(2)
+    keys = _fold(keys[:, None], jnp.arange(1, 3))
+    # By comparison: a TPU gathers single numbers one by one.
+    chosen = choice[..., None] == jnp.arange(len(flat))
+    happens = _each(jax.random.bernoulli, keys, jnp.where(chosen, probabilities, 0).sum(-1))
+    return _apply(keys, images, operations, jnp.where(happens, choice, -1))
 
 
 def _apply(keys: jax.Array, images: jax.Array, operations, choice: jax.Array) -> jax.Array:
-    """Applies the chosen operations: warps either way, Cutout anywhere in the picture."""
-    turned = jax.vmap(jax.random.bernoulli)(_fold(keys, 0))
+    """Applies the chosen operations in order: warps either way, Cutout anywhere in the image.
+
+    Args:
+        keys: [N, L], for the draws of L operations on each image.
+        images, operations, choice: as in `apply_operations`.
+    """
+    turned = _each(jax.random.bernoulli, _fold(keys, 0))
     sign = 1 - 2 * turned.astype(jnp.float32)
     height, width = images.shape[1:3]
     centre = jnp.stack([_draw(_fold(keys, 1), height), _draw(_fold(keys, 2), width)], axis=-1)
@@ -127,14 +124,21 @@ def _apply(keys: jax.Array, images: jax.Array, operations, choice: jax.Array) ->
 
 
 def _draw(keys: jax.Array, count: int) -> jax.Array:
-    """Returns for each key an integer in [0, count), int32 [N]."""
-    return jax.vmap(lambda key: jax.random.randint(key, (), 0, count))(keys)
+    """Returns for each key an integer in [0, count), int32 of the same shape."""
+    return _each(lambda key: jax.random.randint(key, (), 0, count), keys)
+
+
+def _fold(keys: jax.Array, number) -> jax.Array:
+    return _each(jax.random.fold_in, keys, number)
+
+
+def _each(function, *arrays) -> jax.Array:
+    """Returns function(...) of every element of arrays, which are broadcast."""
+    arrays = jnp.broadcast_arrays(*arrays)
+    out = jax.vmap(function)(*(x.ravel() for x in arrays))
+    return out.reshape(arrays[0].shape)
 
 
 def _reach(published: dict[str, float], images: jax.Array) -> dict[str, float]:
     scale = min(1.0, min(images.shape[1:3]) / _FULL_REACH_SIZE)
     return {name: pixels * scale for name, pixels in published.items()}
-
-
-def _fold(keys: jax.Array, number) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)

@@ -6,7 +6,15 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_images
 
-from nfnets_jax.augment.operations import OPERATIONS, WARPS, Operation, apply_operations
+from nfnets_jax.augment import packed_images
+from nfnets_jax.augment.operations import (
+    OPERATIONS,
+    WARPS,
+    Operation,
+    apply_operations,
+    in_groups,
+    one_by_one,
+)
 from nfnets_jax.augment.randaugment import published_operation
 
 LEVELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 30)
@@ -54,22 +62,28 @@ def is_tie(shear, size):
     return np.isclose((np.arange(size) + 0.5) * shear % 1, 0.5)
 
 
-@pytest.fixture(scope='module')
-def distorted(pictures):
-    """(operation, sign, pictures) of every operation at every level, all from one batch."""
+# Every level of one form, a few of the other, which compiles a program for each of them.
+@pytest.fixture(
+    scope='module',
+    params=[(in_groups, LEVELS), (one_by_one, (5, 10, 30))],
+    ids=['in groups', 'one by one'],
+)
+def distorted(pictures, request):
+    """(levels, cases): operation, sign, pictures of every operation, all from one batch."""
+    form, levels = request.param
     operations = [
         published_operation(name, level, translate=40, cutout=16)
         for name in OPERATIONS
-        for level in LEVELS
+        for level in levels
     ]
     choice = np.repeat(np.arange(len(operations)), 2 * len(pictures))
     sign = np.tile(np.repeat([1.0, -1.0], len(pictures)), len(operations)).astype(np.float32)
     images = np.tile(pictures, (2 * len(operations), 1, 1, 1))
-    out = jax.jit(lambda *a: apply_operations(a[0], operations, *a[1:]))(
-        images, choice, sign, np.tile(CENTRE, (len(images), 1))
-    )
+    centre = np.tile(CENTRE, (len(images), 1))
+    apply = jax.jit(lambda images, *drawn: form(operations, images, *drawn))
+    out = apply(images, choice[:, None], sign[:, None], centre[:, None])
     out = np.asarray(out).reshape(len(operations), 2, *pictures.shape)
-    return [
+    return levels, [
         (operation, sign, signed)
         for operation, both in zip(operations, out, strict=True)
         for sign, signed in zip((1, -1), both, strict=True)
@@ -78,8 +92,9 @@ def distorted(pictures):
 
 @pytest.mark.parametrize('name', OPERATIONS)
 def test_operations_agree_with_pillow_at_every_magnitude(pictures, distorted, name):
-    chosen = [case for case in distorted if case[0].name == name]
-    assert len(chosen) == 2 * len(LEVELS)
+    levels, cases = distorted
+    chosen = [case for case in cases if case[0].name == name]
+    assert len(chosen) == 2 * len(levels)
     for operation, sign, found in chosen:
         expected = np.stack([with_pillow(operation, image, sign) for image in pictures])
         if name not in WARPS:
@@ -91,6 +106,41 @@ def test_operations_agree_with_pillow_at_every_magnitude(pictures, distorted, na
         if name == 'ShearY':
             differs = differs[:, :, ~is_tie(operation.argument, 61)]
         assert differs.mean() < 0.002, operation
+
+
+@pytest.mark.parametrize('size', [(192, 192), (48, 61), (2, 9)])
+def test_both_forms_are_equal(size):
+    """To the last bit, warps too, several operations in a row, more than one number holds."""
+    rng = np.random.default_rng(2)
+    levels = (5, 15) if size == (48, 61) else (10,)
+    operations = [
+        published_operation(name, level, translate=40, cutout=16)
+        for level in levels
+        for name in OPERATIONS
+    ]
+    count, layers = (12, 7) if size == (192, 192) else (48, 7)
+    images = rng.integers(0, 256, (count, *size, 3)).astype(np.uint8)
+    images[::3] = images[::3] // 2 + 40
+    choice = rng.integers(-1, len(operations), (count, layers))
+    sign = rng.choice([-1.0, 1.0], (count, layers)).astype(np.float32)
+    centre = rng.integers(-3, 70, (count, layers, 2))
+    expected, found = (
+        jax.jit(lambda *a, form=form: form(operations, *a))(images, choice, sign, centre)
+        for form in (in_groups, one_by_one)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_operations_in_a_row(pictures):
+    operations = [published_operation(name, 7, translate=40, cutout=16) for name in OPERATIONS]
+    rng = np.random.default_rng(3)
+    images = pictures[rng.integers(len(pictures), size=8)]
+    drawn = rng.integers(-1, 16, (8, 3)), np.ones((8, 3)), rng.integers(0, 48, (8, 3, 2))
+    apply = jax.jit(lambda *a: apply_operations(a[0], operations, *a[1:]))
+    together = apply(images, *drawn)
+    for layer in range(3):
+        images = apply(images, *(x[:, layer : layer + 1] for x in drawn))
+    np.testing.assert_array_equal(together, images)
 
 
 def test_every_picture_gets_its_own_operation(pictures):
@@ -133,3 +183,22 @@ def test_tiny_pictures(size):
     for image, operation, found in zip(images, operations, out, strict=True):
         if operation.name not in WARPS:
             np.testing.assert_array_equal(found, with_pillow(operation, image, 1), str(operation))
+
+
+def test_no_dtype_is_promoted_implicitly(pictures):
+    operations = [published_operation(name, 7, translate=40, cutout=16) for name in OPERATIONS]
+    drawn = (
+        jax.ShapeDtypeStruct((2, 3), np.int32),
+        jax.ShapeDtypeStruct((2, 3), np.float32),
+        jax.ShapeDtypeStruct((2, 3, 2), np.int32),
+    )
+    images = jax.ShapeDtypeStruct((2, *pictures.shape[1:]), np.uint8)
+    with jax.numpy_dtype_promotion('strict'):
+        for form in (in_groups, one_by_one):
+            out = jax.eval_shape(lambda *a, form=form: form(operations, *a), images, *drawn)
+            assert (out.shape, out.dtype) == (images.shape, np.uint8)
+
+
+def test_division_without_dividing():
+    numerator = np.arange(2 * 13 * 255 + 14)
+    np.testing.assert_array_equal(packed_images.divide_by_26(numerator), numerator // 26)

@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,19 +47,15 @@ def test_magnitudes_are_the_published_ones():
 
 
 def record(monkeypatch):
-    """Makes `apply_operations` note its arguments, and returns the list of those."""
+    """Makes `apply_operations` note its arguments, and returns the list of those by layer."""
     calls = []
 
-    def noted(images, *arguments):
-        calls.append(arguments)
+    def noted(images, operations, *drawn):
+        layers = zip(*(jnp.moveaxis(x, 1, 0) for x in drawn), strict=True)
+        calls.extend((operations, *layer) for layer in layers)
         return images
 
     monkeypatch.setattr(randaugment, 'apply_operations', noted)
-    monkeypatch.setattr(
-        jax.lax,
-        'fori_loop',
-        lambda low, high, body, value: [value := body(i, value) for i in range(low, high)][-1],
-    )
     return calls
 
 

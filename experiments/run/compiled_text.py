@@ -1,0 +1,223 @@
+"""Reads the text of a program compiled for a TPU: what each part costs by the compiler's estimate.
+
+`compiled.as_text()` holds the scheduled program. The compiler writes `estimated_cycles` beside
+nearly every instruction; nothing here needs libtpu, or runs anything. An estimate is not a
+measurement, and there is none for gathers and scatters of single elements, which become loops on
+the core: `element_accesses` finds those.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+_COMPUTATION = re.compile(r'^(ENTRY )?%([^\s(]+) \(.*\{$')
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$')
+_ARRAY = re.compile(r'\b[a-z]\w*\[([\d,]*)\]')
+_CALLED = re.compile(r'\b(?:to_apply|body|condition|calls|branch_computations)=(\{[^}]*\}|%\S+)')
+
+
+# What computes, and has no estimate in some programs.
+_UNESTIMATED = ('gather', 'scatter', 'reduce-window', 'sort', 'custom-call', 'fusion')
+
+
+class Instruction(NamedTuple):
+    """One instruction of a compiled program.
+
+    Attributes:
+      name: unique in the program, without the percent sign.
+      opcode: of HLO, such as 'fusion'.
+      shape: of the result, as the text has it; a tuple's in parentheses.
+      op_name: the JAX operations that it came from, joined by slashes; '' where unknown.
+      cycles: the compiler's estimate for one execution, or None.
+      text: the operands and attributes.
+    """
+
+    name: str
+    opcode: str
+    shape: str
+    op_name: str
+    cycles: int | None
+    text: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands, in order."""
+        return _names(self.text.split(')')[0])
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Names of the computations that the instruction calls, as the text orders them."""
+        return tuple(name for part in _CALLED.findall(self.text) for name in _names(part))
+
+    def attribute(self, key: str) -> str:
+        """Returns what stands after `key=`, without braces; '' where there is no such key."""
+        found = re.search(rf'\b{key}=(?:\{{([^}}]*)\}}|([^,\s]+))', self.text)
+        return (found[1] or found[2] or '') if found else ''
+
+
+class Program(NamedTuple):
+    """A compiled program: its computations by name, and which one is the entry."""
+
+    computations: Mapping[str, tuple[Instruction, ...]]
+    entry: str
+
+
+class Cost(NamedTuple):
+    """An instruction and how often one call of the program executes it, on average."""
+
+    instruction: Instruction
+    executions: float
+
+    @property
+    def cycles(self) -> float:
+        """All executions together; 0 where the compiler gave no estimate."""
+        return (self.instruction.cycles or 0) * self.executions
+
+
+def parse(text: str) -> Program:
+    """Returns the program of `compiled.as_text()`.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+    computations: dict[str, tuple[Instruction, ...]] = {}
+    entry, name, found = None, None, []
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
+            name, found = start[2], []
+            entry = name if start[1] else entry
+        elif line == '}' and name:
+            computations[name] = tuple(found)
+            name = None
+        elif name and (match := _INSTRUCTION.match(line)):
+            found.append(_instruction(*match.groups()))
+    if entry is None:
+        raise ValueError('not the text of a compiled program: it has no ENTRY computation')
+    return Program(computations, entry)
+
+
+def costs(
+    program: Program,
+    *,
+    weights: Callable[[Instruction], Sequence[float]] | None = None,
+    trips: float = 1,
+) -> list[Cost]:
+    """Returns every instruction that runs on its own, with the number of its executions.
+
+    Instructions inside of a fusion are part of the fusion.
+
+    Args:
+      program: from `parse`.
+      weights: conditional -> the share of executions that takes each branch; evenly by default.
+      trips: of a loop whose trip count depends on data; `unknown_loops` finds those.
+    """
+
+    def walk(computation: str, executions: float) -> Iterator[Cost]:
+        for instruction in program.computations[computation]:
+            yield Cost(instruction, executions)
+            called = instruction.called
+            if instruction.opcode == 'while':
+                condition, body = called
+                turns = trip_count(program, instruction)
+                turns = trips if turns is None else turns
+                yield from walk(condition, executions * (turns + 1))
+                yield from walk(body, executions * turns)
+            elif instruction.opcode == 'conditional':
+                shares = weights(instruction) if weights else [1 / len(called)] * len(called)
+                for branch, share in zip(called, shares, strict=True):
+                    yield from walk(branch, executions * share)
+            elif instruction.opcode in ('call', 'async-start'):
+                for name in called:
+                    yield from walk(name, executions)
+
+    return list(walk(program.entry, 1))
+
+
+def total(found: Sequence[Cost]) -> float:
+    """Returns the estimated cycles of one call of the program."""
+    return sum(cost.cycles for cost in found)
+
+
+def by(found: Sequence[Cost], key: Callable[[Instruction], str]) -> dict[str, float]:
+    """Returns the cycles by what `key` makes of an instruction, greatest first."""
+    sums: dict[str, float] = {}
+    for cost in found:
+        if cost.cycles:
+            name = key(cost.instruction)
+            sums[name] = sums.get(name, 0) + cost.cycles
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def trip_count(program: Program, loop: Instruction) -> int | None:
+    """Returns how often a loop runs that counts from 0 by 1, as those of `fori_loop` and `scan` do.
+
+    None where its condition is no comparison of a counter with a constant.
+    """
+    condition, body = loop.called
+    *_, root = program.computations[condition]
+    if root.opcode != 'compare' or root.attribute('direction') != 'LT':
+        return None
+    by_name = {x.name: x for x in program.computations[condition]}
+    operands = [by_name.get(name) for name in root.operands]
+    limits = [x for x in operands if x is not None and x.opcode == 'constant']
+    counters = [x for x in operands if x is not None and x.opcode == 'get-tuple-element']
+    if len(limits) != 1 or len(counters) != 1:
+        return None
+    return int(limits[0].text.split(')')[0])
+
+
+def unknown_loops(program: Program) -> list[Instruction]:
+    """Returns the loops whose trip count depends on data."""
+    return [x for x in _all(program) if x.opcode == 'while' and trip_count(program, x) is None]
+
+
+def without_estimate(program: Program, opcodes: Sequence[str] = _UNESTIMATED) -> list[Instruction]:
+    """Returns the instructions of these opcodes that run on their own, and have no estimate.
+
+    Their time is missing in every sum.
+    """
+    found = {cost.instruction.name: cost.instruction for cost in costs(program)}
+    return [x for x in found.values() if x.cycles is None and x.opcode in opcodes]
+
+
+def element_accesses(program: Program) -> dict[str, int]:
+    """Returns the elements that each gather or scatter reads or writes one by one: name -> number.
+
+    Those that move slices of several elements, such as whole images, are left out. Instructions
+    inside of fusions count, too; the number is that of one execution.
+    """
+    shapes = {x.name: x.shape for x in _all(program)}
+    found = {}
+    for x in _all(program):
+        if x.opcode == 'gather' and _product(x.attribute('slice_sizes')) == 1:
+            found[x.name] = elements(x.shape)
+        elif x.opcode == 'scatter' and not x.attribute('update_window_dims'):
+            updates = x.operands[-1]  # of one operand; of several, each has its updates
+            found[x.name] = elements(shapes[updates])
+    return found
+
+
+def elements(shape: str) -> int:
+    """Returns the number of elements of an array, such as 's32[4,3,256]{2,1,0}'."""
+    return _product(_ARRAY.search(shape)[1])
+
+
+def _product(numbers: str) -> int:
+    return math.prod(map(int, filter(None, numbers.split(','))))
+
+
+def _all(program: Program) -> Iterator[Instruction]:
+    return (x for computation in program.computations.values() for x in computation)
+
+
+def _names(text: str) -> list[str]:
+    return re.findall(r'%([^\s,(){}]+)', text)
+
+
+def _instruction(name: str, shape: str, opcode: str, text: str) -> Instruction:
+    op_name = re.search(r'op_name="([^"]*)"', text)
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', text)
+    return Instruction(
+        name, opcode, shape, op_name[1] if op_name else '', int(cycles[1]) if cycles else None, text
+    )
