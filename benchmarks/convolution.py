@@ -118,12 +118,12 @@ def shorten(part: dict[Size, Forms]) -> dict[Size, Forms]:
     return short
 
 
-def table_source(table: dict) -> str:
+def table_source(tables: dict) -> str:
     """Returns the text of nfnets_jax/convolution/table.py that holds a table."""
     path = pathlib.Path(table.__file__)
     head = path.read_text().partition('TABLE:')[0]
     lines = ['TABLE: dict[str, dict[tuple[int, ...], tuple[str, str, str]]] = {']
-    for platform, part in sorted(table.items()):
+    for platform, part in sorted(tables.items()):
         lines += [f"    '{platform}': {{"]
         lines += [f'        {tuple(size)}: {tuple(forms)},' for size, forms in sorted(part.items())]
         lines += ['    },']

@@ -74,8 +74,8 @@ def test_convolution_writes_its_platform_and_leaves_the_others(tmp_path, monkeyp
     source = tmp_path / 'convolution_table.py'
     source.write_text('"""Why."""\n\nTABLE: dict = {}\n')
     others = {'tpu': {(1, 1, 1, 8, 8, 64): ('plain', 'plain', 'plain')}}
-    monkeypatch.setattr(convolution.convolution_table, '__file__', str(source))
-    monkeypatch.setattr(convolution.convolution_table, 'TABLE', others | {'cpu': {}})
+    monkeypatch.setattr(convolution.table, '__file__', str(source))
+    monkeypatch.setattr(convolution.table, 'TABLE', others | {'cpu': {}})
     monkeypatch.setattr(convolution, 'sizes', lambda *_: {size: found[size]})
 
     arguments = ['--rounds=1', '--seconds=0', '--write']

@@ -6,7 +6,7 @@ import runpy
 import pytest
 
 from experiments import experiment
-from experiments.study import config
+from experiments.study import config as study_config
 from nfnets_jax.errors import UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def test_every_experiment_of_the_report_is_there():
 @pytest.mark.parametrize('key', STUDIES)
 def test_a_study_says_what_a_report_needs(key):
     study = STUDIES[key]
-    trials = config.make_trials(study)  # It checks claims and charts, too.
+    trials = study_config.make_trials(study)  # It checks claims and charts, too.
     assert len({trial.id for trial in trials}) == len(trials)
     assert len(study.grid.seed) >= 3
     assert study.title
@@ -67,7 +67,7 @@ def test_a_study_says_what_a_report_needs(key):
     titles = [chart['title'] for chart in study.charts]
     assert len(set(titles)) == len(titles)
     assert all(chart['y'] in METRICS for chart in study.charts)
-    assert config.to_json(study)['axes']['arm'] == [arm['name'] for arm in study.arms]
+    assert study_config.to_json(study)['axes']['arm'] == [arm['name'] for arm in study.arms]
     if 'train' in study.measure:
         tuned = [{**study.grid.to_dict(), **arm['grid']} for arm in study.arms]
         few = 1 if key.endswith('imagenet') else 2
@@ -78,7 +78,7 @@ def test_a_study_says_what_a_report_needs(key):
 
 @pytest.mark.parametrize('key', [key for key in STUDIES if key.endswith('-digits')])
 def test_every_program_of_the_digits_size_can_be_run(key):
-    trials = config.make_trials(STUDIES[key])
+    trials = study_config.make_trials(STUDIES[key])
     assert len(trials) <= 300
     for trial in {trial.program: trial for trial in trials}.values():
         experiment.prepare(trial.config)
@@ -87,7 +87,7 @@ def test_every_program_of_the_digits_size_can_be_run(key):
 @pytest.mark.slow
 @pytest.mark.parametrize('key', [key for key in STUDIES if not key.endswith('-digits')])
 def test_every_program_of_the_larger_sizes_can_be_run(key):
-    for trial in {t.axes['arm']: t for t in config.make_trials(STUDIES[key])}.values():
+    for trial in {t.axes['arm']: t for t in study_config.make_trials(STUDIES[key])}.values():
         pixels = trial.config.data.get('image_size', 32)
         trial.config.data = {'name': 'noise', 'image_size': pixels, 'examples': 4096}
         experiment.prepare(trial.config)

@@ -41,7 +41,8 @@ from experiments import config as schema
 from experiments import experiment
 from experiments.launch import cli, distributed
 from experiments.run import data_record, workdir
-from experiments.study import config, measurements
+from experiments.study import config as study_config
+from experiments.study import measurements
 from experiments.study.journal import Journal, Record, in_turn
 from experiments.study.schema import SUMMARY_FILE
 from experiments.train import DivergedError, train
@@ -67,7 +68,7 @@ def run_study(
     """Runs the trials of a study that have not ended, and leaves what came out in study.json.
 
     Args:
-      study: as in `config.default_study`.
+      study: as in `study_config.default_study`.
       directory: where the study is kept.
       jobs: worker processes; with 1 this one does the work.
       max_trials: how many to begin at most, in this call; arms take turns.
@@ -81,12 +82,12 @@ def run_study(
     """
     if jobs > 1:  # Whoever comes first shall not take all of an accelerator's memory.
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
-    trials = config.make_trials(study)
+    trials = study_config.make_trials(study)
     data = _check_configs(study, trials)
     data_record.check_study(directory, data)
     journal = open_journal(study, directory)
     base = workdir.flatten(workdir.as_json(study.base))
-    journal.add(trials, [config.difference(t, study) for t in trials], base, retry=retry)
+    journal.add(trials, [study_config.difference(t, study) for t in trials], base, retry=retry)
     with journal.exclusive():
         data_record.add_to_study(directory, data)
     if command:
@@ -135,7 +136,7 @@ def work(
       KeyboardInterrupt: it was told to stop; the trial at hand can be continued.
     """
     journal = open_journal(study, directory)
-    trials = {trial.id: trial for trial in config.make_trials(study)}
+    trials = {trial.id: trial for trial in study_config.make_trials(study)}
     _keep_compiled(pathlib.Path(directory) / '.cache' / platform.node())
     if study.pretrain:
         with journal.exclusive():  # The others wait for it, too.
@@ -170,7 +171,7 @@ def _keep_compiled(directory: pathlib.Path) -> None:
 
 
 def _pretrain(config: ConfigDict, directory: str | os.PathLike) -> None:
-    path = config.PRETRAINED.format(study=directory)
+    path = study_config.PRETRAINED.format(study=directory)
     try:
         with _of_pretraining():
             summary = train(config, path, quiet=True)
@@ -186,13 +187,13 @@ def _of_pretraining() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        message = config.rename_keys(str(error), lambda key: f'pretrain.{key}')
+        message = study_config.rename_keys(str(error), lambda key: f'pretrain.{key}')
         raise UsageError(message) from error
 
 
 def _do(
     study: ConfigDict,
-    trial: config.Trial,
+    trial: study_config.Trial,
     directory: pathlib.Path,
     compiled: measurements.Compiled,
 ) -> dict[str, Any]:
@@ -209,11 +210,11 @@ def _do(
                 raise KeyboardInterrupt
             metrics |= results
     except DivergedError as error:
-        return {'state': 'diverged', 'error': config.in_study(str(error), trial, study)}
+        return {'state': 'diverged', 'error': study_config.in_study(str(error), trial, study)}
     except Exception as error:
         # Whatever it is, the other trials may do without it.
         files.write_whole(directory / 'error.txt', traceback.format_exc())
-        told = config.in_study(f'{type(error).__name__}: {error}', trial, study)
+        told = study_config.in_study(f'{type(error).__name__}: {error}', trial, study)
         return {'state': 'failed', 'error': told.splitlines()[0][:300]}
     if study.metric not in metrics:
         raise UsageError(
@@ -224,7 +225,7 @@ def _do(
 
 
 def write_summary(study: ConfigDict, journal: Journal) -> None:
-    """Writes study.json: `config.to_json`, all trials, and what they were done with."""
+    """Writes study.json: `study_config.to_json`, all trials, and what they were done with."""
     with journal.exclusive():
         records = journal.records()
         # More values than the config's, where it had others before.
@@ -235,7 +236,7 @@ def write_summary(study: ConfigDict, journal: Journal) -> None:
         axes = {axis: list(axes[axis]) for axis in ('arm', *study.axes) if axis in axes}
         commands = journal.remembered('commands')
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-        summary = config.to_json(study) | {
+        summary = study_config.to_json(study) | {
             'axes': axes,
             'command': commands[0] if commands else '',
             'commands': commands,
@@ -253,7 +254,7 @@ def _to_json(record: Record) -> dict[str, Any]:
 
 
 def _check_configs(
-    study: ConfigDict, trials: Iterable[config.Trial]
+    study: ConfigDict, trials: Iterable[study_config.Trial]
 ) -> dict[str, data_record.Record]:
     """Raises a UsageError for the first config that could not be run.
 
@@ -278,7 +279,7 @@ def _check_configs(
                 if (name := data_record.key(trial.config)) not in data:
                     data[name] = data_record.describe(prepared.splits)
         except UsageError as error:
-            message = config.in_study(str(error), trial, study)
+            message = study_config.in_study(str(error), trial, study)
             raise UsageError(f'trial {trial.id}: {message}') from error
         checked.add(key)
     return data
@@ -286,7 +287,7 @@ def _check_configs(
 
 def _check_config(config: ConfigDict, *, training: bool = True) -> experiment.Task:
     prepared = experiment.prepare(config, training=training)
-    if config.init.weights not in ('', config.PRETRAINED):
+    if config.init.weights not in ('', study_config.PRETRAINED):
         experiment.load_weights(prepared)
     return prepared
 

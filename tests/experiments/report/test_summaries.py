@@ -2,6 +2,7 @@ import pytest
 
 from configs.studies import bn_price
 from experiments.report import page, reading, results, summaries
+from experiments.study import config as study_config
 from nfnets_jax.errors import UsageError
 
 
@@ -108,4 +109,4 @@ def test_a_study_that_asks_for_a_time_is_refused(kind):
         config.claims[0]['compare']['metric'] = 'training_seconds'
         key = r'config.claims\[0\].compare.metric'
     with pytest.raises(UsageError, match=f'{key}=.*cannot measure time'):
-        config.make_trials(config)
+        study_config.make_trials(config)

@@ -17,7 +17,7 @@ from experiments.config import ADDED_FIELDS
 from experiments.report import reading, results
 from experiments.run import metric_writers, workdir
 from experiments.study import __main__ as study
-from experiments.study import config
+from experiments.study import config as study_config
 from experiments.study.config import default_study, make_trials
 from experiments.study.journal import MAX_ATTEMPTS, Journal, in_turn
 from nfnets_jax.errors import UsageError
@@ -268,7 +268,9 @@ def test_a_killed_process_gives_its_trial_back(tmp_path):
 def journal(tmp_path):
     """An empty journal, and trials a0, a1 of program a and b0, b1 of b to put in it."""
     trials = [
-        config.Trial(f'{program}{seed}', {'arm': program, 'seed': seed}, ConfigDict(), program)
+        study_config.Trial(
+            f'{program}{seed}', {'arm': program, 'seed': seed}, ConfigDict(), program
+        )
         for program in 'ab'
         for seed in (0, 1)
     ]
@@ -326,18 +328,18 @@ def test_the_recipe_is_told_as_it_is():
     config = default_study()
     config.setting = 'digits'
     config.base.batch_size, config.base.duration = 48, '7 epochs'
-    told = config.to_json(config)['setting']
+    told = study_config.to_json(config)['setting']
     assert told.startswith('digits. Where arms and figures do not say otherwise: batch size 48, ')
     assert '7 epochs, SGD with Nesterov momentum 0.9' in told
     assert 'learning rates of SGD for 256 examples' in told
     config.axes.batch_size = 'batch_size'
     config.base.optimizer.name, config.base.optimizer.scale_lr_by_batch = 'adam', False
-    told = config.recipe(config)
+    told = study_config.recipe(config)
     assert 'batch size' not in told, 'it is an axis'
     assert 'Adam' in told
     assert 'SGD' not in told
     config.measure = ('signal_propagation',)
-    assert config.to_json(config)['setting'] == 'digits'
+    assert study_config.to_json(config)['setting'] == 'digits'
 
 
 @pytest.mark.parametrize(
@@ -422,7 +424,7 @@ def test_a_trials_config_does_not_say_where_the_study_is(tmp_path, monkeypatch):
 
     monkeypatch.setitem(study.measurements.MEASUREMENTS, 'train', training)
     monkeypatch.setattr(study, 'train', lambda *_, **__: {'final': {}})
-    base = tiny_config(init__weights=config.PRETRAINED)
+    base = tiny_config(init__weights=study_config.PRETRAINED)
     study.run_study(tiny_study(base=base, pretrain=tiny_config()), tmp_path, max_trials=1)
     assert collections.Counter(states(tmp_path).values()) == {'complete': 1, 'pending': 4}
 
@@ -438,7 +440,7 @@ def test_a_model_of_another_name_takes_no_options_over():
     same, other = make_trials(two)
     assert same.config.model.to_dict() == {'name': 'NF-ResNet-8', 'width': 0.25, **ONE_BLOCK}
     assert other.config.model.to_dict() == {'name': 'ResNet-8'}
-    assert config.difference(other, two) == {'model.name': 'ResNet-8'}
+    assert study_config.difference(other, two) == {'model.name': 'ResNet-8'}
 
 
 @pytest.fixture(scope='module')
