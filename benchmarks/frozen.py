@@ -40,7 +40,7 @@ def prepare_step(groups: tuple, args: argparse.Namespace):
             'name': 'noise',
             'image_size': args.image_size,
             'classes': args.classes,
-            'examples': args.batch,
+            'examples': max(args.batch, args.classes),
         }
         config.optimizer.groups = groups
     config.augment.flip = True

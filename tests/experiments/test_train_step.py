@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs.finetune import head_only
@@ -347,10 +348,12 @@ def test_a_run_with_frozen_parameters_of_an_earlier_version_goes_on(tiny, tmp_pa
     train(config, tmp_path, quiet=True)
     after = final_state(tmp_path)
     assert after.step == 8
-    for tree in ('params', 'ema_params', 'opt_state'):
-        chex.assert_trees_all_close(
-            getattr(after, tree), getattr(before, tree), rtol=1e-5, atol=1e-7
-        )
+    # The momentum alone: what AGC reports on the last update was a dict once, and is not kept.
+    states = (
+        (state.params, state.ema_params, optax.tree.get(state.opt_state, 'trace'))
+        for state in (after, before)
+    )
+    chex.assert_trees_all_close(*states, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +410,8 @@ def test_the_steps_trace_under_strict_promotion(tiny, changes, precision):
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
         mask = jax.ShapeDtypeStruct(shapes['label'].shape, jnp.float32)
         sums = jax.eval_shape(make_eval_step(task), state.variables(), shapes | {'mask': mask})
-    assert sums['test']['top1'].dtype == jnp.float32
+    assert sums
+    assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {np.dtype('float32')}
 
 
 def test_a_state_has_the_same_dtypes_under_x64(tiny):
