@@ -100,6 +100,9 @@ NOT_RUN = {
     r'python -m benchmarks.input_pipeline .*=PATH/TO/PYTHON': 'needs TensorFlow',
     r'python -m benchmarks.convolution --write.*': 'is for a GPU, and changes the project',
     r'CUDA_VISIBLE_DEVICES=0 python -m experiments.study \.\.\.': 'is no whole command',
+    r'python (-m experiments.train|experiments/train.py)': 'is no whole command',
+    r'python (-m benchmarks.input_pipeline|benchmarks/input_pipeline.py)': 'is no whole command',
+    r'python -m benchmarks.augmentation_tpu.*': 'needs a compiler for TPUs, libtpu',
     r'optuna-dashboard .*': 'is a server, of a package that is not required',
     r'\S+tensorboard --logdir=runs': 'is a server',
 }
@@ -123,6 +126,7 @@ _TINY_MODEL = '--model=NF-ResNet-8 --image-size=16 --batch=2 --rounds=1'
 # Regular expressions of commands that are run -> what makes them tiny, the last that is given of a
 # flag counts; the first expression that matches decides.
 SHRINK = {
+    r'python -m experiments.train --help': '',
     r'.*experiments.train .*configs/imagenet/.*': '--config.smoke=true',
     r'.*experiments.train .*configs/digits.*': _TINY_DIGITS,
     r'.*experiments.train .*(finetune.py|pretrain.py).*': _TINY_IMAGES,
@@ -142,7 +146,7 @@ SHRINK = {
     r'.*benchmarks.compile_time.*': '--models=NF-ResNet-8 --image-size=16',
     r'.*benchmarks.input_pipeline.*': '--rounds=1 --batches=1',
     r'.*benchmarks.long_run.*': '--steps=500',
-    r'.*examples\.\w+': '',
+    r'.*python (-m examples\.\w+|examples/\w+\.py)': '',
     r'python docs/build_api.py': '',
 }
 # What the suite runs by default: one of each kind that takes seconds.
@@ -227,7 +231,7 @@ def shell(command: str, directory: pathlib.Path) -> subprocess.CompletedProcess:
 def materials(tmp_path_factory):
     """A directory with what the documents speak of, by its names there."""
     path = tmp_path_factory.mktemp('materials')
-    for folder in ('configs', 'tests'):
+    for folder in ('configs', 'tests', 'examples', 'experiments'):
         (path / folder).symlink_to(ROOT / folder)
     (path / '.venv').symlink_to(sys.prefix)
     shutil.copy(ROOT / 'README.md', path)
@@ -240,7 +244,8 @@ def materials(tmp_path_factory):
         else:
             save_network(path / 'other', 'NF-ResNet-50', widths=(16, 32), depths=(1, 1))
         (path / ('F0' if name == 'F0_haiku.npz' else 'other')).rename(path / name)
-    for folder in _FOLDERS:
+    splits = [f'three_splits/{split}' for split in ('train', 'val', 'test')]
+    for folder in (*_FOLDERS, *splits):
         for index, label in enumerate(('cat', 'dog', 'fox') * 8):
             save_image(path / folder / label / f'{index}.jpg', index)
     for index, name in enumerate(_IMAGES):
@@ -270,6 +275,17 @@ def a_run(materials):
 
 
 @pytest.fixture(scope='session')
+def a_validated_run(materials):
+    done = shell(
+        'python -m experiments.train --workdir=validated '
+        f'--config=configs/finetune.py:weights=W.safetensors,data=three_splits {_TINY_IMAGES}',
+        materials,
+    )
+    assert done.returncode == 0, done.stderr
+    return materials / 'validated'
+
+
+@pytest.fixture(scope='session')
 def a_study(materials):
     done = shell(
         f'python -m experiments.study --config=configs/studies/sam.py:digits --workdir=study '
@@ -287,7 +303,7 @@ def workplace(request, materials, tmp_path):
     def prepare(command: str) -> pathlib.Path:
         reads_run = re.search(r'experiments.(evaluate|export)', command)
         for file in materials.iterdir():
-            if file.name not in ('run', 'study', 'docs', 'DIR'):
+            if file.name not in ('run', 'validated', 'study', 'docs', 'DIR'):
                 (tmp_path / file.name).symlink_to(file)
         if not reads_run:  # Which calls a run's directory so.
             folder = 'caltech101' if 'experiments.study' in command else 'DIR'
@@ -297,7 +313,7 @@ def workplace(request, materials, tmp_path):
         (tmp_path / 'runs' / 'cifar10.npz').symlink_to(materials / 'cifar10.npz')
         directories = re.findall(r'--workdir=(\S+)', command)
         if reads_run:
-            copied = 'a_run'
+            copied = 'a_validated_run' if 'validation' in command else 'a_run'
         elif 'experiments.report' in command:
             copied = 'a_study'
         else:
@@ -404,7 +420,9 @@ def test_the_flags_of_every_command_are_known(workplace):
     """In one process: it takes seconds, where running all takes minutes."""
     commands = {}
     for command in COMMANDS:
-        if not matching(NOT_RUN, command) and re.search(r'-m (experiments|benchmarks)', command):
+        if not matching(NOT_RUN, command) and re.search(
+            r'-m (experiments|benchmarks)(?!.*--help)', command
+        ):
             words = shlex.split(runnable(command).replace('$k', '0').replace('$port', '1'))
             words = words[words.index('-m') + 1 :]
             commands[command] = words[: words.index('&')] if '&' in words else words
