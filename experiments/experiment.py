@@ -97,6 +97,8 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
       UsageError: naming the config key that is wrong.
     """
     schema.check(config)
+    with naming('model'):
+        models.variant_info(config.model.name)  # The sizes of images follow from it.
     with naming('data'):
         train_source, validation_source, test_source, pictures = open_data(config)
     num_classes = len(train_source.class_names)
@@ -360,7 +362,7 @@ def naming(node: str) -> Iterator[None]:
         yield
     except UsageError as error:
         message = str(error)
-        if message.startswith(f'{node}.'):
+        if message.startswith((f'{node}.', f'{node}: ')):
             message = f'config.{message}'
         elif not message.startswith('config.'):
             message = f'config.{node}: {message}'

@@ -199,6 +199,14 @@ def test_images_are_normalized_as_the_weights_were_trained(weights, folder, tmp_
         experiment.load_weights(experiment.prepare(config))
 
 
+def test_a_network_that_is_unknown_is_not_called_a_mistake_of_the_data(folder):
+    config = schema.default_config()
+    config.data = {'name': 'folder', 'path': str(folder)}
+    config.model.name = 'NF-ResNet-9'
+    with pytest.raises(UsageError, match=r"^config\.model: unknown 'NF-ResNet-9' \(did you mean"):
+        experiment.prepare(config)
+
+
 @pytest.mark.parametrize('freeze', ['', ',freeze=body'])
 def test_the_directory_of_a_run_is_fine_tuned_from_the_command_line(
     weights, folder, tmp_path, command, freeze
