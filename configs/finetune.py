@@ -61,6 +61,9 @@ def get_config(arguments: str = ''):
         'test_image_size': metadata.test_size or published.test_size,
         'test_mode': metadata.eval_mode,
     }
+    for key in ('mean', 'std'):
+        if getattr(metadata, key) != getattr(Metadata(), key):  # The runner's default as well.
+            config.data[key] = getattr(metadata, key)
     config.augment.flip = True
     config.batch_size = _batch_size(given['data'])
     config.duration = '15000 steps'

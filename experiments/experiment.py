@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -96,6 +97,8 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
       UsageError: naming the config key that is wrong.
     """
     schema.check(config)
+    with naming('model'):
+        models.variant_info(config.model.name)  # The sizes of images follow from it.
     with naming('data'):
         train_source, validation_source, test_source, pictures = open_data(config)
     num_classes = len(train_source.class_names)
@@ -128,7 +131,13 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
         params, _ = jax.eval_shape(lambda: _init_variables(model, config.seed, pictures.shape))
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     with naming('augment'):
-        augmentation = augment.make_augment(config.augment, num_classes, dtype=config.precision)
+        augmentation = augment.make_augment(
+            config.augment,
+            num_classes,
+            mean=pictures.mean,
+            std=pictures.std,
+            dtype=config.precision,
+        )
         images_per_step = config.batch_size * augment.images_per_example(config.augment)
         if images_per_step > len(train_source):
             raise UsageError(
@@ -277,6 +286,12 @@ def load_weights(
                 f'config.model.{option}={here!r}: config.init.weights={path} are of '
                 f'a network with {value!r}'
             )
+    for key in ('mean', 'std'):
+        here, value = getattr(task.pictures, key), getattr(weights.metadata, key)
+        if not np.allclose(here, value, rtol=0, atol=0.01):  # Of 255: files round it otherwise.
+            raise UsageError(
+                f'config.data.{key}={here}: config.init.weights={path} were trained with {value}'
+            )
     variables = jax.jit(_init_variables, static_argnums=(0, 2))(
         task.model, task.config.seed, task.pictures.shape
     )
@@ -305,6 +320,8 @@ def describe_weights(task: Task) -> pretrained.Metadata:
         train_size=task.pictures.shape[0],
         test_size=task.pictures.test_size,
         eval_mode=task.pictures.test_mode,
+        mean=task.pictures.mean,
+        std=task.pictures.std,
     )
 
 
@@ -345,7 +362,7 @@ def naming(node: str) -> Iterator[None]:
         yield
     except UsageError as error:
         message = str(error)
-        if message.startswith(f'{node}.'):
+        if message.startswith((f'{node}.', f'{node}: ')):
             message = f'config.{message}'
         elif not message.startswith('config.'):
             message = f'config.{node}: {message}'
@@ -386,7 +403,9 @@ def make_eval_step(task: Task) -> Callable:
     """Returns a parallel function (variables by name, batch) -> sums of metrics by name."""
 
     def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:
-        images = augment.normalise(batch['image'], dtype=schema.eval_precision(task.config))
+        precision = schema.eval_precision(task.config)
+        mean, std = task.pictures.mean, task.pictures.std
+        images = augment.normalise(batch['image'], mean, std, precision)
         labels, mask = batch['label'], batch['mask']
 
         def sums(params, state):

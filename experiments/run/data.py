@@ -5,15 +5,20 @@ and test_image_size, in pixels, and test_mode, the evaluation preprocessing. By 
 those the model is published with, see `models.Variant`. Training images are cropped at random.
 Where a source's images have one size (digits, arrays, CIFAR) they are left as they are, unless both
 sizes are given; one of these options alone has to be the images' own size.
+
+Two more, of every source: mean and std, three values on a scale of 0..255, by which images are
+normalized in training and in evaluation; by default ImageNet's. Weights that are fine-tuned want
+those they were trained with.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from nfnets_jax import models
+from nfnets_jax import augment, models
 from nfnets_jax.data import sources
 from nfnets_jax.data.preprocessing import make_transform
 from nfnets_jax.data.splits import MissingSplit
@@ -21,6 +26,7 @@ from nfnets_jax.errors import UsageError
 
 RUNNER_OPTIONS = ('skip_bad', 'on_device')  # of config.data, for any source: see task.Task
 _OPTIONS = ('image_size', 'test_image_size', 'test_mode')
+_NORMALIZATION = {'mean': augment.IMAGENET_MEAN, 'std': augment.IMAGENET_STD}
 _AS_IT_IS = 'resize_crop_1.0'  # the whole picture: what evaluation on equal pictures amounts to
 
 
@@ -32,6 +38,7 @@ class Pictures(NamedTuple):
       test_size: side in evaluation, in pixels.
       test_mode: preprocessing for evaluation, a mode of `make_transform`.
       train_transform, test_transform: (image, rng) -> [H, W, 3]; None where nothing is to be done.
+      mean, std: to normalize by, a value for each channel on a scale of 0..255.
     """
 
     shape: tuple[int, int, int]
@@ -39,6 +46,8 @@ class Pictures(NamedTuple):
     test_mode: str
     train_transform: Callable | None = None
     test_transform: Callable | None = None
+    mean: tuple[float, ...] = augment.IMAGENET_MEAN
+    std: tuple[float, ...] = augment.IMAGENET_STD
 
 
 class Data(NamedTuple):
@@ -69,6 +78,9 @@ def open_data(config: ConfigDict) -> Data:
     name = options.pop('name')
     for key in RUNNER_OPTIONS:
         options.pop(key, None)
+    normalization = {
+        key: _per_channel(key, options.pop(key, default)) for key, default in _NORMALIZATION.items()
+    }
     # A source that makes its pictures itself (digits) has an image_size of its own.
     own = sources.source_options(name)
     given = {key: options.pop(key) for key in _OPTIONS if key in options and key not in own}
@@ -79,7 +91,7 @@ def open_data(config: ConfigDict) -> Data:
         validation = None
     images = [s[0]['image'] for s in (train, validation, test) if s is not None]
     pictures = _pictures(images, given, name, config.model.name)
-    return Data(train, validation, test, pictures)
+    return Data(train, validation, test, pictures._replace(**normalization))
 
 
 def _pictures(
@@ -127,10 +139,25 @@ def options(name: str) -> list[str]:
     Raises:
       UsageError: there is no such source.
     """
-    return list(dict.fromkeys([*sources.source_options(name), *_OPTIONS, *RUNNER_OPTIONS]))
+    return list(
+        dict.fromkeys([*sources.source_options(name), *_OPTIONS, *_NORMALIZATION, *RUNNER_OPTIONS])
+    )
 
 
 def _pixels(key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UsageError(f'config.data.{key}={value!r}: must be pixels, an integer above 0')
     return value
+
+
+def _per_channel(key: str, values: Any) -> tuple[float, ...]:
+    is_list = isinstance(values, (list, tuple)) and len(values) == 3
+    numbers = tuple(values) if is_list else ()
+    if not numbers or not all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        for value in numbers
+    ):
+        raise UsageError(f'config.data.{key}={values!r}: must be three numbers, from 0 to 255')
+    if key == 'std' and min(numbers) <= 0:
+        raise UsageError(f'config.data.std={values!r}: must be above 0')
+    return tuple(map(float, numbers))

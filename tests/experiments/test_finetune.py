@@ -1,17 +1,19 @@
 """Fine-tuning: the recipe, the pretrained body, the new head, and what may stay frozen."""
 
+import dataclasses
 import json
 
 import chex
 import jax
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
 from configs import finetune
 from experiments import config as schema
 from experiments import evaluate, experiment, train
-from nfnets_jax import load_pretrained
+from nfnets_jax import augment, load_pretrained
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import pretrained
 
@@ -161,6 +163,48 @@ def test_a_class_without_pictures_is_named_and_nothing_written(weights, folder, 
     with pytest.raises(UsageError, match=r'none: no images in this class directory'):
         train.train(small(f'weights={weights},data={folder}'), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
+
+
+def test_images_are_normalized_as_the_weights_were_trained(weights, folder, tmp_path):
+    trained = load_pretrained(weights)
+    half = {'mean': (127.5,) * 3, 'std': (127.0, 127.5, 128.0)}
+    trained = trained._replace(metadata=dataclasses.replace(trained.metadata, **half))
+    pretrained.save_weights(weights, trained)
+    config = small(f'weights={weights},data={folder}')
+    assert {key: config.data[key] for key in half} == half
+    train.train(config, tmp_path / 'run', quiet=True)
+    tuned = load_pretrained(tmp_path / 'run')
+    assert (tuned.metadata.mean, tuned.metadata.std) == (half['mean'], half['std'])
+
+    # Training and evaluation compute by them, not ImageNet's.
+    setting = experiment.prepare(config)
+    keys = augment.example_keys(0, 0, np.arange(4))
+    gray = np.full((4, 12, 12, 3), 100, np.uint8)
+    images, _ = setting.augmentation(keys, gray, np.zeros(4, np.int32))
+    expected = (100 - np.array(half['mean'])) / half['std']
+    np.testing.assert_allclose(images, np.broadcast_to(expected, images.shape), rtol=1e-5)
+    source, transform = setting.test_source, setting.pictures.test_transform
+    rng = np.random.default_rng(0)
+    pixels = np.stack([transform(source[i]['image'], rng) for i in range(len(source))])
+    normalized = ((pixels - np.array(half['mean'])) / half['std']).astype(np.float32)
+    outputs, _ = setting.model.apply(tuned.params, tuned.state, None, normalized, False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        outputs['logits'], np.array([source[i]['label'] for i in range(len(source))])
+    )
+    results = evaluate.evaluate(tmp_path / 'run')
+    assert results['test_ema/loss'] == pytest.approx(float(losses.mean()), rel=1e-4)
+
+    del config.data['std']
+    with pytest.raises(UsageError, match=r'config\.data\.std=.* were trained with \(127\.0, '):
+        experiment.load_weights(experiment.prepare(config))
+
+
+def test_a_network_that_is_unknown_is_not_called_a_mistake_of_the_data(folder):
+    config = schema.default_config()
+    config.data = {'name': 'folder', 'path': str(folder)}
+    config.model.name = 'NF-ResNet-9'
+    with pytest.raises(UsageError, match=r"^config\.model: unknown 'NF-ResNet-9' \(did you mean"):
+        experiment.prepare(config)
 
 
 @pytest.mark.parametrize('freeze', ['', ',freeze=body'])

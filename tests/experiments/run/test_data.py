@@ -118,6 +118,8 @@ def test_images_are_evaluated_as_the_models_authors_do(folder, model, mode):
         ({'image_size': 0}, r'config\.data\.image_size=0: must be pixels'),
         ({'test_image_size': '8'}, r"config\.data\.test_image_size='8': must be pixels"),
         ({'test_mode': 'crop'}, "preprocessing 'crop': unknown"),
+        ({'mean': (0.5, 0.5)}, r'data\.mean=\(0\.5, 0\.5\): must be three numbers'),
+        ({'std': (1, 1, 0)}, r'data\.std=\(1, 1, 0\): must be above 0'),
         ({'imagesize': 8}, r"data\.imagesize: not an option of 'folder'"),
     ],
 )
