@@ -6,7 +6,7 @@
 A step is the whole of it: loss, gradient, AGC, weight decay, Nesterov momentum and the moving
 average of the parameters. Rows, which take turns in one process:
 
-    ours            the forms of convolution_table.py, computing in --dtype
+    ours            the forms of convolution/table.py, computing in --dtype
     plain           every convolution as XLA's own, grouped ones in one piece
     timm            eager, channels_last, with timm's AGC and moving average
     timm bare       the same without AGC, weight decay and moving average

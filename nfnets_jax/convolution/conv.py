@@ -2,7 +2,7 @@
 
 XLA runs some convolutions far slower than the machine could: on the CPU grouped ones, 1x1 ones, and
 the gradients of all inside loops, those of weights most. `conv2d` is one function of several forms;
-which one each of its three passes takes is measured, and stands in convolution_table.py by platform
+which one each of its three passes takes is measured, and stands in table.py by platform
 and shape. It is chosen when the function is lowered, so a program exported for another platform has
 that platform's.
 """
