@@ -39,6 +39,7 @@ PUBLIC = (
     'data.preprocessing',
     'data.pipeline',
     'weights.pretrained',
+    'weights.downloads',
     'weights.export',
     'errors',
 )
