@@ -114,7 +114,7 @@ def convolve_folded(conv2d, next_call, args, kwargs, context):
 
 
 def _conv2d_as_onnx_knows_it(x, w, *, stride, groups, padding):
-    return conv.plain(conv.ConvShape(stride, groups, padding), x, w)
+    return conv.xla(conv.ConvOptions(stride, groups, padding), x, w)
 
 
 def output_name(metadata: pretrained.Metadata) -> str:

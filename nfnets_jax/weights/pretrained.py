@@ -50,10 +50,10 @@ class Metadata:
     std: tuple[float, ...] = augment.IMAGENET_STD
 
     def __post_init__(self):
-        row = models.find_variant(self.model)
-        own = {'model': row.name} if row else {}  # What an alias stands for.
+        variant = models.find_variant(self.model)
+        own = {'model': variant.name} if variant else {}  # What an alias stands for.
         if not self.eval_mode:
-            own['eval_mode'] = row.eval_mode if row else 'crop_resize'
+            own['eval_mode'] = variant.eval_mode if variant else 'crop_resize'
         for name, value in own.items():
             object.__setattr__(self, name, value)  # As the dataclass is frozen.
 
@@ -568,20 +568,20 @@ def _recognise(params: hk.Params, is_timms_form: bool) -> Metadata:
     blocks = {m[0] for m in map(re.compile(r'[^/]+/~/\w*block\w*').match, params) if m}
     root = next(iter(params)).partition('/')[0].replace('_', '-').lower()
     for name in models.list_models():
-        row = models.variant_info(name)
-        if row.family.lower() != root or sum(row.depths) != len(blocks):
+        variant = models.variant_info(name)
+        if variant.family.lower() != root or sum(variant.depths) != len(blocks):
             continue
-        if bool(row.base) != is_timms_form:
+        if bool(variant.base) != is_timms_form:
             continue
-        takes_se = not row.base and 'use_se' in models.model_options(name)
+        takes_se = not variant.base and 'use_se' in models.model_options(name)
         metadata = Metadata(
             model=name,
             options={'use_se': True} if has_se and takes_se else {},
             num_classes=num_classes,
-            train_size=row.train_size,
-            test_size=row.test_size,
-            mean=row.mean or augment.IMAGENET_MEAN,
-            std=row.std or augment.IMAGENET_STD,
+            train_size=variant.train_size,
+            test_size=variant.test_size,
+            mean=variant.mean or augment.IMAGENET_MEAN,
+            std=variant.std or augment.IMAGENET_STD,
         )
         # Files of parameters alone are common: batch norm's statistics may be missing.
         shapes, _ = variable_shapes(metadata)
