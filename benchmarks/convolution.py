@@ -173,7 +173,7 @@ def main(argv=None):
         if platform == 'gpu':
             platform = 'cuda' if device.device_kind.startswith('NVIDIA') else 'rocm'
         text = table_source(table.TABLE | {platform: shorten(part)})
-        files.write_whole(table.__file__, text)
+        files.atomic_write(table.__file__, text)
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
     """All that a run is, besides its config: what a checkpoint holds."""
 
     seed: jax.Array  # int32 scalar, as data: runs that differ by it alone share a program
-    numbers: optimizers.Numbers  # float32 scalars, data for the same reason
+    numbers: optimizers.Hyperparameters  # float32 scalars, data for the same reason
     step: jax.Array  # int32 scalar, steps done
     params: hk.Params
     state: hk.State  # batch norm's statistics; empty without
@@ -212,7 +212,7 @@ def make_init(task: Task) -> Callable[..., TrainState]:
     """Returns a compiled function (seed, numbers, weights or None) -> the state before training."""
 
     @jax.jit  # One program, instead of one for each kind of leaf.
-    def init(seed: jax.Array, numbers: optimizers.Numbers, weights) -> TrainState:
+    def init(seed: jax.Array, numbers: optimizers.Hyperparameters, weights) -> TrainState:
         params, state = weights or _init_variables(task.model, seed, task.pictures.shape)
         ema_params, ema_state = (params, state) if task.config.ema else ({}, {})
         return TrainState(
@@ -242,7 +242,7 @@ def init_state(
       weights: parameters and state to begin with; None: random ones.
       init: from `make_init`, of this task or one that differs in numbers only.
     """
-    numbers = jax.tree.map(jnp.float32, task.optimizer.numbers)
+    numbers = jax.tree.map(jnp.float32, task.optimizer.hyperparameters)
     return (init or make_init(task))(jnp.int32(task.config.seed), numbers, weights)
 
 

@@ -84,7 +84,7 @@ def write_safetensors(
       UsageError: it cannot be written.
     """
     contiguous = {name: np.ascontiguousarray(x).reshape(np.shape(x)) for name, x in arrays.items()}
-    files.write_whole(path, safetensors.numpy.save(contiguous, dict(metadata)))
+    files.atomic_write(path, safetensors.numpy.save(contiguous, dict(metadata)))
 
 
 def _read_safetensors(path: pathlib.Path) -> Contents:
