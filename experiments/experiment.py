@@ -386,7 +386,7 @@ def make_eval_step(task: Task) -> Callable:
     """Returns a parallel function (variables by name, batch) -> sums of metrics by name."""
 
     def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:
-        images = augment.normalise(batch['image'], dtype=schema.eval_precision(task.config))
+        images = augment.normalize(batch['image'], dtype=schema.eval_precision(task.config))
         labels, mask = batch['label'], batch['mask']
 
         def sums(params, state):
@@ -405,7 +405,7 @@ def make_eval_step(task: Task) -> Callable:
         totals = {name: sums(*pair) for name, pair in variables.items()}
         return jax.lax.psum(totals, parallel.AXIS)
 
-    return parallel.parallelise(eval_step)
+    return parallel.parallelize(eval_step)
 
 
 def evaluate(

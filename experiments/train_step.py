@@ -118,7 +118,7 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], tuple[TrainState
         finite = step_metrics.is_finite(metrics)
         return jax.tree.map(functools.partial(jnp.where, finite), new, left_out), stop
 
-    return parallel.parallelise(train_step, donate_replicated=True)
+    return parallel.parallelize(train_step, donate_replicated=True)
 
 
 def _accumulated_value_and_grad(rows: int, loss_fn: Callable, *, has_aux: bool) -> Callable:

@@ -217,7 +217,7 @@ def _make_logits(setting: experiment.Task) -> Callable:
 
     @functools.partial(jax.jit, static_argnums=3)
     def logits(params, state, images, is_training):
-        images = augment.normalise(images, dtype=setting.config.precision)
+        images = augment.normalize(images, dtype=setting.config.precision)
         # A device axis of one: networks that average statistics over devices ask for its name.
         apply = jax.vmap(
             lambda x: setting.model.apply(params, state, jax.random.key(0), x, is_training),
