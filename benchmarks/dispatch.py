@@ -5,7 +5,7 @@
 Leaves are small and the step adds one to each, so what is left is the handing over: an F0's state
 has about 900 leaves (parameters, momentum, average), an F7's six times as many. Rows:
 
-    runner    `parallel.parallelise`: one copy of the state for all devices, donated
+    runner    `parallel.parallelize`: one copy of the state for all devices, donated
     stacked   jax.pmap over states with a leading device axis, as older code has them
     jit       jax.jit on one device
 
@@ -37,7 +37,7 @@ def measure(row: str, leaves: int, rounds: int) -> tuple[float, float, float]:
 
     if row == 'runner':
         state, batch = parallel.replicate(state), parallel.shard(jnp.ones(devices))
-        run = parallel.parallelise(step, donate_replicated=True)
+        run = parallel.parallelize(step, donate_replicated=True)
     elif row == 'stacked':
         state = jax.tree.map(lambda x: jnp.stack([x] * devices), state)
         batch = jnp.ones((devices, 1))

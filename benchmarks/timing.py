@@ -103,4 +103,4 @@ def write(path: str | None, settings: Mapping[str, Any], rows: Sequence[Mapping[
     """Writes settings and rows as JSON, if there is a path."""
     if path:
         text = json.dumps({**settings, 'rows': list(rows)}, indent=2)
-        files.write_whole(path, text + '\n')
+        files.atomic_write(path, text + '\n')

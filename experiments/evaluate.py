@@ -237,7 +237,7 @@ class _Follower:
 
     def record(self, results: dict) -> None:
         self._lines.append(json.dumps(results))
-        files.write_whole(self._file, '\n'.join([*self._lines, '']))
+        files.atomic_write(self._file, '\n'.join([*self._lines, '']))
 
 
 def main() -> None:

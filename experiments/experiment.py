@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
     """All that a run is, besides its config: what a checkpoint holds."""
 
     seed: jax.Array  # int32 scalar, as data: runs that differ by it alone share a program
-    numbers: optimizers.Numbers  # float32 scalars, data for the same reason
+    numbers: optimizers.Hyperparameters  # float32 scalars, data for the same reason
     step: jax.Array  # int32 scalar, steps done
     params: hk.Params
     state: hk.State  # batch norm's statistics; empty without
@@ -221,7 +221,7 @@ def make_init(task: Task) -> Callable[..., TrainState]:
     """Returns a compiled function (seed, numbers, weights or None) -> the state before training."""
 
     @jax.jit  # One program, instead of one for each kind of leaf.
-    def init(seed: jax.Array, numbers: optimizers.Numbers, weights) -> TrainState:
+    def init(seed: jax.Array, numbers: optimizers.Hyperparameters, weights) -> TrainState:
         params, state = weights or _init_variables(task.model, seed, task.pictures.shape)
         ema_params, ema_state = (params, state) if task.config.ema else ({}, {})
         return TrainState(
@@ -251,7 +251,7 @@ def init_state(
       weights: parameters and state to begin with; None: random ones.
       init: from `make_init`, of this task or one that differs in numbers only.
     """
-    numbers = jax.tree.map(jnp.float32, task.optimizer.numbers)
+    numbers = jax.tree.map(jnp.float32, task.optimizer.hyperparameters)
     return (init or make_init(task))(jnp.int32(task.config.seed), numbers, weights)
 
 
@@ -405,7 +405,7 @@ def make_eval_step(task: Task) -> Callable:
     def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:
         precision = schema.eval_precision(task.config)
         mean, std = task.pictures.mean, task.pictures.std
-        images = augment.normalise(batch['image'], mean, std, precision)
+        images = augment.normalize(batch['image'], mean, std, precision)
         labels, mask = batch['label'], batch['mask']
 
         def sums(params, state):
@@ -424,7 +424,7 @@ def make_eval_step(task: Task) -> Callable:
         totals = {name: sums(*pair) for name, pair in variables.items()}
         return jax.lax.psum(totals, parallel.AXIS)
 
-    return parallel.parallelise(eval_step)
+    return parallel.parallelize(eval_step)
 
 
 def evaluate(

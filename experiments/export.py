@@ -35,7 +35,7 @@ def export_weights(weights: pretrained.Weights, out: pathlib.Path) -> None:
         pretrained.save_weights(out, weights)
     else:
         convert = export.to_onnx if out.suffix == '.onnx' else export.to_stablehlo
-        files.write_whole(out, convert(weights))
+        files.atomic_write(out, convert(weights))
 
 
 def check(weights: pretrained.Weights, out: pathlib.Path) -> None:

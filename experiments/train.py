@@ -144,7 +144,7 @@ def train(
         # Written once: what is there already is of this run, and its data have been compared.
         if primary and not (path / 'model.json').exists():
             metadata = pretrained.encode_metadata(describe_weights(task))
-            files.write_whole(path / 'model.json', metadata + '\n')
+            files.atomic_write(path / 'model.json', metadata + '\n')
 
         # Where the images come from, and where it is told what becomes of them.
         bad = pipeline.BadPictures(task.skip_bad)
@@ -232,7 +232,7 @@ def train(
             summary = {'step': step}
         elif primary:
             summary = summarise(state, path, results, clock, task.watched)
-            files.write_whole(summary_file, json.dumps(summary, indent=2) + '\n')
+            files.atomic_write(summary_file, json.dumps(summary, indent=2) + '\n')
     # Last, when everything is closed: the others may leave with it, stopped or not.
     return parallel.broadcast_json(summary)
 

@@ -83,7 +83,7 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], tuple[TrainState
         )
         stop = metrics.pop('stop')
 
-        optimizer = task.optimizer.with_numbers(s.numbers)
+        optimizer = task.optimizer.with_hyperparameters(s.numbers)
         updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         params = optimizers.combine(trained, frozen)
@@ -118,7 +118,7 @@ def make_train_step(task: Task) -> Callable[[TrainState, dict], tuple[TrainState
         finite = step_metrics.is_finite(metrics)
         return jax.tree.map(functools.partial(jnp.where, finite), new, left_out), stop
 
-    return parallel.parallelise(train_step, donate_replicated=True)
+    return parallel.parallelize(train_step, donate_replicated=True)
 
 
 def _accumulated_value_and_grad(rows: int, loss_fn: Callable, *, has_aux: bool) -> Callable:
@@ -219,7 +219,7 @@ class Programs(NamedTuple):
 def program_key(config: ConfigDict) -> str:
     """Returns what configs that need the same programs have in common, and no others.
 
-    The numbers that are data make no difference: the seed and `optimizers.Numbers`.
+    The numbers that are data make no difference: the seed and `optimizers.Hyperparameters`.
     """
     config = config.copy_and_resolve_references().unlock()
     for key in ('init', 'checkpoint', 'profile', 'wandb'):

@@ -1,4 +1,4 @@
-"""The one exception that means: the user asked for something that cannot be; and its words."""
+"""`UsageError` for invalid user input, and helpers for its message."""
 
 import difflib
 import re
@@ -7,31 +7,31 @@ from types import MappingProxyType
 
 
 class UsageError(ValueError):
-    """A mistake in what the user gave: a name, a value, a file.
+    """The user gave an invalid name, value or file.
 
-    The message is one line that names the key or file and says what would be right.
-    The command-line programs print it and exit with status 2; every other exception is
-    a bug of ours and keeps its stack trace.
+    The message is one line that names the key or file and says what is valid. The command-line
+    programs print it and exit with status 2. Every other exception is a bug of this project and
+    keeps its stack trace.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the beginning of what an exception of another library says, in one line."""
+    """Returns the first line of the message of another library's exception."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def nearest(
     name: object, known: Iterable[object], aliases: Mapping[str, str] = MappingProxyType({})
 ) -> str:
-    """Returns ' (did you mean ...?)' with the nearest of `known`, or names them all.
+    """Returns ' (did you mean ...?)' with the nearest of `known`, or a list of all of them.
 
-    Case, '-', '_' and spaces do not count. A dotted name may also be meant by its last part, and a
-    word that is common elsewhere ('lr', 'epochs') stands for ours.
+    Case, '-', '_' and spaces are ignored. The last part of a dotted name matches too, and so do
+    common names of other projects ('lr', 'epochs').
 
     Args:
-      name: what was given.
-      known: what it may be.
-      aliases: other names -> one of `known`, which is told instead.
+      name: the unknown name.
+      known: the valid names.
+      aliases: alias -> the name in `known` to suggest instead.
     """
     names = [str(k) for k in known]
     if found := _nearest(str(name), [*names, *aliases]):
@@ -40,7 +40,7 @@ def nearest(
 
 
 def fold(name: str) -> str:
-    """Returns a name without what people write differently: case, '-', '_' and spaces."""
+    """Returns a name in lower case, without '-', '_' and spaces."""
     return re.sub(r'[-_\s]', '', name).lower()
 
 
@@ -59,7 +59,7 @@ def _nearest(name: str, known: Sequence[str]) -> str | None:
     if close := _first(lasts, meant):
         return close
     similar = [folded[one] for one in difflib.get_close_matches(fold(name), folded, cutoff=0.5)]
-    # Of those that fold to equally near ones, the one that is also written like it.
+    # Among equally near folded names, prefer the most similar spelling.
     return max(similar, key=lambda one: _likeness(name, one), default=None)
 
 
@@ -74,7 +74,7 @@ def _first(known: Mapping[str, str], names: Iterable[str]) -> str | None:
     return next((known[name] for name in names if name in known), None)
 
 
-# What others call the names in our configs, folded -> ours.
+# Folded names that other projects use -> the names in our configs.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     other: ours
     for others, ours in (

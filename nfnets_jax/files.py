@@ -1,4 +1,4 @@
-"""Paths as users write them, and files that are there whole or not at all."""
+"""Expands paths from users and writes files atomically."""
 
 import contextlib
 import os
@@ -8,12 +8,12 @@ from nfnets_jax.errors import UsageError
 
 
 def expand(path: str | os.PathLike) -> str:
-    """Returns a path as a shell would have: with the home directory for a leading ~ or ~user.
+    """Returns the path with a leading ~ or ~user replaced by the home directory, as in a shell.
 
-    A shell leaves the ~ of --workdir=~/run alone, as does a config.
+    A shell does not expand the ~ of --workdir=~/run, and nothing expands one in a config.
 
     Raises:
-      UsageError: there is no such user.
+      UsageError: the user does not exist.
     """
     path = os.fspath(path)
     expanded = os.path.expanduser(path)
@@ -25,15 +25,15 @@ def expand(path: str | os.PathLike) -> str:
     return expanded
 
 
-def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
-    """Writes a file beside its place and moves it there once it is on disk.
+def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
+    """Writes a file atomically: to a temporary file beside it, which is synced, then renamed.
 
     Args:
-      path: replaced if it is there.
-      data: what it is to hold; text as UTF-8.
+      path: of the file; an existing file is replaced.
+      data: new content; text is encoded as UTF-8.
 
     Raises:
-      UsageError: it cannot be written; what was there before still is.
+      UsageError: the file cannot be written. An existing file is unchanged.
     """
     path = pathlib.Path(path)
     beside = path.with_name(path.name + '.tmp')
@@ -41,7 +41,7 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
         with open(beside, 'wb') as file:
             file.write(_utf8(data) if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())  # Else, after a power failure, the new name may hold nothing.
+            os.fsync(file.fileno())  # Else the renamed file may be empty after a power failure.
         os.replace(beside, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -50,5 +50,5 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
 
 
 def _utf8(text: str) -> bytes:
-    """Encodes text; bytes of a file name that are no text become escapes."""
+    """Encodes text; undecodable bytes of file names become escapes."""
     return text.encode(errors='backslashreplace')

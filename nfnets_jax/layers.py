@@ -1,8 +1,8 @@
 """The layers of Normalizer-Free networks, as Haiku modules.
 
-Two rules hold for every layer here. Parameters and statistics are float32 whatever the input;
-the arithmetic is done in the dtype of the input (float32 or bfloat16). Parameter names are
-those of the published weights.
+Every layer follows two rules. Parameters and statistics are float32 for every input dtype; the
+arithmetic uses the dtype of the input (float32 or bfloat16). Parameter names are those of the
+published weights.
 """
 
 import functools
@@ -41,8 +41,8 @@ activations: Mapping[str, Activation] = {
     'tanh': jnp.tanh,
 }
 
-# 1 / std(f(z)) for z ~ N(0, 1), as published: estimated there by sampling, so within about
-# 1e-3 of the integral. The digits matter, the released weights were trained with them.
+# 1 / std(f(z)) for z ~ N(0, 1), as published. The authors estimated it by sampling, so it is within
+# about 1e-3 of the integral. Keep every digit: the released weights were trained with them.
 gains: Mapping[str, float] = {
     'identity': 1.0,
     'celu': 1.270926833152771,
@@ -67,7 +67,7 @@ def _scaled(name: str) -> Activation:
     return lambda x: activations[name](x) * gains[name]
 
 
-# Variance-preserving: unit-variance Gaussian in, unit variance out ("NF-ResNets", section 4.3).
+# Variance-preserving: a unit-variance Gaussian keeps unit variance ("NF-ResNets", section 4.3).
 nonlinearities: Mapping[str, Activation] = {
     'identity': activations['identity'],
     **{name: _scaled(name) for name in activations if name != 'identity'},
@@ -78,7 +78,7 @@ def get_activation(name: str, *, scaled: bool) -> Activation:
     """Returns the nonlinearity called `name`, variance-preserving if `scaled`.
 
     Raises:
-      UsageError: there is none of that name.
+      UsageError: the name is unknown.
     """
     name = _activation_name(name)
     return nonlinearities[name] if scaled else activations[name]
@@ -88,13 +88,13 @@ def get_gain(name: str) -> float:
     """Returns the gain gamma of the nonlinearity called `name`.
 
     Raises:
-      UsageError: there is none of that name.
+      UsageError: the name is unknown.
     """
     return gains[_activation_name(name)]
 
 
 def _activation_name(name: str) -> str:
-    if name == 'swish':  # The other name of silu, which the authors' code knows too.
+    if name == 'swish':  # An alias of silu, which the authors' code accepts too.
         name = 'silu'
     if name not in activations:
         raise UsageError(f'activation: unknown {name!r}{nearest(name, activations)}')
@@ -104,7 +104,7 @@ def _activation_name(name: str) -> str:
 def initializer(
     value: float | hk.initializers.Initializer, number_means: Literal['constant', 'stddev']
 ) -> hk.initializers.Initializer:
-    """Returns an initialiser; a number, as configs hold, is a constant or a normal's stddev."""
+    """Returns an initialiser; a number in a config means a constant or the stddev of a normal."""
     if callable(value):
         return value
     if number_means == 'constant' or value == 0:
@@ -113,20 +113,20 @@ def initializer(
 
 
 def standardize(weight: Array, gain: Array, eps: float = 1e-4) -> Array:
-    """Scaled weight standardisation: zero mean and variance gain^2 / fan_in per output channel.
+    """Scales and shifts each output channel to zero mean and variance gain^2 / fan_in.
 
-    "NF-ResNets" equation 1, with the published guard: the variance times the fan-in is taken
-    to be at least `eps` (it is not added).
+    This is scaled weight standardisation, "NF-ResNets" equation 1, with the published guard: the
+    variance times the fan-in is clamped from below to `eps` (`eps` is not added).
 
     Args:
-      weight: [..., out], statistics are taken over all axes but the last.
+      weight: [..., out]; the statistics are over all axes but the last.
       gain: [out].
       eps: floor of variance * fan_in.
 
     Returns:
       An array of the shape and dtype of `weight`.
     """
-    # As a matrix: in the backward pass XLA sums over [1, 1, in, out] many times slower on the CPU.
+    # Reshape to a matrix: on the CPU the backward pass sums over [1, 1, in, out] many times slower.
     matrix = weight.reshape(-1, weight.shape[-1])
     mean = jnp.mean(matrix, 0)
     scale = gain * jax.lax.rsqrt(jnp.maximum(jnp.var(matrix, 0) * len(matrix), eps))
@@ -134,16 +134,16 @@ def standardize(weight: Array, gain: Array, eps: float = 1e-4) -> Array:
 
 
 def _fan_in_init(shape: Sequence[int], dtype) -> Array:
-    """Haiku's default, which the published baselines use: stddev 1 / sqrt(fan-in), cut at two."""
+    """Draws with stddev 1 / sqrt(fan-in), truncated at two: Haiku's and the baselines' default."""
     return _drawn_flat(hk.initializers.TruncatedNormal(_fan_in_stddev(shape)), shape, dtype)
 
 
 def he_init(shape: Sequence[int], dtype) -> Array:
-    """He et al.'s (arXiv 1502.01852): variance 2 / fan-in, of which a ReLU leaves half; cut at two.
+    """Draws with variance 2 / fan-in, truncated at two (He et al., arXiv 1502.01852).
 
-    For networks in which nothing else keeps the signal's size.
+    A ReLU halves the variance. Use it where nothing else preserves the variance of the signal.
     """
-    # The standard deviation of a unit normal that is cut at two.
+    # Divide by the standard deviation of a unit normal truncated at two.
     stddev = _fan_in_stddev(shape) * 2**0.5 / 0.87962566103423978
     return _drawn_flat(hk.initializers.TruncatedNormal(stddev), shape, dtype)
 
@@ -153,17 +153,18 @@ def _fan_in_stddev(shape: Sequence[int]) -> float:
 
 
 def _drawn_flat(initial: hk.initializers.Initializer, shape: Sequence[int], dtype) -> Array:
-    """Draws a vector and gives it a shape: the same numbers, but XLA compiles it 20 times faster.
+    """Draws a vector and reshapes it: the same values, but XLA compiles it 20 times faster.
 
-    That is on the CPU and for kernels like [3, 3, 8, 9], whose last axis fills no vector register.
+    That figure is for the CPU and kernels like [3, 3, 8, 9], whose last axis is narrower than a
+    vector register.
     """
     return initial((math.prod(shape),), dtype).reshape(shape)
 
 
 class Conv2D(hk.Module):
-    """A plain convolution, NHWC by HWIO: parameters `w` and, with_bias, `b`.
+    """A plain convolution, NHWC by HWIO: parameter `w` and, if `with_bias`, `b`.
 
-    It refuses an input of other than `in_channels` channels, if that is not None.
+    Raises UsageError for an input without exactly `in_channels` channels, unless that is None.
     """
 
     def __init__(
@@ -208,10 +209,10 @@ def _check_channels(x: Array, expected: int | None) -> None:
 class ScaledWSConv2D(hk.Module):
     """A convolution with scaled weight standardisation: parameters `w`, `gain` and `bias`.
 
-    The weight is standardised in float32 and then cast to the dtype of the input: variances of
-    thousands of bfloat16 numbers are not worth having. See `standardize`; without it the weight is
-    `w` times `gain`, of the same variance at initialisation, but in expectation only.
-    `in_channels` is as in Conv2D.
+    The weight is standardised in float32 and then cast to the dtype of the input: bfloat16 is too
+    coarse for variances over thousands of values. See the function `standardize`. With
+    standardize=False the weight is `w` times `gain`, which has the same variance at initialisation,
+    but only in expectation. `in_channels` is as in Conv2D.
     """
 
     def __init__(
@@ -256,7 +257,7 @@ class ScaledWSConv2D(hk.Module):
 
 
 class Linear(hk.Module):
-    """x @ w + b over the last axis, with float32 parameters."""
+    """Computes x @ w + b over the last axis, with float32 parameters."""
 
     def __init__(
         self,
@@ -277,16 +278,16 @@ class Linear(hk.Module):
 
 
 def round_to(channels: float, divisor: int) -> int:
-    """Returns the multiple of `divisor` nearest to `channels`, not 0."""
+    """Returns the multiple of `divisor` nearest to `channels`, at least `divisor`."""
     return max(divisor, int(channels + divisor / 2) // divisor * divisor)
 
 
 class SqueezeExcite(hk.Module):
     """Squeeze-and-excitation gates, one per sample and channel (arXiv 1709.01507).
 
-    The hidden layer has max(1, int(channels * ratio)) units, rounded to a multiple of `divisor` if
-    that is not 1. The caller multiplies, by twice the gates in Normalizer-Free networks: a sigmoid
-    of zero is one half.
+    The hidden layer has max(1, int(channels * ratio)) units, rounded to a multiple of `divisor`
+    unless that is 1. The caller multiplies its activations by the gates. Normalizer-Free networks
+    multiply by twice the gates, because the sigmoid of zero is one half.
     """
 
     def __init__(self, channels: int, ratio: float, divisor: int = 1, name: str | None = None):
@@ -304,10 +305,10 @@ class SqueezeExcite(hk.Module):
 class EfficientChannelAttention(hk.Module):
     """Efficient channel attention: gates, one per sample and channel (arXiv 1910.03151).
 
-    A gate is the sigmoid of a convolution, without bias, of the channels' spatial means: parameter
-    `w`, [K, 1, 1]. K grows with the number of channels: (log2(channels) + 1) / 2, rounded down and
-    then up to an odd number, 3 at least (equation 12 there). Initial weights are uniform within
-    1 / sqrt(K), as timm's. The caller multiplies, as with SqueezeExcite.
+    The gates are the sigmoid of a convolution without bias over the channels' spatial means, with
+    parameter `w`, [K, 1, 1]. K grows with the number of channels: (log2(channels) + 1) / 2, rounded
+    down and then up to an odd number, at least 3 (equation 12 of the paper). Initial weights are
+    uniform within 1 / sqrt(K), as in timm. The caller multiplies, as with SqueezeExcite.
     """
 
     def __init__(self, channels: int, name: str | None = None):
@@ -322,7 +323,7 @@ class EfficientChannelAttention(hk.Module):
         reach = self.kernel_size // 2
         means = jnp.mean(x, (1, 2), keepdims=True)
         padded = jnp.pad(means, ((0, 0), (0, 0), (0, 0), (reach, reach)))
-        # Few terms of few numbers: a sum of shifted copies, which every platform and ONNX know.
+        # A sum of shifted copies: the arrays are small, and every platform and ONNX support it.
         shifted = [padded[..., i : i + x.shape[-1]] * w[i, 0, 0] for i in range(self.kernel_size)]
         return jax.nn.sigmoid(functools.reduce(jnp.add, shifted))
 
@@ -331,7 +332,7 @@ def stochastic_depth(key: Array, rate: jax.typing.ArrayLike, x: Array) -> Array:
     """Zeroes each sample of x [N, ...] with probability `rate`.
 
     Survivors are not rescaled: in a Normalizer-Free network the branch must keep the variance it
-    has at evaluation, and the published networks were trained so.
+    has at evaluation, and the published networks were trained this way.
     """
     keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
     return x * keep.astype(x.dtype)
@@ -340,15 +341,16 @@ def stochastic_depth(key: Array, rate: jax.typing.ArrayLike, x: Array) -> Array:
 class BatchNorm(hk.Module):
     """Batch normalisation with the parameter and state names of hk.BatchNorm.
 
-    Unlike it, scale, offset, statistics and the normalisation itself are float32 whatever the
-    dtype of the input, and `cross_replica_axis` may name an axis that is not bound while the
-    parameters are made.
+    Unlike hk.BatchNorm, it keeps scale, offset and statistics in float32 and normalises in float32
+    for every input dtype, and `cross_replica_axis` need not be bound while the parameters are
+    initialised.
 
     Attributes:
       decay_rate: of the running mean and variance (debiased, so one update is already a mean).
       eps: added to the variance.
-      cross_replica_axis: name of the mapped axis to average statistics over; None normalises each
-        device's batch by itself, which is a different network: its batch is the device's.
+      cross_replica_axis: name of the mapped axis over which statistics are averaged. None
+        normalises each device's batch separately, which is a different network: its batch size is
+        that of one device.
     """
 
     def __init__(
@@ -379,18 +381,18 @@ class BatchNorm(hk.Module):
         scale = hk.get_parameter('scale', shape, jnp.float32, init=jnp.ones)
         offset = hk.get_parameter('offset', shape, jnp.float32, init=jnp.zeros)
         x32 = x.astype(jnp.float32)
-        # There are no running statistics yet while the parameters are made.
+        # While the parameters are initialised there are no running statistics yet.
         is_training = is_training or hk.running_init()
         if is_training or test_local_stats:
             axes = tuple(range(x.ndim - 1))
-            # Not E[x^2] - E[x]^2: what float32 loses there turns the sign of activations that a
-            # ReLU follows, and gradients of a ResNet-50 with them (by 2.5e-3 in the golden test).
+            # Not E[x^2] - E[x]^2: its float32 cancellation flips the sign of activations before a
+            # ReLU, which changes the gradients of a ResNet-50 (by 2.5e-3 in the golden test).
             mean = self._mean(x32, axes)
             var = self._mean(jnp.square(x32 - mean), axes)
         else:
             mean, var = self.mean_ema.average, self.var_ema.average
         if is_training:
-            # Haiku's moving averages take a float32 to the power of an int32.
+            # Haiku's moving averages raise a float32 to the power of an int32.
             with jax.numpy_dtype_promotion('standard'):
                 self.mean_ema(mean)
                 self.var_ema(var)
@@ -405,7 +407,7 @@ class BatchNorm(hk.Module):
 
 
 def max_pool(x: Array, window: int, stride: int, padding: conv.Padding = 'SAME') -> Array:
-    """[N, H, W, C] -> the maximum over square windows."""
+    """Returns the maximum of [N, H, W, C] over square windows."""
     if padding == 'SYMMETRIC':
         ends, padding = (window // 2, window // 2), 'VALID'
         x = jnp.pad(x, ((0, 0), ends, ends, (0, 0)), constant_values=-jnp.inf)
@@ -413,26 +415,26 @@ def max_pool(x: Array, window: int, stride: int, padding: conv.Padding = 'SAME')
 
 
 def avg_pool(x: Array, window: int, stride: int) -> Array:
-    """[N, H, W, C] -> the mean over square windows; at the border, over the pixels there are."""
+    """Returns the mean of [N, H, W, C] over square windows; padding is not part of the mean."""
     return hk.avg_pool(x, (1, window, window, 1), (1, stride, stride, 1), 'SAME')
 
 
 def average_variance(x: Array) -> Array:
-    """Variance of each channel over batch and space, averaged over channels, float32."""
+    """Returns the variance over batch and space, averaged over channels, in float32."""
     return jnp.mean(jnp.var(x.astype(jnp.float32), tuple(range(x.ndim - 1))))
 
 
 def average_squared_mean(x: Array) -> Array:
-    """Square of each channel's mean over batch and space, averaged over channels, float32."""
+    """Returns the squared mean over batch and space, averaged over channels, in float32."""
     return jnp.mean(jnp.square(jnp.mean(x.astype(jnp.float32), tuple(range(x.ndim - 1)))))
 
 
 def signal_metrics(activations: Sequence[Array], branches: Sequence[Array]) -> dict[str, Array]:
-    """What a signal-propagation plot shows ("NF-ResNets", section 3).
+    """Returns the statistics of a signal-propagation plot ("NF-ResNets", section 3).
 
     Args:
-      activations: [N, H, W, C] before the first block and after each of B blocks.
-      branches: [N, H, W, C] of the B residual branches, before they are scaled and added.
+      activations: arrays [N, H, W, C], before the first block and after each of B blocks.
+      branches: outputs [N, H, W, C] of the B residual branches, before they are scaled and added.
 
     Returns:
       avg_sq_mean and avg_var, each [B + 1], and res_avg_var, [B], float32.

@@ -1,12 +1,12 @@
-"""From a config to an optax chain: clip -> weight decay -> momentum -> learning rate; and the EMA.
+"""Builds an optax chain from a config: clip -> weight decay -> momentum -> learning rate; EMA.
 
 The order is the authors' (arXiv 2102.06171 and its code): the gradient, already averaged over
 devices, is clipped; weight decay is then added INTO it, so that decay is never clipped but does
-go through momentum; Nesterov momentum; the learning rate last.
+go through momentum; Nesterov momentum follows; the learning rate comes last.
 
-Which parameters are clipped, decayed or frozen is data: an ordered list of rules over parameter
-names, the first match deciding. Each parameter has exactly one rule, and each rule at least one
-parameter, so that a misspelt pattern cannot silently train another model than the one meant.
+An ordered list of rules over parameter names says which parameters are clipped, decayed or frozen;
+the first match decides. Each parameter has exactly one rule, and each rule decides for at least one
+parameter, so that a misspelt pattern cannot silently train another model than the intended one.
 """
 
 import dataclasses
@@ -26,19 +26,19 @@ from nfnets_jax.errors import UsageError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """How the parameters whose whole name, 'module/name', matches a pattern are trained."""
+    """Rule for training the parameters whose whole name, 'module/name', matches a pattern."""
 
     match: str  # a regular expression
     clip: bool = True
     decay: bool = True
-    freeze: bool = False  # neither trained, clipped nor decayed, and no optimizer memory
+    freeze: bool = False  # not trained, clipped or decayed, and without optimizer state
     lr_scale: float = 1.0  # multiplies the learning rate
 
 
-class Numbers(NamedTuple):
-    """What of an optimizer's config may be data of a compiled program: float32 scalars or floats.
+class Hyperparameters(NamedTuple):
+    """Hyperparameters passed as arrays, so that changing them does not recompile.
 
-    Runs that differ in nothing else need to be compiled only once.
+    They are float32 scalars or floats. Runs that differ in nothing else share one program.
     """
 
     learning_rate: jax.typing.ArrayLike  # at its peak, already scaled by the batch
@@ -47,13 +47,14 @@ class Numbers(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """What training needs: the update rule, and its learning rate to look at."""
+    """The update rule, its learning-rate schedule and its hyperparameters."""
 
     transformation: optax.GradientTransformation
     learning_rate: schedules.Schedule
     groups: dict[str, Group]  # parameter name -> the rule that decides for it
-    numbers: Numbers  # that `transformation` has
-    with_numbers: Callable[[Numbers], optax.GradientTransformation]  # the same with others
+    hyperparameters: Hyperparameters  # those of `transformation`
+    # Returns the same transformation with other hyperparameters.
+    with_hyperparameters: Callable[[Hyperparameters], optax.GradientTransformation]
 
 
 # The published groups. In every family a weight is called 'w', whereas gains, biases, skip gains
@@ -109,10 +110,10 @@ def create(
         key: the config's own key, for messages.
 
     Returns:
-        A transformation of f32 gradients that are already averaged over devices; it needs
-        `params` in `update`. All trees may be whole, or the trained part that `partition` returns;
-        the state is the same. The fraction of clipped units is in it,
-        `optax.tree.get(opt_state, 'clipped_fraction')`, unless nothing is clipped.
+        An `Optimizer`. Its transformation takes float32 gradients that are already averaged over
+        devices, and needs `params` in `update`. All trees may be whole, or the trained part that
+        `partition` returns; the state is the same. Unless nothing is clipped, the state holds the
+        fraction of clipped units, `optax.tree.get(opt_state, 'clipped_fraction')`.
 
     Raises:
         UsageError: naming the field that is wrong.
@@ -129,7 +130,7 @@ def create(
         )
 
     def marked(field: str) -> Callable[[optax.Params], optax.Params]:
-        # A function of the tree, for in the place of frozen parameters optax puts empty nodes.
+        # A function of the tree, because optax replaces frozen parameters by empty nodes.
         return lambda tree: jax.tree.map_with_path(
             lambda path, _: getattr(groups[_name(path)], field), tree
         )
@@ -147,13 +148,13 @@ def create(
             key=f'{key}.schedule',
         )
 
-    def with_numbers(numbers: Numbers) -> optax.GradientTransformation:
-        clip = _clip(config['clip'], numbers.clipping, marked('clip'))
-        decay = optax.add_decayed_weights(numbers.weight_decay, marked('decay'))
+    def with_hyperparameters(hyperparameters: Hyperparameters) -> optax.GradientTransformation:
+        clip = _clip(config['clip'], hyperparameters.clipping, marked('clip'))
+        decay = optax.add_decayed_weights(hyperparameters.weight_decay, marked('decay'))
         adam = _promoting(optax.scale_by_adam(config['b1'], config['b2'], config['eps']))
         match config['name']:
             case 'sgd':
-                # Without momentum there is nothing to remember.
+                # Without momentum there is no state to keep.
                 momentum, nesterov = config['momentum'], config['nesterov']
                 direction = optax.trace(momentum, nesterov) if momentum else optax.identity()
                 steps = (clip, decay, direction)
@@ -164,7 +165,7 @@ def create(
         transformation = optax.chain(
             *steps,
             _scale_leaves(marked('lr_scale')),
-            optax.scale_by_learning_rate(learning_rate(numbers.learning_rate)),
+            optax.scale_by_learning_rate(learning_rate(hyperparameters.learning_rate)),
         )
         if len(trained) == len(groups):
             return transformation
@@ -175,18 +176,24 @@ def create(
             ),
         )
 
-    numbers = Numbers(peak, config['clip']['clipping'], config['weight_decay'])
-    return Optimizer(with_numbers(numbers), learning_rate(peak), groups, numbers, with_numbers)
+    hyperparameters = Hyperparameters(peak, config['clip']['clipping'], config['weight_decay'])
+    return Optimizer(
+        with_hyperparameters(hyperparameters),
+        learning_rate(peak),
+        groups,
+        hyperparameters,
+        with_hyperparameters,
+    )
 
 
 def partition(
     params: optax.Params, groups: Mapping[str, Group]
 ) -> tuple[optax.Params, optax.Params]:
-    """Splits parameters into (trained, frozen), two trees in which the other's leaves are missing.
+    """Splits parameters into (trained, frozen), two trees that each lack the leaves of the other.
 
-    A missing leaf is an `optax.MaskedNode`, an empty pytree: what differentiates, averages,
-    measures or updates the trained tree neither sees nor pays for the frozen leaves. `combine` is
-    the inverse.
+    A missing leaf is an `optax.MaskedNode`, an empty pytree. Differentiating, averaging, measuring
+    or updating the trained tree therefore skips the frozen leaves at no cost. `combine` is the
+    inverse.
 
     Args:
         params: a tree of parameters, named as in `groups`.
@@ -203,7 +210,7 @@ def partition(
 
 
 def combine(trained: optax.Params, frozen: optax.Params) -> optax.Params:
-    """Returns the parameters that `partition` has split."""
+    """Merges the two trees that `partition` returns."""
 
     def is_missing(node) -> bool:
         return isinstance(node, optax.MaskedNode)
@@ -219,7 +226,7 @@ def combine(trained: optax.Params, frozen: optax.Params) -> optax.Params:
 def assign_groups(
     rules: Iterable[Mapping], params: optax.Params, *, key: str = 'groups'
 ) -> dict[str, Group]:
-    """Returns for each parameter, by name, the first rule whose pattern matches its whole name.
+    """Returns {parameter name: the first rule whose pattern matches the whole name}.
 
     Raises:
         UsageError: if a rule is malformed or decides for no parameter, or if a parameter
@@ -261,9 +268,9 @@ def ema_decay(step: jax.typing.ArrayLike, max_decay: float = 0.99999) -> jax.Arr
 
 
 def ema_update(ema: optax.Params, new: optax.Params, decay: jax.typing.ArrayLike) -> optax.Params:
-    """Returns decay * ema + (1 - decay) * new, leaf by leaf; what is not a float is taken anew.
+    """Returns decay * ema + (1 - decay) * new, leaf by leaf; leaves that are not floats are new.
 
-    Written as a step towards `new`, so that an average of equal values stays that value.
+    The code takes a step towards `new`, so that the average of equal values stays exact.
     """
 
     def leaf(old, new):
@@ -275,19 +282,19 @@ def ema_update(ema: optax.Params, new: optax.Params, decay: jax.typing.ArrayLike
 
 
 class ClipByNormState(NamedTuple):
-    clipped_fraction: jax.Array  # f32, of the norms looked at in the last update
+    clipped_fraction: jax.Array  # float32, fraction of the norms clipped in the last update
 
 
 def clip_by_norm(max_norm: jax.typing.ArrayLike, *, per_leaf: bool) -> optax.GradientTransformation:
-    """Scales gradients down to at most `max_norm`: all together, or each leaf by itself.
+    """Scales gradients down to at most `max_norm`: by one global norm, or leaf by leaf.
 
     Args:
-        max_norm: the largest Euclidean norm that passes unchanged.
-        per_leaf: each leaf has its own norm, instead of one norm over all leaves.
+        max_norm: the largest Euclidean norm that stays unchanged.
+        per_leaf: use the norm of each leaf instead of one norm over all leaves.
 
     Returns:
-        A transformation whose state holds `clipped_fraction`: of the leaves if `per_leaf`,
-        else 0 or 1. A norm that is NaN counts as clipped and spreads over all that share it.
+        A transformation whose state holds `clipped_fraction`: the fraction of clipped leaves if
+        `per_leaf`, else 0 or 1. A NaN norm counts as clipped and makes all its leaves NaN.
     """
 
     def init(params):
@@ -297,7 +304,7 @@ def clip_by_norm(max_norm: jax.typing.ArrayLike, *, per_leaf: bool) -> optax.Gra
     def update(updates, state, params=None):
         del state, params
         leaves, structure = jax.tree.flatten(updates)
-        if not leaves:  # such as a label of optax.partition that no parameter has
+        if not leaves:  # e.g. for a label of optax.partition without parameters
             return updates, ClipByNormState(jnp.zeros((), jnp.float32))
         limit = jnp.asarray(max_norm, jnp.float32)
         squares = jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves])
@@ -328,7 +335,7 @@ def _clip(
 
 
 def _promoting(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Lets optax mix dtypes, as its Adam does, where jax_numpy_dtype_promotion is 'strict'."""
+    """Permits mixed dtypes, which optax's Adam needs, if jax_numpy_dtype_promotion is 'strict'."""
 
     def update(updates, state, params=None):
         with jax.numpy_dtype_promotion('standard'):
@@ -343,12 +350,12 @@ def _scale_leaves(factors: Callable[[optax.Params], optax.Params]):
 
 
 def _name(path) -> str:
-    """Returns 'module/name', as parameters are called in rules and in the published weights."""
+    """Returns 'module/name', the name of a parameter in rules and in the published weights."""
     return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def _parse_rule(rule: Mapping, key: str) -> Group:
-    """Returns the rule, or raises UsageError naming what is wrong with it."""
+    """Returns the rule as a Group; raises UsageError naming the invalid field."""
     if not hasattr(rule, 'keys'):
         raise UsageError(f'{key}={rule!r}: give a rule like {PUBLISHED_GROUPS[0]!r}')
     fields = {field.name: field.type for field in dataclasses.fields(Group)}
@@ -371,7 +378,7 @@ def _parse_rule(rule: Mapping, key: str) -> Group:
 
 
 def check(config: Mapping, key: str = 'optimizer') -> None:
-    """Raises a UsageError at the first field that is unknown, missing or out of range."""
+    """Raises UsageError for the first field that is unknown, missing or out of range."""
     _check_fields(config, default_config(), key)
     _check_choice(config['name'], f'{key}.name', ('sgd', 'adam', 'adamw'))
     _check_choice(

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 PyTree = Any
 Scalar = float | jax.Array
 
-# Keeps weights at zero within reach of the adaptive ascent; the value of the ASAM paper.
+# Lets the adaptive ascent move weights that are zero; the value of the ASAM paper.
 _ASAM_ETA = 0.01
 
 
@@ -41,49 +41,48 @@ def sam_value_and_grad(
     adaptive: bool = False,
     value_and_grad: Callable[..., Callable[..., Any]] = jax.value_and_grad,
 ) -> Callable[..., Any]:
-    """`jax.value_and_grad` with the gradient taken at params + rho * g / ||g||, g the gradient.
+    """Returns `jax.value_and_grad` at params + rho * g / ||g||, where g is the gradient at params.
 
-    Both passes get the same arguments, a dropout key among `args` as well; the first, the ascent,
-    sees only the first examples of `batch`. What belongs to the step (the mean over devices,
-    clipping, weight decay) is for the caller to apply to the gradient returned, as without SAM.
+    Both passes get the same arguments, including a dropout key in `args`. The first pass, the
+    ascent, sees only the first examples of `batch`. The caller applies everything else (the mean
+    over devices, clipping, weight decay) to the returned gradient, as without SAM.
 
-    A gradient of zero leaves the parameters where they are; rho = 0 gives the plain gradient bit
-    for bit. The norm is taken in float32 (float64 for float64) and neither overflows nor
-    underflows. A loss scale cancels out of the ascent; an ascent gradient that is not finite makes
-    the result so too, for `optax.apply_if_finite` or dynamic loss scaling to skip.
+    A zero gradient leaves the parameters unchanged. rho = 0 gives the plain gradient bit for bit.
+    The norm is computed in float32 (float64 for float64) and neither overflows nor underflows. A
+    loss scale cancels out of the ascent. An ascent gradient that is not finite makes the result not
+    finite, so that `optax.apply_if_finite` or dynamic loss scaling skips it.
 
     Args:
       loss_fn: `loss_fn(params, batch, *args, **kwargs)`, a real scalar; with `has_aux` a pair
         `(loss, aux)`.
-      rho: the distance to climb. A number >= 0, traced or not, or a schedule `step -> rho`: the
-        returned function then takes a keyword `step`, which it does not hand on to `loss_fn`. The
-        papers: 0.05.
+      rho: the ascent distance. A number >= 0, traced or not, or a schedule `step -> rho`. With a
+        schedule the returned function takes a keyword `step`, which it does not pass to `loss_fn`.
+        The papers use 0.05.
       ascent_fraction: in (0, 1]; the ascent sees the first `ceil(ascent_fraction * n)` of the n
         entries of every leaf of `batch` along its leading axis. 0.2 costs about 1.2 plain gradients
         where 1 costs 2.
-      axis_name: the mapped axis over whose devices the ascent gradient is averaged; None: every
-        device climbs by its own examples, as in both papers ("m-sharpness", m being the examples on
-        one device): the result then depends on how many devices share a batch.
+      axis_name: the mapped axis over which the ascent gradient is averaged. With None every device
+        ascends on its own examples, as in both papers ("m-sharpness", where m is the number of
+        examples per device). The result then depends on how many devices share a batch.
       has_aux: whether `loss_fn` returns an auxiliary output.
       both_aux: whether to return the auxiliary output of both passes.
-      adaptive: ASAM: the distance is relative to the size of each weight, so that rescaling the
-        network does not matter. Takes a larger rho: its paper uses 0.5 to 2.
-      value_and_grad: called as `jax.value_and_grad(loss_fn, has_aux=has_aux)`, once, and the result
-        for both passes. One that accumulates the gradient over microbatches finishes the ascent
-        over all of them before the descent begins; SAM inside of each microbatch would be another
-        method.
+      adaptive: use ASAM, whose distance is relative to the size of each weight and therefore
+        invariant to rescaling of the network. It needs a larger rho: its paper uses 0.5 to 2.
+      value_and_grad: called once as `jax.value_and_grad(loss_fn, has_aux=has_aux)`; both passes use
+        the result. An implementation that accumulates over microbatches finishes the ascent over
+        all of them before the descent begins. SAM inside each microbatch would be another method.
 
     Returns:
       A function `(params, batch, *args, **kwargs) -> (value, grad)`, or `((value, aux), grad)`.
-      `value` is the loss that `grad` is the gradient of: of the whole batch, at the top of the
-      ascent. `aux` comes from the first pass: at `params` themselves, of the ascent's examples; so
-      batch-norm statistics in it are those of the weights that are kept. With `both_aux` it is the
-      pair `(first, final)`, and metrics of the whole batch come from `final`.
+      `grad` is the gradient of `value`, the loss of the whole batch at the perturbed parameters.
+      `aux` comes from the first pass, at `params` and on the examples of the ascent, so its
+      batch-norm statistics belong to the weights that are kept. With `both_aux` it is the pair
+      `(first, final)`; take metrics of the whole batch from `final`.
 
     Raises:
-      ValueError: `ascent_fraction` outside (0, 1]; `rho` negative; `both_aux` without `has_aux`; at
-        the call: `step` missing for a schedule, or a leaf of `batch` without a leading axis while
-        `ascent_fraction` < 1, named by its path.
+      ValueError: `ascent_fraction` is outside (0, 1]; `rho` is negative; `both_aux` without
+        `has_aux`; at the call: `step` is missing for a schedule, or a leaf of `batch`, named by its
+        path, has no leading axis while `ascent_fraction` < 1.
     """
     if not 0 < ascent_fraction <= 1:
         raise ValueError(f'ascent_fraction must be in (0, 1], got {ascent_fraction}')
@@ -116,7 +115,7 @@ def sam_value_and_grad(
 
 
 def _head(batch: PyTree, fraction: float) -> PyTree:
-    """The first `fraction` of every leaf along its leading axis, rounded up."""
+    """Returns the first `fraction` of every leaf along its leading axis, rounded up."""
     if fraction == 1:
         return batch
 
@@ -127,20 +126,20 @@ def _head(batch: PyTree, fraction: float) -> PyTree:
                 f'{name}: ascent_fraction < 1 takes the first examples of every leaf of batch, and '
                 'this one has no leading axis; pass it after batch, in args'
             )
-        # 0.07 * 100 is a little over 7 in floating point, and meant as 7.
+        # 0.07 * 100 is slightly more than 7 in floating point; rounding restores 7.
         return leaf[: max(1, math.ceil(round(fraction * jnp.shape(leaf)[0], 6)))]
 
     return jax.tree_util.tree_map_with_path(head, batch)
 
 
 def _climb(params: PyTree, grads: PyTree, rho: Scalar, adaptive: bool) -> PyTree:
-    """Returns the parameters moved uphill by rho."""
+    """Returns the parameters moved by rho along the gradient."""
     ascent = jax.tree.map(_wide, grads)
     if adaptive:  # T g of the ASAM paper, with T = |w| + eta; the step is T (T g) / ||T g||.
         sizes = jax.tree.map(lambda w: jnp.abs(_wide(w)) + _ASAM_ETA, params)
         ascent = jax.tree.map(jnp.multiply, sizes, ascent)
 
-    # Scaled by the largest element, squares cannot leave the range of the dtype.
+    # Divide by the largest element, so that squares cannot overflow or all underflow.
     peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(ascent)]
     largest = jnp.max(jnp.asarray(peaks), initial=0)
     scale = jnp.where(largest == 0, 1, largest)
@@ -152,7 +151,7 @@ def _climb(params: PyTree, grads: PyTree, rho: Scalar, adaptive: bool) -> PyTree
         ascent = jax.tree.map(jnp.multiply, sizes, ascent)
 
     def move(w: Any, direction: jax.Array) -> Any:
-        # JAX's gradient of a complex parameter is the conjugate of the way up.
+        # JAX's gradient of a complex parameter is the conjugate of the ascent direction.
         moved = (_wide(w) + step * jnp.conj(direction)).astype(jnp.result_type(w))
         return jnp.where(step == 0, w, moved)  # Not w + 0, which turns -0 into 0.
 

@@ -1,8 +1,8 @@
-"""How long things last, and how the learning rate moves meanwhile.
+"""Durations and learning-rate schedules.
 
-A duration is what people write in a config ('5 epochs'); a schedule is a pure function
-step -> value. Both count optimizer steps from 0, and step i uses the schedule at i: with a
-warm-up the first update is therefore multiplied by zero, as in the authors' training.
+A duration is a config value such as '5 epochs'. A schedule is a pure function step -> value. Both
+count optimizer steps from 0, and step i uses the schedule at i. With a warm-up the first update is
+therefore multiplied by zero, as in the authors' training.
 """
 
 import math
@@ -33,8 +33,8 @@ def num_steps(
     """Returns a duration in optimizer steps.
 
     Args:
-        duration: a number of steps (500, '500', '500 steps'), of epochs ('30 epochs', '2.5
-            epochs') or a part of the whole training ('10%'). The result is rounded to the
+        duration: a number of steps (500, '500', '500 steps') or epochs ('30 epochs', '2.5
+            epochs'), or a percentage of the whole training ('10%'). The result is rounded to the
             nearest step; a percentage above 0 is at least one step.
         steps_per_epoch: optimizer steps in one epoch; may be fractional.
         total_steps: steps of the whole training; None where a percentage has no meaning.
@@ -69,13 +69,13 @@ def num_steps(
 
 
 def canonical_duration(duration: int | str) -> str:
-    """Returns the one spelling of a duration: '40 epochs' of '40 epoch', '500 steps' of 500.
+    """Returns the one spelling of a duration: '40 epochs' for '40 epoch', '500 steps' for 500.
 
     Raises:
         UsageError: if the duration cannot be read.
     """
     amount, unit = _parse(duration, 'duration')
-    # As an integer where it is one, for a float would round the largest.
+    # Use an integer where possible, because a float rounds the largest values.
     number = int(amount) if amount == int(amount) else repr(amount)
     return f'{number}%' if unit == '%' else f'{number} {unit}'
 
@@ -107,7 +107,7 @@ def warmup_cosine(
 ) -> Schedule:
     """Rises linearly from 0 to `peak`, then falls along half a cosine to `end_value`.
 
-    The schedule of both papers (arXiv 2101.08692; arXiv 2102.06171, section 5). It reaches
+    Both papers use this schedule (arXiv 2101.08692; arXiv 2102.06171, section 5). It reaches
     `end_value` at `total_steps` and stays there.
     """
 
@@ -127,9 +127,9 @@ def constant(value: jax.typing.ArrayLike, *, warmup_steps: int = 0) -> Schedule:
 def step_decay(
     peak: jax.typing.ArrayLike, *, boundaries: Sequence[int], factor: float, warmup_steps: int = 0
 ) -> Schedule:
-    """Starts at `peak` and is multiplied by `factor` from each boundary on.
+    """Starts at `peak` and multiplies by `factor` at each boundary.
 
-    The boundaries are steps counted from the start of training, the warm-up included.
+    Boundaries are steps counted from the start of training, including the warm-up.
     """
 
     def decayed(step):

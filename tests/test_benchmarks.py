@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import convolution, dispatch, frozen, inference, optimizer, sam, timing, train_step
-from nfnets_jax.convolution.conv import Forms, Size
+from nfnets_jax.convolution.conv import ConvSignature, Impl
 
 SMALL = ['--model=SmallCNN', '--image-size=16', '--batch=2', '--rounds=1']
 
@@ -69,55 +69,56 @@ def test_dispatch(tmp_path):
 
 
 def test_convolution_writes_its_platform_and_leaves_the_others(tmp_path, monkeypatch):
-    found = convolution.sizes('NF-RegNet-B0:32', 1)
-    size = min(found)
-    source = tmp_path / 'convolution_table.py'
+    found = convolution.signatures('NF-RegNet-B0:32', 1)
+    signature = min(found)
+    source = tmp_path / 'table.py'
     source.write_text('"""Why."""\n\nTABLE: dict = {}\n')
-    others = {'tpu': {(1, 1, 1, 8, 8, 64): ('plain', 'plain', 'plain')}}
+    others = {'tpu': {(1, 1, 1, 8, 8, 64): ('xla', 'xla', 'xla')}}
     monkeypatch.setattr(convolution.table, '__file__', str(source))
     monkeypatch.setattr(convolution.table, 'TABLE', others | {'cpu': {}})
-    monkeypatch.setattr(convolution, 'sizes', lambda *_: {size: found[size]})
+    monkeypatch.setattr(convolution, 'signatures', lambda *_: {signature: found[signature]})
 
     arguments = ['--rounds=1', '--seconds=0', '--write']
     table = rows(convolution.main, arguments, tmp_path / 'table.json')
-    assert [row['form'] for row in table] == ['plain', 'pointwise']
+    assert [row['implementation'] for row in table] == ['xla', 'pointwise']
     module: dict = {}
     exec(source.read_text(), module)
     assert module['__doc__'] == 'Why.'
     assert list(module['TABLE']) == ['cpu', 'tpu']
     assert module['TABLE']['tpu'] == others['tpu']
-    assert set(module['TABLE']['cpu']) <= {size}  # None, should XLA's own form be the fastest.
+    # No entry, should XLA's own implementation be the fastest.
+    assert set(module['TABLE']['cpu']) <= {signature}
 
 
 def test_an_entry_that_says_nothing_new_is_left_out():
-    wide, narrow = Forms('split', 'split', 'split'), Forms('batched', 'batched', 'batched')
+    wide, narrow = Impl('per_group', 'per_group', 'per_group'), Impl('im2col', 'im2col', 'im2col')
     part = {
-        Size(3, 1, 6, 128, 128, 288): wide,
-        Size(3, 1, 6, 128, 128, 1152): wide,
-        Size(3, 1, 43, 8, 8, 392): narrow,
-        Size(3, 1, 1, 64, 64, 288): Forms(),
+        ConvSignature(3, 1, 6, 128, 128, 288): wide,
+        ConvSignature(3, 1, 6, 128, 128, 1152): wide,
+        ConvSignature(3, 1, 43, 8, 8, 392): narrow,
+        ConvSignature(3, 1, 1, 64, 64, 288): Impl(),
     }
     short = convolution.shorten(part)
     assert sorted(set(short.values())) == [narrow, wide]
     assert len(short) == 2
 
 
-def test_sizes_of_a_network():
-    sizes = convolution.sizes('NFNet-F0:64', 8)
-    assert Size(3, 1, 6, 128, 128, 8 * 4 * 4) in sizes
-    assert Size(3, 2, 1, 3, 16, 8 * 32 * 32) in sizes
+def test_signatures_of_a_network():
+    signatures = convolution.signatures('NFNet-F0:64', 8)
+    assert ConvSignature(3, 1, 6, 128, 128, 8 * 4 * 4) in signatures
+    assert ConvSignature(3, 2, 1, 3, 16, 8 * 32 * 32) in signatures
 
 
-def test_another_form_must_win_by_a_tenth():
+def test_another_implementation_must_win_by_a_tenth():
     def measured(seconds, compile_seconds=0.0):
-        times = {'plain': timing.Times(1.0, 1.0, 1.0), 'split': timing.Times(*[seconds] * 3)}
+        times = {'xla': timing.Times(1.0, 1.0, 1.0), 'per_group': timing.Times(*[seconds] * 3)}
         return {
-            (form, name): (times[form], compile_seconds if form == 'split' else 0.0)
-            for form in times
-            for name in Forms._fields
+            (impl, name): (times[impl], compile_seconds if impl == 'per_group' else 0.0)
+            for impl in times
+            for name in Impl._fields
         }
 
-    forms = ['plain', 'split']
-    assert convolution.fastest(measured(0.85), forms, False) == ('split',) * 3
-    assert convolution.fastest(measured(0.95), forms, False) == ('plain',) * 3
-    assert convolution.fastest(measured(0.85, 100), forms, False) == ('plain',) * 3
+    impls = ['xla', 'per_group']
+    assert convolution.fastest(measured(0.85), impls, False) == ('per_group',) * 3
+    assert convolution.fastest(measured(0.95), impls, False) == ('xla',) * 3
+    assert convolution.fastest(measured(0.85, 100), impls, False) == ('xla',) * 3

@@ -8,7 +8,7 @@ import resource
 import pytest
 
 from nfnets_jax.errors import UsageError
-from nfnets_jax.files import expand, write_whole
+from nfnets_jax.files import atomic_write, expand
 
 
 @contextlib.contextmanager
@@ -23,23 +23,23 @@ def files_no_larger_than(size):
 
 
 def test_bytes_and_text_replace_what_was_there(tmp_path):
-    write_whole(tmp_path / 'a', b'\x00\xff')
-    write_whole(tmp_path / 'a', 'späť')
+    atomic_write(tmp_path / 'a', b'\x00\xff')
+    atomic_write(tmp_path / 'a', 'späť')
     assert (tmp_path / 'a').read_text(encoding='utf-8') == 'späť'
     assert os.listdir(tmp_path) == ['a']
 
 
 def test_what_cannot_be_written_leaves_the_old_file_alone(tmp_path):
-    write_whole(tmp_path / 'a', 'old')
+    atomic_write(tmp_path / 'a', 'old')
     with files_no_larger_than(10), pytest.raises(UsageError, match='a cannot be written: File too'):
-        write_whole(tmp_path / 'a', 'new' * 1000)
+        atomic_write(tmp_path / 'a', 'new' * 1000)
     assert (tmp_path / 'a').read_text() == 'old'
     assert os.listdir(tmp_path) == ['a']
 
 
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(UsageError, match='nowhere/a cannot be written: No such file'):
-        write_whole(tmp_path / 'nowhere' / 'a', '')
+        atomic_write(tmp_path / 'nowhere' / 'a', '')
 
 
 def test_a_path_is_what_a_shell_makes_of_it(monkeypatch, tmp_path):
@@ -56,5 +56,5 @@ def test_a_path_is_what_a_shell_makes_of_it(monkeypatch, tmp_path):
 
 
 def test_text_with_bytes_of_a_file_name_is_written(tmp_path):
-    write_whole(tmp_path / 'page', os.fsdecode(b'caf\xc3\xa9 \xff'))
+    atomic_write(tmp_path / 'page', os.fsdecode(b'caf\xc3\xa9 \xff'))
     assert (tmp_path / 'page').read_text(encoding='utf-8') == 'café \\udcff'

@@ -166,14 +166,14 @@ def test_numbers_may_be_data_of_a_compiled_program(clip):
 
     @jax.jit
     def first_two_updates(numbers):
-        transformation = here.with_numbers(numbers)
+        transformation = here.with_hyperparameters(numbers)
         opt_state = transformation.init(params)
         for _ in range(2):
             updates, opt_state = transformation.update(gradient, opt_state, params)
         return updates
 
     for optimizer in (here, there):
-        updates = first_two_updates(jax.tree.map(jnp.float32, optimizer.numbers))
+        updates = first_two_updates(jax.tree.map(jnp.float32, optimizer.hyperparameters))
         opt_state = optimizer.transformation.init(params)
         for _ in range(2):
             expected, opt_state = optimizer.transformation.update(gradient, opt_state, params)

@@ -41,7 +41,7 @@ def main() -> None:
     if args.static:  # First, as it can be refused.
         written = static.write(found, args.static, made=made)
         print(f'wrote {len(written)} files into {args.static}')
-    files.write_whole(out, text)
+    files.atomic_write(out, text)
     print(f'wrote {out} ({len(text) / 1e6:.1f} MB)')
 
 

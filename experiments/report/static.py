@@ -51,7 +51,7 @@ def write(studies: Sequence[Study], directory: str | os.PathLike, *, made: str) 
                     figures.append(f'![{_escape(chart.describe())}]({name})\n')
             sections.append(_section(study, figures))
         text = '\n'.join([*sections, _method(), f'{_escape(made)}\n'])
-        files.write_whole(path / 'README.md', text)
+        files.atomic_write(path / 'README.md', text)
     except OSError as error:
         raise UsageError(f'--static={directory} cannot be written: {error.strerror}') from error
     return [*written, 'README.md']
@@ -65,7 +65,7 @@ def _write_picture(path: pathlib.Path, figure: Figure) -> None:
     buffer = io.BytesIO()
     # Without the software's version the same figure is the same file.
     figure.savefig(buffer, format='png', dpi=120, metadata={'Software': None})
-    files.write_whole(path, buffer.getvalue())
+    files.atomic_write(path, buffer.getvalue())
 
 
 def _section(study: Study, figures: Sequence[str]) -> str:

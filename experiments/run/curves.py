@@ -76,7 +76,7 @@ def draw_curves(
     """Writes `curves` to a PNG file, whole or not at all."""
     png = io.BytesIO()
     curves(metrics, title=title).savefig(png, format='png')
-    files.write_whole(path, png.getvalue())
+    files.atomic_write(path, png.getvalue())
 
 
 def curves(metrics: Sequence[Mapping[str, float]], *, title: str = '') -> Figure:

@@ -70,7 +70,7 @@ def add_to_study(directory: str | os.PathLike, data: Mapping[str, Record]) -> No
     known = _of_study(directory)
     if new := {name: record for name, record in data.items() if name not in known}:
         text = json.dumps(known | new, indent=1)
-        files.write_whole(pathlib.Path(directory) / DATA_FILE, text + '\n')
+        files.atomic_write(pathlib.Path(directory) / DATA_FILE, text + '\n')
 
 
 def _of_study(directory: str | os.PathLike) -> dict[str, Record]:
@@ -116,7 +116,7 @@ def write_once(directory: str | os.PathLike, record: Record) -> None:
     """Writes the record of a run if it has none."""
     path = pathlib.Path(directory) / DATA_FILE
     if not path.exists():
-        files.write_whole(path, json.dumps(record, indent=2) + '\n')
+        files.atomic_write(path, json.dumps(record, indent=2) + '\n')
 
 
 def check(directory: str | os.PathLike, now: Record, splits: Collection[str] | None = None) -> None:

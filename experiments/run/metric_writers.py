@@ -174,7 +174,7 @@ class _JsonLines:
         path = workdir / METRICS_FILE
         if path.exists():
             kept = [raw for raw, record in _whole_lines(path) if 0 < start_step >= record['step']]
-            files.write_whole(path, b''.join(kept))
+            files.atomic_write(path, b''.join(kept))
         self._file = path.open('a', encoding='utf-8')
 
     def write(self, step: int, scalars: Scalars) -> None:

@@ -53,7 +53,7 @@ def shard(batch: Any) -> Any:
     return jax.device_put(split, _placement(PartitionSpec(AXIS)))
 
 
-def parallelise(
+def parallelize(
     step: Callable[[Any, Any], Any], *, donate_replicated: bool = False
 ) -> Callable[[Any, Any], Any]:
     """Runs `step(replicated, batch)` on every device, each on its own rows of the batch.

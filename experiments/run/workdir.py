@@ -75,7 +75,7 @@ def claimed(
             raise UsageError(
                 f'--workdir={workdir} is in use by another process: wait for it, or choose another'
             ) from error
-        files.write_whole(path / 'config.json', json.dumps(as_json(config), indent=2) + '\n')
+        files.atomic_write(path / 'config.json', json.dumps(as_json(config), indent=2) + '\n')
         if data:
             data_record.write_once(path, data)
         yield path

@@ -213,7 +213,7 @@ def _do(
         return {'state': 'diverged', 'error': study_config.in_study(str(error), trial, study)}
     except Exception as error:
         # Whatever it is, the other trials may do without it.
-        files.write_whole(directory / 'error.txt', traceback.format_exc())
+        files.atomic_write(directory / 'error.txt', traceback.format_exc())
         told = study_config.in_study(f'{type(error).__name__}: {error}', trial, study)
         return {'state': 'failed', 'error': told.splitlines()[0][:300]}
     if study.metric not in metrics:
@@ -245,7 +245,7 @@ def write_summary(study: ConfigDict, journal: Journal) -> None:
             'hardware': '; '.join(journal.remembered('hardware')),
             'seconds': round(sum(record.seconds or 0 for record in records), 3),
         }
-        files.write_whole(journal.directory / SUMMARY_FILE, json.dumps(summary, indent=1) + '\n')
+        files.atomic_write(journal.directory / SUMMARY_FILE, json.dumps(summary, indent=1) + '\n')
 
 
 def _to_json(record: Record) -> dict[str, Any]:

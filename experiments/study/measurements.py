@@ -218,7 +218,7 @@ def _make_logits(setting: experiment.Task) -> Callable:
     @functools.partial(jax.jit, static_argnums=3)
     def logits(params, state, images, is_training):
         mean, std = setting.pictures.mean, setting.pictures.std
-        images = augment.normalise(images, mean, std, setting.config.precision)
+        images = augment.normalize(images, mean, std, setting.config.precision)
         # A device axis of one: networks that average statistics over devices ask for its name.
         apply = jax.vmap(
             lambda x: setting.model.apply(params, state, jax.random.key(0), x, is_training),

@@ -1,5 +1,8 @@
 """Augmentation on the device: the recipe, RandAugment and AutoAugment, and their operations."""
 
+import warnings
+from typing import Any
+
 from nfnets_jax.augment.recipe import (
     DEFAULTS,
     IMAGENET_MEAN,
@@ -9,7 +12,7 @@ from nfnets_jax.augment.recipe import (
     make_augment,
     mix_distinct,
     mix_neighbours,
-    normalise,
+    normalize,
     random_erasing,
     random_flip,
     random_shift_crop,
@@ -25,9 +28,17 @@ __all__ = [
     'make_augment',
     'mix_distinct',
     'mix_neighbours',
-    'normalise',
+    'normalize',
     'random_erasing',
     'random_flip',
     'random_shift_crop',
     'soft_labels',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Returns `normalize` under its former name."""
+    if name != 'normalise':
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    warnings.warn('augment.normalise is now augment.normalize', DeprecationWarning, stacklevel=2)
+    return normalize

@@ -242,7 +242,7 @@ def random_erasing(keys: jax.Array, images: jax.Array, probability: float) -> ja
     return jax.vmap(erase)(keys, images)
 
 
-def normalise(
+def normalize(
     images: jax.Array, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=jnp.float32
 ) -> jax.Array:
     """Returns (images - mean) / std by channel, computed in float32, as `dtype`.
@@ -273,7 +273,7 @@ def make_augment(
     Args:
         config: some of the keys of `DEFAULTS`; the others keep their defaults.
         num_classes: of the labels.
-        mean, std, dtype: as in `normalise`.
+        mean, std, dtype: as in `normalize`.
 
     Returns:
         augment(keys, images, labels) -> (images, targets), for keys [M] of `example_keys`, uint8
@@ -313,7 +313,7 @@ def make_augment(
             keys = keys[::per_example]
         if options['mix_first']:
             images = distort(_own(keys, 3), images)
-        images = normalise(images, mean, std, dtype)
+        images = normalize(images, mean, std, dtype)
         if options['erasing']:
             images = random_erasing(_own(keys, 4), images, options['erasing'])
         return images, targets

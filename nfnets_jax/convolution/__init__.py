@@ -1,4 +1,4 @@
-"""Convolution in the form that is fastest on the platform at hand."""
+"""Convolution by the fastest implementation on each platform."""
 
 from nfnets_jax.convolution.conv import Padding, conv2d
 

@@ -1,8 +1,9 @@
-"""Splitting and joining arrays by operations that are equal, for XLA compiles equal ones once.
+"""Split and concatenate with identical operations, which XLA compiles once.
 
-Slices of one array differ in where they begin, and each is compiled anew together with what XLA
-fuses to it. Those of this module read it from memory. A deep network whose equal blocks are a loop
-has a thousand slices in its gradient, and nothing else that grows with its depth.
+Ordinary slices of an array differ in their start, and XLA compiles each of them again, with
+everything it fuses into it. The slices of this module read their start from memory. The gradient of
+a deep network whose identical blocks run in a loop has a thousand slices, and nothing else in it
+grows with depth.
 """
 
 import functools
@@ -17,7 +18,7 @@ Array = jax.Array
 
 
 def _split(x: Array, sizes: Sequence[int], axis: int) -> list[Array]:
-    """Returns slices of these sizes, one after another along an axis."""
+    """Returns consecutive slices of these sizes along an axis."""
     starts = itertools.accumulate(sizes, initial=0)
     return [
         jax.lax.dynamic_slice_in_dim(x, _as_data(start, x.shape[axis]), size, axis)
@@ -34,7 +35,7 @@ split.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def join(parts: Sequence[Array], axis: int) -> Array:
-    """Concatenates along an axis; the gradient is split by `split`."""
+    """Concatenates along an axis; the gradient uses `split`."""
     return jnp.concatenate(parts, axis)
 
 
@@ -45,9 +46,9 @@ join.defvjp(
 
 
 def _as_data(start: int, length: int) -> Array:
-    """Returns `start` as XLA can not make it a part of the operation that uses it.
+    """Returns `start` in a form that XLA cannot fold into the operation that uses it.
 
-    As a number it would. It does not know the number if it is read from an array of several behind
-    a barrier; `length` makes sure that they are neither equal nor 0, 1, 2...
+    XLA folds a constant. It cannot fold an element of a longer array behind a barrier. `length`
+    ensures that the elements are neither equal nor 0, 1, 2...
     """
     return jax.lax.optimization_barrier(np.array([length, start], np.uint32))[1]

@@ -1,4 +1,7 @@
-"""How large a network is, from its shapes alone: nothing is computed."""
+"""Parameters, operations and activation memory of a network, from its shapes alone.
+
+Nothing is computed.
+"""
 
 import dataclasses
 import itertools
@@ -15,17 +18,17 @@ from nfnets_jax import layers
 from nfnets_jax.models import residual
 from nfnets_jax.models.registry import create_model
 
-# Every network here reduces the picture 32-fold at most, so each feature map has a whole size.
+# Every network reduces the image at most 32-fold, so the size of each feature map is an integer.
 _TRACED_SIZE = 32
 
 
 class ModuleCost(NamedTuple):
-    """Multiply-accumulate operations of one module by itself, without those inside it.
+    """Multiply-accumulate operations of one module, without its submodules.
 
     Attributes:
-      name: of the module, as in the names of its parameters.
-      conv_macs: of a convolution on an image of 32 x 32 pixels.
-      linear_macs: of a linear layer, those of channel attention included, on any image.
+      name: name of the module, as in the names of its parameters.
+      conv_macs: operations of a convolution on an image of 32 x 32 pixels.
+      linear_macs: operations of a linear layer, channel attention included, on any image.
     """
 
     name: str
@@ -33,7 +36,7 @@ class ModuleCost(NamedTuple):
     linear_macs: int
 
     def macs(self, size: int) -> float:
-        """Multiply-accumulates for an image of size x size pixels; see `Cost.macs`."""
+        """Returns the multiply-accumulates for an image of size x size pixels; see `Cost.macs`."""
         return self.conv_macs * size**2 / _TRACED_SIZE**2 + self.linear_macs
 
 
@@ -42,32 +45,32 @@ class Cost:
     """Parameters, and multiply-accumulate operations to evaluate or train on one image.
 
     Attributes:
-      parameters: trained numbers; running statistics are not among them.
-      modules: in the order in which their outputs are ready.
+      parameters: number of parameters, without running statistics.
+      modules: costs of the modules, in the order in which they finish.
     """
 
     parameters: int
     modules: tuple[ModuleCost, ...]
 
     def macs(self, size: int) -> float:
-        """Multiply-accumulates for an image of size x size pixels, as the authors count them.
+        """Returns the multiply-accumulates for an image of size x size pixels, as the authors do.
 
-        Convolutions count in proportion to the picture's area. Where a stride does not divide a
-        feature map (NF-RegNets at 272 pixels, for one) that is a little less than what is done.
-        Poolings, activations and weight standardisation do not count.
+        Convolutions count in proportion to the area of the image. Where a stride does not divide a
+        feature map (e.g. NF-RegNets at 272 pixels) this is slightly less than the real number.
+        Pooling, activations and weight standardisation do not count.
         """
         return sum(module.macs(size) for module in self.modules)
 
     def training_macs(self, size: int, frozen: Collection[str] = ()) -> float:
-        """Multiply-accumulates of a forward and a backward pass over one image.
+        """Returns the multiply-accumulates of a forward and a backward pass over one image.
 
-        The gradients with respect to the weights and to the activations cost as much as the
-        forward pass, each. The former are needed of modules that are trained; the latter of the
-        first of these and all that follow.
+        The gradients with respect to the weights and to the activations each cost as much as the
+        forward pass. Every trained module needs weight gradients. The first trained module and all
+        later modules count for activation gradients.
 
         Args:
-          size: side of the image, pixels.
-          frozen: the names of modules none of whose parameters are trained.
+          size: side of the image in pixels.
+          frozen: names of modules without any trained parameter.
         """
         trained = [module.name not in frozen for module in self.modules]
         reached = itertools.accumulate(trained, operator.or_)
@@ -88,10 +91,10 @@ def model_cost(name: str, num_classes: int = 1000, **overrides: Any) -> Cost:
         if context.method_name != '__call__':
             return out
         module, name = context.module, context.module.module_name
-        params = module.params_dict()  # those of the modules inside it, too
+        params = module.params_dict()  # includes the submodules
         macs = 0
         if isinstance(module, (*convolutions, *linears)):
-            # in x kernel area / groups for each output, which is what the weight's other axes hold
+            # in x kernel area / groups per output: the product of the weight's other axes
             macs = out.size * math.prod(params[f'{name}/w'].shape[:-1])
         if any(key.rpartition('/')[0] == name for key in params):
             of_conv = isinstance(module, convolutions)
@@ -117,17 +120,17 @@ def activation_bytes(
     saved: Literal['all', 'convolutions', 'blocks'] = 'all',
     **overrides: Any,
 ) -> float:
-    """Returns the bytes that training in bfloat16 keeps of one picture for the backward pass.
+    """Returns the bytes per image that training in bfloat16 saves for the backward pass.
 
-    They are counted in the traced program, as what `jax.vjp` saves between the two passes, weights
-    left out. A compiler may save less: XLA computes cheap operations anew where it fuses them.
+    The count is over the residuals that `jax.vjp` saves in the traced program, without weights. A
+    compiler may save less: XLA recomputes cheap operations where it fuses them.
 
     Args:
-      name: of a network that `create_model` knows.
-      image_size: side of the picture, pixels.
-      saved: 'all' that JAX saves; the outputs of 'convolutions' and other costly operations, all
-        else being computed anew; or with remat=True the inputs of residual 'blocks', besides
-        which one block at a time needs 'all' of its own.
+      name: name of a network that `create_model` knows.
+      image_size: side of the image in pixels.
+      saved: 'all' residuals that JAX saves; the outputs of 'convolutions' and other costly
+        operations, with everything else recomputed; or with remat=True the inputs of residual
+        'blocks', while one block at a time needs all of its residuals in addition.
       **overrides: options of the network.
     """
     if saved == 'blocks':
@@ -148,9 +151,9 @@ def activation_bytes(
         return jax.vjp(logits, params)[1]
 
     residuals = jax.tree.leaves(jax.eval_shape(pull_back, params, state, key, images))
-    # Where equal blocks share a program the batch is the second axis.
+    # Where identical blocks share a program the batch is the second axis.
     kept = [leaf for leaf in residuals if _BATCH in leaf.shape[:2]]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept) / _BATCH
 
 
-_BATCH = 13  # the size of no other leading axis
+_BATCH = 13  # differs from the size of every other leading axis

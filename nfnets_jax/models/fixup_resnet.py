@@ -14,21 +14,21 @@ Array = jax.Array
 
 
 class FixupResNet(hk.Module):
-    """A post-activation ResNet with rescaled initial weights and scalar biases for a norm.
+    """A post-activation ResNet with rescaled initial weights and scalar biases instead of a norm.
 
     Args:
       num_classes: size of the logits; 0 for features only, without a classifier.
-      variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
+      variant: '50', '101', '152', '200', '288' or '600'; for small images '8' to '110'.
       activation: name in layers.activations; not scaled.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       remat: recompute blocks in the backward pass: less memory, more time.
-      scan: compile the equal blocks of a stage once: deep networks compile several times faster.
-        Slow on CPUs. See docs/scaling.md.
-      channels: of the images; None takes any.
+      scan: compile the identical blocks of a stage once: deep networks compile several times
+        faster. Slow on CPUs. See docs/scaling.md.
+      channels: channels of the images; None accepts any number.
       **overrides: see options.ResNetOverrides.
 
     Raises:
-      UsageError: an option no network could be built from.
+      UsageError: no network can be built with an option.
     """
 
     def __init__(
@@ -45,19 +45,19 @@ class FixupResNet(hk.Module):
         **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
-        self.row = row = options.resolve('Fixup-ResNet', variant, overrides)
+        self.variant = info = options.resolve('Fixup-ResNet', variant, overrides)
         options.check('Fixup-ResNet', num_classes=num_classes, channels=channels)
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=False)
         self.initial_conv = layers.Conv2D(
-            *resnet_parts.stem_shape(row),
+            *resnet_parts.stem_shape(info),
             with_bias=False,
             in_channels=channels,
             name='initial_conv',
         )
-        plans = resnet_parts.plan_resnet(row)
+        plans = resnet_parts.plan_resnet(info)
         self.blocks = [
-            ResBlock(plan, resnet_parts.branch_shapes(row, plan), self.activation, len(plans))
+            ResBlock(plan, resnet_parts.branch_shapes(info, plan), self.activation, len(plans))
             for plan in plans
         ]
         self.fc = residual.make_classifier(num_classes, layers.initializer(fc_init, 'stddev'))
@@ -71,7 +71,7 @@ class FixupResNet(hk.Module):
     ) -> dict[str, Any]:
         """Classifies normalised images [N, H, W, C]; see `create_model`."""
         out = self.activation(_add_scalar(self.initial_conv(images), 'bias1'))
-        out = resnet_parts.stem_pool(self.row, out)
+        out = resnet_parts.stem_pool(self.variant, out)
         out, extras = residual.run_blocks(
             self.blocks,
             out,
@@ -83,25 +83,25 @@ class FixupResNet(hk.Module):
         )
 
         if (last := self.fc) is None:
-            return extras | residual.classify(out, None, self.row.drop_rate, is_training)
+            return extras | residual.classify(out, None, self.variant.drop_rate, is_training)
 
         def classifier(pool: Array) -> Array:
             return last(_add_scalar(pool, 'bias2'))
 
-        return extras | residual.classify(out, classifier, self.row.drop_rate, is_training)
+        return extras | residual.classify(out, classifier, self.variant.drop_rate, is_training)
 
 
 class ResBlock(hk.Module):
-    """activation(x + branch(x)), a scalar bias around every convolution and activation.
+    """activation(x + branch(x)), with a scalar bias around every convolution and activation.
 
-    With m convolutions in each of L branches, the last starts at zero and the others at He's
-    variance scaled so that their product shrinks as 1 / sqrt(L): L^(-1 / (2m - 2)) each.
+    Each of L branches has m convolutions. The last starts at zero. The others have He
+    initialisation times L^(-1 / (2m - 2)) each, so that their product shrinks as 1 / sqrt(L).
     """
 
     def __init__(
         self,
         plan: residual.BlockPlan,
-        branch: list[resnet_parts.ConvShape],
+        branch: list[resnet_parts.ConvArgs],
         activation: layers.Activation,
         num_blocks: int,
         name: str | None = None,
@@ -133,8 +133,10 @@ class ResBlock(hk.Module):
                 name='conv_shortcut',
             )
 
-    def __call__(self, x: Array, own: residual.Own, is_training: bool) -> tuple[Array, Array]:
-        """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
+    def __call__(
+        self, x: Array, inputs: residual.BlockInputs, is_training: bool
+    ) -> tuple[Array, Array]:
+        """Returns output and residual branch, both [N, H', W', out], for x [N, H, W, in]."""
         out = _add_scalar(x, 'bias1a')
         shortcut = self.conv_shortcut(out) if self.plan.is_transition else out
         out = self.convs[0](out)
@@ -143,10 +145,10 @@ class ResBlock(hk.Module):
             out = conv(_add_scalar(out, f'bias{i + 1}a'))
         scale = hk.get_parameter('scale', (), jnp.float32, init=jnp.ones)
         out = _add_scalar(out * scale.astype(out.dtype), f'bias{len(self.convs)}b')
-        branch = own.drop(out)
+        branch = inputs.drop(out)
         return self.activation(shortcut + branch), out
 
 
 def _add_scalar(x: Array, name: str) -> Array:
-    """x plus the scalar parameter `name` of the module in whose method this is called."""
+    """Returns x plus the scalar parameter `name` of the module whose method calls this."""
     return x + hk.get_parameter(name, (), jnp.float32, init=jnp.zeros).astype(x.dtype)

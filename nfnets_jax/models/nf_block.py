@@ -17,17 +17,19 @@ class NFBlock(hk.Module):
     """shortcut + alpha * gain * branch(beta * activation(x)), without normalisation.
 
     Args:
-      plan: where the block stands.
+      plan: position and shape of the block.
       inner_channels: width between the 1x1 convolutions, rounded down to whole groups.
-      activation: variance-preserving.
+      activation: variance-preserving nonlinearity.
       group_size: channels in a group of the 3x3 convolutions.
-      grouped_convs: 1 or 2 of them; the first has the stride.
-      attention: makes the module of the gates for a number of channels.
-      attention_inside: gates after the grouped convolutions (NF-RegNet), or at the end (NFNet).
+      grouped_convs: number of 3x3 convolutions, 1 or 2; the first has the stride.
+      attention: function from the number of channels to the attention module.
+      attention_inside: True puts attention after the grouped convolutions (NF-RegNet), False at the
+        end (NFNet).
       alpha: weight of the branch.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
-      skip_gain: whether that gain is a parameter of its own, or the last convolution's.
-      padding: of the grouped convolutions.
+      skip_gain: True makes that gain a separate parameter; False makes it the gain of the last
+        convolution.
+      padding: padding of the grouped convolutions.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class NFBlock(hk.Module):
             self.conv_shortcut = conv(plan.out_channels, 1, name='conv_shortcut')
         self.attention = attention(width if attention_inside else plan.out_channels)
 
-    def __call__(self, x: Array, own: residual.Own, is_training: bool) -> tuple[Array, Array]:
-        """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
-        out = own.scale(self.activation(x))
+    def __call__(
+        self, x: Array, inputs: residual.BlockInputs, is_training: bool
+    ) -> tuple[Array, Array]:
+        """Returns output and residual branch, both [N, H', W', out], for x [N, H, W, in]."""
+        out = inputs.scale(self.activation(x))
         shortcut = x
         if self.plan.is_transition:
             pooled = layers.avg_pool(out, 2, 2) if self.plan.stride > 1 else out
@@ -83,4 +87,4 @@ class NFBlock(hk.Module):
         out = self.conv2(self.activation(out))
         if not self.attention_inside:
             out = 2 * self.attention(out) * out
-        return shortcut + residual.weigh(own.drop(out), self.alpha, self.skip_gain), out
+        return shortcut + residual.weigh(inputs.drop(out), self.alpha, self.skip_gain), out

@@ -13,27 +13,28 @@ Array = jax.Array
 
 
 class NFRegNet(hk.Module):
-    """A RegNet with depthwise-like groups of 8 and no normalisation, B0 to B8.
+    """A Normalizer-Free RegNet with convolutions in groups of 8 channels, B0 to B8.
 
     Args:
       num_classes: size of the logits; 0 for features only, without a classifier.
       variant: 'B0' to 'B8'.
-      expansion: width inside a block over its input width (1 in the first block, as published).
+      expansion: ratio of the inner width of a block to its input width (1 in the first block, as
+        published).
       group_size: channels in each group of the grouped convolutions.
-      se_ratio: hidden width of squeeze-and-excitation over its width.
+      se_ratio: ratio of the hidden width of squeeze-and-excitation to its input width.
       alpha: weight of the residual branch.
       activation: name in layers.nonlinearities.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       conventions: see options.Conventions.
       remat: recompute blocks in the backward pass: less memory, more time.
-      scan: compile the equal blocks of a stage once: deep networks compile several times faster.
-        Slow on CPUs. See docs/scaling.md.
-      channels: of the images; None takes any.
-      **overrides: see options.Overrides; with stem='small' the stem keeps the size of the picture.
+      scan: compile the identical blocks of a stage once: deep networks compile several times
+        faster. Slow on CPUs. See docs/scaling.md.
+      channels: channels of the images; None accepts any number.
+      **overrides: see options.Overrides; with stem='small' the stem keeps the size of the image.
 
     Raises:
-      UsageError: an option no network could be built from.
+      UsageError: no network can be built with an option.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class NFRegNet(hk.Module):
         **overrides: Unpack[options.Overrides],
     ):
         super().__init__(name=name)
-        self.row = row = options.resolve('NF-RegNet', variant, overrides)
+        self.variant = info = options.resolve('NF-RegNet', variant, overrides)
         options.check(
             'NF-RegNet',
             num_classes=num_classes,
@@ -72,13 +73,13 @@ class NFRegNet(hk.Module):
         def rounded(width: float) -> int:
             return layers.round_to(width, 8) if form.is_timm else int(width)
 
-        widths = [rounded(width * row.width) for width in row.widths]
+        widths = [rounded(width * info.width) for width in info.widths]
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=True)
         self.initial_conv = layers.ScaledWSConv2D(
             widths[0],
             3,
-            1 if row.stem == 'small' else 2,
+            1 if info.stem == 'small' else 2,
             padding=form.padding,
             in_channels=channels,
             name='initial_conv',
@@ -86,10 +87,10 @@ class NFRegNet(hk.Module):
         plans = residual.plan_blocks(
             widths[0],
             widths,
-            row.depths,
-            [2] * len(row.depths),
+            info.depths,
+            [2] * len(info.depths),
             alpha=alpha,
-            stochdepth_rate=row.stochdepth_rate,
+            stochdepth_rate=info.stochdepth_rate,
         )
         self.blocks = [
             NFBlock(
@@ -108,9 +109,9 @@ class NFRegNet(hk.Module):
             )
             for plan in plans
         ]
-        # EfficientNet's 1280 channels, in proportion.
+        # EfficientNet's 1280 channels, scaled with the width of the last stage.
         if form.is_timm:
-            final_channels = rounded(row.width * (1280 * row.widths[-1] // 440))
+            final_channels = rounded(info.width * (1280 * info.widths[-1] // 440))
         else:
             final_channels = 1280 * widths[-1] // 440
         self.final_conv = layers.ScaledWSConv2D(final_channels, 1, name='final_conv')
@@ -134,4 +135,4 @@ class NFRegNet(hk.Module):
             return_features=return_features,
         )
         features = self.form.final_activation(self.final_conv(self.form.scale(out)))
-        return extras | residual.classify(features, self.fc, self.row.drop_rate, is_training)
+        return extras | residual.classify(features, self.fc, self.variant.drop_rate, is_training)

@@ -19,30 +19,31 @@ class NFResNet(hk.Module):
 
     Args:
       num_classes: size of the logits; 0 for features only, without a classifier.
-      variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
+      variant: '50', '101', '152', '200', '288' or '600'; for small images '8' to '110'.
       alpha: weight of the residual branch.
-      standardize: scaled weight standardisation. This and the next two take one part each out of
-        what preserves the variance, for ablations; parameters and initial values stay the same.
+      standardize: scaled weight standardisation. Setting this or one of the next two to False
+        removes one part of the variance preservation, for ablations; parameters and initial values
+        stay the same.
       activation_gain: multiply activations by their gain gamma, so that they preserve variance.
-      downscale: multiply what a branch receives by beta; False fixes beta to 1.
+      downscale: multiply the input of a branch by beta; False fixes beta to 1.
       use_se: squeeze-and-excitation at the end of the branch.
-      use_eca: efficient channel attention there.
+      use_eca: efficient channel attention at the end of the branch.
       se_ratio: its hidden width over its width.
       activation: name in layers.nonlinearities.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
-      stem_bn: batch norm after the first convolution. No NF-ResNet has it; it is there to compare
-        with networks in which it was left.
-      cross_replica_axis: of that batch norm, as in ResNet.
+      stem_bn: batch norm after the first convolution. No published NF-ResNet has it; use it to
+        compare with networks that kept one.
+      cross_replica_axis: axis of that batch norm, as in ResNet.
       conventions: see options.Conventions.
       remat: recompute blocks in the backward pass: less memory, more time.
-      scan: compile the equal blocks of a stage once: deep networks compile several times faster.
-        Slow on CPUs. See docs/scaling.md.
-      channels: of the images; None takes any.
+      scan: compile the identical blocks of a stage once: deep networks compile several times
+        faster. Slow on CPUs. See docs/scaling.md.
+      channels: channels of the images; None accepts any number.
       **overrides: see options.ResNetOverrides.
 
     Raises:
-      UsageError: an option no network could be built from.
+      UsageError: no network can be built with an option.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class NFResNet(hk.Module):
         **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
-        self.row = row = options.resolve('NF-ResNet', variant, overrides)
+        self.variant = info = options.resolve('NF-ResNet', variant, overrides)
         options.check(
             'NF-ResNet',
             num_classes=num_classes,
@@ -88,7 +89,7 @@ class NFResNet(hk.Module):
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=activation_gain)
         self.initial_conv = conv(
-            *resnet_parts.stem_shape(row), in_channels=channels, name='initial_conv'
+            *resnet_parts.stem_shape(info), in_channels=channels, name='initial_conv'
         )
         self.initial_bn = (
             layers.BatchNorm(cross_replica_axis=cross_replica_axis, name='initial_bn')
@@ -98,7 +99,7 @@ class NFResNet(hk.Module):
         self.blocks = [
             NFResBlock(
                 plan,
-                resnet_parts.branch_shapes(row, plan),
+                resnet_parts.branch_shapes(info, plan),
                 self.activation,
                 conv=conv,
                 pool_shortcut=form.is_timm,
@@ -107,8 +108,8 @@ class NFResNet(hk.Module):
                 skipinit_gain=skipinit_gain,
                 skip_gain=form.skip_gain,
             )
-            # Branches that add no variance leave nothing to scale by.
-            for plan in resnet_parts.plan_resnet(row, alpha if downscale else 0.0)
+            # With alpha = 0 the plan assumes that branches add no variance, so beta is 1.
+            for plan in resnet_parts.plan_resnet(info, alpha if downscale else 0.0)
         ]
         self.fc = residual.make_classifier(num_classes, layers.initializer(fc_init, 'stddev'))
 
@@ -123,7 +124,7 @@ class NFResNet(hk.Module):
         out = self.initial_conv(self.form.scale(images))
         if self.initial_bn:
             out = self.initial_bn(out, is_training)
-        out = resnet_parts.stem_pool(self.row, out, self.form.padding)
+        out = resnet_parts.stem_pool(self.variant, out, self.form.padding)
         out, extras = residual.run_blocks(
             self.blocks,
             out,
@@ -134,19 +135,19 @@ class NFResNet(hk.Module):
             return_features=return_features,
         )
         features = self.form.final_activation(out)
-        return extras | residual.classify(features, self.fc, self.row.drop_rate, is_training)
+        return extras | residual.classify(features, self.fc, self.variant.drop_rate, is_training)
 
 
 class NFResBlock(hk.Module):
     """x + alpha * gain * branch(beta * activation(x)), without normalisation.
 
-    SkipInit ResNets are made of the same blocks with plain convolutions and alpha = 1.
+    SkipInit ResNets use the same block with plain convolutions and alpha = 1.
     """
 
     def __init__(
         self,
         plan: residual.BlockPlan,
-        branch: list[resnet_parts.ConvShape],
+        branch: list[resnet_parts.ConvArgs],
         activation: layers.Activation,
         *,
         conv: Callable[..., layers.ScaledWSConv2D | layers.Conv2D] = layers.ScaledWSConv2D,
@@ -171,9 +172,11 @@ class NFResBlock(hk.Module):
             self.conv_shortcut = conv(plan.out_channels, 1, stride, name='conv_shortcut')
         self.attention = attention(plan.out_channels) if attention else None
 
-    def __call__(self, x: Array, own: residual.Own, is_training: bool) -> tuple[Array, Array]:
-        """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
-        out = own.scale(self.activation(x))
+    def __call__(
+        self, x: Array, inputs: residual.BlockInputs, is_training: bool
+    ) -> tuple[Array, Array]:
+        """Returns output and residual branch, both [N, H', W', out], for x [N, H, W, in]."""
+        out = inputs.scale(self.activation(x))
         shortcut = x
         if self.plan.is_transition:
             pooled = layers.avg_pool(out, 2, 2) if self.pool_shortcut else out
@@ -183,4 +186,4 @@ class NFResBlock(hk.Module):
             out = conv(self.activation(out))
         if self.attention:
             out = 2 * self.attention(out) * out
-        return shortcut + residual.weigh(own.drop(out), self.alpha, self.skip_gain), out
+        return shortcut + residual.weigh(inputs.drop(out), self.alpha, self.skip_gain), out

@@ -19,30 +19,30 @@ class NFNet(hk.Module):
     Args:
       num_classes: size of the logits; 0 for features only, without a classifier.
       variant: 'F0' to 'F7', 'F0+' to 'F7+'.
-      expansion: width of the grouped convolutions over the width of the block.
-      group_size: channels in each of their groups.
-      big_width: whether `expansion` multiplies the block's output width, or its input width.
-      use_two_convs: two grouped 3x3 convolutions in a block, or one.
+      expansion: ratio of the width of the grouped convolutions to the width of the block.
+      group_size: channels in each group of these convolutions.
+      big_width: True multiplies the output width of a block by `expansion`, False its input width.
+      use_two_convs: True puts two grouped 3x3 convolutions in a block, False one.
       use_eca: efficient channel attention instead of squeeze-and-excitation.
-      se_ratio: hidden width of squeeze-and-excitation over its width.
+      se_ratio: ratio of the hidden width of squeeze-and-excitation to its input width.
       alpha: weight of the residual branch.
-      final_conv_mult: width of the last 1x1 convolution over that of the last block; None to
-        give it as final_conv_ch.
+      final_conv_mult: ratio of the width of the last 1x1 convolution to that of the last block;
+        None uses final_conv_ch.
       final_conv_ch: width of the last convolution if final_conv_mult is None.
-      stem_width: channels of the stem's last convolution; None for half of the first stage's.
+      stem_width: channels of the last stem convolution; None for half the width of the first stage.
       activation: name in layers.nonlinearities.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       conventions: see options.Conventions.
       remat: recompute blocks in the backward pass: less memory, more time.
-      scan: compile the equal blocks of a stage once: deep networks compile several times faster.
-        Slow on CPUs. See docs/scaling.md.
-      channels: of the images; None takes any.
+      scan: compile the identical blocks of a stage once: deep networks compile several times
+        faster. Slow on CPUs. See docs/scaling.md.
+      channels: channels of the images; None accepts any number.
       **overrides: see options.Overrides. `width` does not reach the stem, as published; with
-        stem='small' the stem keeps the size of the picture.
+        stem='small' the stem keeps the size of the image.
 
     Raises:
-      UsageError: an option no network could be built from.
+      UsageError: no network can be built with an option.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class NFNet(hk.Module):
         **overrides: Unpack[options.Overrides],
     ):
         super().__init__(name=name)
-        self.row = row = options.resolve('NFNet', variant, overrides)
+        self.variant = info = options.resolve('NFNet', variant, overrides)
         if final_conv_mult is not None:
-            final_conv_ch = int(final_conv_mult * row.channels[-1])
+            final_conv_ch = int(final_conv_mult * info.channels[-1])
         elif final_conv_ch is None:
             raise UsageError('NFNet final_conv_ch: must be given, as final_conv_mult is None')
         options.check(
@@ -90,9 +90,9 @@ class NFNet(hk.Module):
         self.form = form = options.form(conventions, activation)
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=True)
-        strides = (1, 1, 1, 1) if row.stem == 'small' else (2, 1, 1, 2)
+        strides = (1, 1, 1, 1) if info.stem == 'small' else (2, 1, 1, 2)
         if stem_width is None:
-            stem_channels = (16, 32, 64, row.widths[0] // 2)
+            stem_channels = (16, 32, 64, info.widths[0] // 2)
         else:
             options.check('NFNet', stem_width=stem_width)
             stem_channels = (stem_width // 8, stem_width // 4, stem_width // 2, stem_width)
@@ -109,11 +109,11 @@ class NFNet(hk.Module):
         ]
         plans = residual.plan_blocks(
             stem_channels[-1],
-            row.channels,
-            row.depths,
-            [1] + [2] * (len(row.depths) - 1),
+            info.channels,
+            info.depths,
+            [1] + [2] * (len(info.depths) - 1),
             alpha=alpha,
-            stochdepth_rate=row.stochdepth_rate,
+            stochdepth_rate=info.stochdepth_rate,
         )
         self.blocks = [
             NFBlock(
@@ -154,4 +154,4 @@ class NFNet(hk.Module):
             return_features=return_features,
         )
         features = self.form.final_activation(self.final_conv(self.form.scale(out)))
-        return extras | residual.classify(features, self.fc, self.row.drop_rate, is_training)
+        return extras | residual.classify(features, self.fc, self.variant.drop_rate, is_training)

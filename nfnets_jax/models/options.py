@@ -1,4 +1,4 @@
-"""Constructor options: a variant's own values, overridden and checked."""
+"""Constructor options: the values of a variant, overridden and validated."""
 
 import dataclasses
 import math
@@ -15,22 +15,22 @@ from nfnets_jax.models.variants import VARIANTS, Variant
 
 # Which reference to follow where they differ: the papers, or the PyTorch library timm.
 # - 'timm': symmetric padding, pooled shortcuts, widths in multiples of 8; gains as published.
-# - 'timm_gains': these, and gains where timm has them. The gain of the activation is that of every
-#   convolution, also where no activation stands before it (the stem, the final convolution), so the
-#   last activation is without; the gain of a branch is that of its last convolution, so there is no
-#   skip gain. Networks by timm's names are of this kind, and parameters are one for one timm's.
+# - 'timm_gains': the same, with gains where timm has them. Every convolution has the gain of the
+#   activation, even without an activation before it (the stem, the final convolution), so the last
+#   activation has none. The last convolution of a branch has the gain of the branch, so there is no
+#   skip gain. Networks with timm's names use these, and their parameters match timm's one to one.
 Conventions = Literal['published', 'timm', 'timm_gains']
 
 
 class Form(NamedTuple):
-    """What conventions make of a network.
+    """Properties of a network that follow from its conventions.
 
     Attributes:
-      is_timm: shortcuts are pooled, and widths multiples of 8, as timm has it.
-      padding: of the convolutions.
-      skip_gain: whether a branch has a gain of its own.
-      gain: of a convolution before which no activation stands.
-      final_activation: of the features.
+      is_timm: whether shortcuts are pooled and widths are multiples of 8, as in timm.
+      padding: padding of the convolutions.
+      skip_gain: whether a branch has a separate gain.
+      gain: gain of a convolution without an activation before it.
+      final_activation: activation of the features.
     """
 
     is_timm: bool
@@ -40,17 +40,17 @@ class Form(NamedTuple):
     final_activation: layers.Activation
 
     def scale(self, x: jax.Array) -> jax.Array:
-        """Returns what stands for x before a convolution without activation."""
+        """Returns x times the gain, the input of a convolution without activation."""
         return x if self.gain == 1 else x * jnp.asarray(self.gain, x.dtype)
 
 
 def form(conventions: Conventions, activation: str, *, scaled: bool = True) -> Form:
-    """Returns what `conventions` mean for a network.
+    """Returns the properties of a network with these conventions.
 
     Args:
-      conventions: of the network.
-      activation: its name.
-      scaled: whether activations have their gain, or where they would have it convolutions.
+      conventions: conventions of the network.
+      activation: name of the activation.
+      scaled: whether the gain of the activation is applied, to activations or convolutions.
     """
     has_timms_gains = conventions == 'timm_gains'
     return Form(
@@ -63,7 +63,7 @@ def form(conventions: Conventions, activation: str, *, scaled: bool = True) -> F
 
 
 def attention(use_eca: bool, se_ratio: float, form: Form) -> Callable[[int], Any]:
-    """Returns what makes the gates at the end of a branch, for its number of channels."""
+    """Returns a function from the number of channels to the attention module of a branch."""
     if use_eca:
         return layers.EfficientChannelAttention
     divisor = 1 if form.skip_gain else 8  # timm's
@@ -71,9 +71,9 @@ def attention(use_eca: bool, se_ratio: float, form: Form) -> Callable[[int], Any
 
 
 class Overrides(TypedDict, total=False):
-    """Options every residual family takes; None, like leaving it out, is the variant's own value.
+    """Options of every residual family; None or a missing option keeps the value of the variant.
 
-    See `variants.Variant` for what they mean.
+    `variants.Variant` defines them.
     """
 
     width: float | None
@@ -85,7 +85,7 @@ class Overrides(TypedDict, total=False):
 
 
 class ResNetOverrides(Overrides, total=False):
-    """Options every family of ResNets takes."""
+    """Options of every family of ResNets."""
 
     block: Literal['bottleneck', 'basic'] | None
 
@@ -97,30 +97,30 @@ def overrides_of(family: str) -> list[str]:
 
 
 def resolve(family: str, variant: str, overrides: Overrides) -> Variant:
-    """Returns the variant's row with every override that is not None put in its place.
+    """Returns the variant with every override that is not None applied.
 
     Raises:
-      UsageError: the family has no such variant or option, or no network has such a value.
+      UsageError: the family has no such variant or option, or a value is invalid.
     """
-    rows = {row.variant: row for row in VARIANTS.values() if row.family == family and not row.base}
-    if variant not in rows:
-        raise UsageError(f'{family} variant: unknown {variant!r}{nearest(variant, rows)}')
+    known_variants = {v.variant: v for v in VARIANTS.values() if v.family == family and not v.base}
+    if variant not in known_variants:
+        raise UsageError(f'{family} variant: unknown {variant!r}{nearest(variant, known_variants)}')
     for name in overrides:
         if name not in (known := overrides_of(family)):
             raise UsageError(f'{family}: unknown option {name!r}{nearest(name, known)}')
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     check(family, **given)
-    row = dataclasses.replace(rows[variant], **given)
-    if len(row.widths) != len(row.depths):
+    resolved = dataclasses.replace(known_variants[variant], **given)
+    if len(resolved.widths) != len(resolved.depths):
         raise UsageError(
-            f'{family} depths: must have one entry a stage, {len(row.widths)} as widths has, '
-            f'not {len(row.depths)}'
+            f'{family} depths: must have one entry a stage, {len(resolved.widths)} as widths has, '
+            f'not {len(resolved.depths)}'
         )
-    return row
+    return resolved
 
 
 def check(family: str, **values: Any) -> None:
-    """Raises UsageError, in one line, for the first value that breaks its option's rule."""
+    """Raises UsageError, in one line, for the first value that breaks the rule of its option."""
     for name, value in values.items():
         rule = _RULES[name]
         if not rule.holds(value):

@@ -1,4 +1,4 @@
-"""From a model's name to the Haiku module."""
+"""Builds Haiku modules by model name."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from nfnets_jax.models.variants import Variant, variant_info
 
 
 class Network(Protocol):
-    """What `create_model` returns."""
+    """Type of the modules that `create_model` returns."""
 
     def __call__(self, images: jax.Array, is_training: bool, **kwargs: Any) -> dict[str, Any]: ...
 
@@ -37,7 +37,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
 
 
 def create_model(name: str, num_classes: int, **overrides: Any) -> Network:
-    """Makes the network called `name`, inside `hk.transform_with_state`.
+    """Returns the network called `name`. Call it inside `hk.transform_with_state`.
 
         network = hk.transform_with_state(
             lambda images, is_training: create_model('NFNet-F0', 10)(images, is_training)
@@ -51,28 +51,29 @@ def create_model(name: str, num_classes: int, **overrides: Any) -> Network:
     with dropout or stochastic depth needs an rng key. Batch-normalised networks have state.
 
     Args:
-      name: one of `list_models()`, or timm's for one of them, as 'dm_nfnet_f0'.
+      name: one of `list_models()`, or timm's name of one of them, such as 'dm_nfnet_f0'.
       num_classes: size of the logits; 0 for a network of features, without classifier and 'logits'.
       **overrides: options of the family's class, e.g. width, depths, stem, drop_rate, activation;
-        channels=N refuses images of other than N channels.
+        channels=N raises an error for images without exactly N channels.
 
     Raises:
-      UsageError: no such model or option, or a value no network could be built from.
+      UsageError: no such model or option, or no network can be built with a value.
     """
-    row = variant_info(name)
-    family = FAMILIES[row.family]
+    variant = variant_info(name)
+    family = FAMILIES[variant.family]
     known = model_options(name)
     for option in overrides:
         if option not in known:
             raise UsageError(f'{name}: unknown option {option!r}{nearest(option, known)}')
-    options.check(row.family, **{k: v for k, v in overrides.items() if v is not None})
-    return family(num_classes, **_arguments(row, overrides))
+    options.check(variant.family, **{k: v for k, v in overrides.items() if v is not None})
+    return family(num_classes, **_arguments(variant, overrides))
 
 
 def build(name: str, num_classes: int, **overrides: Any) -> hk.TransformedWithState:
     """Returns the network called `name` as init and apply(params, state, key, images, is_training).
 
-    Args and errors are those of `create_model`; apply takes its return_metrics and return_features.
+    Arguments and errors are those of `create_model`. apply accepts return_metrics and
+    return_features too.
 
     >>> import jax, jax.numpy as jnp
     >>> network = build('SmallCNN', 10)
@@ -89,19 +90,19 @@ def build(name: str, num_classes: int, **overrides: Any) -> hk.TransformedWithSt
     return hk.transform_with_state(forward)
 
 
-def _arguments(row: Variant, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keyword arguments that make the network of a row of its family's class."""
-    if not row.variant:
+def _arguments(variant: Variant, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keyword arguments of the family's class that build this variant."""
+    if not variant.variant:
         return dict(overrides)
-    if row.base is None:
-        return {'variant': row.variant, **overrides}
-    own = {name: getattr(row, name) for name in options.overrides_of(row.family)}
+    if variant.base is None:
+        return {'variant': variant.variant, **overrides}
+    own = {name: getattr(variant, name) for name in options.overrides_of(variant.family)}
     given = {k: v for k, v in overrides.items() if k not in own or v is not None}
-    return {'variant': row.base, **own, **row.options, **given}
+    return {'variant': variant.base, **own, **variant.options, **given}
 
 
 def model_options(name: str) -> list[str]:
-    """Returns the names that `create_model(name, ...)` takes as overrides."""
+    """Returns the names of the overrides that `create_model(name, ...)` accepts."""
     family = variant_info(name).family
     parameters = inspect.signature(FAMILIES[family]).parameters
     keywords = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]

@@ -1,4 +1,4 @@
-"""What every residual network here is made of: the plan of its blocks, its body and its head."""
+"""Shared by all residual networks: the plan of the blocks, the body and the head."""
 
 import dataclasses
 import itertools
@@ -18,15 +18,15 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """Where a block stands in its network.
+    """Position and shape of a block in its network.
 
     Attributes:
-      index: from 0 over the whole network.
-      in_channels, out_channels: of the block.
-      stride: of the block.
+      index: position in the whole network, from 0.
+      in_channels, out_channels: number of channels of the block's input and output.
+      stride: stride of the block.
       beta: 1 / expected standard deviation of the block's input at initialisation.
       stochdepth_rate: probability of dropping the branch, linear in the index.
-      stage: of the network, from 1.
+      stage: stage of the network, from 1.
     """
 
     index: int
@@ -39,7 +39,7 @@ class BlockPlan:
 
     @property
     def is_transition(self) -> bool:
-        """Whether the shortcut must change shape, and so needs a convolution of its own."""
+        """Whether the shortcut changes shape and therefore needs a convolution."""
         return self.stride > 1 or self.in_channels != self.out_channels
 
 
@@ -54,9 +54,9 @@ def plan_blocks(
 ) -> list[BlockPlan]:
     """Lays out stages of blocks; the first of each stage has the stride and the new width.
 
-    The input of block l has variance Var_l = Var_{l-1} + alpha^2 at initialisation, except that a
-    transition block puts the normalised signal on its shortcut too, which resets the variance to
-    1 before the branch is added ("NF-ResNets", section 3).
+    The input of block l has variance Var_l = Var_{l-1} + alpha^2 at initialisation. A transition
+    block is the exception: its shortcut starts from the normalised signal too, which resets the
+    variance to 1 before the branch is added ("NF-ResNets", section 3).
     """
     plans: list[BlockPlan] = []
     variance = 1.0
@@ -78,13 +78,13 @@ def plan_blocks(
     return plans
 
 
-class Own(NamedTuple):
-    """What a block has for itself besides parameters; data, so that equal blocks share a program.
+class BlockInputs(NamedTuple):
+    """Per-block inputs, passed as arrays so that identical blocks share one program.
 
     Attributes:
-      beta: 1 / expected standard deviation of its input.
-      stochdepth_rate: probability of dropping its branch.
-      key: random, for dropping it; None where no branch is dropped.
+      beta: 1 / expected standard deviation of the block's input.
+      stochdepth_rate: probability of dropping the branch.
+      key: random key for dropping the branch; None where no branch is dropped.
     """
 
     beta: jax.typing.ArrayLike
@@ -104,17 +104,17 @@ class Own(NamedTuple):
 
 # attention(x) -> gates in (0, 1), [N, 1, 1, C]
 Attention = Callable[[Array], Array]
-# block(x, own, is_training, ...) -> (output, residual branch before it is scaled and added)
+# block(x, inputs, is_training, ...) -> (output, residual branch before it is scaled and added)
 Block = Callable[..., tuple[Array, Array]]
 
 
 def weigh(
     branch: Array, alpha: float, skipinit_gain: float | hk.initializers.Initializer | None
 ) -> Array:
-    """Returns a branch times alpha and, unless `skipinit_gain` is None, a learned gain.
+    """Returns the branch times alpha and, unless `skipinit_gain` is None, times a learned gain.
 
-    The gain is the parameter 'skip_gain' of the block in whose method this is called; it starts at
-    `skipinit_gain`.
+    The gain is the parameter 'skip_gain' of the block whose method calls this function. It starts
+    at `skipinit_gain`.
     """
     if skipinit_gain is None:
         return branch * jnp.asarray(alpha, branch.dtype)
@@ -133,45 +133,48 @@ def run_blocks(
     return_metrics: bool,
     return_features: bool,
 ) -> tuple[Array, dict[str, dict[str, Array]]]:
-    """Runs x through the blocks.
+    """Applies the blocks to x in order.
 
     Args:
-      blocks: modules with a `plan`, of type Block; applied in order.
+      blocks: modules of type Block with a `plan`.
       x: [N, H, W, C], the output of the stem.
-      is_training: whether branches are dropped; blocks take it.
-      *block_args: what else a block takes.
-      remat: recompute each block in the backward pass instead of storing what is inside it.
-      scan: compile equal blocks that follow one another once, as the body of a loop, where they are
-        SHORTEST_LOOP or more. Results are the same but for rounding. The stacked parameters are a
-        copy of them.
+      is_training: whether branches are dropped; passed to every block.
+      *block_args: further arguments of every block.
+      remat: recompute each block in the backward pass instead of storing its activations.
+      scan: compile SHORTEST_LOOP or more consecutive identical blocks once, as the body of a loop.
+        Results differ by rounding only. The loop works on a stacked copy of the parameters.
       return_metrics: whether to measure the signal.
       return_features: whether to return the output of every stage.
 
     Returns:
-      The last block's output, and of what is asked for 'signal': layers.signal_metrics and
+      The last block's output, and a dict with, on demand, 'signal': layers.signal_metrics, and
       'features': {'stem': x, 'stage1': its output, ...}, [N, H', W', C] each.
     """
-    if hk.running_init():  # Then neither is of use, and initial values must not depend on them.
+    if hk.running_init():  # Both are useless here, and initial values must not depend on them.
         remat = scan = False
     activations: list[Array] = [x]
     branches: list[Array] = []
     features = {'stem': x}
     for group in _loops(blocks) if scan else [[block] for block in blocks]:
-        owns = [_own(block.plan, is_training) for block in group]
+        inputs = [_block_inputs(block.plan, is_training) for block in group]
         outputs: Iterable[Array]
         inner: Iterable[Array]
         if len(group) > 1:
             x, outputs, inner = _scan(
-                group, owns, x, is_training, *block_args, remat=remat, keep=return_metrics
+                group, inputs, x, is_training, *block_args, remat=remat, keep=return_metrics
             )
         else:
 
-            def apply(x: Array, own: Own, block: Block = group[0]) -> tuple[Array, Array]:
-                return block(x, own, is_training, *block_args)
+            def apply(
+                x: Array, inputs: BlockInputs, block: Block = group[0]
+            ) -> tuple[Array, Array]:
+                return block(x, inputs, is_training, *block_args)
 
-            x, branch = (hk.remat(apply) if remat else apply)(x, owns[0])
+            x, branch = (hk.remat(apply) if remat else apply)(x, inputs[0])
             outputs, inner = [x], [branch]
-        features[f'stage{group[-1].plan.stage}'] = x  # The last of a stage stays.
+        features[f'stage{group[-1].plan.stage}'] = (
+            x  # The last block of a stage overwrites the others.
+        )
         if return_metrics:
             activations.extend(outputs)
             branches.extend(inner)
@@ -183,25 +186,25 @@ def run_blocks(
     return x, extras
 
 
-def _own(plan: BlockPlan, is_training: bool) -> Own:
+def _block_inputs(plan: BlockPlan, is_training: bool) -> BlockInputs:
     drops = is_training and plan.stochdepth_rate > 0
-    return Own(plan.beta, plan.stochdepth_rate, hk.next_rng_key() if drops else None)
+    return BlockInputs(plan.beta, plan.stochdepth_rate, hk.next_rng_key() if drops else None)
 
 
-# Six equal blocks take as long to compile in a loop as without: XLA compiles operations that occur
-# several times once, and a loop's are others than those of the blocks around it.
+# Six identical blocks take as long to compile in a loop as without one: XLA compiles repeated
+# operations once, and the operations in a loop differ from those of the blocks around it.
 SHORTEST_LOOP = 6
 
 
 def _loops(blocks: Sequence[Any]) -> Iterator[list[Any]]:
-    """Yields the blocks, those together that are worth a loop."""
+    """Yields groups of consecutive blocks: those worth a loop together, the others alone."""
     for _, equal in itertools.groupby(blocks, _kind):
         group = list(equal)
         yield from [group] if len(group) >= SHORTEST_LOOP else ([block] for block in group)
 
 
 def _kind(block: Any) -> tuple:
-    """Returns what consecutive blocks have in common if their parameters have the same shapes."""
+    """Returns a key that is equal for consecutive blocks that can share one program."""
     plan = block.plan
     position = plan.index if plan.is_transition else -1
     return position, plan.stage, plan.stochdepth_rate > 0
@@ -209,30 +212,30 @@ def _kind(block: Any) -> tuple:
 
 def _scan(
     blocks: Sequence[Any],
-    owns: Sequence[Own],
+    inputs: Sequence[BlockInputs],
     x: Array,
     *block_args: bool,
     remat: bool,
     keep: bool,
 ) -> tuple[Array, Iterable[Array], Iterable[Array]]:
-    """Returns x after all of the blocks; if `keep`, what each returns: outputs and branches."""
+    """Returns x after all blocks and, if `keep`, the outputs and the branches of each block."""
     names = [block.module_name for block in blocks]
     params, state = (
         [_under(name, names[0], tree) for name in names]
         for tree in (hk.get_params(), hk.get_current_state())
     )
-    # The first block with the parameters of each in turn, under its own names.
-    first = hk.transform_with_state(lambda x, own: blocks[0](x, own, *block_args))
+    # Apply the first block, under its own names, with the parameters of each block in turn.
+    first = hk.transform_with_state(lambda x, inputs: blocks[0](x, inputs, *block_args))
 
     def step(x: Array, each: tuple) -> tuple[Array, tuple]:
-        params, state, own = each
-        (x, branch), state = first.apply(params, state, None, x, own)
+        params, state, block_inputs = each
+        (x, branch), state = first.apply(params, state, None, x, block_inputs)
         return x, (state, x, branch) if keep else (state, (), ())
 
-    # A loop stores for each block what its backward pass reads; elsewhere XLA computes anew what is
-    # cheap. There is nothing to merge with in a loop.
+    # A loop stores all residuals of each block; outside of a loop XLA recomputes the cheap ones.
+    # prevent_cse is off because a loop has nothing that CSE could merge.
     step = jax.checkpoint(step, prevent_cse=False, policy=None if remat else is_costly)
-    stacked = jax.tree.map(_stack, *zip(params, state, owns, strict=True))
+    stacked = jax.tree.map(_stack, *zip(params, state, inputs, strict=True))
     x, (states, outputs, branches) = jax.lax.scan(step, x, stacked)
     for i, name in enumerate(names):
         for module, values in _under(names[0], name, states).items():
@@ -242,18 +245,18 @@ def _scan(
 
 
 def is_costly(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for jax.checkpoint: whether to keep a result rather than compute it anew."""
+    """Policy for jax.checkpoint: whether to save a result rather than recompute it."""
     return primitive.name in _COSTLY
 
 
-# The custom_vjp_call are layers of convolution.py.
+# custom_vjp_call stands for the convolutions of nfnets_jax.convolution.
 _COSTLY = frozenset(
     {'conv_general_dilated', 'custom_vjp_call', 'dot_general', 'psum', 'reduce_window_max'}
 )
 
 
 def _under(name: str, new: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the module called `name` and those inside it have, with that name changed."""
+    """Returns the entries of module `name` and its submodules, renamed from `name` to `new`."""
     return {
         new + module.removeprefix(name): leaves
         for module, leaves in tree.items()
@@ -266,7 +269,7 @@ def _stack(*leaves: jax.typing.ArrayLike) -> Array:
 
 
 class _Named(hk.Module):
-    """Reaches the state of a module by its name."""
+    """Sets the state of a module by its name."""
 
     def set_state(self, values: Mapping[str, Array]) -> None:
         for name, value in values.items():
@@ -276,7 +279,7 @@ class _Named(hk.Module):
 def make_classifier(
     num_classes: int, w_init: hk.initializers.Initializer | None
 ) -> layers.Linear | None:
-    """Returns the last linear layer of a network; None for a network of features, of 0 classes."""
+    """Returns the last linear layer of a network; None for 0 classes, a network of features."""
     return layers.Linear(num_classes, w_init) if num_classes else None
 
 
@@ -286,7 +289,7 @@ def classify(
     drop_rate: float,
     is_training: bool,
 ) -> dict[str, Array]:
-    """Global average pooling, dropout and the classifier, in float32 whatever the features.
+    """Applies global average pooling, dropout and the classifier, in float32 for all dtypes.
 
     Returns:
       'pool', [N, C] before dropout, and with a classifier 'logits', [N, classes].

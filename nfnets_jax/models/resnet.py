@@ -20,25 +20,25 @@ class ResNet(hk.Module):
 
     Args:
       num_classes: size of the logits; 0 for features only, without a classifier.
-      variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
+      variant: '50', '101', '152', '200', '288' or '600'; for small images '8' to '110'.
       preactivation: False for the order of arXiv 1512.03385, activation after the addition.
-      norm: 'batch', or 'none' for the same network with normalisation removed and biases added. Its
-        weights are drawn by He et al.'s rule, as nothing else keeps the size of the signal.
-      bn_decay_rate: of the running statistics.
+      norm: 'batch', or 'none' for the same network with normalisation removed and biases added. The
+        latter has He initialisation, as nothing else preserves the variance of the signal.
+      bn_decay_rate: decay rate of the running statistics.
       cross_replica_axis: name of the mapped axis over which batch statistics are averaged; None
-        keeps them to each device's own batch.
+        computes them on the batch of each device.
       use_se: squeeze-and-excitation at the end of the branch.
-      se_ratio: its hidden width over its width.
+      se_ratio: ratio of its hidden width to its input width.
       activation: name in layers.activations; not scaled.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       remat: recompute blocks in the backward pass: less memory, more time.
-      scan: compile the equal blocks of a stage once: deep networks compile several times faster.
-        Slow on CPUs. See docs/scaling.md.
-      channels: of the images; None takes any.
+      scan: compile the identical blocks of a stage once: deep networks compile several times
+        faster. Slow on CPUs. See docs/scaling.md.
+      channels: channels of the images; None accepts any number.
       **overrides: see options.ResNetOverrides.
 
     Raises:
-      UsageError: an option no network could be built from.
+      UsageError: no network can be built with an option.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ResNet(hk.Module):
         **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
-        self.row = row = options.resolve('ResNet', variant, overrides)
+        self.variant = info = options.resolve('ResNet', variant, overrides)
         options.check(
             'ResNet',
             num_classes=num_classes,
@@ -78,13 +78,13 @@ class ResNet(hk.Module):
                 return _no_norm
             return layers.BatchNorm(bn_decay_rate, cross_replica_axis=cross_replica_axis, name=name)
 
-        # A normalisation makes the bias before it idle, and the scale of the weights.
+        # Normalisation cancels the bias before it and the scale of the weights.
         if norm == 'none':
             conv = functools.partial(layers.Conv2D, w_init=layers.he_init)
         else:
             conv = functools.partial(layers.Conv2D, with_bias=False)
         self.initial_conv = conv(
-            *resnet_parts.stem_shape(row), in_channels=channels, name='initial_conv'
+            *resnet_parts.stem_shape(info), in_channels=channels, name='initial_conv'
         )
         if not preactivation:
             self.initial_bn = make_norm('initial_bn')
@@ -92,13 +92,13 @@ class ResNet(hk.Module):
         self.blocks = [
             block(
                 plan,
-                resnet_parts.branch_shapes(row, plan),
+                resnet_parts.branch_shapes(info, plan),
                 self.activation,
                 conv,
                 make_norm,
                 se_ratio=se_ratio if use_se else None,
             )
-            for plan in resnet_parts.plan_resnet(row)
+            for plan in resnet_parts.plan_resnet(info)
         ]
         if preactivation:
             self.final_bn = make_norm('final_bn')
@@ -114,12 +114,12 @@ class ResNet(hk.Module):
     ) -> dict[str, Any]:
         """Classifies normalised images [N, H, W, C]; see `create_model`.
 
-        test_local_stats evaluates with the statistics of the batch itself.
+        test_local_stats evaluates with the statistics of the batch.
         """
         out = self.initial_conv(images)
         if not self.preactivation:
             out = self.activation(self.initial_bn(out, is_training, test_local_stats))
-        out = resnet_parts.stem_pool(self.row, out)
+        out = resnet_parts.stem_pool(self.variant, out)
         out, extras = residual.run_blocks(
             self.blocks,
             out,
@@ -132,16 +132,16 @@ class ResNet(hk.Module):
         )
         if self.preactivation:
             out = self.activation(self.final_bn(out, is_training, test_local_stats))
-        return extras | residual.classify(out, self.fc, self.row.drop_rate, is_training)
+        return extras | residual.classify(out, self.fc, self.variant.drop_rate, is_training)
 
 
 class ResBlockV2(hk.Module):
-    """x + branch(x), normalisation and activation before each convolution."""
+    """x + branch(x), with normalisation and activation before each convolution."""
 
     def __init__(
         self,
         plan: residual.BlockPlan,
-        branch: list[resnet_parts.ConvShape],
+        branch: list[resnet_parts.ConvArgs],
         activation: layers.Activation,
         conv: Callable[..., layers.Conv2D],
         make_norm: Callable[[str], Norm],
@@ -158,9 +158,9 @@ class ResBlockV2(hk.Module):
         self.se = layers.SqueezeExcite(plan.out_channels, se_ratio) if se_ratio else None
 
     def __call__(
-        self, x: Array, own: residual.Own, is_training: bool, test_local_stats: bool
+        self, x: Array, inputs: residual.BlockInputs, is_training: bool, test_local_stats: bool
     ) -> tuple[Array, Array]:
-        """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
+        """Returns output and residual branch, both [N, H', W', out], for x [N, H, W, in]."""
         out = self.activation(self.norms[0](x, is_training, test_local_stats))
         shortcut = self.conv_shortcut(out) if self.plan.is_transition else x
         out = self.convs[0](out)
@@ -168,16 +168,16 @@ class ResBlockV2(hk.Module):
             out = conv(self.activation(norm(out, is_training, test_local_stats)))
         if self.se:
             out = self.se(out) * out
-        return shortcut + own.drop(out), out
+        return shortcut + inputs.drop(out), out
 
 
 class ResBlockV1(ResBlockV2):
-    """activation(x + branch(x)), normalisation after each convolution."""
+    """activation(x + branch(x)), with normalisation after each convolution."""
 
     def __call__(
-        self, x: Array, own: residual.Own, is_training: bool, test_local_stats: bool
+        self, x: Array, inputs: residual.BlockInputs, is_training: bool, test_local_stats: bool
     ) -> tuple[Array, Array]:
-        """[N, H, W, in] -> the block's output and its residual branch, [N, H', W', out] both."""
+        """Returns output and residual branch, both [N, H', W', out], for x [N, H, W, in]."""
         shortcut = x
         if self.plan.is_transition:
             shortcut_norm = self.make_norm('shortcut_bn')
@@ -187,7 +187,7 @@ class ResBlockV1(ResBlockV2):
             out = norm(conv(self.activation(out) if i else out), is_training, test_local_stats)
         if self.se:
             out = self.se(out) * out
-        branch = own.drop(out)
+        branch = inputs.drop(out)
         return self.activation(shortcut + branch), out
 
 

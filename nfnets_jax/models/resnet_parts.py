@@ -1,4 +1,4 @@
-"""What the four ResNet families share: the stem, the shapes of a block, the plan of the stages."""
+"""Shared by the four ResNet families: the stem, the convolutions of a block, the stage plan."""
 
 import jax
 
@@ -9,42 +9,44 @@ from nfnets_jax.models import residual
 from nfnets_jax.models.variants import Variant
 
 # Arguments of a convolution: output channels, kernel size, stride.
-ConvShape = tuple[int, int, int]
+ConvArgs = tuple[int, int, int]
 
 
-def stem_shape(row: Variant) -> ConvShape:
-    """Returns the first convolution: 7x7 with stride 2, or 3x3 for small pictures."""
-    channels = int(16 * row.width)
-    return (channels, 3, 1) if row.stem == 'small' else (channels, 7, 2)
+def stem_shape(variant: Variant) -> ConvArgs:
+    """Returns the first convolution: 7x7 with stride 2, or 3x3 for small images."""
+    channels = int(16 * variant.width)
+    return (channels, 3, 1) if variant.stem == 'small' else (channels, 7, 2)
 
 
-def stem_pool(row: Variant, x: jax.Array, padding: Padding = 'SAME') -> jax.Array:
-    """Halves what the first convolution returned, unless the picture was small already."""
-    return x if row.stem == 'small' else layers.max_pool(x, 3, 2, padding)
+def stem_pool(variant: Variant, x: jax.Array, padding: Padding = 'SAME') -> jax.Array:
+    """Halves the output of the first convolution, unless the stem is 'small'."""
+    return x if variant.stem == 'small' else layers.max_pool(x, 3, 2, padding)
 
 
-def branch_shapes(row: Variant, plan: residual.BlockPlan) -> list[ConvShape]:
+def branch_shapes(variant: Variant, plan: residual.BlockPlan) -> list[ConvArgs]:
     """Returns the convolutions of a residual branch: 1x1-3x3-1x1, or 3x3-3x3 for basic blocks."""
-    if row.block == 'basic':
+    if variant.block == 'basic':
         return [(plan.out_channels, 3, plan.stride), (plan.out_channels, 3, 1)]
     inner = plan.out_channels // 4
     return [(inner, 1, 1), (inner, 3, plan.stride), (plan.out_channels, 1, 1)]
 
 
-def plan_resnet(row: Variant, alpha: float = 0.0) -> list[residual.BlockPlan]:
-    """Lays out the blocks: every stage but the first halves the picture.
+def plan_resnet(variant: Variant, alpha: float = 0.0) -> list[residual.BlockPlan]:
+    """Returns the plan of the blocks: every stage but the first halves the feature map.
 
     Raises:
       UsageError: the width leaves a convolution without channels.
     """
-    inner = min(row.channels) // (4 if row.block == 'bottleneck' else 1)
-    if min(stem_shape(row)[0], inner) < 1:
-        raise UsageError(f'{row.family} width: {row.width} leaves a convolution without channels')
+    inner = min(variant.channels) // (4 if variant.block == 'bottleneck' else 1)
+    if min(stem_shape(variant)[0], inner) < 1:
+        raise UsageError(
+            f'{variant.family} width: {variant.width} leaves a convolution without channels'
+        )
     return residual.plan_blocks(
-        stem_shape(row)[0],
-        row.channels,
-        row.depths,
-        [1] + [2] * (len(row.depths) - 1),
+        stem_shape(variant)[0],
+        variant.channels,
+        variant.depths,
+        [1] + [2] * (len(variant.depths) - 1),
         alpha=alpha,
-        stochdepth_rate=row.stochdepth_rate,
+        stochdepth_rate=variant.stochdepth_rate,
     )

@@ -13,25 +13,25 @@ Array = jax.Array
 
 
 class SkipInitResNet(hk.Module):
-    """A pre-activation ResNet with a zero-initialised gain on every branch in place of a norm.
+    """A pre-activation ResNet with a zero-initialised gain on every branch instead of a norm.
 
-    Unlike in NFResNet weights are not standardised, activations are not scaled, and what a block
-    receives is not divided by its expected standard deviation.
+    Unlike NFResNet, it does not standardise weights, scale activations or divide the input of a
+    block by its expected standard deviation.
 
     Args:
       num_classes: size of the logits; 0 for features only, without a classifier.
-      variant: '50', '101', '152', '200', '288' or '600'; for small pictures '8' to '110'.
+      variant: '50', '101', '152', '200', '288' or '600'; for small images '8' to '110'.
       activation: name in layers.activations; not scaled.
       skipinit_gain: initial value of the branch's learned gain, or an initialiser.
       fc_init: standard deviation of the classifier's initial weights, or an initialiser.
       remat: recompute blocks in the backward pass: less memory, more time.
-      scan: compile the equal blocks of a stage once: deep networks compile several times faster.
-        Slow on CPUs. See docs/scaling.md.
-      channels: of the images; None takes any.
+      scan: compile the identical blocks of a stage once: deep networks compile several times
+        faster. Slow on CPUs. See docs/scaling.md.
+      channels: channels of the images; None accepts any number.
       **overrides: see options.ResNetOverrides.
 
     Raises:
-      UsageError: an option no network could be built from.
+      UsageError: no network can be built with an option.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class SkipInitResNet(hk.Module):
         **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
-        self.row = row = options.resolve('SkipInit-ResNet', variant, overrides)
+        self.variant = info = options.resolve('SkipInit-ResNet', variant, overrides)
         options.check('SkipInit-ResNet', num_classes=num_classes, channels=channels)
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=False)
         self.initial_conv = layers.Conv2D(
-            *resnet_parts.stem_shape(row),
+            *resnet_parts.stem_shape(info),
             with_bias=False,
             in_channels=channels,
             name='initial_conv',
@@ -62,13 +62,13 @@ class SkipInitResNet(hk.Module):
         self.blocks = [
             NFResBlock(
                 plan,
-                resnet_parts.branch_shapes(row, plan),
+                resnet_parts.branch_shapes(info, plan),
                 self.activation,
                 conv=layers.Conv2D,
                 alpha=1.0,
                 skipinit_gain=skipinit_gain,
             )
-            for plan in resnet_parts.plan_resnet(row)
+            for plan in resnet_parts.plan_resnet(info)
         ]
         self.fc = residual.make_classifier(num_classes, layers.initializer(fc_init, 'stddev'))
 
@@ -80,7 +80,7 @@ class SkipInitResNet(hk.Module):
         return_features: bool = False,
     ) -> dict[str, Any]:
         """Classifies normalised images [N, H, W, C]; see `create_model`."""
-        out = resnet_parts.stem_pool(self.row, self.initial_conv(images))
+        out = resnet_parts.stem_pool(self.variant, self.initial_conv(images))
         out, extras = residual.run_blocks(
             self.blocks,
             out,
@@ -91,4 +91,4 @@ class SkipInitResNet(hk.Module):
             return_features=return_features,
         )
         features = self.activation(out)
-        return extras | residual.classify(features, self.fc, self.row.drop_rate, is_training)
+        return extras | residual.classify(features, self.fc, self.variant.drop_rate, is_training)

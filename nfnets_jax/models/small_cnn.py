@@ -10,22 +10,22 @@ from nfnets_jax.errors import UsageError
 from nfnets_jax.models import options, residual
 
 Array = jax.Array
-SMALLEST = 14  # pixels: of smaller pictures the unpadded convolutions leave nothing
+SMALLEST = 14  # pixels: the unpadded convolutions reduce smaller images to nothing
 
 
 class SmallCNN(hk.Module):
     """Four unpadded 3x3 convolutions of 32 channels, max pool after the second, three linears.
 
-    37,322 parameters for 10 classes, and 37,834 with batch normalisation if its 256 running
-    statistics are counted with them, as the report does.
+    It has 37,322 parameters for 10 classes, and 37,834 with batch normalisation if its 256 running
+    statistics count as parameters, as in the report.
 
     Args:
       num_classes: size of the logits; 0 for features only, without the three linears.
-      norm: 'batch', after each convolution, or 'none'.
-      bn_decay_rate: of the running statistics.
+      norm: 'batch' for batch normalisation after each convolution, or 'none'.
+      bn_decay_rate: decay rate of the running statistics.
       cross_replica_axis: as in ResNet.
       activation: name in layers.activations; not scaled.
-      channels: of the images; None takes any.
+      channels: channels of the images; None accepts any number.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class SmallCNN(hk.Module):
         self.fc = residual.make_classifier(num_classes, None)
 
     def __call__(self, images: Array, is_training: bool) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, C] of SMALLEST or more; see `create_model`."""
+        """Classifies normalised images [N, H, W, C], with H, W >= SMALLEST; see `create_model`."""
         if min(images.shape[1:3]) < SMALLEST:
             raise UsageError(
-                f'SmallCNN: pictures must have at least {SMALLEST} x {SMALLEST} pixels, not '
+                f'SmallCNN: images must have at least {SMALLEST} x {SMALLEST} pixels, not '
                 f'{images.shape[1]} x {images.shape[2]}'
             )
         out = images

@@ -1,7 +1,8 @@
-"""Every published network as data: one row per name, read by models, configs and evaluation.
+"""Every published network as data: one `Variant` per name, for models, configs and evaluation.
 
-Sizes, depths and rates: the two papers and the authors' code. Accuracies: ImageNet top-1 and
-top-5 in percent, single crop at `test_size`, from the papers' tables or timm's as `source` notes.
+Sizes, depths and rates come from the two papers and the authors' code. Accuracies are ImageNet
+top-1 and top-5 in percent, single crop at `test_size`, from the tables of the papers or timm, as
+`source` says.
 """
 
 import dataclasses
@@ -13,29 +14,29 @@ from nfnets_jax.errors import UsageError, nearest
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What tells one network of a family from another, and how it was trained and tested.
+    """Architecture of one network of a family, and how it was trained and tested.
 
     Attributes:
       family: name of the family, 'NFNet'.
-      variant: name within the family, 'F0'; of timm's networks timm's name, 'eca_nfnet_l0'.
-      base: of timm's networks, the published variant that `options` make this network of.
-      options: of `create_model`, where they are not the family's defaults.
+      variant: name within the family, 'F0'; timm's name for timm's networks, 'eca_nfnet_l0'.
+      base: for timm's networks, the published variant that `options` modify.
+      options: options of `create_model` that differ from the defaults of the family.
       widths: output channels of each stage, before the width multiplier.
       depths: residual blocks of each stage.
-      train_size: side in pixels of the pictures it is trained on.
-      test_size: side in pixels of the pictures it is tested on.
-      eval_mode: how its authors prepare an image for testing, a mode of
+      train_size: side of the training images in pixels.
+      test_size: side of the test images in pixels.
+      eval_mode: how the authors prepare a test image, a mode of
         `data.preprocessing.make_transform`.
-      mean, std: of the normalisation its authors test with, three values on a scale of 0..255;
-        None for ImageNet's.
+      mean, std: normalisation that the authors test with, three values on a scale of 0..255; None
+        for ImageNet's.
       width: default width multiplier.
       block: residual branch of the ResNets, 1x1-3x3-1x1 or 3x3-3x3.
-      stem: 'imagenet' reduces the picture before the first block, 'small' keeps its size.
-      drop_rate: dropout before the classifier.
-      stochdepth_rate: stochastic depth in the published recipe.
+      stem: 'imagenet' downsamples the image before the first block, 'small' keeps its size.
+      drop_rate: dropout rate before the classifier.
+      stochdepth_rate: stochastic-depth rate of the published recipe.
       randaugment: magnitude in the published recipe (4 layers), None without RandAugment.
-      top1, top5: published ImageNet accuracies, None where there are none.
-      source: where they are published.
+      top1, top5: published ImageNet accuracies, None if unpublished.
+      source: publication of the accuracies.
     """
 
     family: str
@@ -67,7 +68,7 @@ class Variant:
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Output channels of each stage, the width multiplier applied."""
+        """Output channels of each stage, after the width multiplier."""
         return tuple(int(width * self.width) for width in self.widths)
 
 
@@ -162,10 +163,10 @@ def _resnets(family: str, small: bool):
 
 
 def _timms() -> Iterator[Variant]:
-    """timm's networks that the papers do not have, and its forms of those that they have.
+    """Yields timm's networks that the papers do not have, and timm's versions of those they have.
 
-    Sizes, depths and options: timm's models/nfnet.py. Accuracies: its results-imagenet.csv, of the
-    weights that it has published under the name, at the test size.
+    Sizes, depths and options come from timm's models/nfnet.py. Accuracies come from its
+    results-imagenet.csv, for the weights published under the same name, at the test size.
     """
     source = 'timm, results-imagenet.csv'
     gains = {'conventions': 'timm_gains'}
@@ -234,14 +235,14 @@ def _timms() -> Iterator[Variant]:
                 top5=95.350 if is_trained else None,
                 source=source if is_trained else None,
             )
-    sizes = {0: (192, 256), 1: (256, 288)}  # The others' are the published.
-    for row in list(_nf_regnets())[:6]:
-        level = int(row.variant[1:])
-        train, test = sizes.get(level, (row.train_size, row.test_size))
+    sizes = {0: (192, 256), 1: (256, 288)}  # All others use the published sizes.
+    for published in list(_nf_regnets())[:6]:
+        level = int(published.variant[1:])
+        train, test = sizes.get(level, (published.train_size, published.test_size))
         yield dataclasses.replace(
-            row,
+            published,
             variant=f'nf_regnet_b{level}',
-            base=row.variant,
+            base=published.variant,
             options=gains | {'fc_init': 0.01},
             train_size=train,
             test_size=test,
@@ -255,8 +256,8 @@ def _timms() -> Iterator[Variant]:
 
 
 VARIANTS: dict[str, Variant] = {
-    row.name: row
-    for row in (
+    variant.name: variant
+    for variant in (
         *_nfnets(),
         *_nf_regnets(),
         *_resnets('NF-ResNet', small=True),
@@ -268,31 +269,31 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 
-# Other names of networks above: timm's, where it computes what the authors do.
+# Aliases of networks above: timm's names for networks that compute the same as the authors'.
 ALIASES: dict[str, str] = {f'dm_nfnet_f{level}': f'NFNet-F{level}' for level in range(7)}
 
 
 def list_models() -> list[str]:
-    """Returns the names that `create_model` and `variant_info` know, families together.
+    """Returns the names that `create_model` and `variant_info` accept, grouped by family.
 
-    They know timm's dm_nfnet_f0 to f6 too, as NFNet-F0 to F6.
+    Both also accept timm's dm_nfnet_f0 to f6, as aliases of NFNet-F0 to F6.
     """
     return list(VARIANTS)
 
 
 def variant_info(name: str) -> Variant:
-    """Returns the data of a model, `variant_info('NFNet-F0').train_size`.
+    """Returns the data of a model, as in `variant_info('NFNet-F0').train_size`.
 
-    Knows timm's names, too ('dm_nfnet_f0'); the `.name` of the result is ours.
+    Accepts timm's names too ('dm_nfnet_f0'); the result has the name of this package.
 
     Raises:
       UsageError: no model has that name.
     """
-    if (row := find_variant(name)) is None:
+    if (variant := find_variant(name)) is None:
         raise UsageError(f'model: unknown {name!r}{nearest(name, VARIANTS, ALIASES)}')
-    return row
+    return variant
 
 
 def find_variant(name: Any) -> Variant | None:
-    """Returns the data of the model of that name or alias, None if there is none."""
+    """Returns the data of the model with this name or alias, or None if there is none."""
     return VARIANTS.get(ALIASES.get(name, name)) if isinstance(name, str) else None

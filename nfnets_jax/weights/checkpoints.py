@@ -1,10 +1,10 @@
-"""Checkpoints that survive: the one module that knows Orbax.
+"""Crash-safe checkpoints. Only this module uses Orbax.
 
-One process writes them, of those that train together: the state is the same in all.
+Only one of the processes that train together writes them, because all hold the same state.
 
-A checkpoint is a directory named by its step. It appears under that name only when it is
-whole (Orbax writes beside it and renames), it holds a checksum of every array, and a damaged
-one is recognised, set aside and never overwritten.
+A checkpoint is a directory named by its step. It appears under that name only when it is complete
+(Orbax writes to a temporary directory and renames it). It holds a checksum of every array. A
+damaged one is detected, renamed and never overwritten.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _SCORES_FILE = 'scores.json'  # beside the checkpoints: {step: score}
 
 
 class DamagedCheckpointError(Exception):
-    """The files of a checkpoint cannot be read, or do not hold what was written."""
+    """The files of a checkpoint cannot be read or do not match their checksums."""
 
 
 class _KeepLatestAndBest:
@@ -63,10 +63,10 @@ class Checkpoints:
     """The checkpoints of one run: `save`, `restore`, `latest`, `best`.
 
     Args:
-      directory: where they are, created if need be.
-      keep: how many of the newest to keep; the best-scored one is kept besides.
-      read_only: for evaluation beside a running job; nothing is created, moved or removed.
-      active: whether this process writes; to any other there are no checkpoints, and it saves none.
+      directory: directory of the checkpoints, created if missing.
+      keep: how many of the newest to keep; the best-scored one is kept in addition.
+      read_only: never create, rename or remove anything; for evaluation beside a running job.
+      active: whether this process writes; `False` makes every method a no-op.
 
     Raises:
       UsageError: the directory cannot be created.
@@ -76,7 +76,9 @@ class Checkpoints:
         self._directory = pathlib.Path(directory).absolute()
         self._read_only = read_only
         self._scores: dict[int, float] = {}
-        self._writing = contextlib.ExitStack()  # what holds while a checkpoint is being written
+        self._writing = (
+            contextlib.ExitStack()
+        )  # contexts entered while a checkpoint is being written
         self._manager = None
         if not active:
             return
@@ -102,29 +104,29 @@ class Checkpoints:
             try:
                 score = self._record(step)['score']
             except DamagedCheckpointError:
-                continue  # It counts as unscored; restoring it will say what is wrong.
+                continue  # Treat it as unscored; restoring it raises the error.
             if score is not None:
                 self._scores[step] = score
         self._scores |= self._read_scores()
 
     def steps(self) -> list[int]:
-        """The steps of all whole checkpoints, oldest first."""
+        """Returns the steps of all complete checkpoints, oldest first."""
         if not self._manager:
             return []
-        if self._read_only:  # Another process may have written some since.
+        if self._read_only:  # Another process may have written more.
             with _orbax_speaks_through_us():
                 self._manager.reload()
         return sorted(self._manager.all_steps())
 
     def best(self) -> int | None:
-        """The step of the best-scored checkpoint, None if none has a score."""
+        """Returns the step of the best-scored checkpoint, None if none has a score."""
         return _best(self._scores, self.steps())
 
     def choose(self, name: str) -> int:
-        """Returns the step of the checkpoint called 'latest', 'best' or by its step.
+        """Returns the step of the checkpoint named 'latest', 'best' or by its step.
 
         Raises:
-          UsageError: naming those that there are.
+          UsageError: there is no such checkpoint; the message names the existing ones.
         """
         steps = self.steps()
         if not steps:
@@ -139,7 +141,7 @@ class Checkpoints:
         return known[name]
 
     def note(self, step: int) -> str | None:
-        """Returns what `save` was told of the process that wrote a checkpoint, if anything."""
+        """Returns the `note` that `save` stored with a checkpoint, None if there is none."""
         return self._record(step).get('note')
 
     def save(
@@ -148,20 +150,20 @@ class Checkpoints:
         """Writes a checkpoint in the background; returns when the state may be reused.
 
         Args:
-          step: its name; a step that is already there is left as it is.
+          step: name of the checkpoint; an existing step is left unchanged.
           state: a tree of arrays.
-          score: how good it is (higher is better), None if that is not known yet, see `score`.
-          note: kept beside it, for `note`.
+          score: quality (higher is better); None if it is not known yet, see `score`.
+          note: stored with the checkpoint; the method `note` returns it.
 
         Raises:
-          UsageError: this one, or one begun before, cannot be written. Those there are remain.
+          UsageError: this checkpoint, or one begun before, cannot be written. Existing ones remain.
         """
         if not self._manager or step in self.steps():
             return
         self.wait()
-        if not self._directory.is_dir():  # Orbax would make it anew, and the rest is lost.
+        if not self._directory.is_dir():  # Orbax would recreate it without the rest.
             raise UsageError(f'{self._directory} has vanished while the run was going on')
-        # A copy, not a view: the next training step takes over (donates) these buffers.
+        # A copy, not a view: the next training step donates these buffers.
         arrays = jax.tree.map(lambda x: np.array(x), state)
         record = {'score': score, 'note': note, 'checksums': _checksums(arrays)}
         if score is not None:
@@ -176,23 +178,23 @@ class Checkpoints:
             )
 
     def score(self, step: int, score: float) -> None:
-        """Says how good a checkpoint is, once that is known: after `save`, which does not wait.
+        """Stores the score of a checkpoint that is already saved; `save` does not wait for it.
 
         Args:
-          step: of a checkpoint; of another step nothing is kept.
+          step: step of a checkpoint; any other step is ignored.
           score: higher is better.
 
         Raises:
-          UsageError: it cannot be written.
+          UsageError: the score cannot be written.
         """
         if self._scores.get(step) == score or step not in self.steps():
             return
         self._scores[step] = score
         scores = {str(step): score for step, score in sorted(self._scores.items())}
-        files.write_whole(self._directory / _SCORES_FILE, json.dumps(scores) + '\n')
+        files.atomic_write(self._directory / _SCORES_FILE, json.dumps(scores) + '\n')
 
     def _read_scores(self) -> dict[int, float]:
-        """Returns what `score` wrote; a file that cannot be read counts as none."""
+        """Returns the scores that `score` wrote; {} if the file cannot be read."""
         try:
             scores = json.loads((self._directory / _SCORES_FILE).read_text())
             return {int(step): float(score) for step, score in scores.items()}
@@ -204,11 +206,11 @@ class Checkpoints:
 
         Args:
           step: one of `steps()`.
-          like: a tree of arrays, or of their shapes, whose structure the result has. Without it the
-            result is what was written, as nested dicts and lists.
+          like: a tree of arrays or shapes with the structure of the result. Without it the result
+            is nested dicts and lists.
 
         Raises:
-          DamagedCheckpointError: it cannot be read, or is not what was written.
+          DamagedCheckpointError: the checkpoint cannot be read or fails its checksums.
         """
         record = self._record(step)
         blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
@@ -222,7 +224,7 @@ class Checkpoints:
                 arrays = None
             if arrays is None:
                 raise DamagedCheckpointError(first_line(error)) from error
-        # Sorted, for dicts are in another order than the fields of a tuple were.
+        # Sorted, because dicts have another order than the fields of the tuple had.
         if sorted(_checksums(written)) != sorted(record['checksums']):
             raise DamagedCheckpointError('the arrays do not match their checksums')
         return arrays
@@ -237,13 +239,13 @@ class Checkpoints:
     def latest(
         self, like: PyTree, *, on_damage: Callable[[str], None]
     ) -> tuple[int, PyTree] | None:
-        """Reads the newest checkpoint that is whole; None if there is none at all.
+        """Reads the newest undamaged checkpoint; returns None if there is no checkpoint.
 
-        Damaged ones that are newer are told to `on_damage`, a line each, and, unless read-only,
-        renamed to `damaged-<step>` so that their steps can be written anew.
+        Calls `on_damage` with one line for each newer, damaged checkpoint. Unless read-only, it
+        renames these to `damaged-<step>`, so that their steps can be written again.
 
         Raises:
-          DamagedCheckpointError: there are checkpoints, but none can be read. Nothing was renamed.
+          DamagedCheckpointError: there are checkpoints, but none can be read. None is renamed.
         """
         damaged = {}
         for step in reversed(self.steps()):
@@ -274,7 +276,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Ends it, once everything saved is on disk.
+        """Closes the manager once everything saved is on disk.
 
         Raises:
           UsageError: it cannot be written.
@@ -284,7 +286,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # It raises once more what `wait` has told.
+            with contextlib.suppress(Exception):  # It raises the error of `wait` again.
                 self._manager.close()
 
     def _make_directory(self) -> None:
@@ -298,7 +300,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            # TensorStore's exceptions are ValueErrors; what they begin with is gRPC's code.
+            # TensorStore raises ValueErrors whose message starts with the gRPC code.
             full = 'RESOURCE_EXHAUSTED' in str(error) or getattr(error, 'errno', 0) == errno.ENOSPC
             steps = [int(path.name) for path in self._directory.glob('*') if path.name.isdigit()]
             raise UsageError(
@@ -329,7 +331,7 @@ class Checkpoints:
 
 
 def _this_process_alone() -> ocp.options.MultiprocessingOptions:
-    """Orbax would have all processes take part, and wait for one another at every turn."""
+    """Returns options without which Orbax makes all processes participate and synchronize."""
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
     process = jax.process_index()
@@ -341,10 +343,10 @@ def _this_process_alone() -> ocp.options.MultiprocessingOptions:
 
 
 def _from_earlier_version(written: PyTree, blank: PyTree) -> PyTree | None:
-    """Returns what an earlier version wrote, in the structure of `blank`; None if it does not fit.
+    """Returns the state of an earlier version in the structure of `blank`; None if it does not fit.
 
-    Earlier versions wrote `clipped_fraction_by_group` as a dict of scalars. It reports on the last
-    update only and the next update computes it anew, so it keeps the values of `blank`.
+    Earlier versions wrote `clipped_fraction_by_group` as a dict of scalars. It describes only the
+    last update, and the next update recomputes it, so the values of `blank` are used.
     """
     report = 'clipped_fraction_by_group'
 
@@ -371,10 +373,10 @@ def _checksums(arrays: PyTree) -> list[int]:
 
 @contextlib.contextmanager
 def _orbax_speaks_through_us():
-    """Keeps Orbax's log lines and the stack traces of its abandoned reads from the terminal.
+    """Hides Orbax's log lines and the stack traces of its abandoned reads from the terminal.
 
-    When one read fails, the others are still under way and report to an event loop that is gone.
-    What a user must know of a failure is in the exception, which this module turns into one line.
+    When one read fails, the others are still running and report to a closed event loop. The
+    exception holds everything a user must know, and this module turns it into one line.
     """
 
     def mute(record):
@@ -385,7 +387,7 @@ def _orbax_speaks_through_us():
             previous_hook(unraisable)
 
     def thread_hook(failure):
-        # Orbax raises it again where it is waited for.
+        # Orbax raises it again in the thread that waits for it.
         files = [frame.filename for frame in traceback.extract_tb(failure.exc_traceback)]
         if not any('orbax' in file for file in files):
             previous_thread_hook(failure)
@@ -398,8 +400,8 @@ def _orbax_speaks_through_us():
     try:
         yield
     except Exception:
-        time.sleep(0.2)  # Lets the abandoned reads end,
-        gc.collect()  # and their futures complain while nobody listens.
+        time.sleep(0.2)  # Wait until the abandoned reads end,
+        gc.collect()  # and let their futures report while the hooks are muted.
         raise
     finally:
         sys.unraisablehook, threading.excepthook = previous_hook, previous_thread_hook

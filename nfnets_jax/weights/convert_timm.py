@@ -1,12 +1,12 @@
-"""timm's state dicts as parameters of our networks, name by name.
+"""Converts timm's state dicts to parameters of this project's networks, name by name.
 
 dm_nfnet_f0 to f6 hold the authors' weights and become NFNet-F0 to F6. Every other network is one of
-timm's own, which has timm's name here and its parameters, one for one (`conventions='timm_gains'`).
-One number changes: to the variance of a weight timm adds 1e-5, where `layers.standardize` has a
-floor, and the gains make up for it.
+timm's. It has timm's name here, and its parameters match one to one (`conventions='timm_gains'`).
+One value changes: timm adds 1e-5 to the variance of a weight, where `layers.standardize` has a
+floor. The converted gains compensate for this.
 
-One difference is left: the GELU of dm_nfnet is the exact one there and its tanh form here, as
-published; logits differ by 2.5e-4 of the largest.
+One difference remains: dm_nfnet uses the exact GELU in timm and the tanh approximation here, as
+published. The logits differ by 2.5e-4 of the largest.
 
 Source: the public code of timm, models/nfnet.py.
 """
@@ -25,7 +25,7 @@ _VARIANCE_EPS = 1e-5  # timm's, added to the variance
 _FLOOR = 1e-4  # ours, of the variance times the fan-in: see layers.standardize
 
 
-# How timm prepares images for the dm_nfnets, unlike the authors: its `crop_mode` and `crop_pct`.
+# timm's `crop_mode` and `crop_pct` for the dm_nfnets, which differ from the authors' preprocessing.
 _CROPS = (0.9, 0.91, 0.92, 0.94, 0.951, 0.954, 0.956)
 EVAL_MODES = {f'NFNet-F{level}': f'timm_squash_{crop}' for level, crop in enumerate(_CROPS)}
 
@@ -57,12 +57,12 @@ _LINEAR = re.compile(r'.*linear(_1)?')
 
 
 def is_timm(names) -> bool:
-    """Says whether arrays of these names are a state dict of timm's."""
+    """Returns whether these names are those of a timm state dict."""
     return any(name.startswith('stages.0.0.') for name in names)
 
 
 def is_of_published_form(names: Iterable[str]) -> bool:
-    """Whether a state dict of timm's is that of a dm_nfnet, as published, and not of timm's own."""
+    """Returns whether a timm state dict is that of a published dm_nfnet, not of timm's networks."""
     return any(name.endswith('.skipinit_gain') for name in names)
 
 
@@ -70,7 +70,7 @@ def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns a state dict of an NFNet, NF-ResNet or NF-RegNet as {'module/name': array}.
 
     Raises:
-      UsageError: naming the first array that none of these networks has.
+      UsageError: none of these networks has an array; the message names the first one.
     """
     if 'stem.conv1.weight' in arrays:
         family = _NFNET
@@ -87,7 +87,7 @@ def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _first_blocks(names) -> dict[int, int]:
-    """Returns for each stage how many blocks there are before it."""
+    """Returns {stage: number of blocks before it}."""
     depths: dict[int, int] = {}
     for match in filter(None, map(_BLOCK.fullmatch, names)):
         stage, block = int(match[1]), int(match[2])
@@ -98,7 +98,7 @@ def _first_blocks(names) -> dict[int, int]:
 
 
 def _module(module: str, family: _Family, first_blocks: dict[int, int]) -> str | None:
-    """Returns what the module is called in our tree; None if there is none."""
+    """Returns the name of the module in this project's tree, None if it has no such module."""
     if match := _STEM.fullmatch(module):
         own = f'stem_conv{int(match[1]) - 1}' if match[1] else 'initial_conv'
     elif match := _BLOCK.fullmatch(module):
@@ -116,7 +116,7 @@ def _module(module: str, family: _Family, first_blocks: dict[int, int]) -> str |
 
 
 def _parameter(name: str, module: str | None, leaf: str, x: np.ndarray) -> tuple[str, np.ndarray]:
-    """Returns our name and layout: HWIO for OIHW, IO for OI and for OI11, WIO for OIW."""
+    """Returns name and array in our layout: HWIO for OIHW, IO for OI and OI11, WIO for OIW."""
     is_linear = module is not None and _LINEAR.fullmatch(module) is not None
     match leaf, x.ndim:
         case 'weight', 4 if module and not is_linear:
@@ -137,7 +137,7 @@ def _parameter(name: str, module: str | None, leaf: str, x: np.ndarray) -> tuple
 
 
 def _adopt_variance(params: dict[str, np.ndarray]) -> None:
-    """Makes `layers.standardize` return what timm's convolutions standardise their weights to."""
+    """Scales the gains so that `layers.standardize` returns the same weights as timm."""
     for name in [name for name in params if name.endswith('/gain')]:
         weight = params[name.removesuffix('gain') + 'w']
         fan_in = weight.size // weight.shape[-1]

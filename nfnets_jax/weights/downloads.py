@@ -1,9 +1,9 @@
-"""Published weights by name: where they are, and how they come into the cache.
+"""Locates published weights by name and downloads them into a cache.
 
-timm's come from the Hugging Face hub where `huggingface_hub` is installed (the extra `hub`), into
-its own cache. Without it they come, as the authors' do, over https from where they were first
-published, into $NFNETS_JAX_CACHE (by default ~/.cache/nfnets_jax). HF_HUB_OFFLINE=1 asks no server.
-Nothing that is downloaded is executed: `weight_files` reads it.
+timm's weights come from the Hugging Face hub if `huggingface_hub` is installed (the extra `hub`),
+into the cache of the hub. Otherwise they come, like the authors' weights, over https from the place
+of their first publication, into $NFNETS_JAX_CACHE (by default ~/.cache/nfnets_jax).
+HF_HUB_OFFLINE=1 forbids every download. No downloaded file is executed: `weight_files` reads it.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ _CHUNK = 1 << 20
 
 
 class Source(NamedTuple):
-    """Where weights are.
+    """Location of published weights.
 
     Attributes:
-      name: 'NFNet-F0' for the authors', 'timm/eca_nfnet_l0.ra2_in1k' for timm's.
-      repo: on the Hugging Face hub, '' if they are not there.
-      url: of a file, '' if there is none.
-      digits: the first digits of the file's SHA-256, as far as they are known.
+      name: 'NFNet-F0' for the authors' weights, 'timm/eca_nfnet_l0.ra2_in1k' for timm's.
+      repo: repository on the Hugging Face hub, '' if there is none.
+      url: URL of a file, '' if there is none.
+      digits: the known first digits of the SHA-256 of the file.
     """
 
     name: str
@@ -83,13 +83,14 @@ SOURCES: dict[str, Source] = {source.name: source for source in _sources()}
 def list_pretrained() -> list[str]:
     """Returns the names of published weights that `load_pretrained` and `from_pretrained` know.
 
-    They know timm's without 'timm/' and without what is behind the dot as well: 'eca_nfnet_l0'.
+    Both also accept timm's names without 'timm/' and without the part after the dot:
+    'eca_nfnet_l0'.
     """
     return list(SOURCES)
 
 
 def find(name: str | os.PathLike) -> Source | None:
-    """Returns the published weights of that name, None if there are none."""
+    """Returns the source of the published weights with this name, None if there are none."""
     text = os.fspath(name)
     for source in SOURCES.values():
         short = source.name.removeprefix('timm/')
@@ -99,12 +100,12 @@ def find(name: str | os.PathLike) -> Source | None:
 
 
 def locate(path: str | os.PathLike) -> str | os.PathLike:
-    """Returns the path of weights: of a name, that of the file in the cache, downloaded if needed.
+    """Returns the path of weights; downloads weights given by name into the cache if needed.
 
-    What is there under the path has precedence over a name.
+    An existing path has precedence over a name.
 
     Raises:
-      UsageError: they cannot be downloaded; with the command to do it by hand.
+      UsageError: the download fails; the message has the command to do it by hand.
     """
     if os.path.exists(path):
         return path
@@ -124,26 +125,26 @@ def locate(path: str | os.PathLike) -> str | os.PathLike:
 
 
 def cache_directory() -> pathlib.Path:
-    """Returns where files from https are kept."""
+    """Returns the directory of files downloaded over https."""
     if own := os.environ.get('NFNETS_JAX_CACHE'):
         return pathlib.Path(own)
     return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'nfnets_jax'
 
 
 def fetch(url: str, path: pathlib.Path, digits: str = '') -> pathlib.Path:
-    """Downloads a file unless it is there, and checks it.
+    """Downloads a file unless it exists, and verifies its checksum.
 
-    What was lost is continued, in this call and the next. Processes that want the same file wait
-    for the one that came first. The SHA-256 is kept beside the file, and a file that comes anew
-    must have it too.
+    An interrupted download resumes, in this call and the next. Processes that need the same file
+    wait for the first of them. The SHA-256 is stored beside the file, and a later download must
+    match it.
 
     Args:
       url: http or https.
-      path: where to.
-      digits: the SHA-256 must begin with.
+      path: destination.
+      digits: the first digits of the expected SHA-256.
 
     Raises:
-      UsageError: in one line, with the command to do it by hand.
+      UsageError: the download fails; the message has the command to do it by hand.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +154,7 @@ def fetch(url: str, path: pathlib.Path, digits: str = '') -> pathlib.Path:
             if path.exists() and known.exists():
                 return path
             part = path.with_name(f'{path.name}.part')
-            if not path.exists():  # Else somebody has put it there.
+            if not path.exists():  # Else the user has put it there.
                 if _is_offline():
                     raise UsageError(f'{path.name} is not in the cache, and HF_HUB_OFFLINE is set')
                 _receive(url, part)
@@ -173,14 +174,14 @@ def _check(path: pathlib.Path, expected: str, url: str, known: pathlib.Path) -> 
         found = hashlib.file_digest(file, 'sha256').hexdigest()
     if not found.startswith(expected):
         if path.suffix == '.part':
-            path.unlink()  # It is no beginning of anything.
+            path.unlink()  # It cannot be resumed.
         where = f', as {known} says' if len(expected) == len(found) else ''
         raise UsageError(f'{url}: its SHA-256 begins with {found[:8]}, not {expected[:8]}{where}')
     known.write_text(f'{found}\n')
 
 
 def _receive(url: str, part: pathlib.Path) -> None:
-    """Downloads to `part`, beginning where that ends."""
+    """Downloads to `part`, resuming at its end."""
     for wait in (*_RETRY_SECONDS, None):
         before = part.stat().st_size if part.exists() else 0
         try:
@@ -189,7 +190,7 @@ def _receive(url: str, part: pathlib.Path) -> None:
             reason, is_final = f'{error.code} {error.reason}', error.code < 500
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
             reason = first_line(getattr(error, 'reason', error))
-            # A server that cannot be reached at all is not asked five times.
+            # Do not retry a server that cannot be reached at all.
             is_final = isinstance(error, urllib.error.URLError)
         except TimeoutError:
             reason, is_final = f'nothing came for {_TIMEOUT_SECONDS:.0f} s', False
@@ -216,7 +217,7 @@ def _receive_rest(url: str, part: pathlib.Path) -> None:
         if url.startswith('https:') and not response.url.startswith('https:'):
             raise UsageError(f'{url} leads to {response.url}, which is not https')
         total = _total(response, start)
-        if total is None:  # The answer is no continuation.
+        if total is None:  # The response is not a continuation.
             start, total = 0, int(response.headers.get('Content-Length') or 0)
         if not total:
             raise UsageError(f'{url} does not tell its size')
@@ -239,7 +240,7 @@ def _receive_rest(url: str, part: pathlib.Path) -> None:
 
 
 def _total(response: Any, start: int) -> int | None:
-    """Returns the size of the file that an answer continues at `start`; None if it does not."""
+    """Returns the size of the file that a response continues at `start`, None if it does not."""
     pattern = rf'bytes {start}-\d+/(\d+)'
     match = re.fullmatch(pattern, response.headers.get('Content-Range') or '')
     return int(match[1]) if match and response.status == http.HTTPStatus.PARTIAL_CONTENT else None
@@ -247,7 +248,7 @@ def _total(response: Any, start: int) -> int | None:
 
 @contextlib.contextmanager
 def _progress(part: pathlib.Path, start: int, total: int) -> Iterator[Any]:
-    """Shows a bar on a terminal, where tqdm is installed."""
+    """Shows a progress bar on a terminal if tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -275,11 +276,11 @@ def _from_hub(hub: Any, source: Source) -> str:
     by_hand = f'hf download {source.repo} model.safetensors'
     try:
         path = hub.hf_hub_download(source.repo, 'model.safetensors')
-    except Exception as error:  # Of several HTTP libraries' own, by version.
+    except Exception as error:  # The type depends on the HTTP library, which varies by version.
         raise UsageError(
             f'{source.name} cannot be downloaded: {first_line(error)}; by hand: {by_hand}'
         ) from error
-    # The hub calls large files by their SHA-256.
+    # The hub names large files by their SHA-256.
     expected = os.path.basename(os.path.realpath(path))
     known = cache_directory() / f'{source.repo.replace("/", "--")}.sha256'
     if not re.fullmatch('[0-9a-f]{64}', expected):

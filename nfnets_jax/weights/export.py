@@ -1,10 +1,10 @@
 """Weights as programs that run without this package: StableHLO, and ONNX.
 
-In both the scaled weight standardisation is gone: a convolution's standardised weight does not
-depend on the picture, so it is computed once and the network has plain convolutions. Programs map
+Both fold the scaled weight standardisation: the standardised weight of a convolution does not
+depend on the image, so it is computed once and the network has plain convolutions. Programs map
 pixels, float32 [batch, size, size, channels] on a scale of 0..255 as `make_transform` returns them,
 to logits, float32 [batch, classes] (to 'pool', [batch, features], where the network has no
-classifier); the normalisation is inside, the batch size is free.
+classifier). The normalisation is part of the program, and the batch size is symbolic.
 """
 
 import functools
@@ -25,11 +25,11 @@ PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
 
 def fold_standardization(params: hk.Params, standardize: bool = True) -> hk.Params:
-    """Replaces 'w' and 'gain' of every `ScaledWSConv2D` by the weight they make.
+    """Returns parameters in which every `ScaledWSConv2D` has its folded weight, and no 'gain'.
 
     Args:
-      params: of a model.
-      standardize: the model's option of that name.
+      params: parameters of a model.
+      standardize: the model's option `standardize`.
     """
     fold = layers.standardize if standardize else jnp.multiply
     return {
@@ -41,11 +41,11 @@ def fold_standardization(params: hk.Params, standardize: bool = True) -> hk.Para
 def make_classifier(
     weights: pretrained.Weights, conv2d: Callable[..., jax.Array] = conv.conv2d
 ) -> Callable[[jax.Array], jax.Array]:
-    """Returns the function pixels -> logits in float32, of folded weights.
+    """Returns the function pixels -> logits in float32, with folded weights.
 
     Args:
-      weights: with the model's name in their metadata.
-      conv2d: computes all convolutions; takes what `conv.conv2d` takes.
+      weights: weights whose metadata name the model.
+      conv2d: implementation of all convolutions, with the signature of `conv.conv2d`.
     """
     metadata = weights.metadata
     model = pretrained.network(metadata)
@@ -53,7 +53,7 @@ def make_classifier(
     interceptor = functools.partial(convolve_folded, conv2d)
 
     def classify(pixels: jax.Array) -> jax.Array:
-        images = augment.normalise(pixels, metadata.mean, metadata.std)
+        images = augment.normalize(pixels, metadata.mean, metadata.std)
         with hk.intercept_methods(interceptor):
             outputs, _ = model.apply(params, weights.state, None, images, False)
         return outputs[output_name(metadata)]
@@ -64,10 +64,10 @@ def make_classifier(
 def to_stablehlo(weights: pretrained.Weights) -> bytes:
     """Returns the program for `jax.export.deserialize(program).call(pixels)`, weights included.
 
-    It is lowered for every platform of `PLATFORMS`, in the form that is fastest there.
+    It is lowered for every platform of `PLATFORMS`, with the fastest convolutions on each.
 
     Raises:
-      UsageError: the metadata do not say which model, or at which size.
+      UsageError: the metadata lack the model or the size.
     """
     size = picture_size(weights)
     channels = weights.metadata.channels
@@ -81,7 +81,7 @@ def to_onnx(weights: pretrained.Weights) -> bytes:
     """Returns a serialised ONNX ModelProto with input 'pixels' and output 'logits' or 'pool'.
 
     Raises:
-      UsageError: jax2onnx is not installed, or as `to_stablehlo`.
+      UsageError: jax2onnx is not installed, or the metadata lack the model or the size.
     """
     try:
         import jax2onnx
@@ -99,7 +99,7 @@ def to_onnx(weights: pretrained.Weights) -> bytes:
 
 
 def convolve_folded(conv2d, next_call, args, kwargs, context):
-    """What a convolution does once its weight is standardised; a Haiku method interceptor."""
+    """Applies convolutions with their folded weights, as a Haiku method interceptor."""
     conv = context.module
     is_convolution = isinstance(conv, layers.ScaledWSConv2D | layers.Conv2D)
     if not is_convolution or context.method_name != '__call__':
@@ -114,19 +114,19 @@ def convolve_folded(conv2d, next_call, args, kwargs, context):
 
 
 def _conv2d_as_onnx_knows_it(x, w, *, stride, groups, padding):
-    return conv.plain(conv.ConvShape(stride, groups, padding), x, w)
+    return conv.xla(conv.ConvOptions(stride, groups, padding), x, w)
 
 
 def output_name(metadata: pretrained.Metadata) -> str:
-    """Returns which of the network's outputs an exported program returns."""
+    """Returns the name of the network output that an exported program returns."""
     return 'pool' if metadata.num_classes == 0 else 'logits'
 
 
 def picture_size(weights: pretrained.Weights) -> int:
-    """Returns the side in pixels of the pictures the weights are tested on.
+    """Returns the side of the test images of the weights in pixels.
 
     Raises:
-      UsageError: the metadata do not say.
+      UsageError: the metadata lack the size.
     """
     if weights.metadata.test_size is None:
         raise UsageError('the weights do not say for which size of pictures they are')

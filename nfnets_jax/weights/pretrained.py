@@ -1,4 +1,4 @@
-"""Published weights, and our own: reading, recognising, writing, and fitting them to a model.
+"""Reads, recognizes, writes and fits weights: published ones and those of this project.
 
 weights = nfnets_jax.load_pretrained('F0_haiku.npz')
 params, state, report = pretrained.fit_weights(weights, params, state)
@@ -26,17 +26,17 @@ with extras.optional():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What one must know to use weights; None where the file does not say and nothing tells.
+    """Everything needed to use weights; fields are None where unknown.
 
     Attributes:
       model: name in `list_models()`.
-      options: of `create_model`, besides the name and the number of classes.
-      num_classes: size of the logits; 0 of a network of features.
-      class_names: of the logits in their order; empty where unknown.
-      train_size, test_size: side of the pictures in pixels.
-      eval_mode: how a picture becomes `test_size` pixels, a mode of `make_transform`; by default
+      options: options of `create_model`, without the name and the number of classes.
+      num_classes: size of the logits; 0 for a network of features.
+      class_names: names of the classes in the order of the logits; empty if unknown.
+      train_size, test_size: side of the images in pixels.
+      eval_mode: how an image becomes `test_size` pixels, a mode of `make_transform`; by default
         that of the model's authors, `Variant.eval_mode`.
-      mean, std: of the normalisation, a value for each channel on a scale of 0..255.
+      mean, std: normalisation, one value per channel on a scale of 0..255.
     """
 
     model: str | None = None
@@ -50,10 +50,10 @@ class Metadata:
     std: tuple[float, ...] = augment.IMAGENET_STD
 
     def __post_init__(self):
-        row = models.find_variant(self.model)
-        own = {'model': row.name} if row else {}  # What an alias stands for.
+        variant = models.find_variant(self.model)
+        own = {'model': variant.name} if variant else {}  # What an alias stands for.
         if not self.eval_mode:
-            own['eval_mode'] = row.eval_mode if row else 'crop_resize'
+            own['eval_mode'] = variant.eval_mode if variant else 'crop_resize'
         for name, value in own.items():
             object.__setattr__(self, name, value)  # As the dataclass is frozen.
 
@@ -64,7 +64,7 @@ class Metadata:
 
 
 class Weights(NamedTuple):
-    """Parameters and state as Haiku trees of float32 numpy arrays, and what they are for."""
+    """Parameters and state as Haiku trees of float32 numpy arrays, with their metadata."""
 
     params: hk.Params
     state: hk.State
@@ -72,7 +72,7 @@ class Weights(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `fit_weights` did, every parameter by its name ('module/name') in exactly one place."""
+    """Result of `fit_weights`: the name ('module/name') of every parameter in exactly one field."""
 
     matched: tuple[str, ...]  # taken from the weights
     new_head: tuple[str, ...]  # of the classifier, left as they were
@@ -83,11 +83,11 @@ class Report(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether all weights were used and all parameters were set, the classifier aside."""
+        """Whether all weights were used and all parameters set, not counting the classifier."""
         return not (self.missing or self.unexpected or self.wrong_shape)
 
     def __str__(self) -> str:
-        """One line: how many of each, and the first of those that do not fit."""
+        """Returns one line: the count of each kind, and the first name of those that do not fit."""
         parts = [f'{len(self.matched)} parameters matched']
         for name in self._fields[1:]:
             if found := getattr(self, name):
@@ -103,24 +103,24 @@ def load_pretrained(
     checkpoint: str | int = 'latest',
     ema: bool = True,
 ) -> Weights:
-    """Reads weights of any kind this project knows, executing nothing that is in the file.
+    """Reads weights of any supported kind. Executes nothing in the file.
 
-    Kinds, told apart by content: the authors' released pickles of {module: {name: array}}
+    The kinds, detected from the content: the authors' released pickles of {module: {name: array}}
     (F0_haiku.npz), plain .npz with 'module/name' keys, .safetensors written by `save_weights`,
     timm's state dicts (.safetensors, .pth) of its NFNets, NF-ResNets and NF-RegNets, and the
     directory of a training run.
 
     Args:
       path: a file, or the workdir of a run.
-      model: name in `list_models()`, to be told if the weights are of another.
-      checkpoint: of a run: 'latest', 'best' or a step.
-      ema: of a run: the moving average of the parameters, where there is one.
+      model: name in `list_models()`; fail unless the weights are of this model.
+      checkpoint: for a run: 'latest', 'best' or a step.
+      ema: for a run: use the moving average of the parameters, if there is one.
 
     Returns:
-      Weights; `metadata.model` is None if the parameters are those of no known model.
+      Weights; `metadata.model` is None if no known model has these parameters.
 
     Raises:
-      UsageError: naming the file and what is wrong with it.
+      UsageError: the weights cannot be read; the message names the file and the reason.
     """
     if model is not None:
         model = models.variant_info(model).name
@@ -193,16 +193,16 @@ def save_weights(path: str | os.PathLike, weights: Weights) -> None:
 def fit_weights(
     weights: Weights, params: hk.Params, state: hk.State, *, new_head: bool = False
 ) -> tuple[hk.Params, hk.State, Report]:
-    """Puts weights into a model's parameters and state, name by name.
+    """Returns a model's parameters and state with the weights put in, name by name.
 
     Args:
       weights: from `load_pretrained`.
-      params, state: of the model, as initialised.
-      new_head: keep the classifier as it is initialised even where the weights' would fit. Where
-        the number of classes differs it is kept in any case.
+      params, state: initial parameters and state of the model.
+      new_head: keep the initial classifier even if that of the weights fits. If the number of
+        classes differs, it is always kept.
 
     Returns:
-      (params, state, report). Nothing is raised for what does not fit: see `Report.fits`.
+      (params, state, report). A misfit raises no error: see `Report.fits`.
     """
     head, old_head = _head(params), _head(weights.params)
     target, source = _named(params, state), _named(weights.params, weights.state)
@@ -254,14 +254,14 @@ def from_pretrained(
     num_classes: int | None = None,
     channels: int | None = None,
 ) -> Pretrained:
-    """Returns the network that weights are of, with the weights, for other classes if asked for.
+    """Returns the network of some weights with these weights, optionally for other classes.
 
     Args:
-      path: of what `load_pretrained` reads.
-      name: of the model, to be told if the weights are of another.
-      num_classes: of a new classifier, with the model's initial weights drawn from key 0; 0 for a
-        network of features, without a classifier; None keeps the weights' own.
-      channels: of the images; where the weights have others their stem is fitted, see `fit_stem`.
+      path: any path that `load_pretrained` accepts.
+      name: name of the model; fail unless the weights are of this model.
+      num_classes: classes of a new classifier, with initial weights drawn from key 0; 0 for a
+        network of features, without a classifier; None keeps the classifier of the weights.
+      channels: channels of the images; if the weights have others, see `fit_stem`.
 
     Raises:
       UsageError: as `load_pretrained` and `create_model`, or the model is not known.
@@ -275,7 +275,7 @@ def from_pretrained(
     made = network(metadata)
     params, state = variable_shapes(metadata)
     if metadata.num_classes and (head := _head(params)):
-        # XLA leaves out all that is not asked for.
+        # XLA removes everything else from the program.
         drawn = jax.jit(lambda: _init(metadata)[0][head])()
         params = {**params, head: jax.tree.map(np.asarray, drawn)}
     params, state, report = fit_weights(weights, params, state)
@@ -287,10 +287,11 @@ def from_pretrained(
 def fit_stem(weights: Weights, channels: int) -> Weights:
     """Returns weights for images of another number of channels than three.
 
-    For one channel the first convolution's weight is the sum over the three; for N it is repeated
-    in their order and scaled by 3 / N. This is timm's rule. It keeps what the convolution makes of
-    images with equal channels (N a multiple of 3, or 1), up to a scale for each output where its
-    weight is standardised. Of the normalisation one channel has the average, N repeat the three.
+    For one channel the weight of the first convolution is summed over the three channels. For N
+    channels it is repeated in order and scaled by 3 / N. This is timm's rule. It preserves the
+    output of the convolution for images with equal channels (N a multiple of 3, or 1), up to a
+    scale for each output channel if its weight is standardised. One channel gets the average of
+    the normalisation; N channels repeat the three.
 
     Raises:
       UsageError: the weights are for other than three channels, or no first convolution is known.
@@ -409,7 +410,7 @@ def _is_per_channel(value: Any) -> bool:
     return len(value) > 0 and all(type(v) in (int, float) and abs(v) < 1e6 for v in value)
 
 
-# What a stranger's metadata must be for the rest of the code to rely on them.
+# Rules for untrusted metadata. The rest of the code relies on them.
 _METADATA_RULES: dict[str, Callable[[Any], bool]] = {
     'model': lambda value: value is None or isinstance(value, str),
     'options': lambda value: (
@@ -442,9 +443,9 @@ def _load_file(path: str | os.PathLike) -> Weights:
             raise UsageError(f'{path}: {error}') from error
         except (KeyError, ValueError, ZeroDivisionError) as error:
             raise UsageError(f"{path}: timm's state dict is not whole: {error}") from error
-    params, state = _split(_normalise(arrays))
+    params, state = _split(_normalize(arrays))
     if _METADATA_KEY not in text:
-        metadata = _recognise(params, is_timms_form)
+        metadata = _recognize(params, is_timms_form)
         if is_timm and metadata.model is None:
             raise UsageError(
                 f"{path}: timm's state dict is not whole, or of a network that is not known here"
@@ -457,7 +458,7 @@ def _load_file(path: str | os.PathLike) -> Weights:
     if weights.metadata.model is not None:
         try:
             report = _report(weights)
-        except Exception as error:  # Of options of a stranger a model may raise nearly anything.
+        except Exception as error:  # Untrusted options can make a model raise nearly anything.
             raise UsageError(
                 f'{path}: its metadata describe no model: {first_line(error)}'
             ) from error
@@ -500,15 +501,15 @@ _STEM = re.compile(r'[^/]+/~/(stem_conv0|initial_conv|conv0)')
 _STATE_MODULE = re.compile(r'.*/(mean|var)_ema')
 
 
-def _normalise(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Sorts the arrays of a file into 'params/...' and 'state/...'; floats become float32."""
-    normalised = {}
+def _normalize(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays of a file as 'params/...' and 'state/...'; floats become float32."""
+    normalized = {}
     for name, array in arrays.items():
         if name.partition('/')[0] not in ('params', 'state'):
             module = name.rpartition('/')[0]
             name = f'{"state" if _STATE_MODULE.fullmatch(module) else "params"}/{name}'
-        normalised[name] = array if array.dtype.kind in 'iu' else array.astype(np.float32)
-    return normalised
+        normalized[name] = array if array.dtype.kind in 'iu' else array.astype(np.float32)
+    return normalized
 
 
 def _split(named: Mapping[str, Any]) -> tuple[hk.Params, hk.State]:
@@ -542,7 +543,7 @@ def _report(weights: Weights) -> Report:
 
 
 def _misfit(weights: Weights, model: str) -> str:
-    """Says how the weights of an unknown model differ from a known one."""
+    """Returns how the weights of an unknown model differ from a known one, for a message."""
     num_classes = _num_classes(weights.params) or 1
     metadata = Metadata(model=model, num_classes=num_classes)
     return f'do not fit it: {_report(weights._replace(metadata=metadata))}'
@@ -554,7 +555,7 @@ def _num_classes(params: hk.Params) -> int | None:
     return weight.shape[-1] if np.ndim(weight) == 2 and weight.shape[-1] else None
 
 
-def _recognise(params: hk.Params, is_timms_form: bool) -> Metadata:
+def _recognize(params: hk.Params, is_timms_form: bool) -> Metadata:
     """Returns the metadata of the model whose parameters these are, by their names and shapes.
 
     Args:
@@ -568,20 +569,20 @@ def _recognise(params: hk.Params, is_timms_form: bool) -> Metadata:
     blocks = {m[0] for m in map(re.compile(r'[^/]+/~/\w*block\w*').match, params) if m}
     root = next(iter(params)).partition('/')[0].replace('_', '-').lower()
     for name in models.list_models():
-        row = models.variant_info(name)
-        if row.family.lower() != root or sum(row.depths) != len(blocks):
+        variant = models.variant_info(name)
+        if variant.family.lower() != root or sum(variant.depths) != len(blocks):
             continue
-        if bool(row.base) != is_timms_form:
+        if bool(variant.base) != is_timms_form:
             continue
-        takes_se = not row.base and 'use_se' in models.model_options(name)
+        takes_se = not variant.base and 'use_se' in models.model_options(name)
         metadata = Metadata(
             model=name,
             options={'use_se': True} if has_se and takes_se else {},
             num_classes=num_classes,
-            train_size=row.train_size,
-            test_size=row.test_size,
-            mean=row.mean or augment.IMAGENET_MEAN,
-            std=row.std or augment.IMAGENET_STD,
+            train_size=variant.train_size,
+            test_size=variant.test_size,
+            mean=variant.mean or augment.IMAGENET_MEAN,
+            std=variant.std or augment.IMAGENET_STD,
         )
         # Files of parameters alone are common: batch norm's statistics may be missing.
         shapes, _ = variable_shapes(metadata)

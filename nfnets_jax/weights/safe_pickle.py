@@ -1,9 +1,9 @@
-"""Pickles that hold arrays, read without executing anything in them.
+"""Reads pickles of arrays without executing anything in them.
 
-A pickle is a program: it may name any function of any installed package and call it. Here the few
-names that numpy and PyTorch use to describe arrays are answered with descriptions of our own, and
-every other name is refused. Nothing of numpy's or PyTorch's own unpickling runs, and PyTorch need
-not be there.
+A pickle is a program: it may name any function of any installed package and call it. This module
+resolves the few names that numpy and PyTorch use to describe arrays to its own descriptions, and
+refuses every other name. It runs none of the unpickling code of numpy or PyTorch, and does not need
+PyTorch.
 """
 
 import io
@@ -30,7 +30,7 @@ def load_arrays(file: BinaryIO) -> Any:
       The same structure, its arrays writable copies in native byte order.
 
     Raises:
-      RefusedError: it names anything else, or is damaged.
+      RefusedError: the pickle names anything else or is damaged.
     """
     return _finish(_Unpickler(file).load_checked(), read=None)
 
@@ -40,13 +40,13 @@ def load_torch(pickled: BinaryIO, read: Callable[[str, np.dtype, int], np.ndarra
 
     Args:
       pickled: the pickle itself.
-      read: (key, dtype, number of elements) -> the storage of that key, flat.
+      read: (key, dtype, number of elements) -> the flat storage of that key.
 
     Returns:
       The same structure, its tensors numpy arrays (bfloat16 ones float32).
 
     Raises:
-      RefusedError: it names anything else, or is damaged.
+      RefusedError: the pickle names anything else or is damaged.
     """
     return _finish(_Unpickler(pickled).load_checked(), read)
 
@@ -81,13 +81,12 @@ def load_legacy_torch(file: BinaryIO) -> Any:
 
 
 def is_legacy_torch(head: bytes) -> bool:
-    """Says whether a file that begins with `head` (64 bytes are enough) is for
-    `load_legacy_torch`."""
+    """Returns whether `load_legacy_torch` reads a file that begins with these 64 or more bytes."""
     return _PYTORCH_MAGIC.to_bytes(10, 'little') in head
 
 
 class _Storage(NamedTuple):
-    """A tensor's memory, which lies elsewhere in the file."""
+    """Reference to the memory of a tensor, which is elsewhere in the file."""
 
     dtype: np.dtype
     bfloat16: bool
@@ -105,7 +104,7 @@ class _Tensor(NamedTuple):
 
 
 class _Array:
-    """Stands in for a numpy array or dtype while its pickle is read; `value` is what it becomes."""
+    """Placeholder for a numpy array or dtype while the pickle is read; `value` is the result."""
 
     __slots__ = ('value',)
 
@@ -121,7 +120,7 @@ class _Array:
 
 
 class _Name:
-    """What a pickle gets for a name: it can be called, and nothing else."""
+    """Result of a name lookup in a pickle. It supports calls and nothing else."""
 
     __slots__ = ('_call', '_name')
 
@@ -139,7 +138,7 @@ class _Name:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Answers the names of `_NAMES`, and refuses the rest."""
+    """Resolves the names in `_NAMES` and `_STORAGES`, and refuses all others."""
 
     def __init__(self, file: BinaryIO):
         super().__init__(file)
@@ -177,7 +176,7 @@ def _dtype(code: Any, *_) -> _Array:
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    """Returns what a numpy pickle describes: `data` are the bytes of the elements."""
+    """Returns the array that a numpy pickle describes; `data` are the bytes of the elements."""
     if not isinstance(data, bytes | bytearray) or not isinstance(dtype.value, np.dtype):
         raise RefusedError('it holds an array of objects, not of numbers')
     if not isinstance(shape, tuple) or any(not isinstance(n, int) or n < 0 for n in shape):
@@ -198,7 +197,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_) -> _Tensor:
 
 
 class _OrderedDict(dict):
-    """A state dict; besides arrays it has an attribute with versions of the modules, not read."""
+    """A state dict. It ignores the attribute with the versions of the modules."""
 
     __slots__ = ()
 
@@ -207,7 +206,7 @@ class _OrderedDict(dict):
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """Bytes, as pickles of protocol 2 and below write them."""
+    """Returns the bytes that a pickle of protocol 2 or below encodes as text."""
     if not isinstance(text, str) or encoding != 'latin1':
         raise RefusedError('its pickle asks for _codecs.encode of something that is not bytes')
     return text.encode('latin1')
@@ -246,8 +245,8 @@ _STORAGES: Mapping[str, str] = {
 
 
 def _finish(described: Any, read: Callable | None) -> Any:
-    """Replaces what stands in for arrays by the arrays; refuses whatever is not data."""
-    finished: dict[int, Any] = {}  # What is there many times is read once.
+    """Replaces placeholders by arrays; refuses everything that is not data."""
+    finished: dict[int, Any] = {}  # Shared objects are read once.
 
     def finish(x: Any, depth: int = 0) -> Any:
         if id(x) not in finished:

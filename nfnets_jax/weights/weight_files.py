@@ -1,4 +1,4 @@
-"""What arrays does a file hold? Containers are told apart by their content, not by their names."""
+"""Reads and writes files of arrays. The format is detected from the content, not the suffix."""
 
 import io
 import os
@@ -19,7 +19,7 @@ with extras.optional():
 
 
 class Contents(NamedTuple):
-    """Named arrays and what the file says about them."""
+    """Named arrays and the metadata of a file."""
 
     arrays: dict[str, np.ndarray]  # 'module/name' for Haiku's trees, PyTorch's own names
     metadata: dict[str, str]  # of .safetensors; else empty
@@ -31,14 +31,15 @@ def read(path: str | os.PathLike) -> Contents:
     Nothing in the file is executed, see `safe_pickle`; PyTorch is not needed.
 
     Raises:
-      UsageError: there is no such file, it is damaged, or holds something else than arrays.
+      UsageError: the file does not exist, is damaged, or holds anything but arrays.
     """
     path = pathlib.Path(path)
     try:
         with open(path, 'rb') as file:
             head = file.read(64)
             file.seek(0)
-            # First: the length that a .safetensors begins with may end in 0x80, as a pickle begins.
+            # Test this first: a .safetensors starts with a length, whose first byte may be 0x80,
+            # the first byte of a pickle.
             if head[8:9] == b'{':
                 return _read_safetensors(path)
             if head[:4] == b'PK\x03\x04':
@@ -55,10 +56,10 @@ def read(path: str | os.PathLike) -> Contents:
 
 
 def read_header(path: str | os.PathLike) -> dict[str, str]:
-    """Returns the metadata of a .safetensors file without reading its arrays; {} of other files.
+    """Returns the metadata of a .safetensors file without reading its arrays; {} for other files.
 
     Raises:
-      UsageError: there is no such file, or it is a damaged .safetensors.
+      UsageError: the file does not exist or is a damaged .safetensors.
     """
     path = pathlib.Path(path)
     try:
@@ -78,13 +79,13 @@ def read_header(path: str | os.PathLike) -> dict[str, str]:
 def write_safetensors(
     path: str | os.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a .safetensors file whole or not at all.
+    """Writes a .safetensors file atomically.
 
     Raises:
-      UsageError: it cannot be written.
+      UsageError: the file cannot be written.
     """
     contiguous = {name: np.ascontiguousarray(x).reshape(np.shape(x)) for name, x in arrays.items()}
-    files.write_whole(path, safetensors.numpy.save(contiguous, dict(metadata)))
+    files.atomic_write(path, safetensors.numpy.save(contiguous, dict(metadata)))
 
 
 def _read_safetensors(path: pathlib.Path) -> Contents:
@@ -132,16 +133,16 @@ def _read_torch(archive: zipfile.ZipFile, folder: str) -> Any:
 
 
 def _state_dict(tree: Any) -> Any:
-    """A training script's file holds the model's state dict beside the epoch and the like."""
+    """Returns the state dict in the file of a training script, which also holds the epoch etc."""
     return tree.get('state_dict', tree) if isinstance(tree, dict) else tree
 
 
 def _flatten(tree: Any, prefix: str = '', seen: set[int] | None = None) -> dict[str, np.ndarray]:
-    """{'module': {'name': array}} -> {'module/name': array}; what is not an array is refused."""
+    """Returns {'module/name': array} for {'module': {'name': array}}; refuses all other leaves."""
     if not isinstance(tree, dict):
         raise safe_pickle.RefusedError(f'it holds a {type(tree).__name__}, not a dict of arrays')
     seen = set() if seen is None else seen
-    if id(tree) in seen:  # Few of them, each within the next, would be more than memory holds.
+    if id(tree) in seen:  # A few nested shared dicts could expand beyond the memory.
         raise safe_pickle.RefusedError('it holds one dict in two places')
     seen.add(id(tree))
     flat = {}

@@ -65,11 +65,11 @@ def test_shift_crop_is_a_crop_of_the_padded_image(images, fill):
 
 def test_normalise_agrees_with_the_formula(images):
     expected = (images.astype(np.float64) - augment.IMAGENET_MEAN) / augment.IMAGENET_STD
-    normalised = augment.normalise(images)
+    normalised = augment.normalize(images)
     assert normalised.dtype == jnp.float32
     np.testing.assert_allclose(normalised, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(augment.normalise(images.astype(np.float32)), normalised)
-    half = augment.normalise(images, mean=(0, 0, 0), std=(1, 1, 1), dtype=jnp.bfloat16)
+    np.testing.assert_allclose(augment.normalize(images.astype(np.float32)), normalised)
+    half = augment.normalize(images, mean=(0, 0, 0), std=(1, 1, 1), dtype=jnp.bfloat16)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_array_equal(half.astype(jnp.uint8), images)
 
@@ -83,7 +83,7 @@ def test_soft_labels():
 def test_augment_without_options_only_normalises(images):
     labels = jnp.arange(N) % 10
     out, targets = augment.make_augment({}, 10)(keys(), images, labels)
-    chex.assert_trees_all_equal(out, augment.normalise(images))
+    chex.assert_trees_all_equal(out, augment.normalize(images))
     chex.assert_trees_all_equal(targets, jax.nn.one_hot(labels, 10))
 
 
@@ -94,7 +94,7 @@ def test_augment_takes_its_options(images):
     chex.assert_shape(out, (N, SIZE, SIZE, 3))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(targets.max(-1), 0.91, rtol=1e-6)
-    plain = augment.normalise(images, dtype=jnp.bfloat16)
+    plain = augment.normalize(images, dtype=jnp.bfloat16)
     changed = (out != plain).any((1, 2, 3))
     assert changed.mean() > 0.9
 
@@ -215,7 +215,7 @@ def test_distinct_pairs_are_flipped_before_and_distorted_after_mixing(images, mo
     assert seen == [((N // 2,), (N // 2, SIZE, SIZE, 3))]
     flipped = augment.random_flip(recipe._own(keys(), 0), images)
     again, _ = augment.mix_distinct(recipe._own(keys(), 2), flipped, one_hot(labels), 0.0, 1.0)
-    np.testing.assert_allclose(out, augment.normalise(again), atol=1e-5)
+    np.testing.assert_allclose(out, augment.normalize(again), atol=1e-5)
 
 
 @pytest.mark.parametrize('pairs', ['batch', 'distinct'])
@@ -353,3 +353,10 @@ def test_the_number_of_devices_changes_nothing(images, pairs):
     spread = jax.pmap(on_shard, axis_name='devices', in_axes=(None, 0, 0))(jnp.int32(7), *shards)
     spread = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), spread)
     chex.assert_trees_all_equal(whole, spread)
+
+
+def test_the_former_name_of_normalize_warns():
+    with pytest.warns(DeprecationWarning, match='augment.normalise is now augment.normalize'):
+        assert augment.normalise is augment.normalize
+    with pytest.raises(AttributeError, match="no attribute 'normalisation'"):
+        _ = augment.normalisation

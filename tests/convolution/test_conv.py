@@ -1,4 +1,4 @@
-"""The forms of a convolution agree, and each platform gets its own."""
+"""All implementations of a convolution agree, and each platform gets its own."""
 
 import functools
 import re
@@ -10,28 +10,28 @@ import pytest
 from jax import export
 
 from nfnets_jax.convolution import conv
-from nfnets_jax.convolution.conv import ConvShape
+from nfnets_jax.convolution.conv import ConvOptions
 
-# kernel, in, out, shape: one group a convolution, merged groups with some left over, strides.
+# kernel, in, out, options: one group a convolution, merged groups with some left over, strides.
 CASES = {
-    'wide groups': (3, 192, 128, ConvShape(1, 2, 'SAME')),
-    'narrow groups, stride 2': (3, 88, 44, ConvShape(2, 11, 'SAME')),
-    'unpadded': (3, 6, 12, ConvShape(1, 6, 'VALID')),
-    'pointwise, stride 2': (1, 12, 20, ConvShape(2, 1, 'SAME')),
-    'pointwise in groups': (1, 12, 20, ConvShape(1, 4, 'SAME')),
-    'dense': (3, 5, 7, ConvShape(1, 1, 'SAME')),
-    'stem': (3, 3, 7, ConvShape(2, 1, 'SAME')),
-    'large stem, stride 3': (7, 3, 7, ConvShape(3, 1, 'SYMMETRIC')),
-    'pixels left over': (3, 3, 7, ConvShape(2, 1, 'VALID')),  # The last column is never read.
+    'wide groups': (3, 192, 128, ConvOptions(1, 2, 'SAME')),
+    'narrow groups, stride 2': (3, 88, 44, ConvOptions(2, 11, 'SAME')),
+    'unpadded': (3, 6, 12, ConvOptions(1, 6, 'VALID')),
+    'pointwise, stride 2': (1, 12, 20, ConvOptions(2, 1, 'SAME')),
+    'pointwise in groups': (1, 12, 20, ConvOptions(1, 4, 'SAME')),
+    'dense': (3, 5, 7, ConvOptions(1, 1, 'SAME')),
+    'stem': (3, 3, 7, ConvOptions(2, 1, 'SAME')),
+    'large stem, stride 3': (7, 3, 7, ConvOptions(3, 1, 'SYMMETRIC')),
+    'pixels left over': (3, 3, 7, ConvOptions(2, 1, 'VALID')),  # The last column is never read.
 }
-# A table that takes another form for each pass.
+# A table with another implementation for each pass.
 TABLE = {
     'cpu': {
-        (3, 1, 2, 128, 128, 98): ('split', 'batched', 'plain'),
-        (3, 2, 1, 3, 7, 32): ('plain', 'space_to_depth', 'batched'),
+        (3, 1, 2, 128, 128, 98): ('per_group', 'im2col', 'xla'),
+        (3, 2, 1, 3, 7, 32): ('xla', 'space_to_depth', 'im2col'),
         (1, 1, 1, 12, 20, 98): ('pointwise', 'pointwise', 'pointwise'),
     },
-    'cuda': {(3, 1, 2, 128, 128, 98): ('plain', 'plain', 'batched')},
+    'cuda': {(3, 1, 2, 128, 128, 98): ('xla', 'xla', 'im2col')},
 }
 
 
@@ -41,10 +41,10 @@ def table(monkeypatch):
 
 
 def example(case, height=7, width=8, dtype=jnp.float32):
-    kernel, inputs, outputs, shape = case
+    kernel, inputs, outputs, options = case
     x = normal(2, height, width, inputs).astype(dtype)
-    w = normal(kernel, kernel, inputs // shape.groups, outputs, seed=1).astype(dtype)
-    return shape, x, w
+    w = normal(kernel, kernel, inputs // options.groups, outputs, seed=1).astype(dtype)
+    return options, x, w
 
 
 def normal(*shape, seed=0):
@@ -52,20 +52,20 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), jnp.float32)
 
 
-def conv2d(shape, x, w):
-    return conv.conv2d(x, w, shape.stride, groups=shape.groups, padding=shape.padding)
+def conv2d(options, x, w):
+    return conv.conv2d(x, w, options.stride, groups=options.groups, padding=options.padding)
 
 
-def values_and_gradients(forms, shape, x, w):
-    """Returns {name: (output, gradients)} of several forms, in one program: it compiles faster."""
-    result = jax.eval_shape(functools.partial(conv.plain, shape), x, w)
+def values_and_gradients(impls, options, x, w):
+    """Returns {name: (output, gradients)} of several impls, in one program: it compiles faster."""
+    result = jax.eval_shape(functools.partial(conv.xla, options), x, w)
     cotangent = normal(*result.shape, seed=2).astype(result.dtype)
 
     @jax.jit
     def run(x, w, cotangent):
         results = {}
-        for name, form in forms.items():
-            out, vjp = jax.vjp(functools.partial(form, shape), x, w)
+        for name, impl in impls.items():
+            out, vjp = jax.vjp(functools.partial(impl, options), x, w)
             results[name] = out, *vjp(cotangent)
         return results
 
@@ -73,7 +73,7 @@ def values_and_gradients(forms, shape, x, w):
 
 
 def assert_agree(results):
-    expected = results.pop('plain')
+    expected = results.pop('xla')
     for name, values in results.items():
         for got, want in zip(values, expected, strict=True):
             atol = 2e-5 * np.abs(want).max()
@@ -81,42 +81,42 @@ def assert_agree(results):
 
 
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
-def test_forms_agree_with_their_gradients(case):
-    shape, x, w = example(case)
-    size = conv.measure(shape, x.shape, w.shape)
-    forms = {name: conv.FORMS[name] for name in conv.candidates(size)}
-    assert len(forms) > 1
-    results = values_and_gradients(forms, shape, x, w)
-    assert size.positions * w.shape[-1] == results['plain'][0].size
+def test_implementations_and_their_gradients_agree(case):
+    options, x, w = example(case)
+    signature = conv.conv_signature(options, x.shape, w.shape)
+    impls = {name: conv.IMPLS[name] for name in conv.candidates(signature)}
+    assert len(impls) > 1
+    results = values_and_gradients(impls, options, x, w)
+    assert signature.positions * w.shape[-1] == results['xla'][0].size
     assert_agree(results)
 
 
 @pytest.mark.parametrize('name', ['wide groups', 'stem'])
-def test_each_pass_takes_its_form(name, table):
-    forms = {'plain': conv.plain, 'conv2d': conv2d}
-    assert_agree(values_and_gradients(forms, *example(CASES[name])))
+def test_each_pass_uses_its_implementation(name, table):
+    impls = {'xla': conv.xla, 'conv2d': conv2d}
+    assert_agree(values_and_gradients(impls, *example(CASES[name])))
 
 
 def test_bfloat16_is_rounded_once():
     """The sums are float32 and only the result is rounded: to 8 bits."""
-    shape, x, w = example(CASES['wide groups'], dtype=jnp.bfloat16)
-    exact = conv.plain(shape, x.astype(jnp.float32), w.astype(jnp.float32))
-    for name in ('plain', 'split', 'batched'):
-        out = conv.FORMS[name](shape, x, w)
+    options, x, w = example(CASES['wide groups'], dtype=jnp.bfloat16)
+    exact = conv.xla(options, x.astype(jnp.float32), w.astype(jnp.float32))
+    for name in ('xla', 'per_group', 'im2col'):
+        out = conv.IMPLS[name](options, x, w)
         assert out.dtype == jnp.bfloat16
         difference = np.abs(out.astype(jnp.float32) - exact)
         assert np.all(difference <= 2.0**-8 * np.abs(exact) + 1e-4), name
 
 
 def test_bfloat16_gradients_are_rounded_once():
-    shape, x, w = example(CASES['dense'], dtype=jnp.bfloat16)
+    options, x, w = example(CASES['dense'], dtype=jnp.bfloat16)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def gradients(form, x, w):
-        return jax.grad(lambda x, w: jnp.sum(form(shape, x, w) * 0.5), (0, 1))(x, w)
+    def gradients(impl, x, w):
+        return jax.grad(lambda x, w: jnp.sum(impl(options, x, w) * 0.5), (0, 1))(x, w)
 
-    exact = gradients(conv.plain, x.astype(jnp.float32), w.astype(jnp.float32))
-    for got, want in zip(gradients(conv.canonical, x, w), exact, strict=True):
+    exact = gradients(conv.xla, x.astype(jnp.float32), w.astype(jnp.float32))
+    for got, want in zip(gradients(conv.nhwc_grads, x, w), exact, strict=True):
         assert got.dtype == jnp.bfloat16
         difference = np.abs(got.astype(jnp.float32) - want)
         assert np.all(difference <= 2.0**-8 * np.abs(want) + 1e-4)
@@ -124,10 +124,10 @@ def test_bfloat16_gradients_are_rounded_once():
 
 def test_gradients_in_loops_have_the_axes_that_are_fast_on_the_cpu():
     """XLA brings the axes of others into this order, but not in the body of a loop."""
-    shape, x, w = example((3, 5, 5, ConvShape(1, 1, 'SAME')))
+    options, x, w = example((3, 5, 5, ConvOptions(1, 1, 'SAME')))
 
     def layers(x, ws):
-        return jnp.sum(jax.lax.scan(lambda x, w: (conv2d(shape, x, w), None), x, ws)[0])
+        return jnp.sum(jax.lax.scan(lambda x, w: (conv2d(options, x, w), None), x, ws)[0])
 
     gradients = jax.jit(jax.grad(layers, (0, 1))).lower(x, jnp.stack([w, w])).as_text()
     axes = re.findall(r'dim_numbers = (\[.*?\])x(\[.*?\])->(\[.*?\])', gradients)
@@ -135,42 +135,42 @@ def test_gradients_in_loops_have_the_axes_that_are_fast_on_the_cpu():
 
 
 def test_the_nearest_entry_is_taken():
-    def choose(*size, platform='cpu'):
-        return conv.choose(TABLE[platform], conv.Size(*size))
+    def lookup(*size, platform='cpu'):
+        return conv.lookup(TABLE[platform], conv.ConvSignature(*size))
 
-    assert choose(3, 1, 6, 128, 128, 288) == ('split', 'batched', 'plain')
-    assert choose(7, 2, 1, 3, 64, 100) == ('plain', 'space_to_depth', 'batched')
-    assert choose(1, 2, 1, 5, 5, 0) == ('pointwise',) * 3
-    assert choose(3, 1, 1, 64, 64, 98) == conv.PLAIN, 'no entry has the same candidates'
-    assert choose(1, 1, 1, 5, 5, 9, platform='cuda') == conv.PLAIN
+    assert lookup(3, 1, 6, 128, 128, 288) == ('per_group', 'im2col', 'xla')
+    assert lookup(7, 2, 1, 3, 64, 100) == ('xla', 'space_to_depth', 'im2col')
+    assert lookup(1, 2, 1, 5, 5, 0) == ('pointwise',) * 3
+    assert lookup(3, 1, 1, 64, 64, 98) == conv.XLA, 'no entry has the same candidates'
+    assert lookup(1, 1, 1, 5, 5, 9, platform='cuda') == conv.XLA
 
 
-def test_the_table_names_forms_that_exist():
+def test_the_table_names_implementations_that_exist():
     for entries in conv.TABLE.values():
         for key, names in entries.items():
-            assert set(names) <= set(conv.candidates(conv.Size(*key)))
+            assert set(names) <= set(conv.candidates(conv.ConvSignature(*key)))
 
 
 def test_second_derivatives(table):
-    shape, x, w = example(CASES['wide groups'], 3, 3)
+    options, x, w = example(CASES['wide groups'], 3, 3)
 
-    def curvature(form):
-        slope = jax.grad(lambda w: jnp.sum(jnp.sin(form(shape, x, w))))
+    def curvature(impl):
+        slope = jax.grad(lambda w: jnp.sum(jnp.sin(impl(options, x, w))))
         return jax.jit(jax.grad(lambda w: jnp.sum(jnp.square(slope(w)))))(w)
 
-    want = curvature(conv.plain)
+    want = curvature(conv.xla)
     np.testing.assert_allclose(curvature(conv2d), want, atol=1e-4 * np.abs(want).max())
 
 
 @pytest.mark.parametrize('name', ['wide groups', 'pointwise, stride 2'])
-def test_each_platform_gets_its_form(name, table):
-    shape, x, w = example(CASES[name])
+def test_each_platform_gets_its_implementation(name, table):
+    options, x, w = example(CASES[name])
 
     def program(platform):
-        grad = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.square(conv2d(shape, x, w))), (0, 1)))
+        grad = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.square(conv2d(options, x, w))), (0, 1)))
         return export.export(grad, platforms=[platform])(x, w).mlir_module()
 
-    grouped = f'feature_group_count = {shape.groups}'
+    grouped = f'feature_group_count = {options.groups}'
     for platform in ('cuda', 'tpu'):
         assert 'stablehlo.convolution' in program(platform)
         assert grouped in program(platform)
@@ -184,8 +184,8 @@ def test_each_platform_gets_its_form(name, table):
 
 def test_the_platform_is_never_an_argument(table):
     """Else XLA meets the convolutions in a conditional, where its CPU backend is very slow."""
-    shape, x, w = example(CASES['wide groups'])
-    inner = jax.jit(lambda x, w: jnp.sum(jnp.sin(conv2d(shape, x, w))))
+    options, x, w = example(CASES['wide groups'])
+    inner = jax.jit(lambda x, w: jnp.sum(jnp.sin(conv2d(options, x, w))))
     jaxpr = jax.make_jaxpr(jax.grad(inner, (0, 1)))(x, w)
     choices = list(_conditionals(jaxpr.jaxpr))
     assert len(choices) == 2  # forward and backward

@@ -44,7 +44,7 @@ def test_the_figures_are_right(run):
     like = jax.eval_shape(lambda: experiment.init_state(setting))
     state = Checkpoints(directory / 'checkpoints', read_only=True).restore(6, like)
     source = setting.test_source
-    images = augment.normalise(np.stack([source[i]['image'] for i in range(len(source))]))
+    images = augment.normalize(np.stack([source[i]['image'] for i in range(len(source))]))
     labels = np.array([source[i]['label'] for i in range(len(source))])
     apply = jax.jit(setting.model.apply, static_argnums=4)
     outputs, _ = apply(state.ema_params, state.ema_state, None, images, False)

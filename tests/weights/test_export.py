@@ -61,7 +61,7 @@ def expected_logits(weights: Weights, pixels: np.ndarray) -> np.ndarray:
     network = hk.transform_with_state(
         lambda images: create_model(metadata.model, 5, **metadata.options)(images, False)
     )
-    images = augment.normalise(pixels, metadata.mean, metadata.std)
+    images = augment.normalize(pixels, metadata.mean, metadata.std)
     return jax.jit(network.apply)(weights.params, weights.state, None, images)[0]['logits']
 
 
@@ -153,7 +153,7 @@ def test_a_network_of_features_for_one_channel():
     metadata = dataclasses.replace(weights.metadata, num_classes=0)
     program = load(export.to_stablehlo(weights._replace(metadata=metadata)))
     x = pixels(2)[..., :1]
-    images = augment.normalise(x, metadata.mean, metadata.std)
+    images = augment.normalize(x, metadata.mean, metadata.std)
     network = pretrained.network(metadata)
     expected = jax.jit(lambda x: network.apply(weights.params, {}, None, x, False)[0])(images)
     chex.assert_trees_all_close(program.call(x), expected['pool'], rtol=1e-5, atol=1e-5)

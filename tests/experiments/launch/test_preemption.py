@@ -10,7 +10,7 @@ from experiments.run import parallel
 
 def test_a_request_is_heard_some_steps_after_it_was_sent():
     requests = preemption.StopRequests()
-    mean = parallel.parallelise(lambda _, batch: batch['stop'].mean())
+    mean = parallel.parallelize(lambda _, batch: batch['stop'].mean())
     nothing = parallel.replicate(np.zeros(()))
 
     def step():

@@ -22,7 +22,7 @@ def source():
 
 def batches_of(source, steps, batch_size=12, **options):
     """Returns what the training steps of a run see, all devices together."""
-    gathered = parallel.parallelise(
+    gathered = parallel.parallelize(
         lambda step, batch: jax.lax.all_gather(
             take(batch, step, batch_size), parallel.AXIS, tiled=True
         )

@@ -36,7 +36,7 @@ def test_shard_splits_rows_in_order():
 
 def test_mean_gradient_over_devices_is_the_gradient_of_the_batch():
     weights = np.array([0.1, -0.2, 0.3], np.float32)
-    step = parallel.parallelise(gradient_step)
+    step = parallel.parallelize(gradient_step)
     residual = BATCH['x'] @ weights.astype(np.float64) - BATCH['y']
     expected = weights - 1e-3 * 2 * BATCH['x'].T @ residual / len(residual)
     chex.assert_trees_all_close(
@@ -45,7 +45,7 @@ def test_mean_gradient_over_devices_is_the_gradient_of_the_batch():
 
 
 def test_donation_gives_up_the_old_state_and_keeps_the_new():
-    step = parallel.parallelise(gradient_step, donate_replicated=True)
+    step = parallel.parallelize(gradient_step, donate_replicated=True)
     old = parallel.replicate(np.zeros(3, np.float32))
     new = step(old, parallel.shard(BATCH))
     newer = step(new, parallel.shard(BATCH))
@@ -55,7 +55,7 @@ def test_donation_gives_up_the_old_state_and_keeps_the_new():
 
 
 def test_host_arrays_do_not_slip_into_the_step():
-    step = parallel.parallelise(gradient_step)
+    step = parallel.parallelize(gradient_step)
     weights, batch = parallel.replicate(np.zeros(3, np.float32)), parallel.shard(BATCH)
     step(weights, batch)
     with jax.transfer_guard('disallow'):
@@ -63,7 +63,7 @@ def test_host_arrays_do_not_slip_into_the_step():
 
 
 def test_a_second_compilation_is_an_error():
-    step = parallel.parallelise(gradient_step)
+    step = parallel.parallelize(gradient_step)
     weights = parallel.replicate(np.zeros(3, np.float32))
     step(weights, parallel.shard(BATCH))
     step(weights, parallel.shard(BATCH))
@@ -88,9 +88,9 @@ def test_one_process_needs_no_others():
 
 
 def test_without_jit_every_call_is_traced_and_none_is_refused():
-    step = parallel.parallelise(gradient_step)
+    step = parallel.parallelize(gradient_step)
     weights, batch = parallel.replicate(np.zeros(3, np.float32)), parallel.shard(BATCH)
-    compiled = parallel.parallelise(gradient_step)(weights, batch)
+    compiled = parallel.parallelize(gradient_step)(weights, batch)
     with jax.disable_jit():
         for _ in range(2):
             chex.assert_trees_all_close(step(weights, batch), compiled, rtol=1e-5)
