@@ -18,7 +18,7 @@ import numpy as np
 
 from nfnets_jax import augment, extras, files, models
 from nfnets_jax.errors import UsageError, first_line, nearest
-from nfnets_jax.weights import convert_timm, weight_files
+from nfnets_jax.weights import convert_timm, downloads, weight_files
 
 with extras.optional():
     import haiku as hk
@@ -111,7 +111,7 @@ def load_pretrained(
     directory of a training run.
 
     Args:
-      path: a file, or the workdir of a run.
+      path: a file, the workdir of a run, or a name in `list_pretrained()`, which is downloaded.
       model: name in `list_models()`; fail unless the weights are of this model.
       checkpoint: for a run: 'latest', 'best' or a step.
       ema: for a run: use the moving average of the parameters, if there is one.
@@ -124,7 +124,7 @@ def load_pretrained(
     """
     if model is not None:
         model = models.variant_info(model).name
-    path = files.expand(path)
+    path = downloads.locate(files.expand(path))
     if os.path.isdir(path):
         weights = _load_run(pathlib.Path(path), str(checkpoint), ema)
     else:
@@ -144,12 +144,13 @@ def load_metadata(path: str | os.PathLike, model: str | None = None) -> Metadata
     next `load_pretrained` of it takes what was read.
 
     Args:
-      path: a file, or the workdir of a run.
+      path: a file, the workdir of a run, or a name in `list_pretrained()`, which is downloaded.
       model: name in `list_models()`; fails unless the weights are of this model.
 
     Raises:
       UsageError: naming the file and what is wrong with it.
     """
+    path = downloads.locate(files.expand(path))
     if os.path.isdir(path):
         metadata = _run_metadata(pathlib.Path(path))
     elif _METADATA_KEY in (text := weight_files.read_header(path)):

@@ -91,7 +91,8 @@ TINY = {'widths': (16, 8), 'depths': (1, 3), 'stochdepth_rate': 0.5}
 FAMILIES = {
     'NFNet-F0': {'group_size': 4},
     'NF-RegNet-B0': {'group_size': 4},
-    'eca_nfnet_l0': {'group_size': 2, 'stem_width': 8},
+    # Wide enough inside: of two standardised numbers no gradient is left but rounding.
+    'eca_nfnet_l0': {'expansion': 1.0, 'group_size': 4, 'stem_width': 16},
     'NF-ResNet-50': {'width': 1.0, 'use_se': True},
     'ResNet-8': {'cross_replica_axis': None},
     'ResNet-50': {'width': 1.0, 'preactivation': False},

@@ -126,7 +126,7 @@ def test_timms_weights_are_recognised(file, model, size, mode, monkeypatch):
     shapes = zip(golden['names'].tolist(), map(json.loads, golden['shapes']), strict=True)
     arrays = {name: np.ones(shape, np.float32) for name, shape in shapes}
     monkeypatch.setattr(pretrained.weight_files, 'read', lambda path: (arrays, {}))
-    metadata = pretrained.load_pretrained('weights', file).metadata  # by its alias as well
+    metadata = pretrained.load_pretrained('weights.pth', file).metadata  # by its alias as well
     assert (metadata.model, metadata.options) == (model, {})
     assert (metadata.test_size, metadata.eval_mode) == (size, mode)
     make_transform(metadata.eval_mode, metadata.test_size)

@@ -227,6 +227,7 @@ def test_weights_by_name(server, monkeypatch, tmp_path):
     weights = load_pretrained('NFNet-F0')
     assert weights.metadata.model == 'NF-ResNet-8'
     np.testing.assert_equal(pretrained.flatten(weights.params), arrays)
+    assert pretrained.load_metadata('NFNet-F0') == weights.metadata
 
 
 def test_a_hostile_file_is_not_run(server, monkeypatch):
