@@ -113,8 +113,6 @@ def test_pickled(name):
 
 @every
 def test_dtypes_are_kept_without_implicit_promotion(name):
-    if 'adam' in name:
-        pytest.skip('optax.scale_by_adam raises decays to an integer power, which promotes')
     tx = OURS[name]()
     for dtype in ('bfloat16', 'float16', 'float32'):
         grads, params = cast(GRADS, dtype), cast(PARAMS, dtype)
@@ -122,6 +120,8 @@ def test_dtypes_are_kept_without_implicit_promotion(name):
             updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
         chex.assert_trees_all_equal_dtypes(updates, grads)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
+        if 'adam' in name and dtype != 'float32':
+            continue  # optax keeps the second moments in this dtype, where they are coarse
         tolerance = {'bfloat16': 0.05, 'float16': 0.01, 'float32': 1e-5}[dtype]
         chex.assert_trees_all_close(
             cast(updates, 'float32'),
