@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import timing
 from experiments.run import compiled_text
-from nfnets_jax import augment
+from nfnets_jax import augment, files
 from nfnets_jax.augment import operations
 from nfnets_jax.augment.definitions import OPERATIONS, WARPS
 
@@ -40,7 +40,7 @@ def main(argv=None):
     parser.add_argument('--magnitude', type=float, default=5)
     parser.add_argument('--step', default='v5e:38.74,v6e:19.06', help='million cycles of a step')
     parser.add_argument('--form', default='ours,groups', help='ours, or groups: as on a CPU')
-    parser.add_argument('--json', help='where to write the table as JSON')
+    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
     try:
         libtpu = importlib.metadata.version('libtpu')

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.experiments.test_data_record import config_of, write_images
+from tests.experiments.run.test_data_record import config_of, write_images
 
 from experiments import evaluate as evaluation
 from experiments import experiment

@@ -57,7 +57,7 @@ def done(tmp_path_factory):
     directory, compiled = tmp_path_factory.mktemp('studies') / 'done', []
 
     def make_train_step(task):
-        compiled.append(experiment.config.optimizer.learning_rate)
+        compiled.append(task.config.optimizer.learning_rate)
         return original(task)
 
     original = train_step.make_train_step
@@ -230,7 +230,7 @@ def test_claims_and_words_may_change_and_the_grid_may_leave_them_out(tmp_path, m
 CLAIMER = """
 import sys, time
 from experiments import study
-from tests.experiments.test_study import tiny_study
+from tests.experiments.study.test_command import tiny_study
 tiny = tiny_study()
 journal = study.open_journal(tiny, sys.argv[1])
 print(journal.claim([r.id for r in journal.records()], None).id, flush=True)
@@ -447,8 +447,8 @@ def test_a_model_of_another_name_takes_no_options_over():
 def config_file(tmp_path_factory):
     file = tmp_path_factory.mktemp('config') / 'tiny_study.py'
     file.write_text(
-        'from tests.experiments.test_study import tiny_study as get_config\n'
-        'from tests.experiments.test_study import long_study\n'
+        'from tests.experiments.study.test_command import tiny_study as get_config\n'
+        'from tests.experiments.study.test_command import long_study\n'
     )
     return file
 
@@ -511,7 +511,7 @@ def long_study() -> ConfigDict:
 @pytest.mark.slow
 def test_a_killed_study_continues_its_runs(command, tmp_path):
     file = tmp_path / 'long.py'
-    file.write_text('from tests.experiments.test_study import long_study as get_config\n')
+    file.write_text('from tests.experiments.study.test_command import long_study as get_config\n')
     start = ('study', f'--config={file}', f'--workdir={tmp_path / "s"}')
     process, id = command(*start), 'agc-learning_rate=0.1-seed=0'
     checkpoint = tmp_path / 's' / 'trials' / id / 'checkpoints' / '100'
