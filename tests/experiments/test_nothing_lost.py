@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from tests.experiments.run.test_data_record import config_of, write_images
 
 from experiments import evaluate as evaluation
 from experiments import experiment
@@ -13,6 +12,7 @@ from experiments.train import train
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights.checkpoints import Checkpoints
+from tests.experiments.run.test_data_record import config_of, write_images
 from tests.experiments.test_train import assert_same_run, timeless
 
 

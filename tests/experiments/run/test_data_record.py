@@ -11,7 +11,7 @@ from PIL import Image
 from experiments.evaluate import evaluate
 from experiments.run import data_record
 from experiments.run.data import open_data
-from experiments.study import __main__ as study
+from experiments.study import command as study
 from experiments.study.config import default_study
 from experiments.train import train
 from nfnets_jax.errors import UsageError

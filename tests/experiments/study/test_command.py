@@ -16,7 +16,7 @@ from experiments import experiment, train_step
 from experiments.config import ADDED_FIELDS
 from experiments.report import reading, results
 from experiments.run import metric_writers, workdir
-from experiments.study import __main__ as study
+from experiments.study import command as study
 from experiments.study import config as study_config
 from experiments.study.config import default_study, make_trials
 from experiments.study.journal import MAX_ATTEMPTS, Journal, in_turn
@@ -229,7 +229,7 @@ def test_claims_and_words_may_change_and_the_grid_may_leave_them_out(tmp_path, m
 
 CLAIMER = """
 import sys, time
-from experiments import study
+from experiments.study import command as study
 from tests.experiments.study.test_command import tiny_study
 tiny = tiny_study()
 journal = study.open_journal(tiny, sys.argv[1])

@@ -1,0 +1,489 @@
+"""Runs a study: every trial of a grid once, by as many processes and machines as there are.
+
+    python -m experiments.study --config=configs/studies/agc_batch_size.py:digits --workdir=S
+        [--jobs=2] [--seeds=5] [--max_trials=10] [--retry] [--config.base.data.path=...]
+
+Run the same command again, at any time and on any machine that sees the directory, and it takes
+part or goes on: a trial whose process was killed continues from its last checkpoint. A trial that
+diverged or failed is a result like another. In the directory:
+
+    data.json     which data the trials are about: the study ends with one line if they change
+    study.json    question, setting, every trial's axes, state and metrics; whole at any moment
+    trials/ID/    each trial's run, as experiments.train leaves it; error.txt where one failed
+    journal.log   Optuna's journal, the state of it all: `optuna-dashboard S/journal.log` shows it
+"""
+
+import collections
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import shlex
+import signal
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.queues import SimpleQueue
+from typing import Any
+
+import jax
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from experiments import config as schema
+from experiments import experiment
+from experiments.launch import cli, distributed
+from experiments.run import data_record, workdir
+from experiments.study import config as study_config
+from experiments.study import measurements
+from experiments.study.journal import Journal, Record, in_turn
+from experiments.study.schema import SUMMARY_FILE
+from experiments.train import DivergedError, train
+from nfnets_jax import files, optimizers
+from nfnets_jax.errors import UsageError, nearest
+
+_PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'optuna', 'numpy')
+
+
+class LostWorkersError(Exception):
+    """Processes that shared a study ended without having been told to."""
+
+
+def run_study(
+    study: ConfigDict,
+    directory: str | os.PathLike,
+    *,
+    jobs: int = 1,
+    max_trials: int | None = None,
+    retry: bool = False,
+    command: str = '',
+) -> None:
+    """Runs the trials of a study that have not ended, and leaves what came out in study.json.
+
+    Args:
+      study: as in `study_config.default_study`.
+      directory: where the study is kept.
+      jobs: worker processes; with 1 this one does the work.
+      max_trials: how many to begin at most, in this call; arms take turns.
+      retry: whether to do once more what failed.
+      command: what the user typed, to be told in study.json.
+
+    Raises:
+      UsageError: a mistake in the study or the directory, found before a trial has begun; or no
+        trial gives the metric, after the first.
+      LostWorkersError: what they were at can be continued.
+    """
+    if jobs > 1:  # Whoever comes first shall not take all of an accelerator's memory.
+        os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+    trials = study_config.make_trials(study)
+    data = _check_configs(study, trials)
+    data_record.check_study(directory, data)
+    journal = open_journal(study, directory)
+    base = workdir.flatten(workdir.as_json(study.base))
+    journal.add(trials, [study_config.difference(t, study) for t in trials], base, retry=retry)
+    with journal.exclusive():
+        data_record.add_to_study(directory, data)
+    if command:
+        journal.remember('commands', command)
+    write_summary(study, journal)
+    course = _Course(journal, [trial.id for trial in trials], jobs, max_trials)
+    course.begin(study, len({trial.program for trial in trials}))
+    lost: list[int] = []
+    try:
+        with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
+            if jobs == 1:
+                work(study, directory, max_trials, on_end=course.update)
+            else:
+                lost = _share_out(study, directory, jobs, max_trials, course)
+    finally:
+        course.close()
+        write_summary(study, journal)
+    course.conclude(directory)
+    if lost:
+        statuses = ', '.join(map(str, lost))
+        killed = ' (killed: out of memory?)' if min(lost) < 0 else ''
+        raise LostWorkersError(
+            f'{len(lost)} of {jobs} worker processes ended with status {statuses}{killed}'
+        )
+
+
+def open_journal(study: ConfigDict, directory: str | os.PathLike) -> Journal:
+    return Journal(directory, study.name, higher_is_better=study.higher_is_better)
+
+
+def work(
+    study: ConfigDict,
+    directory: str | os.PathLike,
+    max_trials: int | None = None,
+    on_end: Callable[[], None] = lambda: None,
+) -> None:
+    """Does trials of a study until all are ended or taken, or `max_trials` are done.
+
+    Args:
+      study: whose trials are in the journal.
+      directory: of the study.
+      max_trials: how many at most.
+      on_end: called after each.
+
+    Raises:
+      KeyboardInterrupt: it was told to stop; the trial at hand can be continued.
+    """
+    journal = open_journal(study, directory)
+    trials = {trial.id: trial for trial in study_config.make_trials(study)}
+    _keep_compiled(pathlib.Path(directory) / '.cache' / platform.node())
+    if study.pretrain:
+        with journal.exclusive():  # The others wait for it, too.
+            _pretrain(study.pretrain, directory)
+    compiled = measurements.Compiled()
+    program, done = None, 0
+    while max_trials is None or done < max_trials:
+        record = journal.claim(trials, program, max_trials and max_trials - done)
+        if record is None:
+            return
+        if record.program != program:
+            compiled = measurements.Compiled()  # What the trials before needed takes memory.
+            program = record.program
+        begun = time.perf_counter()
+        try:
+            outcome = _do(study, trials[record.id], journal.trial_directory(record.id), compiled)
+        except BaseException:
+            journal.leave(record)
+            raise
+        journal.end(record, seconds=round(time.perf_counter() - begun, 3), **outcome)
+        journal.remember('hardware', _hardware())
+        write_summary(study, journal)
+        done += 1
+        on_end()
+
+
+def _keep_compiled(directory: pathlib.Path) -> None:
+    """Keeps compiled programs: other workers need the same, other batch sizes the same `init`."""
+    if not jax.config.jax_compilation_cache_dir:  # Else the user has chosen a place.
+        jax.config.update('jax_compilation_cache_dir', os.fspath(directory.absolute()))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+def _pretrain(config: ConfigDict, directory: str | os.PathLike) -> None:
+    path = study_config.PRETRAINED.format(study=directory)
+    try:
+        with _of_pretraining():
+            summary = train(config, path, quiet=True)
+    except DivergedError as error:
+        raise UsageError(f'config.pretrain: {error}') from error
+    if 'final' not in summary:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _of_pretraining() -> Iterator[None]:
+    """Makes a mistake in the config of the pre-training one in the study's."""
+    try:
+        yield
+    except UsageError as error:
+        message = study_config.rename_keys(str(error), lambda key: f'pretrain.{key}')
+        raise UsageError(message) from error
+
+
+def _do(
+    study: ConfigDict,
+    trial: study_config.Trial,
+    directory: pathlib.Path,
+    compiled: measurements.Compiled,
+) -> dict[str, Any]:
+    """Returns a trial's state, and its metrics and value or its error.
+
+    Raises:
+      UsageError: the study's metric is not among them.
+    """
+    metrics: dict[str, Any] = {}
+    try:
+        for name in study.measure:
+            results = measurements.MEASUREMENTS[name](trial.config, directory, compiled)
+            if results is None:
+                raise KeyboardInterrupt
+            metrics |= results
+    except DivergedError as error:
+        return {'state': 'diverged', 'error': study_config.in_study(str(error), trial, study)}
+    except Exception as error:
+        # Whatever it is, the other trials may do without it.
+        files.atomic_write(directory / 'error.txt', traceback.format_exc())
+        told = study_config.in_study(f'{type(error).__name__}: {error}', trial, study)
+        return {'state': 'failed', 'error': told.splitlines()[0][:300]}
+    if study.metric not in metrics:
+        raise UsageError(
+            f'config.metric={study.metric!r}: trial {trial.id} has no such metric'
+            f'{nearest(study.metric, metrics)}'
+        )
+    return {'state': 'complete', 'metrics': metrics, 'value': metrics[study.metric]}
+
+
+def write_summary(study: ConfigDict, journal: Journal) -> None:
+    """Writes study.json: `study_config.to_json`, all trials, and what they were done with."""
+    with journal.exclusive():
+        records = journal.records()
+        # More values than the config's, where it had others before.
+        axes: dict[str, dict] = collections.defaultdict(dict)
+        for record in records:
+            for axis, value in record.axes.items():
+                axes[axis][value] = None
+        axes = {axis: list(axes[axis]) for axis in ('arm', *study.axes) if axis in axes}
+        commands = journal.remembered('commands')
+        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        summary = study_config.to_json(study) | {
+            'axes': axes,
+            'command': commands[0] if commands else '',
+            'commands': commands,
+            'trials': [_to_json(record) for record in records],
+            'versions': {'python': platform.python_version()} | versions,
+            'hardware': '; '.join(journal.remembered('hardware')),
+            'seconds': round(sum(record.seconds or 0 for record in records), 3),
+        }
+        files.atomic_write(journal.directory / SUMMARY_FILE, json.dumps(summary, indent=1) + '\n')
+
+
+def _to_json(record: Record) -> dict[str, Any]:
+    fields = ('id', 'axes', 'state', 'step', 'metrics', 'seconds', 'error', 'config_diff')
+    return {field: getattr(record, field) for field in fields}
+
+
+def _check_configs(
+    study: ConfigDict, trials: Iterable[study_config.Trial]
+) -> dict[str, data_record.Record]:
+    """Raises a UsageError for the first config that could not be run.
+
+    Returns:
+      The records of all data that the study reads, by `data_record.key`.
+    """
+    data = {}
+    if study.pretrain:
+        with _of_pretraining():
+            prepared = _check_config(study.pretrain)
+        data[data_record.key(study.pretrain)] = data_record.describe(prepared.splits)
+    checked = set()
+    for trial in trials:
+        # Trials that have these in common differ in a few numbers; to trace the model takes time.
+        key = trial.program, trial.config.init.weights
+        try:
+            if key in checked:
+                schema.check(trial.config)
+                optimizers.check(trial.config.optimizer, 'config.optimizer')
+            else:
+                prepared = _check_config(trial.config, training='train' in study.measure)
+                if (name := data_record.key(trial.config)) not in data:
+                    data[name] = data_record.describe(prepared.splits)
+        except UsageError as error:
+            message = study_config.in_study(str(error), trial, study)
+            raise UsageError(f'trial {trial.id}: {message}') from error
+        checked.add(key)
+    return data
+
+
+def _check_config(config: ConfigDict, *, training: bool = True) -> experiment.Task:
+    prepared = experiment.prepare(config, training=training)
+    if config.init.weights not in ('', study_config.PRETRAINED):
+        experiment.load_weights(prepared)
+    return prepared
+
+
+def _hardware() -> str:
+    devices = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+    return f'{devices}, {platform.machine()} with {os.cpu_count()} cores'
+
+
+def _share_out(
+    study: ConfigDict,
+    directory: str | os.PathLike,
+    jobs: int,
+    max_trials: int | None,
+    course: '_Course',
+) -> list[int]:
+    """Lets `jobs` processes do the work, and tells how it goes.
+
+    Returns:
+      The exit statuses of those that were lost, negative for a signal.
+
+    Raises:
+      UsageError: what one of them found wrong; the others have been stopped.
+    """
+    spawn = multiprocessing.get_context('spawn')
+    shares = [None] * jobs
+    if max_trials is not None:
+        shares = [max_trials // jobs + (i < max_trials % jobs) for i in range(jobs)]
+    mistakes = spawn.SimpleQueue()
+    arguments = (study.to_dict(), os.fspath(directory), mistakes)
+    workers = [
+        spawn.Process(target=_worker, args=(*arguments, share)) for share in shares if share != 0
+    ]
+    started = []
+    try:
+        for worker in workers:
+            worker.start()
+            started.append(worker)
+        while any(worker.is_alive() for worker in workers) and mistakes.empty():
+            course.update()
+            time.sleep(0.5)
+    finally:
+        for worker in started:
+            worker.terminate()  # It saves its trial first; one that has ended does not hear it.
+        for worker in started:
+            worker.join()
+        course.update()
+    if not mistakes.empty():
+        raise UsageError(mistakes.get())
+    return [worker.exitcode for worker in workers if worker.exitcode]
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Makes SIGTERM a KeyboardInterrupt, as SIGINT is; training ends its step first."""
+    if threading.current_thread() is not threading.main_thread():  # Elsewhere Python forbids it.
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _worker(
+    study: dict[str, Any], directory: str, mistakes: SimpleQueue, max_trials: int | None
+) -> None:
+    """A process of `_share_out`, which passes on the signals that it gets."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.set_verbosity(logging.ERROR)
+
+    def stop_with_parent() -> None:
+        if not multiprocessing.parent_process().is_alive():
+            raise KeyboardInterrupt
+
+    try:
+        with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
+            work(ConfigDict(study), directory, max_trials, on_end=stop_with_parent)
+    except UsageError as error:
+        mistakes.put(str(error))
+        sys.exit(distributed.MISTAKE)
+
+
+class _Course:
+    """Tells how a study goes: a bar on a terminal, elsewhere a line for each trial that ends.
+
+    Args:
+      journal: of the study, where the trials of all workers are seen.
+      ids: of the trials that count.
+      jobs: how many workers of this call share what is left.
+      max_trials: how many trials of those that are left they begin.
+    """
+
+    def __init__(self, journal: Journal, ids: Iterable[str], jobs: int, max_trials: int | None):
+        self._journal, self._ids, self._jobs = journal, set(ids), jobs
+        self._told = {record.id for record in self._records() if record.ended}
+        self._last = None if max_trials is None else len(self._told) + max_trials
+        self._begun = time.monotonic()
+        self._bar = None
+
+    def begin(self, study: ConfigDict, programs: int) -> None:
+        before = f', {len(self._told)} of them done' if self._told else ''
+        cost = f'; {study.cost}' if study.cost else ''
+        now = '' if self._last is None else f', {self._last - len(self._told)} more at most now'
+        trials = f'{len(self._ids)} trials with {programs} compiled programs{before}{now}{cost}'
+        print(f'{study.name} ({study.size}): {trials}', file=sys.stderr, flush=True)
+        self._metric = study.metric
+        if sys.stderr.isatty():
+            form = 'trial {n_fmt}/{total_fmt} |{bar}|{desc}'
+            self._bar = tqdm(
+                total=len(self._ids), initial=len(self._told), bar_format=form, dynamic_ncols=True
+            )
+
+    def update(self) -> None:
+        """Tells of the trials that have ended since."""
+        records = self._records()
+        news = [record for record in records if record.ended and record.id not in self._told]
+        for record in news:
+            self._told.add(record.id)
+            ended = record.metrics.get(self._metric) if record.state == 'complete' else None
+            outcome = record.state if ended is None else f'{self._metric} {ended:.4g}'
+            if record.state == 'failed':
+                outcome += f': {record.error}'
+            line = f'{len(self._told):>4}/{len(self._ids)} {record.id}: {outcome}'
+            self._say(f'{line}  ({record.seconds or 0:.1f} s)', self._left(records))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def conclude(self, directory: str | os.PathLike) -> None:
+        """Tells what there is."""
+        records = self._records()
+        counts = collections.Counter(record.state for record in records)
+        states = ', '.join(f'{count} {state}' for state, count in sorted(counts.items()))
+        print(f'{os.path.join(directory, SUMMARY_FILE)}: {states}', file=sys.stderr)
+        if any(not record.ended for record in records):
+            print('the same command goes on from here', file=sys.stderr)
+        else:
+            print(f'look: python -m experiments.report --workdir={directory}', file=sys.stderr)
+
+    def _records(self) -> list[Record]:
+        return [record for record in self._journal.records() if record.id in self._ids]
+
+    def _left(self, records: Iterable[Record]) -> str:
+        """Returns ', ... left', reckoned by what trials of the same program took."""
+        took: dict[str, list[float]] = collections.defaultdict(list)
+        for record in records:
+            if record.seconds is not None:
+                took[record.program].append(record.seconds)
+        if not took:
+            return ''
+        known = {program: statistics.median(seconds) for program, seconds in took.items()}
+        typical = statistics.mean(known.values())
+        coming = [record for record in in_turn(records) if not record.ended]
+        if self._last is not None:
+            coming = coming[: max(0, self._last - len(self._told))]
+        left = sum(known.get(record.program, typical) for record in coming) / self._jobs
+        return f', {tqdm.format_interval(left)} left' if left else ''
+
+    def _say(self, line: str, left: str) -> None:
+        if self._bar is None:
+            print(line + left, file=sys.stderr, flush=True)
+        else:  # What came out scrolls by; the bar has room for the time left on any terminal.
+            self._bar.write(line, file=sys.stderr)
+            self._bar.set_description_str(left.replace(',', ''), refresh=False)
+            self._bar.update(len(self._told) - self._bar.n)
+
+
+def main() -> None:
+    args = flags.FLAGS
+    study = args.config
+    if args.seeds is not None:
+        study.grid.seed = tuple(range(args.seeds))
+    try:
+        run_study(
+            study,
+            args.workdir,
+            jobs=args.jobs,
+            max_trials=args.max_trials,
+            retry=args.retry,
+            command=' '.join(['python -m experiments.study', *map(shlex.quote, sys.argv[1:])]),
+        )
+    except LostWorkersError as error:
+        print(f'stopped: {error}', file=sys.stderr)
+        sys.exit(distributed.PEER_LOST)
+
+
+def run() -> None:
+    """Defines the flags, parses the command line and runs `main`."""
+    config_flags.DEFINE_config_file('config', None, 'The study.', lock_config=True)
+    cli.define_workdir('Where everything about the study is kept.')
+    flags.DEFINE_integer('jobs', 1, 'Processes that share the trials.', lower_bound=1)
+    flags.DEFINE_integer('seeds', None, 'Use seeds 0 to this, less one.', lower_bound=1)
+    flags.DEFINE_integer('max_trials', None, 'Begin so many trials at most.', lower_bound=1)
+    flags.DEFINE_bool('retry', False, 'Do those trials once more that failed.')
+    flags.mark_flags_as_required(['config', 'workdir'])
+    cli.run(main)
