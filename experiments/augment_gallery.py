@@ -29,7 +29,7 @@ SIZE = 224  # pixels of a picture
 
 _COLUMNS = 6
 _RECIPE = {'flip': True, 'mixup': 0.2, 'cutmix': 1.0, 'randaugment_layers': 4}
-_OTHERS = {'autoaugment': {'autoaugment': True}, 'erasing': {'erasing': 1.0}}
+_OTHERS: dict[str, dict] = {'autoaugment': {'autoaugment': True}, 'erasing': {'erasing': 1.0}}
 
 
 def operations(picture: np.ndarray, magnitude: float) -> Iterator[tuple[str, np.ndarray]]:
@@ -43,7 +43,9 @@ def operations(picture: np.ndarray, magnitude: float) -> Iterator[tuple[str, np.
     choice, sign = np.transpose(cases)
     middle = np.tile(np.array(picture.shape[:2]) // 3, (len(cases), 1))
     pictures = np.tile(picture, (len(cases), 1, 1, 1))
-    images = apply_operations(pictures, chosen, choice, sign.astype(np.float32), middle)
+    images = apply_operations(
+        jnp.asarray(pictures), chosen, choice, sign.astype(np.float32), jnp.asarray(middle)
+    )
     for (choice, sign), image in zip(cases, np.asarray(images), strict=True):
         yield f'{chosen[choice].name} {sign * chosen[choice].argument:g}', image
 

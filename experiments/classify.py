@@ -52,7 +52,7 @@ def classify(
     transform = make_transform(metadata.eval_mode, export.picture_size(weights))
     logits = export.make_classifier(weights)
     predict = jax.jit(lambda pixels: jax.nn.softmax(logits(pixels)))
-    names = metadata.class_names or tuple(map(str, range(metadata.num_classes)))
+    names = metadata.class_names or tuple(map(str, range(metadata.num_classes or 0)))
 
     def read(path: pathlib.Path) -> np.ndarray | str:
         if path.is_dir():

@@ -118,7 +118,7 @@ def watch(
         for line in (*lines, f'run: {directory}, every checkpoint'):
             say(line)
         follow = _Follower(directory, like, evaluate_state.split)
-    while (step := _wait_for(lambda: follow.next_step(), seconds)) != 'complete':
+    while (step := _wait_for(lambda: follow and follow.next_step(), seconds)) != 'complete':
         results = {'step': step} | evaluate_state(follow.state if follow else like)
         if follow:
             follow.record(results)

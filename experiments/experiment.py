@@ -18,6 +18,7 @@ from experiments.run import parallel, step_metrics
 from experiments.run.data import Pictures, open_data
 from nfnets_jax import augment, models, optimizers
 from nfnets_jax.data import pipeline
+from nfnets_jax.data.sources import Source
 from nfnets_jax.errors import UsageError
 from nfnets_jax.schedules import num_steps
 from nfnets_jax.weights import pretrained
@@ -51,9 +52,9 @@ class Task(NamedTuple):
     """What a config asks for, checked: nothing has been written or computed yet."""
 
     config: ConfigDict
-    train_source: Any
-    validation_source: Any | None  # to choose the best checkpoint on; None: the test source
-    test_source: Any
+    train_source: Source
+    validation_source: Source | None  # to choose the best checkpoint on; None: the test source
+    test_source: Source
     pictures: Pictures
     model: hk.TransformedWithState
     optimizer: optimizers.Optimizer
@@ -69,12 +70,12 @@ class Task(NamedTuple):
     num_parameters: int
 
     @property
-    def splits(self) -> dict[str, Any]:
+    def splits(self) -> dict[str, Source]:
         """The sources by split; without 'validation' where there is none."""
         return {'train': self.train_source} | self.evaluated
 
     @property
-    def evaluated(self) -> dict[str, Any]:
+    def evaluated(self) -> dict[str, Source]:
         """The sources to evaluate on, the one that is watched during training first."""
         validation = self.validation_source
         watched = {} if validation is None else {'validation': validation}

@@ -212,6 +212,8 @@ def row(
 def calibrate() -> Iterator[str]:
     """Yields, for the paper's measured steps, the share of the peak that the formula implies."""
     v3, v100 = (accelerators.find_device(kind) for kind in ('TPU v3', 'Tesla V100-SXM2-16GB'))
+    assert v3 is not None
+    assert v100 is not None
     yield (
         f'{"model":<10}{"GFLOP/image":>12}{"v3 core ms":>12}{"computed":>10}{"share":>7}'
         f'{"V100 ms":>10}{"computed":>10}{"share":>7}'

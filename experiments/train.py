@@ -106,7 +106,8 @@ def train(
         for change in workdir.free_changes(directory, config):
             say(f'resuming with a changed config: {change}')
         if config.init.weights and not workdir.has_checkpoints(directory):
-            *weights, report = load_weights(task, directory)
+            params, buffers, report = load_weights(task, directory)
+            weights = params, buffers
             say(f'{config.init.weights}: {report}')
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(workdir.claimed(directory, config, data, active=primary))
@@ -203,7 +204,8 @@ def train(
                 if step == start_step:
                     say('compiling')
                 # With jax_disable_jit each operation of the step hands over constants of its own.
-                with jax.transfer_guard('allow' if jax.config.jax_disable_jit else 'disallow'):
+                jitted = not jax.config.jax_disable_jit  # type: ignore[attr-defined]  # JAX adds it
+                with jax.transfer_guard('disallow' if jitted else 'allow'):
                     state, answer = train_step(state, batch)
                 step, metrics, results = step + 1, None, {}
                 clock.tick(state)

@@ -25,7 +25,7 @@ from nfnets_jax.sam import sam_value_and_grad
 _MODEL_STREAM = 1 << 16
 
 
-def make_train_step(task: Task) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
+def make_train_step(task: Task) -> jax.stages.Wrapped:
     """Returns the parallel update: (state, batch of images, labels, positions) -> (state, stop).
 
     The batch is of `task.images_per_step` images, from which the augmentation makes the examples.

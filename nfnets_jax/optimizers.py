@@ -232,10 +232,10 @@ def assign_groups(
         UsageError: if a rule is malformed or decides for no parameter, or if a parameter
             has no rule.
     """
-    rules = [_parse_rule(rule, f'{key}[{i}]') for i, rule in enumerate(rules)]
+    parsed = [_parse_rule(rule, f'{key}[{i}]') for i, rule in enumerate(rules)]
     names = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
-    groups = {}
-    for i, rule in enumerate(rules):
+    groups: dict[str, Group] = {}
+    for i, rule in enumerate(parsed):
         matched = [name for name in names if re.fullmatch(rule.match, name)]
         if not matched:
             raise UsageError(
@@ -315,7 +315,8 @@ def clip_by_norm(max_norm: jax.typing.ArrayLike, *, per_leaf: bool) -> optax.Gra
         leaves = [
             leaf * scale.astype(leaf.dtype) for leaf, scale in zip(leaves, scales, strict=True)
         ]
-        return structure.unflatten(leaves), ClipByNormState(jnp.mean(~within, dtype=jnp.float32))
+        clipped = ClipByNormState(jnp.mean(~within, dtype=jnp.float32))
+        return jax.tree.unflatten(structure, leaves), clipped
 
     return optax.GradientTransformation(init, update)
 

@@ -37,5 +37,6 @@ def get_config(variant: str = 'F0'):
     config.precision = 'bfloat16'
     mix(config)
     config.augment.randaugment_layers = 4
-    config.augment.randaugment_magnitude = float(row.randaugment)
+    magnitude = float(row.randaugment)  # type: ignore[arg-type]  # every NFNet has one
+    config.augment.randaugment_magnitude = magnitude
     return config

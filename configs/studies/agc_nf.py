@@ -18,14 +18,14 @@ from configs.studies.settings import (
     no_norm,
 )
 
-_GRIDS = {
+_GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     'digits': {'batch_size': (16, 128, 1024), 'learning_rate': (0.06, 0.25, 1.0, 4.0, 16.0)},
     'cifar10_small': {'batch_size': (32, 128, 512), 'learning_rate': (0.025, 0.1, 0.4, 1.6)},
     'cifar10': {'batch_size': (32, 256, 1024, 4096), 'learning_rate': (0.1, 0.4, 1.6)},
     'imagenet': {'batch_size': (256, 1024, 4096), 'learning_rate': (0.05, 0.1, 0.2)},
 }
 # Without AGC much hangs on the rate at the largest batch, and it is small; with AGC it is large.
-_OWN_RATES = {
+_OWN_RATES: dict[str, dict[str, tuple[float, ...]]] = {
     'digits': {'nf': (0.06, 0.12, 0.25, 1.0, 4.0, 16.0)},
     'cifar10_small': {'nf': (0.025, 0.05, 0.1, 0.4, 1.6), 'nf_agc': (0.1, 0.4, 1.6, 6.4)},
 }
@@ -49,7 +49,9 @@ def get_config(size: str = 'digits'):
     study.grid = {**_GRIDS[size], 'seed': (0, 1, 2)}
     study.tuned = ('learning_rate', 'clipping')
     batches = study.grid.batch_size
-    own = {arm: {'learning_rate': rates} for arm, rates in _OWN_RATES.get(size, {}).items()}
+    own: dict[str, dict] = {
+        arm: {'learning_rate': rates} for arm, rates in _OWN_RATES.get(size, {}).items()
+    }
     study.arms = (
         arm('bn', 'ResNet with batch norm', {'model': batch_norm(study), **NO_CLIPPING}),
         arm('nf', 'NF-ResNet', NO_CLIPPING, **own.get('nf', {})),

@@ -30,7 +30,7 @@ def get_config(size: str = 'digits'):
     optimizer.schedule.warmup = '0%'
     study.base.optimizer.clip.name = 'none'
     study.base.batch_size = 64
-    cnn = {'model': {'name': 'SmallCNN', 'norm': 'none'}}
+    cnn: dict[str, dict | str] = {'model': {'name': 'SmallCNN', 'norm': 'none'}}
     if size == 'digits':
         cnn |= {'data': {'image_size': 16}, 'augment': {'shift': 2}}  # It needs so many pixels.
     if size == 'cifar10_small':  # A picture costs it over ten times what it costs the others.

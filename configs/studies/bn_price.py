@@ -8,6 +8,8 @@ evaluation mode (`batch_dependence` in experiments/study/measurements.py), and t
 training step takes (`step_memory`).
 """
 
+from typing import Any
+
 from configs.studies.settings import NO_CLIPPING, OURS, arm, batch_norm, chart, claim, new_study
 
 _GRIDS = {
@@ -75,7 +77,7 @@ def get_config(size: str = 'digits'):
             metric='memory/step_mib',
         ),
     )
-    over_batch = {'x': 'batch_size', 'log_x': True}
+    over_batch: dict[str, Any] = {'x': 'batch_size', 'log_x': True}
     study.charts = (
         chart('line', 'Test top-1 over the batch size', **over_batch),
         chart(

@@ -22,7 +22,7 @@ from configs.studies.settings import (
 
 _NARROW = {'depths': (1, 1, 1, 1), 'width': 0.25, 'stem': 'small'}
 _SMALL_STEM = {'stem': 'small'}
-_OPTIONS = {'digits': _NARROW, 'cifar10': _SMALL_STEM, 'caltech101': {}}
+_OPTIONS: dict[str, dict] = {'digits': _NARROW, 'cifar10': _SMALL_STEM, 'caltech101': {}}
 _NETWORKS = {
     'digits': 'networks of one bottleneck block a stage, 16 to 128 channels',
     'cifar10': '50 layers with a stem for small pictures',

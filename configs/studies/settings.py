@@ -30,7 +30,7 @@ OURS = 'our question'
 NO_CLIPPING = {'optimizer': {'clip': {'name': 'none'}}}
 
 # The network of each size, without normalisation.
-_NETWORKS = {
+_NETWORKS: dict[str, dict[str, str | float]] = {
     'digits': {'name': 'NF-ResNet-8', 'width': 0.5},
     'cifar10_small': {'name': 'NF-ResNet-8', 'width': 0.5, 'stem': 'imagenet'},
     'cifar10': {'name': 'NF-ResNet-20'},

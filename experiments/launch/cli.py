@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -77,7 +77,7 @@ def guarded() -> Iterator[None]:
 
 def _missing_devices() -> str | None:
     """Says why JAX cannot use the devices that the environment asks for; None if it can."""
-    asked = jax.config.jax_platforms
+    asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # JAX adds it
     try:
         jax.devices()
         return None
@@ -156,7 +156,8 @@ def _define_distributed_flags() -> None:
 
 
 def _peers() -> Peers:
-    return Peers(**{name: flags.FLAGS[name].value for name in Peers._fields})
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in Peers._fields}
+    return Peers(**values)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -237,7 +238,8 @@ def _with_options(config: ConfigDict, argv: Sequence[str]) -> list[str]:
     A model and a source of data have more options than a config file need name, but only what it
     names is a flag: --config.model.width=2 becomes --config.model={'name': ..., 'width': 2}.
     """
-    rest, given = [], {}
+    rest: list[str] = []
+    given: dict[str, dict] = {}
     for argument in argv:
         match = re.fullmatch(
             r'--?config\.((?:\w+\.)*(model|data))\.(\w+)=(.*)', argument, re.DOTALL
@@ -333,6 +335,6 @@ def _one_line(error: Exception) -> str:
     return ' '.join(str(text).split())[:300] or type(error).__name__
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f'error: {" ".join(message.split())}', file=sys.stderr)  # One line, whatever was given.
     sys.exit(2)

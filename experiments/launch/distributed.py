@@ -90,14 +90,15 @@ def _start(peers: Peers) -> bool:
     if _alone(peers) or not explicit and _launched_alone():
         return False
     if explicit:
-        if missing:
+        coordinator, num_processes, process_id = peers[:3]
+        if coordinator is None or num_processes is None or process_id is None:
             raise UsageError(
                 f'{" and ".join(missing)} missing: give --coordinator, --num_processes and '
                 '--process_id, or none of them where the cluster is recognised'
             )
-        _check(peers)
-        if peers.num_processes > 1:
-            _check_own_name(_host(peers.coordinator))
+        _check(coordinator, num_processes, process_id)
+        if num_processes > 1:
+            _check_own_name(_host(coordinator))
     # Its handler would swallow SIGTERM; how a run is stopped is said in `train`.
     jax.config.update('jax_enable_preemption_service', False)
     with warnings.catch_warnings():
@@ -139,18 +140,18 @@ def _launched_alone() -> bool:
     return '1' in counts
 
 
-def _check(peers: Peers) -> None:
-    if peers.num_processes < 1:
-        raise UsageError(f'--num_processes={peers.num_processes}: must be at least 1')
-    if not 0 <= peers.process_id < peers.num_processes:
+def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+    if num_processes < 1:
+        raise UsageError(f'--num_processes={num_processes}: must be at least 1')
+    if not 0 <= process_id < num_processes:
         raise UsageError(
-            f'--process_id={peers.process_id}: must be at least 0 and below '
-            f'--num_processes={peers.num_processes}'
+            f'--process_id={process_id}: must be at least 0 and below '
+            f'--num_processes={num_processes}'
         )
-    port = re.fullmatch(r'.+:(\d+)', peers.coordinator)
+    port = re.fullmatch(r'.+:(\d+)', coordinator)
     if not port or not 0 < int(port[1]) < 1 << 16:
         raise UsageError(
-            f'--coordinator={peers.coordinator}: must be host:port, like 10.0.0.1:1234, where '
+            f'--coordinator={coordinator}: must be host:port, like 10.0.0.1:1234, where '
             'process 0 runs'
         )
 
@@ -161,7 +162,7 @@ def _check_own_name(coordinator: str) -> None:
     By Gloo each process gives the others the first address of its host's name, which Debian sets to
     127.0.1.1: a process on another host then reaches itself, and that only after both have met.
     """
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # JAX adds it
     if platforms != 'cpu' and (platforms or _has_accelerator_plugins()):
         return
     problem = _name_problem()
@@ -193,7 +194,7 @@ def _addresses(host: str) -> list[str]:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         return []
-    return [address.partition('%')[0] for *_, (address, *_) in found]
+    return [str(address).partition('%')[0] for *_, (address, *_) in found]
 
 
 def _is_loopback(host: str) -> bool:
@@ -284,7 +285,7 @@ def _hosts(peers: Peers) -> list[str]:
 
 def _accept(listener: socket.socket, token: str) -> dict[int, '_Connection']:
     """Returns the connections of all others by their process index, or what has come in time."""
-    connections = {}
+    connections: dict[int, _Connection] = {}
     deadline = time.monotonic() + _CONNECT_SECONDS
     while len(connections) < jax.process_count() - 1 and time.monotonic() < deadline:
         listener.settimeout(max(deadline - time.monotonic(), 0.1))

@@ -66,12 +66,13 @@ def on_loss(action: Callable[[], None]) -> Iterator[None]:
 def open_stream(descriptor: int, *, like: TextIO) -> TextIO:
     """Returns a text stream on a file descriptor, with the encoding and buffering of another."""
     raw = _Descriptor(descriptor)
+    write_through = like.write_through  # type: ignore[attr-defined]  # of a TextIOWrapper
     return io.TextIOWrapper(
-        raw if like.write_through else io.BufferedWriter(raw),  # With PYTHONUNBUFFERED no buffer.
+        raw if write_through else io.BufferedWriter(raw),  # With PYTHONUNBUFFERED no buffer.
         encoding=like.encoding,
         errors=_ERRORS,
-        line_buffering=like.line_buffering,
-        write_through=like.write_through,
+        line_buffering=bool(like.line_buffering),
+        write_through=write_through,
     )
 
 

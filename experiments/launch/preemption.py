@@ -10,6 +10,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ def on_signals() -> Iterator[StopRequests]:
     goes on ignoring them.
     """
     requests = StopRequests()
-    previous = {}
+    previous: dict[int, Any] = {}  # what signal.signal returns
 
     def request(number, frame):
         del frame
@@ -73,5 +74,5 @@ def on_signals() -> Iterator[StopRequests]:
         with output.on_loss(requests.request):
             yield requests
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for asked, handler in previous.items():
+            signal.signal(asked, handler)

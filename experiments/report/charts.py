@@ -62,6 +62,10 @@ class XY(NamedTuple):
     percent: bool
     series: Sequence[Series]
 
+    def numbers(self) -> list[float]:
+        """Returns each x that is a number, in order: where a logarithmic axis is marked."""
+        return sorted({m.x for s in self.series for m in s.marks if isinstance(m.x, int | float)})
+
     def table(self) -> Table:
         xs = list(dict.fromkeys(m.x for s in self.series for m in s.marks))
         if self.x_ticks is None:
@@ -212,7 +216,7 @@ def _curves(study: Study, spec: ChartSpec) -> XY:
     for group, style in zip(groups, _styles(study, spec, groups), strict=True):
         trials = select(study, {**spec.where, **group})
         curves = [(t, study.curve(t, spec.y)) for t in trials if t.state in DONE]
-        by_step: dict[int, list[float]] = collections.defaultdict(list)
+        by_step: dict[float, list[float]] = collections.defaultdict(list)
         for step, value in itertools.chain.from_iterable(curve for _, curve in curves):
             by_step[step].append(value)
         marks = [_mark(step, Sample(tuple(by_step[step])), spec.y) for step in sorted(by_step)]
@@ -227,7 +231,7 @@ def _curves(study: Study, spec: ChartSpec) -> XY:
 
 
 def _end(
-    study: Study, trial: Trial, curve: list[tuple[int, float]], metric: str
+    study: Study, trial: Trial, curve: list[tuple[float, float]], metric: str
 ) -> tuple[float, float] | None:
     """Returns where the mark of a diverged trial goes: after its last value, or at chance."""
     if curve:
@@ -343,7 +347,7 @@ def _parallel(study: Study, spec: ChartSpec) -> Parallel:
         heights[axis] = {v: i / (len(values) - 1) for i, v in enumerate(values)}
         ticks = [(height, study.label(axis, v)) for v, height in heights[axis].items()]
         dimensions.append((axis_label(axis), ticks))
-    outcomes = [_outcome(study, t, spec.y) for t in trials]
+    outcomes = [o for t in trials if (o := _outcome(study, t, spec.y)) is not None]
     finite = [o for o, t in zip(outcomes, trials, strict=True) if t.state == 'complete']
     low, high = min(finite, default=0.0), max(finite, default=1.0)
     span, floor = (high - low) or 1.0, 0.15 if len(finite) < len(trials) else 0.0

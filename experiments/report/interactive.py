@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.report.charts import NUM_COLOURS, XY, Chart, Heatmap, Parallel, Series
 from experiments.report.wording import in_lines
+from experiments.study.schema import Value
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; dark enough on white, and
 # light enough on black, for a contrast of at least 3 (WCAG 2.2, 1.4.11).
@@ -107,7 +108,7 @@ def _xy(chart: XY) -> dict[str, Any]:
         x_axis |= _ticks(chart.x_ticks) | {'range': [-0.5, len(chart.x_ticks) - 0.5]}
     elif chart.log_x:
         # What was run is what is marked: 32, 128, 512 and not the powers of ten.
-        values = sorted({m.x for s in chart.series for m in s.marks})
+        values = chart.numbers()
         x_axis |= {'type': 'log'}
         if chart.kind == 'line':
             x_axis |= {'tickvals': values, 'ticktext': [f'{value:g}' for value in values]}
@@ -128,7 +129,8 @@ def _xy(chart: XY) -> dict[str, Any]:
 def _positions(chart: XY, series: Series) -> list[Any]:
     if chart.x_ticks is None:
         return [mark.x for mark in series.marks]
-    return [list(chart.x_ticks).index(mark.x) for mark in series.marks]
+    ticks: list[Value] = list(chart.x_ticks)
+    return [ticks.index(mark.x) for mark in series.marks]
 
 
 def _hover(chart: XY, series: Series) -> list[str]:

@@ -150,11 +150,11 @@ def _study(study: Study, place: str, judgements: Sequence[results.Judgement]) ->
         parts.append(_details('Everything that was tried, before tuning', grid))
     if any(trial.state != 'complete' for trial in study.trials):
         table = summaries.trials_table(study, only_unsuccessful=True)
-        shown = _table(table, 'What became of them')
+        lost = _table(table, 'What became of them')
         if len(table.rows) <= _FEW:
-            parts += ['<h3>Trials that did not complete</h3>', shown]
+            parts += ['<h3>Trials that did not complete</h3>', lost]
         else:
-            parts.append(_details(f'The {len(table.rows)} trials that did not complete', shown))
+            parts.append(_details(f'The {len(table.rows)} trials that did not complete', lost))
     parts.append(_details('All trials', _table(summaries.trials_table(study), 'All trials')))
     facts = ''.join(
         f'<dt>{_e(k)}</dt><dd>{_e(v)}</dd>' for k, v in summaries.provenance(study).items()

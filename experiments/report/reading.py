@@ -70,7 +70,7 @@ class Study:
         is_number = isinstance(value, float | int) and not isinstance(value, bool)
         return f'{value:g}' if is_number else str(value)
 
-    def curve(self, trial: Trial, metric: str) -> list[tuple[int, float]]:
+    def curve(self, trial: Trial, metric: str) -> list[tuple[float, float]]:
         """Returns (step, value) where a trial recorded a finite value; [] if it never started."""
         directory = self.path / 'trials' / trial.id
         if not (directory / metric_writers.METRICS_FILE).exists():
@@ -144,8 +144,8 @@ def _parse(path: pathlib.Path, fields: Fields) -> Study:
 
 def _in_order(values: Sequence[Value]) -> Sequence[Value]:
     """Sorts numbers: those of a later grid, and of single arms, come after the others."""
-    numbers = all(isinstance(v, NUMBER) and not isinstance(v, bool) for v in values)
-    return sorted(values) if numbers else values
+    numbers = [v for v in values if isinstance(v, NUMBER) and not isinstance(v, bool)]
+    return sorted(numbers) if len(numbers) == len(values) else values
 
 
 def _trial(fields: Fields, axes: Mapping[str, Any]) -> Trial:

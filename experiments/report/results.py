@@ -95,9 +95,16 @@ def tune(study: Study, trials: Sequence[Trial], tuned: Sequence[str]) -> Tuning 
         {a: ended[0].axes.get(a) for a in others},
         choices[best],
         samples[best],
-        {a: sorted(v) if None not in v else v for a, v in tried.items() if v != [None]},
+        {a: _sorted(v) for a, v in tried.items() if v != [None]},
         {key(c): s for c, s in zip(choices, samples, strict=True)},
     )
+
+
+def _sorted(values: list[Value]) -> list[Value]:
+    """Returns the values of an axis in order; as they are if one of them is None."""
+    if None in values:
+        return values
+    return sorted(values)  # type: ignore[type-var]  # the values of an axis are of one type
 
 
 def tunings(study: Study, trials: Sequence[Trial] | None = None) -> list[Tuning]:
@@ -144,13 +151,13 @@ class Judgement(NamedTuple):
 
 def judge(study: Study, claim: Claim) -> Judgement:
     """Holds a claim against the trials there are."""
-    points = claim.better, claim.worse
-    if not all(point is not None and matching(study.trials, point) for point in points):
+    points = [point for point in (claim.better, claim.worse) if point is not None]
+    if len(points) < 2 or not all(matching(study.trials, point) for point in points):
         nothing = Comparison(
             Verdict.UNTESTED, math.nan, (math.nan, math.nan), 'this study does not test it'
         )
         return Judgement(claim, nothing, None)
     better, worse = (sample(study, select(study, point), claim.metric) for point in points)
     comparison = compare(better, worse, margin=claim.margin, direction=claim.direction)
-    tunings = tuple([t for _, t in _tuned(study, point) if t] for point in points)
-    return Judgement(claim, comparison, (better, worse), tunings)
+    of_better, of_worse = ([t for _, t in _tuned(study, point) if t] for point in points)
+    return Judgement(claim, comparison, (better, worse), (of_better, of_worse))

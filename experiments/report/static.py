@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from experiments.report import charts, interactive, results, summaries
 from experiments.report.reading import Study
 from experiments.report.wording import Table, in_lines
+from experiments.study.schema import Value
 from nfnets_jax import files
 from nfnets_jax.errors import UsageError
 
@@ -125,7 +127,11 @@ def draw(chart: charts.Chart) -> Figure:
         axes.set_axisbelow(True)
     if handles := axes.get_legend_handles_labels()[0]:
         for columns in range(min(3, len(handles)), 0, -1):
-            below = {'loc': 'outside lower center', 'ncols': columns, 'frameon': False}
+            below: dict[str, Any] = {
+                'loc': 'outside lower center',
+                'ncols': columns,
+                'frameon': False,
+            }
             legend = figure.legend(handles=handles, **below)
             if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
                 break
@@ -140,7 +146,12 @@ def _lines(axes: Axes, chart: charts.XY) -> None:
         means = np.array([mark.mean for mark in series.marks])
         errors = np.array([mark.error for mark in series.marks])
         dash = _DASHES[series.dash % len(_DASHES)]
-        look = {'color': colour, 'linestyle': dash, 'marker': '.', 'label': series.name or None}
+        look: dict[str, Any] = {
+            'color': colour,
+            'linestyle': dash,
+            'marker': '.',
+            'label': series.name or None,
+        }
         if chart.kind == 'curves':
             axes.plot(xs, means, **look)
             axes.fill_between(xs, means - errors, means + errors, color=colour, alpha=0.2, lw=0)
@@ -152,7 +163,7 @@ def _lines(axes: Axes, chart: charts.XY) -> None:
     if chart.log_x:
         axes.set_xscale('log')
         if chart.kind == 'line':
-            values = sorted({m.x for s in chart.series for m in s.marks})
+            values = chart.numbers()
             axes.set_xticks(values, [f'{value:g}' for value in values])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_minor_formatter(NullFormatter())
@@ -165,7 +176,8 @@ def _lines(axes: Axes, chart: charts.XY) -> None:
 def _positions(chart: charts.XY, series: charts.Series) -> list:
     if chart.x_ticks is None:
         return [mark.x for mark in series.marks]
-    return [list(chart.x_ticks).index(mark.x) for mark in series.marks]
+    ticks: list[Value] = list(chart.x_ticks)
+    return [ticks.index(mark.x) for mark in series.marks]
 
 
 def _categories(axes: Axes, labels: Sequence[str]) -> None:
@@ -195,7 +207,7 @@ def _bars(axes: Axes, chart: charts.XY) -> None:
 def _heatmap(axes: Axes, chart: charts.Heatmap) -> None:
     means = np.array(chart.means, float)
     colours = LinearSegmentedColormap.from_list('heat', interactive.HEAT)
-    bounds = {'vmin': chart.low, 'vmax': chart.high}
+    bounds: dict[str, Any] = {'vmin': chart.low, 'vmax': chart.high}
     image = axes.imshow(means, cmap=colours, aspect='auto', origin='lower', **bounds)
     axes.figure.colorbar(image, label=chart.value_label)
     axes.set_xticks(range(len(chart.columns)), chart.columns)

@@ -77,9 +77,10 @@ def outcome(study: Study, judgement: Judgement) -> str:
     claim, comparison = judgement.claim, judgement.comparison
     if judgement.samples is None:
         return f'{comparison.reason}.'.capitalize()
+    points = [point for point in (claim.better, claim.worse) if point is not None]
     sides = ', '.join(
         f'{mean_and_error(found, claim.metric)} of {describe_point(study, point)}'
-        for point, found in zip((claim.better, claim.worse), judgement.samples, strict=True)
+        for point, found in zip(points, judgement.samples, strict=True)
     )
     text = f'{metric_label(claim.metric)}: {sides}. '
     if not math.isnan(comparison.difference):
@@ -92,7 +93,7 @@ def outcome(study: Study, judgement: Judgement) -> str:
     text += f'{comparison.reason.capitalize()}. ' if comparison.reason else ''
     edges = [
         f'{axis_label(axis)} {_with_edge(study, tuning, axis)} of {describe_point(study, point)}'
-        for point, tunings in zip((claim.better, claim.worse), judgement.tunings, strict=True)
+        for point, tunings in zip(points, judgement.tunings, strict=True)
         for tuning in tunings
         for axis in tuning.at_edge()
     ]

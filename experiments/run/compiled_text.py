@@ -82,7 +82,8 @@ def parse(text: str) -> Program:
       ValueError: the text has no entry computation.
     """
     computations: dict[str, tuple[Instruction, ...]] = {}
-    entry, name, found = None, None, []
+    entry, name = None, None
+    found: list[Instruction] = []
     for line in text.splitlines():
         if start := _COMPUTATION.match(line):
             name, found = start[2], []
@@ -119,8 +120,8 @@ def costs(
             called = instruction.called
             if instruction.opcode == 'while':
                 condition, body = called
-                turns = trip_count(program, instruction)
-                turns = trips if turns is None else turns
+                counted = trip_count(program, instruction)
+                turns = trips if counted is None else counted
                 yield from walk(condition, executions * (turns + 1))
                 yield from walk(body, executions * turns)
             elif instruction.opcode == 'conditional':
@@ -200,7 +201,9 @@ def element_accesses(program: Program) -> dict[str, int]:
 
 def elements(shape: str) -> int:
     """Returns the number of elements of an array, such as 's32[4,3,256]{2,1,0}'."""
-    return _product(_ARRAY.search(shape)[1])
+    found = _ARRAY.search(shape)
+    assert found is not None, shape
+    return _product(found[1])
 
 
 def _product(numbers: str) -> int:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from nfnets_jax import files
@@ -87,8 +88,8 @@ def curves(metrics: Sequence[Mapping[str, float]], *, title: str = '') -> Figure
             what is missing or not finite is left out.
         title: stands above the panels.
     """
-    figure = Figure(figsize=(12, 7.5), dpi=120, layout='constrained')
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(12, 7.5), dpi=120, layout=layout)
     if title:
         figure.suptitle(title, fontsize=15, fontweight='bold')
     all_axes = figure.subplots(2, 2, sharex=True)

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from nfnets_jax import augment, models
 from nfnets_jax.data import sources
 from nfnets_jax.data.preprocessing import make_transform
+from nfnets_jax.data.sources import Source
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 
@@ -62,9 +63,9 @@ class Data(NamedTuple):
       pictures: transforms and sizes.
     """
 
-    train: Any
-    validation: Any | None
-    test: Any
+    train: Source
+    validation: Source | None
+    test: Source
     pictures: Pictures
 
 
@@ -91,7 +92,8 @@ def open_data(config: ConfigDict) -> Data:
         validation = None
     images = [s[0]['image'] for s in (train, validation, test) if s is not None]
     pictures = _pictures(images, given, name, config.model.name)
-    return Data(train, validation, test, pictures._replace(**normalization))
+    pictures = pictures._replace(mean=normalization['mean'], std=normalization['std'])
+    return Data(train, validation, test, pictures)
 
 
 def _pictures(
@@ -118,7 +120,7 @@ def _pictures(
                     'image_size and test_image_size to crop them'
                 )
         for other in others:
-            if other.shape != image.shape:
+            if not isinstance(other, bytes) and other.shape != image.shape:
                 raise UsageError(
                     f'the images of {source!r} are {size[1]}x{size[0]} to train on but '
                     f'{other.shape[1]}x{other.shape[0]} in another split; make them one size, or '
@@ -126,11 +128,11 @@ def _pictures(
                 )
         return Pictures(image.shape, image.shape[0], _AS_IT_IS)
     published = models.variant_info(model)
-    size = _pixels('image_size', given.get('image_size', published.train_size))
+    train_size = _pixels('image_size', given.get('image_size', published.train_size))
     test_size = _pixels('test_image_size', given.get('test_image_size', published.test_size))
     test_mode = given.get('test_mode', published.eval_mode)
-    transforms = make_transform('random_crop', size), make_transform(test_mode, test_size)
-    return Pictures((size, size, 3), test_size, test_mode, *transforms)
+    transforms = make_transform('random_crop', train_size), make_transform(test_mode, test_size)
+    return Pictures((train_size, train_size, 3), test_size, test_mode, *transforms)
 
 
 def options(name: str) -> list[str]:

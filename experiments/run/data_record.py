@@ -27,7 +27,7 @@ HANDLING = ('data.skip_bad', 'data.on_device')
 Record = Mapping[str, Any]
 
 
-def describe(splits: Mapping[str, Any]) -> Record:
+def describe(splits: Mapping[str, sources.Source]) -> Record:
     """Returns the record of some data, as JSON holds it.
 
     Args:

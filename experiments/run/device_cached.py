@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.run import parallel
 from nfnets_jax.data.pipeline import BadPictures, epoch_order, eval_batches
+from nfnets_jax.data.sources import Source
 from nfnets_jax.errors import UsageError
 
 MAX_BYTES = 2**32  # of pictures; a data set that needs more is not small
@@ -40,7 +41,7 @@ class ResidentBatches:
 
     def __init__(
         self,
-        source,
+        source: Source,
         *,
         batch_size: int,
         seed: int,
@@ -52,7 +53,7 @@ class ResidentBatches:
     ):
         self._size, self._seed = len(source), seed
         self._batch_size, self._step = batch_size, start_step
-        self._epoch = None
+        self._epoch: int | None = None
         rows = batch_size // process_count
         position = np.arange(process_index * rows, (process_index + 1) * rows, dtype=np.int32)
         arrays = _read_all(source, transform, bad)
@@ -80,7 +81,7 @@ class ResidentBatches:
         return order[places[np.searchsorted(places, np.arange(self._size)) % len(places)]]
 
     def close(self) -> None:
-        self._batch = None
+        self._batch = {}
 
     def __enter__(self):
         return self
@@ -110,7 +111,7 @@ def take(batch: dict, step: jax.Array, batch_size: int) -> dict:
     }
 
 
-def _read_all(source, transform: Callable | None, bad: BadPictures | None) -> dict:
+def _read_all(source: Source, transform: Callable | None, bad: BadPictures | None) -> dict:
     """Returns all images, labels and masks (0: could not be read) of a source, in its order."""
     batch_size = min(len(source), 1024)
     batches = eval_batches(source, batch_size=batch_size, transform=transform, bad=bad)

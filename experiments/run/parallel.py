@@ -55,7 +55,7 @@ def shard(batch: Any) -> Any:
 
 def parallelize(
     step: Callable[[Any, Any], Any], *, donate_replicated: bool = False
-) -> Callable[[Any, Any], Any]:
+) -> jax.stages.Wrapped:
     """Runs `step(replicated, batch)` on every device, each on its own rows of the batch.
 
     Args:
@@ -75,7 +75,8 @@ def parallelize(
     def traced_once(replicated, batch):
         nonlocal traces
         traces += 1
-        if traces > 1 and not jax.config.jax_disable_jit:  # Without jit each call comes here.
+        jitted = not jax.config.jax_disable_jit  # type: ignore[attr-defined]  # JAX adds it
+        if traces > 1 and jitted:  # Without jit each call comes here.
             shapes = jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', batch)
             raise RuntimeError(f'{step.__name__} would be compiled again, for a batch of {shapes}')
         return step(replicated, batch)

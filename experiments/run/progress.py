@@ -44,7 +44,7 @@ class Progress(contextlib.AbstractContextManager):
         self._begun: tuple[int, float] | None = None  # the first step seen, and when
         self._pending: tuple[int, Mapping[str, float]] | None = None  # not yet shown
         self._shown_at = -float('inf')
-        self._bar = None
+        self._bar: tqdm | None = None
         self._is_terminal = active and self._stream.isatty()
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
@@ -97,6 +97,8 @@ class Progress(contextlib.AbstractContextManager):
             self._show(self._clock())
 
     def _show(self, now: float) -> None:
+        assert self._pending is not None
+        assert self._begun is not None
         step, metrics = self._pending
         first_step, since = self._begun
         line = f'step {step}/{self._total}  {_describe(metrics)}'

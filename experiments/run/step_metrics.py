@@ -49,9 +49,10 @@ def add(
       patience: how many steps in a row may not be finite before the run is lost.
     """
     finite, fresh = is_finite(metrics), step % every == 0
+    added: dict[str, jax.typing.ArrayLike] = {**metrics, 'count': 1.0}
     sums = {
         name: jnp.where(fresh, 0.0, window[name]) + jnp.where(finite, value, 0.0)
-        for name, value in {**metrics, 'count': 1.0}.items()
+        for name, value in added.items()
     }
     in_a_row = jnp.where(finite, 0, window['nonfinite_in_a_row'] + 1)
     lost_at = jnp.where(in_a_row > patience, step + 1, _NEVER)

@@ -133,7 +133,8 @@ def _with_test_mode(fields: dict[str, Any], directory: pathlib.Path) -> dict[str
         metadata = pretrained.decode_metadata(path.read_text(), path)
     except (OSError, UsageError):
         return fields
-    if metadata.eval_mode == 'crop_resize' != models.variant_info(metadata.model).eval_mode:
+    model = models.variant_info(metadata.model)  # type: ignore[arg-type]  # a run names its model
+    if metadata.eval_mode == 'crop_resize' != model.eval_mode:
         data['test_mode'] = metadata.eval_mode
     return fields
 

@@ -165,7 +165,8 @@ def work(
 
 def _keep_compiled(directory: pathlib.Path) -> None:
     """Keeps compiled programs: other workers need the same, other batch sizes the same `init`."""
-    if not jax.config.jax_compilation_cache_dir:  # Else the user has chosen a place.
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds it
+    if not chosen:  # Else the user has chosen a place.
         jax.config.update('jax_compilation_cache_dir', os.fspath(directory.absolute()))
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
@@ -229,11 +230,11 @@ def write_summary(study: ConfigDict, journal: Journal) -> None:
     with journal.exclusive():
         records = journal.records()
         # More values than the config's, where it had others before.
-        axes: dict[str, dict] = collections.defaultdict(dict)
+        seen: dict[str, dict] = collections.defaultdict(dict)
         for record in records:
             for axis, value in record.axes.items():
-                axes[axis][value] = None
-        axes = {axis: list(axes[axis]) for axis in ('arm', *study.axes) if axis in axes}
+                seen[axis][value] = None
+        axes = {axis: list(seen[axis]) for axis in ('arm', *study.axes) if axis in seen}
         commands = journal.remembered('commands')
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         summary = study_config.to_json(study) | {
@@ -313,7 +314,7 @@ def _share_out(
       UsageError: what one of them found wrong; the others have been stopped.
     """
     spawn = multiprocessing.get_context('spawn')
-    shares = [None] * jobs
+    shares: list[int | None] = [None] * jobs
     if max_trials is not None:
         shares = [max_trials // jobs + (i < max_trials % jobs) for i in range(jobs)]
     mistakes = spawn.SimpleQueue()
@@ -361,7 +362,8 @@ def _worker(
     logging.set_verbosity(logging.ERROR)
 
     def stop_with_parent() -> None:
-        if not multiprocessing.parent_process().is_alive():
+        parent = multiprocessing.parent_process()
+        if parent is None or not parent.is_alive():
             raise KeyboardInterrupt
 
     try:
@@ -387,7 +389,7 @@ class _Course:
         self._told = {record.id for record in self._records() if record.ended}
         self._last = None if max_trials is None else len(self._told) + max_trials
         self._begun = time.monotonic()
-        self._bar = None
+        self._bar: tqdm | None = None
 
     def begin(self, study: ConfigDict, programs: int) -> None:
         before = f', {len(self._told)} of them done' if self._told else ''

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from ml_collections import ConfigDict
 
@@ -171,7 +171,7 @@ def _merge(config: ConfigDict, changes: Mapping, place: str) -> None:
                 config[key] = value.to_dict() if isinstance(value, ConfigDict) else value
 
 
-def _is_node(value: Any) -> bool:
+def _is_node(value: Any) -> TypeGuard[Mapping]:
     return isinstance(value, Mapping | ConfigDict)
 
 

@@ -21,6 +21,7 @@ from experiments.signal_propagation import measure
 from experiments.train import train
 from experiments.train_step import Programs, make_train_step, program_key
 from nfnets_jax import augment
+from nfnets_jax.data.sources import Source
 from nfnets_jax.weights.checkpoints import Checkpoints
 
 
@@ -199,12 +200,13 @@ def _step_mib(setting: experiment.Task) -> float:
     }
     state = jax.eval_shape(lambda: experiment.init_state(setting))
     plan = make_train_step(setting).lower(state, batch).compile().memory_analysis()
+    assert plan is not None
     # What is updated in place is an argument and an output at once.
     outputs = plan.output_size_in_bytes - plan.alias_size_in_bytes
     return (plan.argument_size_in_bytes + plan.temp_size_in_bytes + outputs) / 2**20
 
 
-def _pictures(source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pictures(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     examples = [source[int(i)] for i in indices]
     return (
         np.stack([example['image'] for example in examples]),

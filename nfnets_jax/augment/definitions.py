@@ -47,10 +47,10 @@ class Affine(NamedTuple):
         shift, pivot: x and y; [..., 2].
     """
 
-    straight: np.ndarray
-    across: np.ndarray
-    shift: np.ndarray
-    pivot: np.ndarray
+    straight: np.ndarray | jax.Array
+    across: np.ndarray | jax.Array
+    shift: np.ndarray | jax.Array
+    pivot: np.ndarray | jax.Array
 
     def sources(self, sign, y, x):
         """Returns the row and the column, as floats, whose floors output pixel y, x shows.

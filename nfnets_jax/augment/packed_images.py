@@ -79,7 +79,7 @@ def unpack(packed: jax.Array) -> jax.Array:
     return (packed[..., None] >> np.array([0, 8, 16]) & 255).astype(jnp.uint8)
 
 
-def _join(channels: Sequence[jax.Array]) -> jax.Array:
+def _join(channels: jax.Array | Sequence[jax.Array]) -> jax.Array:
     red, green, blue = channels
     return red | green << 8 | blue << 16
 
@@ -98,6 +98,8 @@ def _branches(
     negative.
     """
     branches: dict[tuple, Callable] = {('none',): lambda image, centres, place: image}
+    key: tuple
+    make: Callable
     places = np.zeros((len(operations), 2), np.int32)
     for i, operation in enumerate(operations):
         for negative in (False, True):
@@ -165,10 +167,10 @@ def _blend(factor: float, values: jax.Array, degenerate: jax.Array) -> jax.Array
     in -255..255 is exact, so that the sum of both is rounded once, like the product that Pillow
     computes, whether or not a compiler fuses multiplications with additions.
     """
-    factor = np.float32(factor)
-    high = (factor.view(np.int32) & ~0xFFF).view(np.float32)
+    whole = np.float32(factor)
+    high = (whole.view(np.int32) & ~0xFFF).view(np.float32)
     difference = (values - degenerate).astype(jnp.float32)
-    product = high * difference + (factor - high) * difference
+    product = high * difference + (whole - high) * difference
     return jnp.clip(degenerate.astype(jnp.float32) + product, 0, 255).astype(jnp.int32)
 
 
@@ -253,7 +255,7 @@ def _equalize(image, centres, place):
     below = jnp.where(other < value, counts[:, None], 0).sum(-1)
     table = equalize_table(counts, below)
     # Four values in one word.
-    words = sum(table[:, 64 * i : 64 * (i + 1)] << 8 * i for i in range(4))
+    words = jnp.asarray(sum(table[:, 64 * i : 64 * (i + 1)] << 8 * i for i in range(4)))
     channels = jnp.stack(_split(image))
     found = _select(channels & 63, [words[:, i, None, None] for i in range(64)])
     return _join(found >> (channels >> 6 << 3) & 255)

@@ -4,6 +4,8 @@ The operations, their magnitudes and the policy are those of the papers (AutoAug
 1805.09501; RandAugment, 1909.13719) in the form that the NFNets were trained with.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -134,11 +136,11 @@ def _fold(keys: jax.Array, number) -> jax.Array:
 
 def _each(function, *arrays) -> jax.Array:
     """Returns function(...) of every element of arrays, which are broadcast."""
-    arrays = jnp.broadcast_arrays(*arrays)
-    out = jax.vmap(function)(*(x.ravel() for x in arrays))
-    return out.reshape(arrays[0].shape)
+    alike = jnp.broadcast_arrays(*arrays)
+    out = jax.vmap(function)(*(x.ravel() for x in alike))
+    return out.reshape(alike[0].shape)
 
 
-def _reach(published: dict[str, float], images: jax.Array) -> dict[str, float]:
+def _reach(published: Mapping[str, float], images: jax.Array) -> dict[str, float]:
     scale = min(1.0, min(images.shape[1:3]) / _FULL_REACH_SIZE)
     return {name: pixels * scale for name, pixels in published.items()}

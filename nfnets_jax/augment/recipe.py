@@ -5,6 +5,7 @@ neither on the number of devices nor on what happened to the others.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from nfnets_jax.errors import UsageError, nearest
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     'flip': False,  # mirror left-right, every second picture
     'shift': 0,  # crop at up to this many pixels off, in both directions
     'shift_fill': 'constant',  # what lies outside: 'constant' (black), 'edge' or 'reflect'
@@ -38,7 +39,7 @@ _FILLS = ('constant', 'edge', 'reflect')
 _PAIRS = ('batch', 'distinct')
 
 
-def example_keys(seed: int, step: jax.Array, positions: jax.Array) -> jax.Array:
+def example_keys(seed: int | jax.Array, step: int | jax.Array, positions: jax.Array) -> jax.Array:
     """Returns one random key for each example.
 
     Args:
@@ -167,7 +168,7 @@ def _check_count(images: jax.Array, mixup: float, cutmix: float) -> int:
 
 
 def _own_shares(
-    keys: jax.Array, size: tuple[int, int], mixup: float, cutmix: float, pasted: jax.Array
+    keys: jax.Array, size: tuple[int, ...], mixup: float, cutmix: float, pasted: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Draws what each example keeps of its own image where another is mixed into it.
 
@@ -194,7 +195,7 @@ def _own_shares(
             half = (side * size).astype(int) // 2
             centre = jax.random.randint(place_key, (), 0, size)
             covers.append((centre - half <= jnp.arange(size)) & (jnp.arange(size) < centre + half))
-        own = 1 - jnp.outer(*covers).astype(jnp.float32)
+        own = 1 - jnp.outer(covers[0], covers[1]).astype(jnp.float32)
         return own, own.mean()
 
     own, weight = jax.vmap(average if mixup else paste)(keys)

@@ -172,7 +172,7 @@ def warp(plan: Plan, image: jax.Array, fill: int) -> jax.Array:
     codes = jnp.asarray(plan.codes).astype(jnp.int32)
     warped = jnp.full(size, fill, image.dtype)
     for code, offset in enumerate(plan.offsets):
-        neighbor = jax.lax.slice(image, offset, np.add(offset, size))
+        neighbor = jax.lax.slice(image, offset, np.add(offset, size).tolist())
         warped = jnp.where(codes == code, neighbor, warped)
     return warped
 

@@ -64,7 +64,7 @@ class ImageFolder:
         if not path or not root.is_dir():
             raise UsageError(f'data.path={str(path)!r}: not a directory; give one with the classes')
         hold_out = {'test_fraction': test_fraction, 'split_seed': split_seed}
-        _check_hold_out(**hold_out)
+        _check_hold_out(test_fraction, split_seed)
         layout = _find_splits(
             root, dict(zip(SPLITS, (train_split, validation_split, test_split), strict=True))
         )
@@ -284,7 +284,8 @@ def _images(directory: pathlib.Path, left_out: collections.Counter) -> dict[str,
     found: dict[str, pathlib.Path] = {}
     links: list[os.DirEntry] = []
     # (directory, its real path, those of the directories that it was reached through)
-    queue = collections.deque([(str(directory), os.path.realpath(directory), ())])
+    queue: collections.deque[tuple[str, str, tuple[str, ...]]] = collections.deque()
+    queue.append((str(directory), os.path.realpath(directory), ()))
     visited = set()
     while queue:
         path, real, above = queue.popleft()

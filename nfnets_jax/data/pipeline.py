@@ -23,6 +23,7 @@ import numpy as np
 
 from nfnets_jax import extras
 from nfnets_jax.data.preprocessing import PictureError
+from nfnets_jax.data.sources import Source
 from nfnets_jax.errors import UsageError
 
 with extras.optional():
@@ -57,7 +58,8 @@ class BadPictures:
     def __init__(self, limit: int = 0):
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
             raise UsageError(f'data.skip_bad={limit!r}: must be an integer >= 0')
-        self._limit, self._indices, self._lock = limit, set(), threading.Lock()
+        self._limit, self._lock = limit, threading.Lock()
+        self._indices: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -75,7 +77,7 @@ class BadPictures:
 
 
 def train_batches(
-    source,
+    source: Source,
     *,
     batch_size: int,
     seed: int,
@@ -143,7 +145,7 @@ def train_batches(
 
 
 def eval_batches(
-    source,
+    source: Source,
     *,
     batch_size: int,
     transform: Callable | None = None,
@@ -238,7 +240,7 @@ class Prefetch:
         self.close()
 
 
-def _read(source, index: int, transform: Callable | None, rng=None) -> dict:
+def _read(source: Source, index: int, transform: Callable | None, rng=None) -> dict:
     """Returns one example, its image transformed; a bad picture is named in the error."""
     try:
         example = source[index]

@@ -171,7 +171,8 @@ def crop_resize(image: bytes | np.ndarray, size: int) -> np.ndarray:
     The published evaluation preprocessing, equal to it within rounding (see `resize`).
     """
     pixels = decode(image)
-    top, left, rows, columns = centre_box(*pixels.shape[:2], size)
+    height, width = pixels.shape[:2]
+    top, left, rows, columns = centre_box(height, width, size)
     return resize(pixels[top : top + rows, left : left + columns], (size, size))
 
 

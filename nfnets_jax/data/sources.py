@@ -22,9 +22,9 @@ import numbers
 import types
 import typing
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -34,6 +34,30 @@ from nfnets_jax.data.preprocessing import resize
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.data.tfds import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
+
+
+class Source(Protocol):
+    """The interface of a source; its members are described at the top of this module."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def origin(self) -> str: ...
+
+    @property
+    def left_out(self) -> Mapping[str, int]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+    def where(self, index: int, /) -> str: ...
+
+    def checksum(self) -> str: ...
 
 
 class Identity(NamedTuple):
@@ -50,7 +74,7 @@ class Identity(NamedTuple):
     checksum: str
 
 
-def identify(source) -> Identity:
+def identify(source: Source) -> Identity:
     """Returns the identity of a source, to be compared with that of an earlier day.
 
     The checksum is SHA-256 over
@@ -115,7 +139,7 @@ class ArraySource:
 
     def checksum(self) -> str:
         digest = hashlib.sha256(f'{self.images.dtype.str} {self.images.shape}'.encode())
-        digest.update(np.ascontiguousarray(self.images))
+        digest.update(np.ascontiguousarray(self.images).data)
         digest.update(self.labels.astype('<i4'))
         return digest.hexdigest()
 
@@ -287,7 +311,7 @@ class Noise(ArraySource):
         )
 
 
-SOURCES = {
+SOURCES: dict[str, Callable[..., Source]] = {
     'digits': Digits,
     'noise': Noise,
     'arrays': ArrayFile,
@@ -309,7 +333,7 @@ def source_options(name: str) -> dict[str, inspect.Parameter]:
     return parameters
 
 
-def open_source(name: str, split: str, **options):
+def open_source(name: str, split: str, **options: Any) -> Source:
     """Opens a source by name.
 
     Args:

@@ -3,6 +3,8 @@
 import hashlib
 import pathlib
 
+import numpy as np
+
 from nfnets_jax import files
 from nfnets_jax.data.preprocessing import PictureError, decode
 from nfnets_jax.data.splits import SPLITS, MissingSplit, check_split
@@ -62,7 +64,8 @@ class TfdsSource:
         ]
         if split == 'validation' and not expression:
             raise MissingSplit(f'{dataset}: no split besides those to train and test on')
-        self.name, self.origin, self.left_out = f'{dataset}/{expression}', str(builder.data_dir), {}
+        self.name, self.origin = f'{dataset}/{expression}', str(builder.data_dir)
+        self.left_out: dict[str, int] = {}
         self.class_names = tuple(builder.info.features[self._label].names)
         self._full_name = builder.info.full_name
         self._one_size = None not in builder.info.features[self._image].shape
@@ -87,7 +90,7 @@ class TfdsSource:
                 raise ValueError('an empty record')
         except (OSError, ValueError, RuntimeError) as error:  # the reader raises any of them
             raise PictureError(f'cannot be read: {" ".join(str(error).split())}') from error
-        image = bytes(example[self._image])
+        image: bytes | np.ndarray = bytes(example[self._image])
         if self._one_size:
             image = decode(image)
         return {'image': image, 'label': int(example[self._label])}

@@ -79,7 +79,7 @@ class Checkpoints:
         self._writing = (
             contextlib.ExitStack()
         )  # contexts entered while a checkpoint is being written
-        self._manager = None
+        self._manager: Any = None  # Orbax ships no types
         if not active:
             return
         alone = _this_process_alone()
@@ -132,13 +132,13 @@ class Checkpoints:
         if not steps:
             raise UsageError(f'{self._directory.parent} holds no checkpoint yet')
         known = {'latest': steps[-1], 'best': self.best(), **{str(s): s for s in steps}}
-        if known.get(name) is None:
+        if (step := known.get(name)) is None:
             best = 'latest, best' if known['best'] is not None else 'latest'
             raise UsageError(
                 f'checkpoint {name!r}: {self._directory.parent} has {best}, '
                 f'{", ".join(map(str, steps))}'
             )
-        return known[name]
+        return step
 
     def note(self, step: int) -> str | None:
         """Returns the `note` that `save` stored with a checkpoint, None if there is none."""
@@ -254,9 +254,9 @@ class Checkpoints:
             except DamagedCheckpointError as error:
                 damaged[step] = error
                 continue
-            for bad, error in damaged.items():
+            for bad, damage in damaged.items():
                 path = self._directory / str(bad) if self._read_only else self._set_aside(bad)
-                on_damage(f'checkpoint {path} is damaged ({error}); step {step} is used instead')
+                on_damage(f'checkpoint {path} is damaged ({damage}); step {step} is used instead')
             return step, state
         if damaged:
             newest = next(iter(damaged.values()))

@@ -8,7 +8,8 @@ classifier). The normalisation is part of the program, and the batch size is sym
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +33,11 @@ def fold_standardization(params: hk.Params, standardize: bool = True) -> hk.Para
       standardize: the model's option `standardize`.
     """
     fold = layers.standardize if standardize else jnp.multiply
-    return {
-        module: {'w': np.asarray(fold(p['w'], p['gain'])), 'bias': p['bias']} if 'gain' in p else p
-        for module, p in params.items()
-    }
+
+    def folded(p: Mapping[str, Any]) -> Mapping[str, Any]:  # arrays of NumPy or JAX
+        return {'w': np.asarray(fold(p['w'], p['gain'])), 'bias': p['bias']}
+
+    return {module: folded(p) if 'gain' in p else p for module, p in params.items()}
 
 
 def make_classifier(

@@ -128,7 +128,8 @@ def load_pretrained(
     if os.path.isdir(path):
         weights = _load_run(pathlib.Path(path), str(checkpoint), ema)
     else:
-        weights = _read_ahead.pop(_file_key(path), None) or _load_file(path)
+        ahead = _read_ahead.pop(_file_key(path), None)
+        weights = ahead or _load_file(path)
     if model not in (None, weights.metadata.model):
         found = weights.metadata.model
         problem = f'are those of {found}' if found else _misfit(weights, model)
@@ -169,7 +170,7 @@ def load_metadata(path: str | os.PathLike, model: str | None = None) -> Metadata
 
 
 # Weights that `load_metadata` had to read, until they are asked for: at most one file's.
-_read_ahead: dict[tuple, Weights] = {}
+_read_ahead: dict[tuple | None, Weights] = {}
 
 
 def _file_key(path: str | os.PathLike) -> tuple | None:
@@ -299,7 +300,7 @@ def fit_stem(weights: Weights, channels: int) -> Weights:
     """
     stem = next(filter(_STEM.fullmatch, weights.params), None)
     w = np.asarray(weights.params[stem]['w'] if stem else ())
-    if w.ndim != 4 or w.shape[2] not in (3, channels):
+    if stem is None or w.ndim != 4 or w.shape[2] not in (3, channels):
         found = f'{w.shape[2]} channels' if w.ndim == 4 else 'no known stem'
         raise UsageError(
             f'channels={channels}: must be 3 or fitted from 3, the weights have {found}'
@@ -311,14 +312,15 @@ def fit_stem(weights: Weights, channels: int) -> Weights:
     metadata = weights.metadata
     if channels == 1:
         w = w.sum(2, keepdims=True)
-        mean, std = ((float(np.mean(values)),) for values in (metadata.mean, metadata.std))
+        mean, std = ((float(np.mean(v)),) * channels for v in (metadata.mean, metadata.std))
     else:
         order = [i % 3 for i in range(channels)]
         w = w[:, :, order] * np.float32(3 / channels)
         mean, std = (tuple(values[i] for i in order) for values in (metadata.mean, metadata.std))
     options = {**metadata.options, 'channels': channels}
+    params = {**weights.params, stem: {**weights.params[stem], 'w': w}}
     return weights._replace(
-        params={**weights.params, stem: {**weights.params[stem], 'w': w}},
+        params=params,  # type: ignore[arg-type]  # the arrays of a file are NumPy's
         metadata=dataclasses.replace(metadata, options=options, mean=mean, std=std),
     )
 
@@ -332,7 +334,11 @@ def network(metadata: Metadata) -> hk.TransformedWithState:
     if metadata.model is None:
         raise UsageError('the weights do not say which model they are of: give its name')
 
-    return models.build(metadata.model, metadata.num_classes, **metadata.options)
+    return models.build(
+        metadata.model,
+        metadata.num_classes,  # type: ignore[arg-type]  # for None, build raises a UsageError
+        **metadata.options,
+    )
 
 
 def variable_shapes(metadata: Metadata) -> tuple[hk.Params, hk.State]:
@@ -553,7 +559,7 @@ def _misfit(weights: Weights, model: str) -> str:
 def _num_classes(params: hk.Params) -> int | None:
     head = _head(params)
     weight = params[head].get('w') if head else None
-    return weight.shape[-1] if np.ndim(weight) == 2 and weight.shape[-1] else None
+    return weight.shape[-1] or None if weight is not None and np.ndim(weight) == 2 else None
 
 
 def _recognize(params: hk.Params, is_timms_form: bool) -> Metadata:

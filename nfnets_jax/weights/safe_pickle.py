@@ -11,7 +11,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
@@ -123,6 +123,8 @@ class _Name:
     """Result of a name lookup in a pickle. It supports calls and nothing else."""
 
     __slots__ = ('_call', '_name')
+    _call: Callable | None
+    _name: str
 
     def __init__(self, name: str, call: Callable | None):
         object.__setattr__(self, '_name', name)
@@ -175,7 +177,7 @@ def _dtype(code: Any, *_) -> _Array:
     return _Array(np.dtype(code))
 
 
-def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+def _array(data: Any, dtype: Any, shape: Any, order: Literal['C', 'F']) -> np.ndarray:
     """Returns the array that a numpy pickle describes; `data` are the bytes of the elements."""
     if not isinstance(data, bytes | bytearray) or not isinstance(dtype.value, np.dtype):
         raise RefusedError('it holds an array of objects, not of numbers')
@@ -212,7 +214,7 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode('latin1')
 
 
-_NAMES: Mapping[str, Callable | None] = {
+_NAMES: dict[str, Callable | None] = {
     'numpy.ndarray': None,
     'numpy.dtype': _dtype,
     '_codecs.encode': _encode,
