@@ -29,7 +29,7 @@ def make_train_step(task: Task) -> jax.stages.Wrapped:
     """Returns the parallel update: (state, batch of images, labels, positions) -> (state, stop).
 
     The batch is of `task.images_per_step` images, from which the augmentation makes the examples.
-    The batch also holds `stop`, float32 [devices, 1], and its mean is returned: see `stopping`.
+    The batch also holds `stop`, float32 [devices, 1], and its mean is returned: see `preemption`.
     """
     config = task.config
     rows = config.batch_size // (jax.device_count() * config.accumulate)

@@ -36,31 +36,20 @@ class _Panel(NamedTuple):
     log: bool = False  # where the values span more than a decade
 
 
+def _of_splits(metric: str) -> tuple[_Series, ...]:
+    """Returns the series of a metric in training and on each split, raw and averaged."""
+    return (
+        _Series(f'train/{metric}', 'train', _BLUE, noisy=True),
+        _Series(f'validation/{metric}', 'validation', _PURPLE),
+        _Series(f'validation_ema/{metric}', 'validation EMA', _SKY),
+        _Series(f'test/{metric}', 'test', _ORANGE),
+        _Series(f'test_ema/{metric}', 'test EMA', _GREEN),
+    )
+
+
 _PANELS = (
-    _Panel(
-        'Loss',
-        (
-            _Series('train/loss', 'train', _BLUE, noisy=True),
-            _Series('validation/loss', 'validation', _PURPLE),
-            _Series('validation_ema/loss', 'validation EMA', _SKY),
-            _Series('test/loss', 'test', _ORANGE),
-            _Series('test_ema/loss', 'test EMA', _GREEN),
-        ),
-        '{:.3f}',
-        log=True,
-    ),
-    _Panel(
-        'Top-1 accuracy',
-        (
-            _Series('train/top1', 'train', _BLUE, noisy=True),
-            _Series('validation/top1', 'validation', _PURPLE),
-            _Series('validation_ema/top1', 'validation EMA', _SKY),
-            _Series('test/top1', 'test', _ORANGE),
-            _Series('test_ema/top1', 'test EMA', _GREEN),
-        ),
-        '{:.1f}%',
-        percent=True,
-    ),
+    _Panel('Loss', _of_splits('loss'), '{:.3f}', log=True),
+    _Panel('Top-1 accuracy', _of_splits('top1'), '{:.1f}%', percent=True),
     _Panel('Learning rate', (_Series('train/learning_rate', 'lr', _PURPLE),), '{:.3g}'),
     _Panel(
         'Clipped fraction',
@@ -84,7 +73,7 @@ def curves(metrics: Sequence[Mapping[str, float]], *, title: str = '') -> Figure
     """Draws loss, top-1, learning rate and clipped fraction over the steps of a run.
 
     Args:
-        metrics: as from `writers.read_metrics`: each with `step` and some of the metrics;
+        metrics: as from `metric_writers.read_metrics`: each with `step` and some of the metrics;
             what is missing or not finite is left out.
         title: stands above the panels.
     """

@@ -25,7 +25,7 @@ from nfnets_jax.data.sources import Source
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 
-RUNNER_OPTIONS = ('skip_bad', 'on_device')  # of config.data, for any source: see task.Task
+RUNNER_OPTIONS = ('skip_bad', 'on_device')  # of config.data, for any source: see experiment.Task
 _OPTIONS = ('image_size', 'test_image_size', 'test_mode')
 _NORMALIZATION = {'mean': augment.IMAGENET_MEAN, 'std': augment.IMAGENET_STD}
 _AS_IT_IS = 'resize_crop_1.0'  # the whole picture: what evaluation on equal pictures amounts to
