@@ -72,6 +72,7 @@ class Option(NamedTuple):
         return self.field.wants or _in_words(self.type, self.field)
 
 
+Hint = Callable[[str, Iterable[str]], str]
 _Init = TypeVar('_Init', bound=Callable[..., Any])
 
 
@@ -107,7 +108,7 @@ def check(
     name: str = '',
     *,
     whole: bool = False,
-    hint: Callable[[str, Iterable[str]], str] = nearest,
+    hint: Hint = nearest,
 ) -> None:
     """Raises a UsageError about the first value that breaks its declaration.
 
@@ -124,12 +125,32 @@ def check(
             raise UsageError(f'unknown key {prefix}{key}{hint(key, known)}')
     for key, option in known.items():
         if key in values:
-            _check_value(option, values[key], prefix + key, whole, hint)
+            check_value(option, values[key], prefix + key, whole=whole, hint=hint)
         elif option.default is REQUIRED and not option.inner:
             raise UsageError(f'{prefix}{key} is missing: it must be {option.wants}')
         elif whole:
             default = '' if option.inner else f' (default: {option.default!r})'
             raise UsageError(f'{prefix}{key} is missing{default}')
+
+
+def check_value(
+    option: Option, value: Any, name: str, *, whole: bool = False, hint: Hint = nearest
+) -> None:
+    """Raises a UsageError, which begins with `name`, unless an option may have this value."""
+    kinds, field = _kinds(option.type), option.field
+    entries = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is Sequence]
+    if option.inner and hasattr(value, 'keys'):
+        check(option.inner, value, name, whole=whole and not field.partial, hint=hint)
+    elif entries and isinstance(value, list | tuple):
+        entry = _option(entries[0], dataclasses.replace(field, rule=None, wants='', partial=True))
+        for i, each in enumerate(value):
+            check_value(entry, each, f'{name}[{i}]', whole=whole, hint=hint)
+    elif not any(_is_of(kind, value, field) for kind in kinds):
+        choices = [choice for kind in kinds for choice in _choices(kind)]
+        wrong = f' is unknown{nearest(value, choices)}' if choices else f': must be {option.wants}'
+        raise UsageError(f'{name}={value!r:.60}{wrong}')
+    if field.rule and value is not None and not field.rule(value):
+        raise UsageError(f'{name}={value!r:.60}: must be {option.wants}')
 
 
 def checked(name: str = '') -> Callable[[_Init], _Init]:
@@ -176,23 +197,6 @@ def _inner(kind: Any) -> Mapping[str, Option] | None:
     return options(kind) if is_declared else None
 
 
-def _check_value(option: Option, value: Any, name: str, whole: bool, hint) -> None:
-    kinds, field = _kinds(option.type), option.field
-    entries = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is Sequence]
-    if option.inner and hasattr(value, 'keys'):
-        check(option.inner, value, name, whole=whole and not field.partial, hint=hint)
-    elif entries and isinstance(value, list | tuple):
-        entry = _option(entries[0], dataclasses.replace(field, rule=None, wants='', partial=True))
-        for i, each in enumerate(value):
-            _check_value(entry, each, f'{name}[{i}]', whole, hint)
-    elif not any(_is_of(kind, value, field) for kind in kinds):
-        choices = [choice for kind in kinds for choice in _choices(kind)]
-        wrong = f' is unknown{nearest(value, choices)}' if choices else f': must be {option.wants}'
-        raise UsageError(f'{name}={value!r:.60}{wrong}')
-    if field.rule and value is not None and not field.rule(value):
-        raise UsageError(f'{name}={value!r:.60}: must be {option.wants}')
-
-
 def _is_of(kind: Any, value: Any, field: Field) -> bool:
     """Whether a value is of a type other than a sequence or dataclass, and in its limits."""
     if choices := _choices(kind):
@@ -235,7 +239,7 @@ _WORDS = {
     str: 'a string',
     os.PathLike: 'a path',
     collections.abc.Callable: 'a function',
-    Mapping: 'fields',
+    Mapping: 'a mapping',
     types.NoneType: 'None',
 }
 
@@ -246,7 +250,7 @@ def _in_words(kind: Any, field: Field) -> str:
     if choices := _choices(kind):
         return ' or '.join(map(repr, choices))
     if inner := _inner(kind):
-        return f'fields: {", ".join(inner)}'
+        return f'a mapping of fields: {", ".join(inner)}'
     if typing.get_origin(kind) is Sequence:
         return f'a list, each entry {_in_words(typing.get_args(kind)[0], field)}'
     limits = _limits(field) if kind in (int, float) else ()
