@@ -6,12 +6,15 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import numpy as np
 
+from nfnets_jax import fields
 from nfnets_jax.data.preprocessing import SUFFIXES, PictureError, is_image
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.fields import Field
 from nfnets_jax.files import expand
 
 # What file managers leave behind, besides names that begin with a dot.
@@ -34,14 +37,8 @@ class ImageFolder:
     `left_out` counts the others, hidden ones excepted. Links are followed, but never to a directory
     that they lie in; a file that is reached twice in a class counts once.
 
-    Args:
-        split: 'train', 'validation' or 'test'.
-        path: the directory.
-        train_split, validation_split, test_split: directories of the splits, relative to `path`; by
-            default those with a name of `SPLIT_NAMES`. train_split='.' says that `path` holds the
-            classes, whatever they are called.
-        test_fraction: share of every class held out, where the directories do not say; default 0.2.
-        split_seed: draws it; default 0.
+    The directories of the splits are relative to `path`, by default those with a name of
+    `SPLIT_NAMES`. `split` is 'train', 'validation' or 'test'.
 
     Raises:
         MissingSplit: 'validation' where there is none.
@@ -49,22 +46,34 @@ class ImageFolder:
             two classes, or a directory that cannot be read.
     """
 
+    @fields.checked('data')
     def __init__(
         self,
         split: str,
-        path: str | os.PathLike,
-        train_split: str = '',
-        validation_split: str = '',
-        test_split: str = '',
-        test_fraction: float | None = None,
-        split_seed: int | None = None,
+        path: Annotated[str | os.PathLike, Field('The directory.')],
+        train_split: Annotated[
+            str,
+            Field(
+                "Its directory to train on; '.': `path` holds the classes, whatever their names."
+            ),
+        ] = '',
+        validation_split: Annotated[str, Field('Its directory to validate on.')] = '',
+        test_split: Annotated[str, Field('Its directory to test on.')] = '',
+        test_fraction: Annotated[
+            float | None,
+            Field(
+                'Share of each class to test on, where there are no splits; None: 0.2.',
+                above=0,
+                below=1,
+            ),
+        ] = None,
+        split_seed: Annotated[int | None, Field('Seed that draws them; None: 0.', low=0)] = None,
     ):
         check_split('folder', split, SPLITS)
         root = pathlib.Path(expand(path))
         if not path or not root.is_dir():
             raise UsageError(f'data.path={str(path)!r}: not a directory; give one with the classes')
         hold_out = {'test_fraction': test_fraction, 'split_seed': split_seed}
-        _check_hold_out(test_fraction, split_seed)
         layout = _find_splits(
             root, dict(zip(SPLITS, (train_split, validation_split, test_split), strict=True))
         )
@@ -367,13 +376,6 @@ def _is_within(path: str, directory: str) -> bool:
 
 def _suffix(entry: os.DirEntry) -> str:
     return os.path.splitext(entry.name)[1].lower()
-
-
-def _check_hold_out(test_fraction: float | None, split_seed: int | None) -> None:
-    if test_fraction is not None and not 0 < test_fraction < 1:
-        raise UsageError(f'data.test_fraction={test_fraction}: must lie between 0 and 1')
-    if split_seed is not None and split_seed < 0:
-        raise UsageError(f'data.split_seed={split_seed}: must not be negative')
 
 
 def _hold_out(
