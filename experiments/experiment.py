@@ -1,7 +1,6 @@
 """What a config describes and every command needs: the data, the model, its exact evaluation."""
 
 import collections
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments import config as schema
+from experiments.config import naming
 from experiments.run import parallel, step_metrics
 from experiments.run.data import Pictures, open_data
 from nfnets_jax import augment, models, optimizers
@@ -98,14 +98,10 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
       UsageError: naming the config key that is wrong.
     """
     schema.check(config)
-    with naming('model'):
-        models.variant_info(config.model.name)  # The sizes of images follow from it.
     with naming('data'):
         train_source, validation_source, test_source, pictures = open_data(config)
     num_classes = len(train_source.class_names)
     skip_bad = config.data.get('skip_bad', 0)
-    with naming('data'):
-        pipeline.BadPictures(skip_bad)  # It knows what it can be.
     steps_per_epoch = len(train_source) / config.batch_size
     if steps_per_epoch < 1:
         raise UsageError(
@@ -139,15 +135,15 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
             std=pictures.std,
             dtype=config.precision,
         )
-        images_per_step = config.batch_size * augment.images_per_example(config.augment)
-        if images_per_step > len(train_source):
-            raise UsageError(
-                f"config.augment.mix_pairs='distinct': a step of config.batch_size="
-                f'{config.batch_size} reads {images_per_step} images, but {train_source.name} has '
-                f"{len(train_source)}: halve the batch, or choose 'batch'"
-            )
-        if training:
-            _check_rows(config, augmentation, images_per_step, pictures)
+    images_per_step = config.batch_size * augment.images_per_example(config.augment)
+    if images_per_step > len(train_source):
+        raise UsageError(
+            f"config.augment.mix_pairs='distinct': a step of config.batch_size="
+            f'{config.batch_size} reads {images_per_step} images, but {train_source.name} has '
+            f"{len(train_source)}: halve the batch, or choose 'batch'"
+        )
+    if training:
+        _check_rows(config, augmentation, images_per_step, pictures)
     optimizer = optimizers.create(
         config.optimizer,
         params,
@@ -348,26 +344,13 @@ def _check_rows(
             f'the {jax.device_count()} devices has of config.batch_size={config.batch_size}'
         )
     rows = images_per_step // jax.device_count()
-    jax.eval_shape(
-        augmentation,
-        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
-        jax.ShapeDtypeStruct((rows, *pictures.shape), jnp.uint8),
-        jax.ShapeDtypeStruct((rows,), jnp.int32),
-    )
-
-
-@contextlib.contextmanager
-def naming(node: str) -> Iterator[None]:
-    """Puts the config's node before a UsageError of the library, which does not know of configs."""
-    try:
-        yield
-    except UsageError as error:
-        message = str(error)
-        if message.startswith((f'{node}.', f'{node}: ')):
-            message = f'config.{message}'
-        elif not message.startswith('config.'):
-            message = f'config.{node}: {message}'
-        raise UsageError(message) from error
+    with naming('augment'):
+        jax.eval_shape(
+            augmentation,
+            jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
+            jax.ShapeDtypeStruct((rows, *pictures.shape), jnp.uint8),
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+        )
 
 
 def _is_on_device(config: ConfigDict, pictures: Pictures) -> bool:

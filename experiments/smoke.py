@@ -8,7 +8,6 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments import config as schema
-from experiments import experiment
 from nfnets_jax import models, optimizers
 from nfnets_jax.weights import pretrained
 
@@ -26,14 +25,12 @@ def shrink(config: ConfigDict) -> ConfigDict:
       UsageError: a field of the config that is unknown, missing or out of range.
     """
     schema.check(config)
-    optimizers.check(config.optimizer, 'config.optimizer')
     config = config.copy_and_resolve_references()
     options = {name: value for name, value in config.model.items() if name not in _SIZES}
-    with experiment.naming('model'):
-        row = models.variant_info(config.model.name)
-        optimizers.assign_groups(
-            config.optimizer.groups, _parameters(config.model), key='config.optimizer.groups'
-        )
+    row = models.variant_info(config.model.name)
+    with schema.naming('model'):
+        parameters = _parameters(config.model)
+    optimizers.assign_groups(config.optimizer.groups, parameters, key='config.optimizer.groups')
     small = {
         # Two stages: the time goes into compiling, and the others are of the same block.
         'widths': tuple(max(16, width // 16) for width in row.widths[:2]),

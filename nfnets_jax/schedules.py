@@ -19,6 +19,7 @@ from nfnets_jax.fields import Field
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
+DURATION = "a duration like '500 steps', '30 epochs' or '10%'"
 MAX_STEPS = 2**31 - 1  # Steps are counted in int32.
 
 _DURATION = re.compile(r'(?P<amount>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?P<unit>[a-z]*|%)', re.IGNORECASE)
@@ -89,9 +90,7 @@ def _parse(duration: int | str, key: str) -> tuple[float, str]:
         return duration, 'steps'
     match = _DURATION.fullmatch(duration.strip()) if isinstance(duration, str) else None
     if match is None:
-        raise UsageError(
-            f"{key}={duration!r}: give a duration like '500 steps', '30 epochs' or '10%'"
-        )
+        raise UsageError(f'{key}={duration!r}: must be {DURATION}')
     unit = match['unit'].lower()
     if unit != '%' and unit not in _UNITS:
         raise UsageError(
@@ -160,15 +159,16 @@ class ScheduleConfig:
     name: Annotated[
         Literal['cosine', 'constant', 'step'], Field('Shape of the schedule after the warm-up.')
     ] = 'cosine'
-    warmup: Annotated[
-        int | str, Field('Duration of the linear rise from 0.', wants='a duration')
-    ] = '0 steps'
+    warmup: Annotated[int | str, Field('Duration of the linear rise from 0.', wants=DURATION)] = (
+        '0 steps'
+    )
     end_value: Annotated[
         float,
         Field('cosine: the learning rate at the end, scaled as the learning rate is.', low=0),
     ] = 0.0
     boundaries: Annotated[
-        Sequence[int | str], Field('step: the learning rate falls here.', wants='durations')
+        Sequence[int | str],
+        Field('step: the learning rate falls here.', wants=f'a list, each entry {DURATION}'),
     ] = ('30%', '60%', '80%')
     factor: Annotated[float, Field('step: the factor that it falls by.', above=0)] = 0.1
 

@@ -269,7 +269,7 @@ def test_made_pictures_are_equal_everywhere_and_can_be_told_apart():
     means = np.stack([train_source.images[train_source.labels == k].mean(0) for k in range(5)])
     distances = ((test_source.images[:, None] - means) ** 2).mean((2, 3, 4))
     np.testing.assert_array_equal(distances.argmin(1), test_source.labels)
-    with pytest.raises(UsageError, match='data.classes=0: must be positive'):
+    with pytest.raises(UsageError, match='data.classes=0: must be an integer of at least 2'):
         sources.open_source('noise', 'train', classes=0)
     with pytest.raises(UsageError, match="noise has no split 'val'"):
         sources.open_source('noise', 'val')

@@ -46,7 +46,7 @@ from experiments.study import measurements
 from experiments.study.journal import Journal, Record, in_turn
 from experiments.study.schema import SUMMARY_FILE
 from experiments.train import DivergedError, train
-from nfnets_jax import files, optimizers
+from nfnets_jax import files
 from nfnets_jax.errors import UsageError, nearest
 
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'optuna', 'numpy')
@@ -274,7 +274,6 @@ def _check_configs(
         try:
             if key in checked:
                 schema.check(trial.config)
-                optimizers.check(trial.config.optimizer, 'config.optimizer')
             else:
                 prepared = _check_config(trial.config, training='train' in study.measure)
                 if (name := data_record.key(trial.config)) not in data:

@@ -395,11 +395,11 @@ def test_a_mistake_in_a_study_is_named(changes, message):
         ({'base': tiny_config(data__name='folder')}, r'config.base.data.path'),
         (
             {'arms': ({'name': 'agc', 'grid': {'clipping': (0.1, 0.0)}},)},
-            r'trial agc-clipping=0.0-\S+: config.arms\[0\].grid.clipping=0.0: it must',
+            r'trial agc-clipping=0.0-\S+: config.arms\[0\].grid.clipping=0.0: must',
         ),
         (
             {'arms': ({'name': 'agc', 'config': {'optimizer': {'momentum': 2.0}}},)},
-            r'trial agc-\S+: config.arms\[0\].config.optimizer.momentum=2.0: it must',
+            r'trial agc-\S+: config.arms\[0\].config.optimizer.momentum=2.0: must',
         ),
         (
             {'pretrain': tiny_config(init__weights='nowhere.npz')},
