@@ -136,7 +136,7 @@ def declared(config: Mapping[str, Any], name: str = 'config') -> dict[str, field
     Raises:
       UsageError: there is no such model or source.
     """
-    known = dict(fields.options(Config))
+    known = fields.options(Config)
     for node, options_of in (('model', registry.declared_options), ('data', data.options)):
         inner, value = dict(known[node].inner or {}), config.get(node)
         inner['name'] = inner['name']._replace(default=fields.REQUIRED)

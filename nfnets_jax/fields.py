@@ -59,7 +59,7 @@ class Field:
 
 
 class Option(NamedTuple):
-    """One declared option; `inner` are the options of a dataclass, None for any other type."""
+    """One declared option; `inner` are the options of a dataclass, None where there is none."""
 
     type: Any
     field: Field
@@ -76,7 +76,7 @@ Hint = Callable[[str, Iterable[str]], str]
 _Init = TypeVar('_Init', bound=Callable[..., Any])
 
 
-def options(declaration: Callable[..., Any]) -> Mapping[str, Option]:
+def options(declaration: Callable[..., Any]) -> dict[str, Option]:
     """Returns the declared options of a dataclass, function or constructor, by name, in order.
 
     Parameters without a `Field` are no options: the caller provides them. Those of `**more:
@@ -86,6 +86,11 @@ def options(declaration: Callable[..., Any]) -> Mapping[str, Option]:
     hints = typing.get_type_hints(
         owner.__init__ if inspect.isclass(owner) else owner, include_extras=True
     )
+    factories = {
+        field.name: field.default_factory
+        for field in (dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ())
+        if field.default_factory is not dataclasses.MISSING
+    }
     declared: dict[str, tuple[Any, Any]] = {}
     for name, parameter in inspect.signature(declaration).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -93,7 +98,8 @@ def options(declaration: Callable[..., Any]) -> Mapping[str, Option]:
                 more = typing.get_type_hints(each, include_extras=True)
                 declared |= {key: (hint, None) for key, hint in more.items()}
         else:
-            declared[name] = hints.get(name), parameter.default
+            default = factories[name]() if name in factories else parameter.default
+            declared[name] = hints.get(name), default
     return {
         name: _option(hint.__origin__, field, default)
         for name, (hint, default) in declared.items()
@@ -175,7 +181,7 @@ def checked(name: str = '') -> Callable[[_Init], _Init]:
 def defaults(known: Mapping[str, Option]) -> dict[str, Any]:
     """Returns {option: default} of the options that have one, nested for dataclasses."""
     return {
-        key: defaults(option.inner) if option.inner else option.default
+        key: defaults(option.inner or {}) if option.default is REQUIRED else option.default
         for key, option in known.items()
         if option.inner or option.default is not REQUIRED
     }
@@ -192,9 +198,10 @@ def _option(kind: Any, field: Field, default: Any = REQUIRED) -> Option:
     return Option(kind, field, default, _inner(kind))
 
 
-def _inner(kind: Any) -> Mapping[str, Option] | None:
-    is_declared: bool = dataclasses.is_dataclass(kind)
-    return options(kind) if is_declared else None
+def _inner(kind: Any) -> dict[str, Option] | None:
+    """Returns the options of a dataclass, or of the one in a union."""
+    declared: list[Any] = [each for each in _kinds(kind) if dataclasses.is_dataclass(each)]
+    return options(declared[0]) if declared else None
 
 
 def _is_of(kind: Any, value: Any, field: Field) -> bool:

@@ -6,24 +6,26 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from experiments.run import metric_writers
 from experiments.study.schema import (
-    NONE,
-    NUMBER,
-    STATES,
     SUMMARY_FILE,
     TIMES,
     ChartSpec,
     Claim,
-    Fields,
     Point,
+    State,
+    StudyConfig,
     Value,
+    check_axis,
+    check_point,
     parse_chart,
     parse_claim,
 )
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax import fields
+from nfnets_jax.errors import UsageError
+from nfnets_jax.fields import Field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ def load(directory: str | os.PathLike) -> Study:
     path = pathlib.Path(directory)
     file = path / SUMMARY_FILE
     try:
-        fields = json.loads(file.read_text(encoding='utf-8'))
+        record = json.loads(file.read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise UsageError(f'--workdir={directory} holds no study: there is no {file}') from None
     except OSError as error:
@@ -99,68 +101,106 @@ def load(directory: str | os.PathLike) -> Study:
     except ValueError as error:
         raise UsageError(f'{file} is not JSON: {error}') from error
     try:
-        return _parse(path, Fields(fields, ''))
+        return _parse(path, record)
     except UsageError as error:
         raise UsageError(f'{file}: {error}') from None
 
 
-def _parse(path: pathlib.Path, fields: Fields) -> Study:
-    axes = fields.take('axes', dict)
-    for axis, values in axes.items():
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TrialRecord:
+    """What study.json holds of a trial."""
+
+    id: Annotated[str, Field('Name of its directory in trials/.')]
+    axes: Annotated[Mapping, Field('Its point of the grid.')]
+    state: Annotated[State, Field('What became of it.')]
+    step: Annotated[int | None, Field('Its last step.')] = None
+    metrics: Annotated[Mapping | None, Field('Its last metrics.')] = None
+    error: Annotated[str | None, Field('Why it failed.')] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Record:
+    """What study.json holds besides fields of the study's config."""
+
+    axes: Annotated[Mapping, Field('Axis -> its values.')]
+    arms: Annotated[Mapping | None, Field('Arm -> its label.')] = None
+    trials: Annotated[Sequence[Mapping], Field('As in _TrialRecord.')]
+    command: Annotated[str, Field('The first of the commands.')] = ''
+    commands: Annotated[Sequence[str], Field('All of them, since there may be several.')] = ()
+    versions: Annotated[Mapping | None, Field('Package -> its version.')] = None
+    hardware: Annotated[str, Field('What it ran on.')] = ''
+
+
+_CONFIG = fields.options(StudyConfig)
+_WORDS = ('name', 'title', 'question', 'setting', 'size', 'metric', 'higher_is_better')
+_RECORD = (
+    {key: _CONFIG[key]._replace(default=fields.REQUIRED) for key in _WORDS}
+    | {key: _CONFIG[key] for key in ('chance', 'tuned', 'claims', 'charts')}
+    | fields.options(_Record)
+)
+
+
+def _check(known: Mapping[str, fields.Option], record: Any, name: str = '') -> None:
+    """Raises a UsageError unless known fields are as declared; other versions may have others."""
+    if not isinstance(record, dict):
+        raise UsageError(f'{name or "it"} must be an object, not {record!r:.60}')
+    fields.check(known, {key: value for key, value in record.items() if key in known}, name)
+
+
+def _parse(path: pathlib.Path, record: Any) -> Study:
+    _check(_RECORD, record)
+    for axis, values in record['axes'].items():
         if not isinstance(values, list) or not all(isinstance(v, Value) for v in values):
             raise UsageError(f'axes.{axis}={values!r:.60} must be a list of texts and numbers')
-    axes = {axis: _in_order(values) for axis, values in axes.items()}
-    tuned = fields.take('tuned', list, [a for a in ('learning_rate',) if a in axes])
+    axes = {axis: _in_order(values) for axis, values in record['axes'].items()}
+    tuned = record.get('tuned', [axis for axis in ('learning_rate',) if axis in axes])
     for axis in tuned:
-        if axis not in axes:
-            raise UsageError(f'tuned has no axis {axis!r}{nearest(axis, axes)}')
-    metric = fields.take('metric', str)
+        check_axis(axis, axes, 'tuned')
+    claims = enumerate(record.get('claims', ()))
+    charts = enumerate(record.get('charts', ()))
     return Study(
         path=path,
-        name=fields.take('name', str),
-        title=fields.take('title', str),
-        question=fields.take('question', str),
-        setting=fields.take('setting', str),
-        size=fields.take('size', str),
+        **{key: record[key] for key in _WORDS},
         axes=axes,
         tuned=tuned,
-        arms=fields.take('arms', dict, {}),
-        metric=metric,
-        higher_is_better=fields.take('higher_is_better', bool),
-        chance=fields.take('chance', (*NUMBER, NONE), None),
-        claims=[parse_claim(f, axes, metric) for f in fields.objects('claims', [])],
+        arms=record.get('arms') or {},
+        chance=record.get('chance'),
+        claims=[parse_claim(c, axes, record['metric'], f'claims[{i}]') for i, c in claims],
         # Studies of earlier versions have charts of times: they are left out.
         charts=[
             chart
-            for chart in (parse_chart(f, axes) for f in fields.objects('charts', []))
+            for chart in (parse_chart(c, axes, f'charts[{i}]') for i, c in charts)
             if chart.y not in TIMES
         ],
-        trials=[_trial(f, axes) for f in fields.objects('trials')],
-        commands=fields.take('commands', list, []) or [fields.take('command', str)],
-        versions=fields.take('versions', dict, {}),
-        hardware=fields.take('hardware', str, ''),
+        trials=[_trial(t, axes, f'trials[{i}]') for i, t in enumerate(record['trials'])],
+        commands=record.get('commands') or [record.get('command', '')],
+        versions=record.get('versions') or {},
+        hardware=record.get('hardware', ''),
     )
 
 
 def _in_order(values: Sequence[Value]) -> Sequence[Value]:
     """Sorts numbers: those of a later grid, and of single arms, come after the others."""
-    numbers = [v for v in values if isinstance(v, NUMBER) and not isinstance(v, bool)]
+    numbers = [v for v in values if isinstance(v, float | int) and not isinstance(v, bool)]
     return sorted(numbers) if len(numbers) == len(values) else values
 
 
-def _trial(fields: Fields, axes: Mapping[str, Any]) -> Trial:
-    id, point = fields.take('id', str), fields.point('axes', axes)
+def _trial(record: Any, axes: Mapping[str, Any], name: str) -> Trial:
+    _check(fields.options(_TrialRecord), record, name)
+    id, point, metrics = record['id'], record['axes'], record.get('metrics') or {}
     if pathlib.PurePath(id).name != id or id == '..':
         raise UsageError(f'the trial id {id!r} must be the name of a directory in trials/')
+    check_point(point, axes, f'{name}.axes')
     for axis, value in point.items():
         if value not in axes[axis]:
             raise UsageError(f'trial {id} has {axis}={value!r}, which is not in axes.{axis}')
-    metrics = fields.take('metrics', (dict, NONE), None) or {}
     return Trial(
         id=id,
         axes=point,
-        state=fields.one_of('state', STATES),
-        step=fields.take('step', (int, NONE), None) or 0,
-        metrics={k: v for k, v in metrics.items() if isinstance(v, NUMBER) and math.isfinite(v)},
-        error=fields.take('error', (str, NONE), None),
+        state=record['state'],
+        step=record.get('step') or 0,
+        metrics={
+            k: v for k, v in metrics.items() if isinstance(v, float | int) and math.isfinite(v)
+        },
+        error=record.get('error'),
     )

@@ -8,7 +8,7 @@ that are fine-tuned want those they were trained with.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -163,11 +163,11 @@ def _pictures(
     return Pictures((train_size, train_size, 3), test_size, test_mode, *transforms)
 
 
-def options(name: str) -> Mapping[str, fields.Option]:
+def options(name: str) -> dict[str, fields.Option]:
     """Returns all options that `config.data` may have for a source, besides those of `DataConfig`.
 
     Raises:
       UsageError: there is no such source.
     """
-    own = dict(sources.source_options(name))
+    own = sources.source_options(name)
     return own | {k: v for k, v in fields.options(ImageOptions).items() if k not in own}

@@ -316,7 +316,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 
-def source_options(name: str) -> Mapping[str, fields.Option]:
+def source_options(name: str) -> dict[str, fields.Option]:
     """Returns the options of a source, by name.
 
     Raises:

@@ -209,6 +209,7 @@ def test_a_metric_that_no_trial_gives_is_named_after_the_first(tmp_path, monkeyp
     assert set(states(tmp_path).values()) == {'complete'}
 
 
+CHART = {'kind': 'line', 'x': 'seed', 'y': 'test/top1', 'series': 'arm', 'title': 'T'}
 CLAIM = {'text': 'AGC is better.', 'source': 'me'}
 BOTH_SIDES = {'better': {'arm': 'a'}, 'worse': {'arm': 'a'}}
 
@@ -358,15 +359,15 @@ def test_the_recipe_is_told_as_it_is():
         ),
         ({'arms': ({'name': 'a'}, {'name': 'a'})}, "config.arms[1].name='a': another arm"),
         ({'axes': {'seed': 'sed'}}, "config.axes.seed='sed': there is no such key"),
-        ({'tuned': ('rate',)}, "config.tuned: no axis 'rate'"),
+        ({'tuned': ('rate',)}, "config.tuned='rate': no such axis"),
         ({'charts': ({'kind': 'pie'},)}, "config.charts[0].kind='pie'"),
         ({'charts': ({'x': 'seed'},)}, 'config.charts[0].kind is missing'),
-        ({'charts': ({'kind': 'line', 'x': 'sed'},)}, "config.charts[0].x='sed': no such axis"),
-        ({'charts': ({'kind': 'line', 'logx': True},)}, 'config.charts[0].logx is unknown'),
-        ({'claims': ({**CLAIM, 'compares': {}},)}, 'config.claims[0].compares is unknown'),
+        ({'charts': ({**CHART, 'x': 'sed'},)}, "config.charts[0].x='sed': no such axis"),
+        ({'charts': ({**CHART, 'logx': True},)}, 'unknown key config.charts[0].logx'),
+        ({'claims': ({**CLAIM, 'compares': {}},)}, 'unknown key config.claims[0].compares'),
         ({'claims': ({**CLAIM, 'compare': {}},)}, 'config.claims[0].compare.better is missing'),
         (
-            {'claims': ({**CLAIM, 'compare': {'better': {'arm': 'b'}}},)},
+            {'claims': ({**CLAIM, 'compare': {**BOTH_SIDES, 'better': {'arm': 'b'}}},)},
             "config.claims[0].compare.better.arm='b'",
         ),
         (
