@@ -1,6 +1,6 @@
 """Declared fields: the type, limits, default and doc of an option, each written once.
 
-An option is a field of a dataclass, or a parameter of a function, whose annotation has a `Field`:
+An option is a field of a dataclass, or a parameter of a function that is annotated with a `Field`:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Recipe:
@@ -26,7 +26,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from nfnets_jax.errors import UsageError, nearest
 
@@ -79,33 +79,24 @@ _Init = TypeVar('_Init', bound=Callable[..., Any])
 def options(declaration: Callable[..., Any]) -> dict[str, Option]:
     """Returns the declared options of a dataclass, function or constructor, by name, in order.
 
-    Parameters without a `Field` are no options: the caller provides them. Those of `**more:
-    Unpack[T]` are the fields of the TypedDict T, None by default.
+    Parameters of a function without a `Field` are no options: the caller provides them. Those of
+    `**more: Unpack[T]` are the fields of the TypedDict T, None by default.
     """
     owner: Any = declaration
-    hints = typing.get_type_hints(
-        owner.__init__ if inspect.isclass(owner) else owner, include_extras=True
-    )
-    factories = {
-        field.name: field.default_factory
-        for field in (dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ())
-        if field.default_factory is not dataclasses.MISSING
-    }
-    declared: dict[str, tuple[Any, Any]] = {}
-    for name, parameter in inspect.signature(declaration).parameters.items():
+    is_dataclass = dataclasses.is_dataclass(owner)
+    of = owner.__init__ if inspect.isclass(owner) else owner
+    hints = typing.get_type_hints(of, include_extras=True)
+    found: dict[str, Option] = {}
+    for name, parameter in inspect.signature(owner).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             for each in typing.get_args(hints.get(name)):
                 more = typing.get_type_hints(each, include_extras=True)
-                declared |= {key: (hint, None) for key, hint in more.items()}
+                found |= {key: _option(hint, None) for key, hint in more.items()}
+        elif is_dataclass and callable(make := owner.__dataclass_fields__[name].default_factory):
+            found[name] = _option(hints[name], make())
         else:
-            default = factories[name]() if name in factories else parameter.default
-            declared[name] = hints.get(name), default
-    return {
-        name: _option(hint.__origin__, field, default)
-        for name, (hint, default) in declared.items()
-        for field in getattr(hint, '__metadata__', ())
-        if isinstance(field, Field)
-    }
+            found[name] = _option(hints.get(name), parameter.default)
+    return {name: option for name, option in found.items() if option.field.doc or is_dataclass}
 
 
 def check(
@@ -148,7 +139,8 @@ def check_value(
     if option.inner and hasattr(value, 'keys'):
         check(option.inner, value, name, whole=whole and not field.partial, hint=hint)
     elif entries and isinstance(value, list | tuple):
-        entry = _option(entries[0], dataclasses.replace(field, rule=None, wants='', partial=True))
+        entry = Option(entries[0], dataclasses.replace(field, rule=None, wants='', partial=True))
+        entry = entry._replace(inner=_inner(entry.type))
         for i, each in enumerate(value):
             check_value(entry, each, f'{name}[{i}]', whole=whole, hint=hint)
     elif not any(_is_of(kind, value, field) for kind in kinds):
@@ -194,7 +186,10 @@ def walk(known: Mapping[str, Option], prefix: str = '') -> Iterator[tuple[str, O
         yield from walk(option.inner or {}, f'{prefix}{key}.')
 
 
-def _option(kind: Any, field: Field, default: Any = REQUIRED) -> Option:
+def _option(hint: Any, default: Any = REQUIRED) -> Option:
+    field, kind = Field(''), hint
+    if typing.get_origin(hint) is Annotated:
+        kind, field = hint.__origin__, hint.__metadata__[0]
     return Option(kind, field, default, _inner(kind))
 
 

@@ -6,7 +6,8 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from dataclasses import field
+from typing import Any
 
 from experiments.run import metric_writers
 from experiments.study.schema import (
@@ -25,22 +26,22 @@ from experiments.study.schema import (
 )
 from nfnets_jax import fields
 from nfnets_jax.errors import UsageError
-from nfnets_jax.fields import Field
+from nfnets_jax.fields import Option
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
     """One run of a study."""
 
     id: str
     axes: Point
-    state: str
-    step: int
-    metrics: Mapping[str, float]
-    error: str | None
+    state: State
+    step: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
     """A study's settings and all its trials, whatever became of them."""
 
@@ -51,17 +52,17 @@ class Study:
     setting: str
     size: str
     axes: Mapping[str, Sequence[Value]]
-    tuned: Sequence[str]  # axes of which the best value is taken where none is asked for
-    arms: Mapping[str, str]  # arm -> its label
+    tuned: Sequence[str] = ()  # axes of which the best value is taken where none is asked for
+    arms: Mapping[str, str] = field(default_factory=dict)  # arm -> its label
     metric: str
     higher_is_better: bool
-    chance: float | None  # what a diverged trial counts as in means of `metric`
-    claims: Sequence[Claim]
-    charts: Sequence[ChartSpec]
+    chance: float | None = None  # what a diverged trial counts as in means of `metric`
+    claims: Sequence[Claim] = ()
+    charts: Sequence[ChartSpec] = ()
     trials: Sequence[Trial]
-    commands: Sequence[str]
-    versions: Mapping[str, str]
-    hardware: str
+    commands: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hardware: str = ''
 
     def label(self, axis: str, value: Value) -> str:
         """Returns how a value of an axis is written: 'ResNet-8', '0.4', or '-' for none."""
@@ -106,77 +107,41 @@ def load(directory: str | os.PathLike) -> Study:
         raise UsageError(f'{file}: {error}') from None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TrialRecord:
-    """What study.json holds of a trial."""
+def _read(known: Mapping[str, Option], record: Any, name: str = '') -> dict[str, Any]:
+    """Returns the known fields of an object of study.json, checked; null counts as missing.
 
-    id: Annotated[str, Field('Name of its directory in trials/.')]
-    axes: Annotated[Mapping, Field('Its point of the grid.')]
-    state: Annotated[State, Field('What became of it.')]
-    step: Annotated[int | None, Field('Its last step.')] = None
-    metrics: Annotated[Mapping | None, Field('Its last metrics.')] = None
-    error: Annotated[str | None, Field('Why it failed.')] = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Record:
-    """What study.json holds besides fields of the study's config."""
-
-    axes: Annotated[Mapping, Field('Axis -> its values.')]
-    arms: Annotated[Mapping | None, Field('Arm -> its label.')] = None
-    trials: Annotated[Sequence[Mapping], Field('As in _TrialRecord.')]
-    command: Annotated[str, Field('The first of the commands.')] = ''
-    commands: Annotated[Sequence[str], Field('All of them, since there may be several.')] = ()
-    versions: Annotated[Mapping | None, Field('Package -> its version.')] = None
-    hardware: Annotated[str, Field('What it ran on.')] = ''
-
-
-_CONFIG = fields.options(StudyConfig)
-_WORDS = ('name', 'title', 'question', 'setting', 'size', 'metric', 'higher_is_better')
-_RECORD = (
-    {key: _CONFIG[key]._replace(default=fields.REQUIRED) for key in _WORDS}
-    | {key: _CONFIG[key] for key in ('chance', 'tuned', 'claims', 'charts')}
-    | fields.options(_Record)
-)
-
-
-def _check(known: Mapping[str, fields.Option], record: Any, name: str = '') -> None:
-    """Raises a UsageError unless known fields are as declared; other versions may have others."""
+    Versions before and after this one write others, too.
+    """
     if not isinstance(record, dict):
         raise UsageError(f'{name or "it"} must be an object, not {record!r:.60}')
-    fields.check(known, {key: value for key, value in record.items() if key in known}, name)
+    read = {key: record[key] for key in known if record.get(key) is not None}
+    fields.check(known, read, name)
+    return read
 
 
 def _parse(path: pathlib.Path, record: Any) -> Study:
-    _check(_RECORD, record)
-    for axis, values in record['axes'].items():
+    known, config = fields.options(Study), fields.options(StudyConfig)
+    known |= {'claims': config['claims'], 'charts': config['charts']}
+    known['trials'] = known['trials']._replace(type=Sequence[Mapping])
+    del known['path']
+    read = _read(known, record)
+    for axis, values in read['axes'].items():
         if not isinstance(values, list) or not all(isinstance(v, Value) for v in values):
             raise UsageError(f'axes.{axis}={values!r:.60} must be a list of texts and numbers')
-    axes = {axis: _in_order(values) for axis, values in record['axes'].items()}
-    tuned = record.get('tuned', [axis for axis in ('learning_rate',) if axis in axes])
-    for axis in tuned:
+    axes = read['axes'] = {axis: _in_order(values) for axis, values in read['axes'].items()}
+    read.setdefault('tuned', [axis for axis in ('learning_rate',) if axis in axes])
+    for axis in read['tuned']:
         check_axis(axis, axes, 'tuned')
-    claims = enumerate(record.get('claims', ()))
-    charts = enumerate(record.get('charts', ()))
-    return Study(
-        path=path,
-        **{key: record[key] for key in _WORDS},
-        axes=axes,
-        tuned=tuned,
-        arms=record.get('arms') or {},
-        chance=record.get('chance'),
-        claims=[parse_claim(c, axes, record['metric'], f'claims[{i}]') for i, c in claims],
-        # Studies of earlier versions have charts of times: they are left out.
-        charts=[
-            chart
-            for chart in (parse_chart(c, axes, f'charts[{i}]') for i, c in charts)
-            if chart.y not in TIMES
-        ],
-        trials=[_trial(t, axes, f'trials[{i}]') for i, t in enumerate(record['trials'])],
-        commands=record.get('commands') or [record.get('command', '')],
-        versions=record.get('versions') or {},
-        hardware=record.get('hardware', ''),
-    )
+    claims, charts = enumerate(read.get('claims', ())), enumerate(read.get('charts', ()))
+    parsed = [parse_chart(chart, axes, f'charts[{i}]') for i, chart in charts]
+    read |= {
+        'claims': [parse_claim(c, axes, read['metric'], f'claims[{i}]') for i, c in claims],
+        # Studies of earlier versions have charts of times, and one command: charts are left out.
+        'charts': [chart for chart in parsed if chart.y not in TIMES],
+        'commands': read.get('commands') or [record.get('command', '')],
+        'trials': [_trial(t, axes, f'trials[{i}]') for i, t in enumerate(read['trials'])],
+    }
+    return Study(path=path, **read)
 
 
 def _in_order(values: Sequence[Value]) -> Sequence[Value]:
@@ -186,21 +151,16 @@ def _in_order(values: Sequence[Value]) -> Sequence[Value]:
 
 
 def _trial(record: Any, axes: Mapping[str, Any], name: str) -> Trial:
-    _check(fields.options(_TrialRecord), record, name)
-    id, point, metrics = record['id'], record['axes'], record.get('metrics') or {}
-    if pathlib.PurePath(id).name != id or id == '..':
-        raise UsageError(f'the trial id {id!r} must be the name of a directory in trials/')
-    check_point(point, axes, f'{name}.axes')
-    for axis, value in point.items():
+    trial = Trial(**_read(fields.options(Trial), record, name))
+    if pathlib.PurePath(trial.id).name != trial.id or trial.id == '..':
+        raise UsageError(f'the trial id {trial.id!r} must be the name of a directory in trials/')
+    check_point(trial.axes, axes, f'{name}.axes')
+    for axis, value in trial.axes.items():
         if value not in axes[axis]:
-            raise UsageError(f'trial {id} has {axis}={value!r}, which is not in axes.{axis}')
-    return Trial(
-        id=id,
-        axes=point,
-        state=record['state'],
-        step=record.get('step') or 0,
-        metrics={
-            k: v for k, v in metrics.items() if isinstance(v, float | int) and math.isfinite(v)
-        },
-        error=record.get('error'),
-    )
+            raise UsageError(f'trial {trial.id} has {axis}={value!r}, which is not in axes.{axis}')
+    finite = {
+        key: value
+        for key, value in trial.metrics.items()
+        if isinstance(value, float | int) and math.isfinite(value)
+    }
+    return dataclasses.replace(trial, metrics=finite)
