@@ -31,6 +31,7 @@ from nfnets_jax.weights.pretrained import Metadata, load_metadata
 
 _BATCH_SIZE = 2048
 _ARGUMENTS = ('data', 'weights', 'model', 'freeze')
+VARIANTS = ('data=DIRECTORY[,weights=FILE][,model=NAME][,freeze=PATTERN]',)
 
 
 def get_config(arguments: str = ''):

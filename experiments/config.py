@@ -26,7 +26,9 @@ Precision = Literal['float32', 'bfloat16']
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    name: Annotated[str, Field('A network of nfnets_jax.list_models().')] = 'NF-ResNet-50'
+    name: Annotated[str, Field('A network; `python -m experiments.models` lists them.')] = (
+        'NF-ResNet-50'
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,8 @@ class Config:
         int, Field('Examples per step, over all devices of all processes.', low=1)
     ] = 256
     accumulate: Annotated[int, Field('Gradient-accumulation steps of each device.', low=1)] = 1
-    duration: Annotated[int | str, Field('Of the training.', wants=DURATION)] = '90 epochs'
-    optimizer: Annotated[optimizers.OptimizerConfig, Field('Update rule.')]
+    duration: Annotated[int | str, Field('Length of the training.', wants=DURATION)] = '90 epochs'
+    optimizer: Annotated[optimizers.OptimizerConfig, Field('Optimizer.')]
     ema: Annotated[
         float,
         Field("Largest decay of the parameters' moving average; 0: no average.", low=0, below=1),

@@ -71,6 +71,11 @@ class Option(NamedTuple):
         """What a value must be, in words: 'an integer of at least 1'."""
         return self.field.wants or _in_words(self.type, self.field)
 
+    @property
+    def entries(self) -> Mapping[str, 'Option'] | None:
+        """The options of each entry of a list of dataclasses."""
+        return next((_inner(entry) for entry in _entries(self.type)), None)
+
 
 Hint = Callable[[str, Iterable[str]], str]
 _Init = TypeVar('_Init', bound=Callable[..., Any])
@@ -135,12 +140,11 @@ def check_value(
 ) -> None:
     """Raises a UsageError, which begins with `name`, unless an option may have this value."""
     kinds, field = _kinds(option.type), option.field
-    entries = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is Sequence]
     if option.inner and hasattr(value, 'keys'):
         check(option.inner, value, name, whole=whole and not field.partial, hint=hint)
-    elif entries and isinstance(value, list | tuple):
-        entry = Option(entries[0], dataclasses.replace(field, rule=None, wants='', partial=True))
-        entry = entry._replace(inner=_inner(entry.type))
+    elif (entries := _entries(option.type)) and isinstance(value, list | tuple):
+        plain = dataclasses.replace(field, rule=None, wants='', partial=True)
+        entry = Option(entries[0], plain, inner=option.entries)
         for i, each in enumerate(value):
             check_value(entry, each, f'{name}[{i}]', whole=whole, hint=hint)
     elif not any(_is_of(kind, value, field) for kind in kinds):
@@ -214,10 +218,16 @@ def _is_of(kind: Any, value: Any, field: Field) -> bool:
     return isinstance(value, kind)
 
 
-def _kinds(kind: Any) -> tuple[Any, ...]:
+def _kinds(kind: Any) -> Sequence[Any]:
     """Returns the members of a union, or the type alone."""
     is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
     return typing.get_args(kind) if is_union else (kind,)
+
+
+def _entries(kind: Any) -> list[Any]:
+    """Returns the type of the entries of a sequence, [] for any other type."""
+    kinds = _kinds(kind)
+    return [typing.get_args(each)[0] for each in kinds if typing.get_origin(each) is Sequence]
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
@@ -247,7 +257,8 @@ _WORDS = {
 
 
 def _in_words(kind: Any, field: Field) -> str:
-    if len(kinds := _kinds(kind)) > 1:
+    if len(kinds := _kinds(kind)) > 1:  # None first, or it seems to belong to the words before.
+        kinds = sorted(kinds, key=lambda each: each is not types.NoneType)
         return ' or '.join(_in_words(each, field) for each in kinds)
     if choices := _choices(kind):
         return ' or '.join(map(repr, choices))

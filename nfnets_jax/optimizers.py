@@ -93,19 +93,19 @@ class OptimizerConfig:
 
     name: Annotated[
         Literal['sgd', 'adam', 'adamw'],
-        Field('Weight decay is added to the gradient; adamw: to the update instead.'),
+        Field('Update rule; adam adds weight decay to the gradient, adamw to its update.'),
     ] = 'sgd'
-    learning_rate: Annotated[float, Field('At its peak.', low=0)] = 0.1
+    learning_rate: Annotated[float, Field('Learning rate at its peak.', low=0)] = 0.1
     scale_lr_by_batch: Annotated[
         bool, Field('learning_rate is for a batch of 256, in proportion to which it is scaled.')
     ] = True
     schedule: Annotated[schedules.ScheduleConfig, Field('Learning rate over time.')]
-    momentum: Annotated[float, Field('sgd.', low=0, below=1)] = 0.9
+    momentum: Annotated[float, Field('sgd: momentum; 0: none.', low=0, below=1)] = 0.9
     nesterov: Annotated[bool, Field('sgd: Nesterov momentum.')] = True
     b1: Annotated[float, Field('adam, adamw: decay of the first moment.', low=0, below=1)] = 0.9
     b2: Annotated[float, Field('adam, adamw: decay of the second moment.', low=0, below=1)] = 0.999
     eps: Annotated[float, Field('adam, adamw: added to the denominator.', above=0)] = 1e-8
-    weight_decay: Annotated[float, Field('Factor of the weights.', low=0)] = 2e-5
+    weight_decay: Annotated[float, Field('Share of the weights in the gradient.', low=0)] = 2e-5
     clip: Annotated[ClipConfig, Field('Gradient clipping.')]
     groups: Annotated[
         Sequence[Group],

@@ -245,6 +245,14 @@ def test_a_step_reads_two_images_for_each_example_of_the_mixed_recipes():
     assert setting.images_per_step == setting.config.batch_size
 
 
+def test_every_config_file_tells_its_variants():
+    for file in FAMILIES:
+        tried = [variant for each, variant in ALL if each is file]
+        declared = [variant for variant in file.VARIANTS if ',' not in variant]
+        assert declared == tried
+    assert nf_resnet.VARIANTS[:3] == ('50', '50,dropout', '50,clipping')
+
+
 def test_a_wrong_variant_is_told():
     with pytest.raises(UsageError, match=r"no NFNet 'F9' \(did you mean 'F\d"):
         nfnet.get_config('F9')

@@ -16,7 +16,9 @@ busy, so that hours do not follow from them. No run of this file has been made y
 anywhere: --config.smoke=true, three steps of a tiny likeness on made pictures.
 """
 
-from configs.imagenet.recipe import choose, imagenet, mix
+from configs.imagenet.recipe import choose, imagenet, mix, variants
+
+VARIANTS = variants('NF-RegNet')
 
 
 def get_config(variant: str = 'B0'):

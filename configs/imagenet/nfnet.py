@@ -22,7 +22,9 @@ On few devices a step wants --config.accumulate=N or --config.model.remat=True t
 To try it anywhere: --config.smoke=true, three steps of a tiny likeness on made pictures.
 """
 
-from configs.imagenet.recipe import choose, imagenet, mix
+from configs.imagenet.recipe import choose, imagenet, mix, variants
+
+VARIANTS = variants('NFNet')
 
 
 def get_config(variant: str = 'F0'):

@@ -7,7 +7,9 @@ recipe of configs/imagenet/resnet.py with stochastic depth 0.1, the default of t
 of this file has been made yet. To try it anywhere: --config.smoke=true.
 """
 
-from configs.imagenet.recipe import choose, imagenet
+from configs.imagenet.recipe import choose, imagenet, variants
+
+VARIANTS = variants('SkipInit-ResNet')
 
 
 def get_config(variant: str = '50'):

@@ -66,7 +66,7 @@ RESNET_WORDS = {
 def new_study(
     name: str,
     size: str,
-    sizes: tuple[str, ...] = ('digits', 'cifar10'),
+    sizes: tuple[str, ...],
     networks: Mapping[str, str] = _NETWORK_WORDS,
 ) -> ConfigDict:
     """Returns a study of a size, with its data, its network and the recipe in place.

@@ -8,6 +8,7 @@ output any more.
 
 import ast
 import contextlib
+import functools
 import inspect
 import os
 import re
@@ -15,28 +16,37 @@ import runpy
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from experiments.launch import output
+from experiments.launch import config_help, output
 from experiments.launch.distributed import INTERRUPTED, Peers, joined
 from nfnets_jax import extras, files
 from nfnets_jax.errors import UsageError, first_line
+from nfnets_jax.fields import Option
 
 flags.disclaim_key_flags()  # What is defined here are the flags, in --help, of who calls.
 
 
-def run(main: Callable[..., None], *, positional: bool = False, distributed: bool = False) -> None:
+def run(
+    main: Callable[..., None],
+    *,
+    positional: bool = False,
+    distributed: bool = False,
+    declared: Callable[[ConfigDict], Mapping[str, Option]] | None = None,
+) -> None:
     """Parses the command line and calls `main`, which reads `flags.FLAGS`.
 
     Args:
       main: the command.
       positional: whether it takes what is on the command line besides flags, a list of strings.
       distributed: whether several processes may run it together.
+      declared: returns the options that a config of --config may have, for --help; None: those of
+        `experiments.config`.
     """
     if distributed:
         _define_distributed_flags()
@@ -50,7 +60,7 @@ def run(main: Callable[..., None], *, positional: bool = False, distributed: boo
             main(argv[1:]) if positional else main()
 
     with guarded():
-        app.run(call_main, flags_parser=_parse)
+        app.run(call_main, flags_parser=functools.partial(_parse, declared=declared))
 
 
 @contextlib.contextmanager
@@ -160,17 +170,19 @@ def _peers() -> Peers:
     return Peers(**values)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(
+    argv: Sequence[str], *, declared: Callable[[ConfigDict], Mapping[str, Option]] | None = None
+) -> list[str]:
+    loaded: _Loaded | None = None
     try:
         argv = _expand_config(argv)
         for argument, following in zip(argv[1:], [*argv[2:], ''], strict=False):
             name, equals, value = argument.partition('=')
             if name in ('-config', '--config'):
                 given = value if equals else following
-                config = _load(given)
-                flags.FLAGS['config'].parser = _Loaded(given, config)
-                argv = _with_options(config, argv)
-                _check_overrides(config, argv)
+                flags.FLAGS['config'].parser = loaded = _Loaded(given)
+                argv = _with_options(loaded.config, argv)
+                _check_overrides(loaded.config, argv)
         sys.argv[:] = argv  # where the flags of a config look for each other
         return flags.FLAGS(argv)
     except UsageError as error:
@@ -179,7 +191,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
         missing = re.search(r'Flag (--\w+) must have a value other than None', str(error))
         _fail(f'{missing[1]} is missing: see --help' if missing else _one_line(error))
     except SystemExit as ending:
-        sys.exit(0 if ending.code == 1 else ending.code)  # absl ends --help with 1.
+        if ending.code == 1 and loaded:  # absl ends --help with 1.
+            from experiments.config import declared as declared_config  # here: a slow import
+
+            try:
+                known = (declared or declared_config)(loaded.config)
+            except UsageError as error:
+                _fail(str(error))
+            path = loaded.given.partition(':')[0]
+            print(*config_help.describe(path, loaded.variants, known, loaded.config), sep='\n')
+        sys.exit(0 if ending.code == 1 else ending.code)
 
 
 def _expand_config(argv: Sequence[str]) -> list[str]:
@@ -195,22 +216,30 @@ def _expand_config(argv: Sequence[str]) -> list[str]:
 
 
 class _Loaded(flags.ArgumentParser):
-    """Gives the flag the config that has been loaded, so that its file is run only once."""
+    """Runs a config file, and gives the flag its config, so that the file is run only once.
 
-    def __init__(self, given: str, config: ConfigDict):
-        self._given, self._config = given, config
+    Attributes:
+      given: 'path' or 'path:variant'.
+      config: what the file returns.
+      variants: the `VARIANTS` that the file declares, if any.
+    """
+
+    def __init__(self, given: str):
+        self.given = given
+        self.config, self.variants = _load(given)
 
     def parse(self, argument: str) -> ConfigDict:
-        return self._config.lock() if argument == self._given else _load(argument).lock()
+        return (self.config if argument == self.given else _load(argument)[0]).lock()
 
 
-def _load(config: str) -> ConfigDict:
-    """Runs a config file, given as 'path' or 'path:argument'."""
+def _load(config: str) -> tuple[ConfigDict, Sequence[str]]:
+    """Runs a config file, given as 'path' or 'path:variant'; returns its config and variants."""
     path, colon, argument = config.partition(':')
     if not os.path.isfile(path):
         raise UsageError(f'--config={config}: there is no file {path}')
     try:
-        get_config = runpy.run_path(path).get('get_config')
+        module = runpy.run_path(path)
+        get_config = module.get('get_config')
         if get_config is None:
             raise UsageError(f'--config={path} defines no function get_config()')
         if colon and not inspect.signature(get_config).parameters:
@@ -221,7 +250,7 @@ def _load(config: str) -> ConfigDict:
                 f'--config={path}: get_config() must return a ConfigDict, not '
                 f'{type(loaded).__name__}'
             )
-        return loaded
+        return loaded, module.get('VARIANTS', ())
     except UsageError as error:
         raise UsageError(
             f'--config={config}: {error}' if str(error)[:2] != '--' else error

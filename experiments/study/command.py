@@ -487,4 +487,4 @@ def run() -> None:
     flags.DEFINE_integer('max_trials', None, 'Begin so many trials at most.', lower_bound=1)
     flags.DEFINE_bool('retry', False, 'Do those trials once more that failed.')
     flags.mark_flags_as_required(['config', 'workdir'])
-    cli.run(main)
+    cli.run(main, declared=study_config.declared)

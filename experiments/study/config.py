@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from ml_collections import ConfigDict
 
+from experiments import config as experiments_config
 from experiments.config import default_config
 from experiments.run import workdir
 from experiments.study import measurements
@@ -42,6 +43,21 @@ class Trial(NamedTuple):
 def default_study() -> ConfigDict:
     """Returns every field of a study with its default."""
     return ConfigDict(fields.defaults(fields.options(StudyConfig)) | {'base': default_config()})
+
+
+def declared(study: ConfigDict) -> dict[str, fields.Option]:
+    """Returns the options of a study, those of its own base and pretraining included.
+
+    Raises:
+      UsageError: there is no such model or data source.
+    """
+    known = fields.options(StudyConfig)
+    for node in ('base', 'pretrain'):
+        if study.get(node):
+            known[node] = known[node]._replace(
+                inner=experiments_config.declared(study[node], f'config.{node}')
+            )
+    return known
 
 
 def make_trials(study: ConfigDict) -> list[Trial]:

@@ -156,7 +156,7 @@ def test_open_source(tmp_path):
         (
             ('digits', 'train'),
             {'per_class': 2.0},
-            r'per_class=2\.0: must be an integer of at least 1 or None',
+            r'per_class=2\.0: must be None or an integer of at least 1',
         ),
         (
             ('digits', 'train'),

@@ -72,7 +72,7 @@ def _in(key, place, **changes):
         (_set(trials={}), r'trials=\{\}: must be a list'),
         (_set(trials=[3]), r'trials\[0\]=3: must be a mapping'),
         (_set(higher_is_better=1), r'higher_is_better=1: must be True or False'),
-        (_set(chance=True), r'chance=True: must be a number or None'),
+        (_set(chance=True), r'chance=True: must be None or a number'),
         (_set(axes={'arm': 'bn'}), r"axes\.arm='bn' must be a list"),
         (_set(tuned=['rate']), r"tuned='rate': no such axis"),
         (_in('trials', 0, state='done'), r"trials\[0\]\.state='done' is unknown"),
