@@ -11,7 +11,7 @@ from experiments.config import Config  # noqa: E402
 from experiments.run.data import ImageOptions  # noqa: E402
 from experiments.study.schema import StudyConfig  # noqa: E402
 from nfnets_jax.data.sources import SOURCES  # noqa: E402
-from nfnets_jax.fields import REQUIRED, Option, options  # noqa: E402
+from nfnets_jax.fields import REQUIRED, Option, options, sections  # noqa: E402
 from nfnets_jax.models.registry import FAMILIES  # noqa: E402
 
 INTRODUCTION = """# Fields of a config
@@ -44,17 +44,13 @@ def _parts() -> Iterator[str]:
 
 
 def _sections(known: Mapping[str, Option], name: str, title: str) -> Iterator[str]:
-    """Yields a table of the fields of a node, and then its inner nodes and entries of lists."""
-    yield title
-    yield _table(
-        (f'{name}.{key}', option.wants, _default(option), option.field.doc)
-        for key, option in known.items()
-        if not option.inner
-    )
-    for key, option in known.items():
-        place = f'{name}.{key}' if option.inner else f'{name}.{key}[i]'
-        if inner := option.inner or option.entries:
-            yield from _sections(inner, place, f'### {place}')
+    """Yields a table of the fields of a node, and then of those below it."""
+    for node, _, found in sections(known, name):
+        yield title if node == name else f'### {node}'
+        yield _table(
+            (f'{node}.{key}', option.wants, _default(option), option.field.doc)
+            for key, option in found.items()
+        )
 
 
 def _model_rows() -> Iterator[tuple[str, str, str, str]]:

@@ -33,9 +33,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    weights: Annotated[
-        str, Field("Weights to start from, as load_pretrained reads them; '': random ones.")
-    ] = ''
+    weights: Annotated[str, Field("What load_pretrained starts from; '': random weights.")] = ''
     new_head: Annotated[
         bool,
         Field('Start the classifier anew, as always where the number of classes differs.'),
@@ -45,9 +43,9 @@ class InitConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamConfig:
     rho: Annotated[float, Field('Radius of the ascent; 0: no SAM.', low=0)] = 0.0
-    ascent_fraction: Annotated[
-        float, Field("Part of each device's batch for the ascent.", above=0, high=1)
-    ] = 1.0
+    ascent_fraction: Annotated[float, Field('Part of the batch to ascend by.', above=0, high=1)] = (
+        1.0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,14 +85,10 @@ class Config:
     model: Annotated[ModelConfig, Field('The network and its options.', partial=True)]
     init: Annotated[InitConfig, Field('Weights before training.')]
     precision: Annotated[Precision, Field('Dtype of the computation in training.')] = 'float32'
-    gradient_dtype: Annotated[
-        Precision, Field('Dtype in which gradients are averaged over the devices.')
-    ] = 'float32'
+    gradient_dtype: Annotated[Precision, Field('Dtype gradients are averaged in.')] = 'float32'
     data: Annotated[data.DataConfig, Field('Source of the images and its options.', partial=True)]
     augment: Annotated[Recipe, Field('Augmentation on the device.', partial=True)]
-    batch_size: Annotated[
-        int, Field('Examples per step, over all devices of all processes.', low=1)
-    ] = 256
+    batch_size: Annotated[int, Field('Examples per step, over all devices together.', low=1)] = 256
     accumulate: Annotated[int, Field('Gradient-accumulation steps of each device.', low=1)] = 1
     duration: Annotated[int | str, Field('Length of the training.', wants=DURATION)] = '90 epochs'
     optimizer: Annotated[optimizers.OptimizerConfig, Field('Optimizer.')]
@@ -117,9 +111,7 @@ class Config:
     profile: Annotated[int | str, Field('How long to profile, from step 3 on.', wants=DURATION)] = (
         '0 steps'
     )
-    smoke: Annotated[
-        bool, Field('Three steps of a scaled-down model on synthetic images: does it run here?')
-    ] = False
+    smoke: Annotated[bool, Field('Three steps of a small model on noise: does it run.')] = False
     wandb: Annotated[WandbConfig, Field('Weights & Biases.')]
 
 

@@ -8,7 +8,7 @@ An option is a field of a dataclass, or a parameter of a function that is annota
         shift: Annotated[int, Field('Crop up to this many pixels off.', low=0)] = 0
 
 The check of a value, the message about it, and every list of options come from that declaration:
-`check(Recipe, {'shift': -1}, 'augment')` raises
+`check(options(Recipe), {'shift': -1}, 'augment')` raises
 `UsageError: augment.shift=-1: must be an integer of at least 0`.
 
 Types are bool, int, float (an int is one; NaN and infinity are not), str, os.PathLike, Callable, a
@@ -183,11 +183,18 @@ def defaults(known: Mapping[str, Option]) -> dict[str, Any]:
     }
 
 
-def walk(known: Mapping[str, Option], prefix: str = '') -> Iterator[tuple[str, Option]]:
-    """Yields (dotted key, option) of every option, that of a dataclass before its own."""
+def sections(
+    known: Mapping[str, Option], name: str, doc: str = ''
+) -> Iterator[tuple[str, str, dict[str, Option]]]:
+    """Yields (name, doc, options that are no dataclass) of a node, then of the nodes below it.
+
+    The options that each entry of a list has count as a node, called 'groups[i]'.
+    """
+    yield name, doc, {key: option for key, option in known.items() if not option.inner}
     for key, option in known.items():
-        yield prefix + key, option
-        yield from walk(option.inner or {}, f'{prefix}{key}.')
+        if inner := option.inner or option.entries:
+            node = f'{name}.{key}' if option.inner else f'{name}.{key}[i]'
+            yield from sections(inner, node, option.field.doc)
 
 
 def _option(hint: Any, default: Any = REQUIRED) -> Option:

@@ -31,9 +31,7 @@ class Group:
     match: Annotated[str, Field("Regular expression for whole names: '.*/w'.")]
     clip: Annotated[bool, Field('Clip their gradients.')] = True
     decay: Annotated[bool, Field('Decay them.')] = True
-    freeze: Annotated[
-        bool, Field('Do not train, clip or decay them, and keep no optimizer state for them.')
-    ] = False
+    freeze: Annotated[bool, Field('Do not train them, and keep no state for them.')] = False
     lr_scale: Annotated[float, Field('Factor of the learning rate.', low=0)] = 1.0
 
 
@@ -82,9 +80,7 @@ class ClipConfig:
         Field("agc: largest ratio to the unit's weight norm; others: largest norm.", above=0),
     ] = 0.01
     eps: Annotated[float, Field('agc: least weight norm.', above=0)] = 1e-3
-    unitwise: Annotated[
-        bool, Field('agc: by output unit, as published, instead of each parameter whole.')
-    ] = True
+    unitwise: Annotated[bool, Field('agc: by output unit, or each parameter whole.')] = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,9 +92,7 @@ class OptimizerConfig:
         Field('Update rule; adam adds weight decay to the gradient, adamw to its update.'),
     ] = 'sgd'
     learning_rate: Annotated[float, Field('Learning rate at its peak.', low=0)] = 0.1
-    scale_lr_by_batch: Annotated[
-        bool, Field('learning_rate is for a batch of 256, in proportion to which it is scaled.')
-    ] = True
+    scale_lr_by_batch: Annotated[bool, Field('Scale learning_rate by batch_size / 256.')] = True
     schedule: Annotated[schedules.ScheduleConfig, Field('Learning rate over time.')]
     momentum: Annotated[float, Field('sgd: momentum; 0: none.', low=0, below=1)] = 0.9
     nesterov: Annotated[bool, Field('sgd: Nesterov momentum.')] = True

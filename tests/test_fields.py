@@ -170,8 +170,13 @@ def test_defaults_are_nested_and_pass_the_check():
     fields.check(WHOLE, DEFAULTS, whole=True)
 
 
-def test_walk_yields_every_option_in_order():
-    found = {key: option.field.doc for key, option in fields.walk(WHOLE, 'config.')}
-    assert list(found)[:3] == ['config.name', 'config.recipe', 'config.recipe.flip']
-    assert found['config.open.shift'] == 'Pixels.'
-    assert len(found) == 3 + 2 * len(RECIPE)
+def test_sections_are_the_nodes_and_the_entries_of_lists():
+    found = list(fields.sections(WHOLE, 'config'))
+    assert [(name, doc) for name, doc, _ in found] == [
+        ('config', ''),
+        ('config.recipe', 'Recipe.'),
+        ('config.recipe.rules[i]', 'Rules.'),
+        ('config.open', 'Another.'),
+        ('config.open.rules[i]', 'Rules.'),
+    ]
+    assert [list(options) for _, _, options in found[:2]] == [['name'], list(RECIPE)]

@@ -181,7 +181,7 @@ def _parse(
             if name in ('-config', '--config'):
                 given = value if equals else following
                 flags.FLAGS['config'].parser = loaded = _Loaded(given)
-                argv = _with_options(loaded.config, argv)
+                argv = _set_options(loaded.config, argv)
                 _check_overrides(loaded.config, argv)
         sys.argv[:] = argv  # where the flags of a config look for each other
         return flags.FLAGS(argv)
@@ -261,30 +261,23 @@ def _load(config: str) -> tuple[ConfigDict, Sequence[str]]:
         ) from error
 
 
-def _with_options(config: ConfigDict, argv: Sequence[str]) -> list[str]:
-    """Returns the arguments, options that the config file does not name put into their node whole.
+def _set_options(config: ConfigDict, argv: Sequence[str]) -> list[str]:
+    """Sets the options of a model or data source that the config file does not name.
 
-    A model and a source of data have more options than a config file need name, but only what it
-    names is a flag: --config.model.width=2 becomes --config.model={'name': ..., 'width': 2}.
+    Returns the other arguments: only what the file names is a flag of its own.
     """
     rest: list[str] = []
-    given: dict[str, dict] = {}
     for argument in argv:
-        match = re.fullmatch(
-            r'--?config\.((?:\w+\.)*(model|data))\.(\w+)=(.*)', argument, re.DOTALL
-        )
-        if match:
-            path, node, option, text = match.groups()
-            fields = _node(config, path)
-            name = _last_value(argv, f'config.{path}.name') or (fields or {}).get('name')
-            if fields is not None and option not in fields and option in _options(node, name):
-                given.setdefault(path, fields.to_dict())[option] = _literal(text)
+        pattern = r'--?config\.((?:\w+\.)*(model|data))\.(\w+)=(.*)'
+        if match := re.fullmatch(pattern, argument, re.DOTALL):
+            path, kind, option, text = match.groups()
+            node = _node(config, path)
+            name = _last_value(argv, f'config.{path}.name') or (node or {}).get('name')
+            if node is not None and option not in node and option in _options(kind, name):
+                with node.unlocked():
+                    node[option] = _literal(text)
                 continue
         rest.append(argument)
-    # Before other settings of the node, which go on top.
-    overrides = (i for i, argument in enumerate(rest) if re.match(r'--?(no)?config\.', argument))
-    first = next(overrides, len(rest))
-    rest[first:first] = [f'--config.{path}={fields!r}' for path, fields in given.items()]
     return rest
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from nfnets_jax.fields import REQUIRED, Option
+from nfnets_jax.fields import REQUIRED, Option, sections
 
 WIDTH = 80
 
@@ -26,30 +26,24 @@ def describe(
     if variants:
         yield from _wrap(f'--config={path}:VARIANT, where VARIANT is one of: {" ".join(variants)}')
     yield from _wrap('--config.KEY=VALUE sets one of these fields, here with their values.')
-    yield from _node('config', '', known, config)
+    for node, doc, options in sections(known, 'config'):
+        yield ''
+        yield from _wrap(f'{node}: {doc}' if doc else node, 0)
+        values: Any = config
+        for key in node.split('.')[1:]:
+            values = values.get(key, {})  # {} for the entries of a list
+        for key, option in options.items():
+            yield from _field(key, option, values.get(key, option.default))
 
 
-def _node(
-    name: str, doc: str, known: Mapping[str, Option], values: Mapping[str, Any]
-) -> Iterator[str]:
-    """Yields the fields of a node, and then its inner nodes and the entries of its lists."""
-    yield ''
-    yield from _wrap(f'{name}: {doc}' if doc else name, 0)
-    for key, option in known.items():
-        if not option.inner:
-            value = values.get(key, option.default)
-            value = value.to_dict() if isinstance(value, ConfigDict) else value
-            entries = value if option.entries else ()
-            given = '' if entries or value is REQUIRED else f' = {value!r}'
-            yield from _wrap(f'{key}{given}  ({option.wants})')
-            yield from _wrap(option.field.doc, 6)
-            for i, entry in enumerate(entries):
-                yield from _wrap(f'[{i}] = {entry!r}', 6)
-    for key, option in known.items():
-        if inner := option.inner:
-            yield from _node(f'{name}.{key}', option.field.doc, inner, values.get(key) or {})
-        elif inner := option.entries:
-            yield from _node(f'{name}.{key}[i]', 'each of them has', inner, {})
+def _field(key: str, option: Option, value: Any) -> Iterator[str]:
+    value = value.to_dict() if isinstance(value, ConfigDict) else value
+    entries = value if option.entries else ()
+    given = '' if entries or value is REQUIRED else f' = {value!r}'
+    yield from _wrap(f'{key}{given}  ({option.wants})')
+    yield from _wrap(option.field.doc, 6)
+    for i, entry in enumerate(entries):
+        yield from _wrap(f'[{i}] = {entry!r}', 6)
 
 
 def _wrap(text: str, indent: int = 2) -> list[str]:

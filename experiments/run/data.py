@@ -32,24 +32,16 @@ class DataConfig:
     """Fields of `config.data` for every source; the options of the source stand beside them."""
 
     name: Annotated[str, Field(f'A source: {", ".join(sources.SOURCES)}.')] = 'digits'
-    skip_bad: Annotated[
-        int, Field('Images that cannot be read to skip in each process, before an error.', low=0)
-    ] = 0
-    on_device: Annotated[
-        bool, Field('Keep the whole training set on the devices, if it is small.')
-    ] = False
+    skip_bad: Annotated[int, Field('Unreadable images to skip, in each process.', low=0)] = 0
+    on_device: Annotated[bool, Field('Keep a small training set on the devices.')] = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageOptions:
     """Options of every source, on how its images come to one size; the top of the file tells."""
 
-    image_size: Annotated[
-        int | None, Field("Side in training, in pixels; None: the model's.", low=1)
-    ] = None
-    test_image_size: Annotated[
-        int | None, Field("Side in evaluation, in pixels; None: the model's.", low=1)
-    ] = None
+    image_size: Annotated[int | None, Field("Training pixels; None: the model's.", low=1)] = None
+    test_image_size: Annotated[int | None, Field("Test pixels; None: the model's.", low=1)] = None
     test_mode: Annotated[
         str | None, Field("Evaluation preprocessing, a mode of make_transform; None: the model's.")
     ] = None

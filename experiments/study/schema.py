@@ -117,10 +117,7 @@ class StudyConfig:
     ] = ('train',)
     metric: Annotated[str, Field('What arms are judged by.')] = 'test/top1'
     higher_is_better: Annotated[bool, Field('Which way the metric is better.')] = True
-    chance: Annotated[
-        float | None,
-        Field('The metric of an untrained network, and of a trial that diverged.'),
-    ] = 0.1
+    chance: Annotated[float | None, Field('The metric of an untrained or diverged network.')] = 0.1
     tuned: Annotated[
         Sequence[str],
         Field('Axes whose best value is chosen for each arm, by the mean over the seeds.'),

@@ -26,9 +26,7 @@ class Recipe:
     """The options of the augmentation, in the order of `make_augment`."""
 
     flip: Annotated[bool, Field('Mirror every second image left-right.')] = False
-    shift: Annotated[
-        int, Field('Crop at up to this many pixels off, in both directions.', low=0)
-    ] = 0
+    shift: Annotated[int, Field('Crop up to this many pixels off, in both directions.', low=0)] = 0
     shift_fill: Annotated[
         Literal['constant', 'edge', 'reflect'],
         Field('What lies outside of a shifted image; constant is black.'),
@@ -36,14 +34,12 @@ class Recipe:
     mixup: Annotated[
         float,
         Field(
-            'MixUp of images and labels in pairs, by weights of Beta(mixup, mixup); 0: off; '
-            'published: 0.2. With CutMix too, half of the batch each.',
+            'Alpha of MixUp: pairs of images and labels are mixed by weights of Beta(alpha, '
+            'alpha); 0: off; published: 0.2. With CutMix, too, half of the batch each.',
             low=0,
         ),
     ] = 0.0
-    cutmix: Annotated[
-        float, Field('CutMix, by weights of Beta(cutmix, cutmix); 0: off; published: 1.', low=0)
-    ] = 0.0
+    cutmix: Annotated[float, Field('Alpha of CutMix, as of MixUp; published: 1.', low=0)] = 0.0
     mix_pairs: Annotated[
         Literal['batch', 'distinct'],
         Field(
@@ -51,24 +47,14 @@ class Recipe:
             'distinct (as published): mix a batch of B examples from 2 B images, each used once.'
         ),
     ] = 'batch'
-    mix_first: Annotated[
-        bool, Field('Mix before RandAugment or AutoAugment (as published), or after.')
-    ] = True
-    randaugment_layers: Annotated[
-        int, Field('Operations of RandAugment on each image; 0: off; published: 4.', low=0)
-    ] = 0
+    mix_first: Annotated[bool, Field('Mix before RandAugment (as published), or after.')] = True
+    randaugment_layers: Annotated[int, Field('Operations on an image; published: 4.', low=0)] = 0
     randaugment_magnitude: Annotated[
         float, Field('Published: F0 5, F1 and F2 10, larger ones 15.', low=0)
     ] = 10.0
-    autoaugment: Annotated[
-        bool, Field("ImageNet's policy v0 of AutoAugment, instead of RandAugment.")
-    ] = False
-    erasing: Annotated[
-        float, Field('Probability of blanking a random part of an image.', low=0, high=1)
-    ] = 0.0
-    label_smoothing: Annotated[
-        float, Field('Share of a label that is spread over all classes.', low=0, below=1)
-    ] = 0.0
+    autoaugment: Annotated[bool, Field("ImageNet's policy v0, instead of RandAugment.")] = False
+    erasing: Annotated[float, Field('Probability of blanking a random box.', low=0, high=1)] = 0.0
+    label_smoothing: Annotated[float, Field('Share spread over all classes.', low=0, below=1)] = 0.0
 
     @classmethod
     def parse(cls, config: Mapping) -> 'Recipe':

@@ -166,7 +166,7 @@ class Digits(ArraySource):
             ),
         ] = tuple(range(10)),
         per_class: Annotated[
-            int | None, Field('Training images of each digit; None: all.', low=1)
+            int | None, Field('Training images of a digit; None: all.', low=1)
         ] = None,
     ):
         from sklearn.datasets import load_digits  # here: a slow import that only digits need
@@ -283,9 +283,7 @@ class Noise(ArraySource):
         self,
         split: str,
         image_size: Annotated[int, Field('Side in pixels.', low=1)] = 32,
-        classes: Annotated[
-            int, Field('Number of classes; examples have them in turn.', low=2)
-        ] = 10,
+        classes: Annotated[int, Field('Classes, which examples have in turn.', low=2)] = 10,
         examples: Annotated[int, Field('Images in each split.', low=1)] = 1024,
     ):
         check_split('noise', split)

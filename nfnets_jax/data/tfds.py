@@ -54,12 +54,8 @@ class TfdsSource:
         ],
         data_dir: Annotated[str, Field('Directory of the prepared data sets.')] = DEFAULT_DATA_DIR,
         train_split: Annotated[str, Field("Examples to train on: 'train[:90%]'.")] = 'train',
-        validation_split: Annotated[
-            str, Field("Examples to validate on; '': 'validation' if there is also a test split.")
-        ] = '',
-        test_split: Annotated[
-            str, Field("Examples to test on; '': 'test', else 'validation'.")
-        ] = '',
+        validation_split: Annotated[str, Field("Examples to validate on; '': the default.")] = '',
+        test_split: Annotated[str, Field("Examples to test on; '': the default.")] = '',
     ):
         check_split('tfds', split, SPLITS)
         builder = open_builder(dataset, data_dir)

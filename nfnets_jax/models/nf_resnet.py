@@ -37,21 +37,11 @@ class NFResNet(hk.Module):
         variant: str = '50',
         *,
         alpha: options.Alpha = 0.2,
-        standardize: Annotated[
-            bool,
-            Field('Scaled weight standardization.'),
-        ] = True,
-        activation_gain: Annotated[
-            bool,
-            Field('Multiply activations by their gain gamma, so that they preserve variance.'),
-        ] = True,
-        downscale: Annotated[
-            bool, Field('Multiply the input of a branch by beta; False: beta is 1.')
-        ] = True,
+        standardize: Annotated[bool, Field('Scaled weight standardization.')] = True,
+        activation_gain: Annotated[bool, Field('Scale activations by their gain gamma.')] = True,
+        downscale: Annotated[bool, Field('Scale the input of a branch by beta, not 1.')] = True,
         use_se: options.UseSe = False,
-        use_eca: Annotated[
-            bool, Field('Efficient channel attention at the end of the branch.')
-        ] = False,
+        use_eca: Annotated[bool, Field('Efficient channel attention of the branch.')] = False,
         se_ratio: options.SeRatio = 0.25,
         activation: options.Activation = 'relu',
         skipinit_gain: options.SkipinitGain = 0.0,

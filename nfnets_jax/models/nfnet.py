@@ -42,15 +42,9 @@ class NFNet(hk.Module):
             ),
         ] = 0.5,
         group_size: options.GroupSize = 128,
-        big_width: Annotated[
-            bool, Field('Multiply the output width of a block by `expansion`, not its input width.')
-        ] = True,
-        use_two_convs: Annotated[
-            bool, Field('Two grouped 3x3 convolutions in a block, not one.')
-        ] = True,
-        use_eca: Annotated[
-            bool, Field('Efficient channel attention instead of squeeze-and-excitation.')
-        ] = False,
+        big_width: Annotated[bool, Field('Expand from the output width, not the input.')] = True,
+        use_two_convs: Annotated[bool, Field('Two grouped 3x3 convolutions, not one.')] = True,
+        use_eca: Annotated[bool, Field('ECA instead of squeeze-and-excitation.')] = False,
         se_ratio: options.SeRatio = 0.5,
         alpha: options.Alpha = 0.2,
         final_conv_mult: Annotated[

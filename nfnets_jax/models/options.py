@@ -30,26 +30,15 @@ Initializer = float | hk.initializers.Initializer
 NumClasses = Annotated[int, Field('Size of the logits; 0: features only.', low=0)]
 Activation = Annotated[str, Field('Name of the activation, in layers.activations.')]
 Alpha = Annotated[float, Field('Weight of the residual branch.', above=0)]
-SkipinitGain = Annotated[
-    Initializer, Field("Initial value of the branch's learned gain, or an initializer.")
-]
-FcInit = Annotated[
-    Initializer,
-    Field("Standard deviation of the classifier's initial weights, or an initializer."),
-]
+SkipinitGain = Annotated[Initializer, Field('Initial gain of the branch, or an initializer.')]
+FcInit = Annotated[Initializer, Field('Initial stddev of the classifier, or an initializer.')]
 GroupSize = Annotated[int, Field('Channels in each group of the grouped convolutions.', low=1)]
 UseSe = Annotated[bool, Field('Squeeze-and-excitation at the end of the branch.')]
-SeRatio = Annotated[
-    float,
-    Field('Ratio of the hidden width of squeeze-and-excitation to its input width.', above=0),
-]
-Norm = Annotated[
-    Literal['batch', 'none'], Field('Batch normalization, or the same network without it.')
-]
+SeRatio = Annotated[float, Field('Hidden over input width of squeeze-and-excitation.', above=0)]
+Norm = Annotated[Literal['batch', 'none'], Field('Batch norm, or the same without it.')]
 BnDecayRate = Annotated[float, Field('Decay rate of the running statistics.', low=0, below=1)]
 CrossReplicaAxis = Annotated[
-    str | None,
-    Field('Mapped axis over which batch statistics are averaged; None: each device its own.'),
+    str | None, Field('Axis to average batch statistics over; None: each device has its own.')
 ]
 Remat = Annotated[bool, Field('Recompute blocks in the backward pass: less memory, more time.')]
 Scan = Annotated[
@@ -118,9 +107,7 @@ class Overrides(TypedDict, total=False):
         Sequence[int] | None,
         Field('Output channels of each stage, before the width multiplier.', low=1, rule=len),
     ]
-    depths: Annotated[
-        Sequence[int] | None, Field('Residual blocks of each stage.', low=1, rule=len)
-    ]
+    depths: Annotated[Sequence[int] | None, Field('Blocks of each stage.', low=1, rule=len)]
     stem: Annotated[
         Literal['imagenet', 'small'] | None,
         Field('imagenet downsamples the image before the first block, small keeps its size.'),

@@ -38,9 +38,7 @@ class ResNet(hk.Module):
         num_classes: options.NumClasses,
         variant: str = '50',
         *,
-        preactivation: Annotated[
-            bool, Field('Activation before the convolutions, not after the addition.')
-        ] = True,
+        preactivation: Annotated[bool, Field('Activation before the convolutions.')] = True,
         norm: options.Norm = 'batch',
         bn_decay_rate: options.BnDecayRate = 0.9,
         cross_replica_axis: options.CrossReplicaAxis = None,
