@@ -116,8 +116,8 @@ def test_images_are_evaluated_as_the_models_authors_do(folder, model, mode):
 @pytest.mark.parametrize(
     ('options', 'match'),
     [
-        ({'image_size': 0}, r'image_size=0: must be an integer of at least 1'),
-        ({'test_image_size': '8'}, r"test_image_size='8': must be an integer"),
+        ({'image_size': 0}, r'image_size=0: must be None or an integer of at least 1'),
+        ({'test_image_size': '8'}, r"test_image_size='8': must be None or an integer"),
         ({'test_mode': 'crop'}, "preprocessing 'crop': unknown"),
         ({'mean': (0.5, 0.5)}, r'mean=\(0\.5, 0\.5\): must be three numbers'),
         ({'std': (1, 1, 0)}, r'std\[2\]=0: must be a number above 0'),
