@@ -20,7 +20,7 @@ from absl import flags
 from experiments.launch import cli
 from nfnets_jax import files
 from nfnets_jax.data.folder import find_images
-from nfnets_jax.data.preprocessing import PictureError, make_transform
+from nfnets_jax.data.preprocessing import ImageError, make_transform
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import export, pretrained
 
@@ -61,7 +61,7 @@ def classify(
             return np.asarray(transform(path.read_bytes(), None), np.float32)
         except OSError as error:
             return f'cannot be read: {error.strerror}'
-        except PictureError as error:
+        except ImageError as error:
             return str(error)
 
     paths = list(paths)

@@ -148,7 +148,7 @@ def train(
             files.atomic_write(path / 'model.json', metadata + '\n')
 
         # Where the images come from, and where it is told what becomes of them.
-        bad = pipeline.BadPictures(task.skip_bad)
+        bad = pipeline.UnreadableExamples(task.skip_bad)
         batches = stack.enter_context(_open_batches(task, step, bad))
         writer = metric_writers.open_writer(path, config=config, start_step=step, active=primary)
         stack.callback(writer.close)
@@ -275,7 +275,7 @@ _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'orbax-checkpoint', 'grain', 
 
 
 def _open_batches(
-    task: Task, start_step: int, bad: pipeline.BadPictures
+    task: Task, start_step: int, bad: pipeline.UnreadableExamples
 ) -> pipeline.Prefetch | device_cached.ResidentBatches:
     """Returns this process's training batches on its devices, from `start_step` on."""
     process, rows = jax.process_index(), parallel.local_batch_size(task.images_per_step)

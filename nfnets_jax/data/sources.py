@@ -1,16 +1,16 @@
-"""Where the pictures come from: random access to examples behind one small interface.
+"""Sources: random access to labeled images behind one small interface.
 
 A source is any object with
 
     len(source)           the number of examples
     source[i]             {'image': array or bytes, 'label': int}, for 0 <= i < len(source); the
-                          image is uint8 [H, W, 3], or the bytes of an encoded picture (JPEG, PNG,
+                          image is uint8 [H, W, 3], or the bytes of an encoded image (JPEG, PNG,
                           ...), which a transform of `nfnets_jax.data.preprocessing` decodes
-    source.where(i)       what to call example i in an error: its file, or its place in the arrays
+    source.where(i)       the file or index of example i, for errors
     source.class_names    tuple of str, label -> name
     source.name           str
-    source.origin         str, the directory or file it was found in, or what makes it
-    source.left_out       dict, kind of file -> how many lie beside the examples and are not taken
+    source.origin         str, the directory, file or package that the examples come from
+    source.left_out       dict, kind of file -> how many were ignored beside the examples
     source.checksum()     str, see `identify`
 
 Reading is thread-safe and has no order: shuffling, sharding and batching belong to the pipeline.
@@ -61,11 +61,11 @@ class Source(Protocol):
 
 
 class Identity(NamedTuple):
-    """What tells one set of examples from another, cheaply.
+    """A cheap fingerprint of a set of examples.
 
     Attributes:
         class_names: label -> name.
-        num_examples: how many there are.
+        num_examples: number of examples.
         checksum: 64 hexadecimal digits.
     """
 
@@ -75,30 +75,30 @@ class Identity(NamedTuple):
 
 
 def identify(source: Source) -> Identity:
-    """Returns the identity of a source, to be compared with that of an earlier day.
+    """Returns the identity of a source, to be compared with that of another day.
 
     The checksum is SHA-256 over
         folder: the name of every file relative to the directory of its split, with its class, in
             the order of the examples;
         arrays, digits, synthetic images: dtype, shape and bytes of the images, and the labels;
-        tfds: the data set with its version, and which examples of which record files are taken.
+        tfds: the data set with its version, and the chosen examples of each record file.
 
-    It sees an example or class that is added, removed, renamed or moved to another split, and
-    another order of the examples. It does not see where the data are (a directory may be moved as a
-    whole), nor, for files, contents that change under the same name: files are not read.
+    It changes if an example or class is added, removed, renamed or moved to another split, or if
+    the order changes. It does not change if the directory is moved as a whole, nor if a file's
+    content changes under the same name: files are not read.
     """
     return Identity(source.class_names, len(source), source.checksum())
 
 
 class ArraySource:
-    """Pictures and labels that lie in memory.
+    """Images and labels in memory.
 
     Args:
         images: uint8 [N, H, W, 3].
         labels: integers [N], each in [0, len(class_names)).
         class_names: names of the classes; by default '0', '1', ... up to the largest label.
-        name: what to call the source in messages.
-        origin: the file they come from, or what makes them.
+        name: the source's name in messages.
+        origin: the file or package that they come from.
     """
 
     left_out: Mapping[str, int] = MappingProxyType({})
@@ -148,14 +148,14 @@ class Digits(ArraySource):
     """The 1797 handwritten digits that scikit-learn carries (UCI, 8x8 pixels, values 0..16).
 
     Scaled to 0..255, enlarged to `image_size` (bicubic) and repeated to three channels. The split
-    is fixed: of every class, in the order of the file, each fifth picture is a test picture, which
-    makes 1442 for training and 355 for testing.
+    is fixed: every fifth image of a class, in the order of the file, is for testing, which gives
+    1442 for training and 355 for testing.
 
     Args:
         split: 'train' or 'test'.
         image_size: pixels, 8 or more.
-        classes: the digits to take, none twice; labels number them in this order.
-        per_class: training pictures of each to take, the first in the file; None: all.
+        classes: distinct digits to use; labels number them in this order.
+        per_class: use only the first training images of each class in the file; None: all.
     """
 
     def __init__(
@@ -207,17 +207,18 @@ class Digits(ArraySource):
 class ArrayFile(ArraySource):
     """The arrays of an .npz file: train_images, train_labels, test_images and test_labels.
 
-    There may be validation_images and validation_labels, too. `SPLIT_NAMES` are the names that a
-    split may have; where there is val but no test, 'test' is val, and there is no 'validation'.
+    The file may also hold validation_images, validation_labels and class_names. `SPLIT_NAMES`
+    lists other names of the splits. If there is val but no test, 'test' is val, and there is no
+    'validation'.
 
     Args:
         split: 'train', 'validation' or 'test'.
-        path: the file; images are uint8 [N, H, W, 3], labels integers from 0. It may hold
-            class_names, too. `left_out` names the arrays that are none of these.
+        path: the file; images are uint8 [N, H, W, 3], labels integers from 0. `left_out` names all
+            other arrays.
 
     Raises:
-        MissingSplit: 'validation' where there is none.
-        UsageError: anything but such a file.
+        MissingSplit: 'validation' if there is none.
+        UsageError: not such a file.
     """
 
     def __init__(self, split: str, path: str):
@@ -248,10 +249,10 @@ class ArrayFile(ArraySource):
 
 
 def _find_arrays(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Returns the names of the images and the labels of every split, 'train' and 'test' at least.
+    """Returns the names of the image and label arrays of every split, at least 'train' and 'test'.
 
     Raises:
-        KeyError: arrays are missing, or there are two of one kind.
+        KeyError: arrays are missing, or one split has two names.
     """
     held = f'it holds {", ".join(names) or "nothing"}'
     found = {}
@@ -274,16 +275,16 @@ def _find_arrays(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-class Noise(ArraySource):
-    """Made pictures: of each class the same coarse pattern of colours under noise of their own.
+class Synthetic(ArraySource):
+    """Synthetic images: a coarse color pattern per class, with independent noise on each image.
 
-    Easy to learn, equal everywhere, and there without any files: for trying a recipe out.
+    Easy to learn, the same on every machine, and made without files: for trying out a recipe.
 
     Args:
-        split: 'train' or 'test', which have other noise.
+        split: 'train' or 'test'; their noise differs.
         image_size: pixels.
-        classes: how many; examples have them in turn.
-        examples: how many in each split.
+        classes: number of classes; label i % classes belongs to example i.
+        examples: number of examples in each split.
     """
 
     def __init__(self, split: str, image_size: int = 32, classes: int = 10, examples: int = 1024):
@@ -313,7 +314,7 @@ class Noise(ArraySource):
 
 SOURCES: dict[str, Callable[..., Source]] = {
     'digits': Digits,
-    'noise': Noise,
+    'noise': Synthetic,
     'arrays': ArrayFile,
     'folder': ImageFolder,
     'tfds': TfdsSource,
@@ -324,7 +325,7 @@ def source_options(name: str) -> dict[str, inspect.Parameter]:
     """Returns the options of a source, by name.
 
     Raises:
-        UsageError: there is no such source.
+        UsageError: unknown source.
     """
     if name not in SOURCES:
         raise UsageError(f'data.name={name!r}: no such data{nearest(name, SOURCES)}')
@@ -339,13 +340,13 @@ def open_source(name: str, split: str, **options: Any) -> Source:
     Args:
         name: a key of `SOURCES`.
         split: 'train', 'validation' or 'test'.
-        **options: what that source takes, e.g. image_size for digits, path for a folder,
+        **options: arguments of that source, e.g. image_size for digits, path for a folder,
             dataset for tfds.
 
     Raises:
-        MissingSplit: a split that this source does not have; 'train' and 'test' every one has.
-        UsageError: unknown name or option, a value of the wrong type, data that are not there, or
-            examples of a single class.
+        MissingSplit: the source does not have this split; all have 'train' and 'test'.
+        UsageError: unknown name or option, a value of the wrong type, missing data, or examples of
+            a single class.
     """
     parameters = source_options(name)
     for option, value in options.items():

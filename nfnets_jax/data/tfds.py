@@ -1,4 +1,4 @@
-"""TensorFlow Datasets without TensorFlow: ArrayRecord files, read at random."""
+"""TensorFlow Datasets without TensorFlow: random access to ArrayRecord files."""
 
 import hashlib
 import pathlib
@@ -6,11 +6,11 @@ import pathlib
 import numpy as np
 
 from nfnets_jax import files
-from nfnets_jax.data.preprocessing import PictureError, decode
+from nfnets_jax.data.preprocessing import ImageError, decode
 from nfnets_jax.data.splits import SPLITS, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 
-# How the papers split ImageNet; the first 10,000 training pictures are for choosing.
+# How the papers split ImageNet; the first 10,000 training images are for model selection.
 _PAPER_SPLITS = {
     'imagenet2012': {
         'TRAIN': 'train[10000:]',
@@ -23,25 +23,25 @@ DEFAULT_DATA_DIR = '~/tensorflow_datasets'
 
 
 class TfdsSource:
-    """A data set of tensorflow_datasets that `experiments.prepare_data` has put in place.
+    """A data set of tensorflow_datasets, prepared as ArrayRecord files.
 
-    Where all pictures have one size, as in CIFAR, images are pixels, uint8 [H, W, 3]; else they are
+    If all images have one size, as in CIFAR, examples hold pixels, uint8 [H, W, 3]; otherwise
     encoded files.
 
     Args:
         split: 'train', 'validation' or 'test'.
-        dataset: its name, e.g. 'cifar10' or 'imagenet2012'; with a config or version if need be
+        dataset: name, e.g. 'cifar10' or 'imagenet2012', optionally with a config or version
             ('cifar10_corrupted/fog_3', 'cifar10:3.0.2').
-        data_dir: where the prepared data sets are.
-        train_split, validation_split, test_split: which examples those are, as TFDS writes it
-            ('train[:90%]', 'train[10000:]', 'train+test'); for imagenet2012 also 'TRAIN', 'VALID',
-            'TRAIN_AND_VALID' and 'TEST'. By default for testing 'test', or 'validation' where
-            there is no test split or, as in ImageNet, none with labels; for validation
-            'validation' where training is on 'train' and testing on 'test', else there is none.
+        data_dir: directory of the prepared data sets.
+        train_split, validation_split, test_split: TFDS split expressions ('train[:90%]',
+            'train[10000:]', 'train+test'); for imagenet2012 also 'TRAIN', 'VALID',
+            'TRAIN_AND_VALID' and 'TEST'. By default testing uses 'test', or 'validation' if there
+            is no test split or, as in ImageNet, none with labels; validation uses 'validation' if
+            training uses 'train' and testing 'test', and is missing otherwise.
 
     Raises:
-        MissingSplit: 'validation' where there is none.
-        UsageError: data that are not there, not prepared or damaged, or examples that are none.
+        MissingSplit: 'validation' if there is none.
+        UsageError: data that are missing, not prepared or damaged, or a split without examples.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class TfdsSource:
                 builder, f'data.{split}_split', expression, self._image, data_dir
             )
             self[0], self[len(self) - 1]
-        except PictureError as error:
+        except ImageError as error:
             raise UsageError(
                 f'data.dataset={dataset!r}: files are missing or damaged in {builder.data_dir} '
                 f'({str(error)[:200]}); remove it and run {_prepare_command(builder, data_dir)}'
@@ -89,7 +89,7 @@ class TfdsSource:
             if not example[self._image]:
                 raise ValueError('an empty record')
         except (OSError, ValueError, RuntimeError) as error:  # the reader raises any of them
-            raise PictureError(f'cannot be read: {" ".join(str(error).split())}') from error
+            raise ImageError(f'cannot be read: {" ".join(str(error).split())}') from error
         image: bytes | np.ndarray = bytes(example[self._image])
         if self._one_size:
             image = decode(image)
@@ -103,12 +103,12 @@ class TfdsSource:
 
 
 def open_builder(dataset: str, data_dir: str):
-    """Returns TFDS's builder of a data set, which may be prepared or not.
+    """Returns TFDS's builder of a data set, prepared or not.
 
-    A data set whose code is not part of TFDS is found if it is prepared.
+    A data set whose code is not part of TFDS is found only if it is prepared.
 
     Raises:
-        UsageError: there is none of this name.
+        UsageError: unknown name.
     """
     import tensorflow_datasets as tfds  # here: a slow import that only such data need
 
@@ -120,12 +120,12 @@ def open_builder(dataset: str, data_dir: str):
         name = dataset.split('/')[0].split(':')[0]
         reason = ' '.join(str(error).split()) if name in known else f'unknown{nearest(name, known)}'
         raise UsageError(f'data.dataset={dataset!r}: {reason[:300]}') from error
-    # What is prepared is read as it describes itself: only so are all its file formats known.
+    # The files' own description lists all their formats; the code's builder does not.
     return tfds.builder_from_directory(builder.data_dir) if builder.info.splits else builder
 
 
 def _image_and_label(info) -> tuple[str, str]:
-    """Returns the names of the picture and the class among a data set's features."""
+    """Returns the names of the image feature and the class feature of a data set."""
     import tensorflow_datasets as tfds
 
     features = dict(info.features.items())
@@ -135,8 +135,8 @@ def _image_and_label(info) -> tuple[str, str]:
         return info.supervised_keys[:2]
     if any(len(names) != 1 for names in found):
         raise UsageError(
-            f'data.dataset={info.name!r}: not one picture and one class in each example, '
-            f'but {", ".join(features)}'
+            f'data.dataset={info.name!r}: must have one image and one class in each example; '
+            f'it has {", ".join(features)}'
         )
     return found[0][0], found[1][0]
 
@@ -148,14 +148,14 @@ def _default_test_split(info) -> str:
 
 
 def _open_records(builder, key: str, expression: str, image: str, data_dir: str):
-    """Opens the records of a split, and says which they are, or why not and what to do.
+    """Opens the records of a split.
 
     Returns:
-        The records, and of each file that has some: its name, the first one's number, how many.
+        The records, and a list of (file name, number of the first record, number of records).
 
     Raises:
-        UsageError: they are not there.
-        PictureError: their files are missing or damaged.
+        UsageError: the data set is not prepared, or has no such split.
+        ImageError: files are missing or damaged.
     """
     import tensorflow_datasets as tfds
 
@@ -182,8 +182,8 @@ def _open_records(builder, key: str, expression: str, image: str, data_dir: str)
             f'{key}={expression!r}: no examples in {name}{nearest(expression, known)}'
         ) from error
     except (OSError, RuntimeError) as error:
-        raise PictureError(f'cannot be opened: {" ".join(str(error).split())}') from error
-    # Asked for now, when they are those of the ArrayRecord files.
+        raise ImageError(f'cannot be opened: {" ".join(str(error).split())}') from error
+    # Only after as_data_source are these the instructions of the ArrayRecord files.
     parts = info.splits[split].file_instructions
     return records, [(pathlib.PurePath(p.filename).name, p.skip, p.take) for p in parts]
 
