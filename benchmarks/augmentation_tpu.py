@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import timing
 from experiments.run import compiled_text
 from nfnets_jax import augment, files
-from nfnets_jax.augment import operations
+from nfnets_jax.augment import operations, packed_images
 from nfnets_jax.augment.definitions import OPERATIONS, WARPS
 
 # By name of the branches' operations: the first leaves an image as it is, and warps have two signs.
@@ -123,7 +123,7 @@ def _recipe(form: str, batch: int, size: int, magnitude: float) -> tuple:
         keys = augment.example_keys(0, step, jnp.arange(count))
         if form == 'ours':
             return apply(keys, images, labels)
-        with mock.patch.object(operations, 'one_by_one', operations.in_groups):
+        with mock.patch.object(packed_images, 'apply_operations', operations.grouped):
             return apply(keys, images, labels)
 
     return (
