@@ -49,7 +49,7 @@ def classify(
 ) -> Iterator[tuple[pathlib.Path, list[Guess] | str]]:
     """Yields for each picture its `top` classes, the likeliest first, or why it cannot be read."""
     metadata = weights.metadata
-    transform = make_transform(metadata.eval_mode, export.picture_size(weights))
+    transform = make_transform(metadata.eval_mode, export.image_size(weights))
     logits = export.make_classifier(weights)
     predict = jax.jit(lambda pixels: jax.nn.softmax(logits(pixels)))
     names = metadata.class_names or tuple(map(str, range(metadata.num_classes or 0)))

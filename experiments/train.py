@@ -52,6 +52,7 @@ from experiments.run import (
     step_metrics,
     workdir,
 )
+from experiments.run.checkpoints import Checkpoints
 from experiments.run.profiling import Trace
 from experiments.run.throughput import Clock
 from experiments.train_step import Programs, compile_programs, computed_per_device
@@ -59,7 +60,7 @@ from nfnets_jax import files
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError, first_line
 from nfnets_jax.weights import pretrained
-from nfnets_jax.weights.checkpoints import Checkpoints, DamagedCheckpointError
+from nfnets_jax.weights.checkpoints import DamagedCheckpointError
 
 
 class DivergedError(Exception):
@@ -119,7 +120,9 @@ def train(
         # Where were we?
         init, train_step, eval_step = compile_programs(task, {} if programs is None else programs)
         like = jax.eval_shape(lambda: init_state(task, init=init))
-        checkpoints = Checkpoints(path / 'checkpoints', keep=config.checkpoint.keep, active=primary)
+        checkpoints = Checkpoints(
+            path / 'checkpoints', keep=config.checkpoint.keep, enabled=primary
+        )
         stack.callback(checkpoints.close)
         try:
             newest = checkpoints.latest(like, on_damage=say)
