@@ -40,7 +40,7 @@ def render(studies: Sequence[Study], *, command: str, made: str) -> str:
     body = [
         _overview(studies, places, verdicts),
         *map(_study, studies, places, judgements),
-        '<section aria-labeledby="method"><h2 id="method">How results are judged</h2>',
+        '<section aria-labelledby="method"><h2 id="method">How results are judged</h2>',
         *(f'<p>{_e(paragraph)}</p>' for paragraph in summaries.METHOD),
         f'</section><footer class="muted"><p>This page was made by</p><pre>{_e(command)}</pre>'
         f'<p>{_e(made)}</p></footer>',
@@ -125,7 +125,7 @@ def _overview(
 def _study(study: Study, place: str, judgements: Sequence[results.Judgement]) -> str:
     tunings = results.tunings(study)
     parts = [
-        f'<section class="study" aria-labeledby="{place}"><h2 id="{place}">{_e(study.title)}</h2>',
+        f'<section class="study" aria-labelledby="{place}"><h2 id="{place}">{_e(study.title)}</h2>',
         f'<p class="question">{_e(study.question)}</p><p>{_e(study.setting)}</p>',
         f'<p class="{"muted" if summaries.is_complete(study) else "notice"}">'
         f'{_e(_progress(study))}</p>',
@@ -191,7 +191,7 @@ def _figure(chart: charts.Chart, place: str) -> str:
     if isinstance(chart, charts.Parallel):  # Wider than a phone.
         plot = _scrolling(plot, chart.title, 'scroll wide')
     return (
-        f'<figure aria-labeledby="{place}">{title}{_legend(chart)}{plot}'
+        f'<figure aria-labelledby="{place}">{title}{_legend(chart)}{plot}'
         f'<script type="application/json">{_json(interactive.figure(chart))}</script>'
         f'<figcaption>{_details("The same as a table", _table(chart.table(), chart.title))}'
         '</figcaption></figure>'

@@ -165,8 +165,8 @@ class Journal:
                         continue
                 new.append((trial, difference))
             choices: dict[str, dict] = {}
-            for point in (*trials, *existing):
-                for axis, value in point.axes.items():
+            for axes in [*(trial.axes for trial in trials), *(record.axes for record in existing)]:
+                for axis, value in axes.items():
                     choices.setdefault(axis, {})[value] = None
             if 'base' not in attributes:
                 self._study.set_user_attr('base', dict(base))

@@ -186,7 +186,7 @@ def _step_mib(setting: experiment.Task) -> float:
     devices = jax.local_device_count()
     rows = parallel.local_batch_size(setting.images_per_step) // devices
     batch = {
-        'image': jax.ShapeDtypeStruct((devices, rows, *setting.images.shape), np.uint8),
+        'image': jax.ShapeDtypeStruct((devices, rows, *setting.pictures.shape), np.uint8),
         'label': jax.ShapeDtypeStruct((devices, rows), np.int32),
         'position': jax.ShapeDtypeStruct((devices, rows), np.int32),
         'stop': jax.ShapeDtypeStruct((devices, 1), np.float32),
@@ -212,7 +212,7 @@ def _make_logits(setting: experiment.Task) -> Callable:
 
     @functools.partial(jax.jit, static_argnums=3)
     def logits(params, state, images, is_training):
-        mean, std = setting.images.mean, setting.images.std
+        mean, std = setting.pictures.mean, setting.pictures.std
         images = augment.normalize(images, mean, std, setting.config.precision)
         # A device axis of size one: networks that average statistics over devices need its name.
         apply = jax.vmap(

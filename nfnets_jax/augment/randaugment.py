@@ -135,8 +135,8 @@ def _fold(keys: jax.Array, number) -> jax.Array:
 
 def _each(function, *arrays) -> jax.Array:
     """Applies a function to every element of the broadcast arrays."""
-    arrays = jnp.broadcast_arrays(*arrays)
-    return jax.vmap(function)(*(x.ravel() for x in arrays)).reshape(arrays[0].shape)
+    same_shape = jnp.broadcast_arrays(*arrays)
+    return jax.vmap(function)(*(x.ravel() for x in same_shape)).reshape(same_shape[0].shape)
 
 
 def _reach(published: Mapping[str, float], images: jax.Array) -> dict[str, float]:
