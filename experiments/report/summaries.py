@@ -17,23 +17,22 @@ from experiments.report.wording import (
 from experiments.study.schema import DONE, STATES, ChartSpec, Point
 
 METHOD = (
-    'Figures are means over seeds ± the standard error of the mean, with the number of seeds in '
-    'brackets. What is tuned (the learning rate, unless the study says more) is tuned for each '
-    'setting apart: of the grid that was tried, the value with the best mean over seeds is taken. '
-    'It is chosen by the same test images that the figure is of, for every arm alike. ',
-    'A trial that diverged is a result: where the study says what chance gives, it counts as that; '
-    'where it does not, nothing that it is compared with can be judged. A trial that failed for '
-    'another reason, or has not ended, is left out and listed.',
-    f'A claim is held against the Welch t interval, at {CONFIDENCE:.0%}, of the difference of two '
-    'means over seeds. It agrees if the whole interval is on the side of the margin that is '
-    'claimed, it does not if the whole interval is on the other side, and otherwise the seeds '
-    'scatter too much to say. With fewer than two seeds on either side nothing can be said.',
-    'Times are not shown: trials share the machine with one another and with other programs.',
+    'Numbers are means over seeds ± the standard error of the mean, with the number of seeds in '
+    'brackets. The tuned axes (the learning rate, unless the study says more) are tuned separately '
+    'for each setting: the value of the grid with the best mean over seeds is used. It is chosen '
+    'on the same test images that the number is about, for every arm alike.',
+    'A diverged trial is a result: it counts as chance level if the study gives that, and '
+    'otherwise no comparison with it is judged. A trial that failed for another reason, or has not '
+    'ended, is left out and listed.',
+    f'A claim is tested with the Welch t interval, at {CONFIDENCE:.0%}, of the difference of two '
+    'means over seeds. It agrees if the whole interval is on the claimed side of the margin, it '
+    'does not if the whole interval is on the other side, and otherwise the seeds scatter too much '
+    'to say. With fewer than two seeds on either side nothing can be said.',
+    'Times are not shown, because trials share the machine with one another and with other '
+    'programs.',
 )
 
-EDGES = (
-    'A best value at the edge of what was tried may not be the best: the grid should go on there.'
-)
+EDGES = 'A best value at the edge of the grid may not be the best: the grid should be extended.'
 
 SYMBOLS = {
     Verdict.AGREES: '✓',
