@@ -55,7 +55,7 @@ def get_config(size: str = 'digits'):
             worse={'arm': 'bn', 'batch_size': large},
         ),
         claim(
-            'With batch norm the logits of a picture depend on the rest of its batch.',
+            'With batch norm the logits of an image depend on the rest of its batch.',
             OURS,
             better={'arm': 'bn', 'batch_size': small},
             worse={'arm': 'nf_agc', 'batch_size': small},

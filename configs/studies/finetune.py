@@ -16,7 +16,7 @@ from experiments.study.config import PRETRAINED
 
 _NETWORKS = {
     'digits': 'NFNet of 4 blocks, trained on the 8x8 digits 0 to 4; then on 5 to 9, '
-    'ten pictures each',
+    'ten images each',
     'caltech101': 'NFNet-F0 at 192 pixels with SAM',
 }
 

@@ -24,7 +24,7 @@ _SMALL_STEM = {'stem': 'small'}
 _OPTIONS: dict[str, dict] = {'digits': _NARROW, 'cifar10': _SMALL_STEM, 'caltech101': {}}
 _NETWORKS = {
     'digits': 'networks of one bottleneck block a stage, 16 to 128 channels',
-    'cifar10': '50 layers with a stem for small pictures',
+    'cifar10': '50 layers with a stem for small images',
     'caltech101': 'the networks of 50 layers as published, at 224 pixels',
 }
 

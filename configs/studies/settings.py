@@ -40,10 +40,10 @@ _NETWORKS: dict[str, dict[str, str | float]] = {
 _CLASSES = {'digits': 10, 'cifar10_small': 10, 'cifar10': 10, 'caltech101': 101, 'imagenet': 1000}
 _DATA_WORDS = {
     'digits': '8x8 digits, 1442 to train on and 355 to test with, shifted by up to a pixel',
-    'cifar10_small': 'CIFAR-10, 10,000 pictures to train on and 2,000 to test with, shifted by up '
+    'cifar10_small': 'CIFAR-10, 10,000 images to train on and 2,000 to test with, shifted by up '
     'to 4 pixels and mirrored',
     'cifar10': 'CIFAR-10, shifted by up to 4 pixels and mirrored',
-    'caltech101': 'Caltech-101, 30 pictures of each class, random crops, mirrored',
+    'caltech101': 'Caltech-101, 30 images of each class, random crops, mirrored',
     'imagenet': 'ImageNet, random crops, mirrored',
 }
 _NETWORK_WORDS = {
