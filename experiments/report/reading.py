@@ -49,11 +49,11 @@ class Study:
     setting: str
     size: str
     axes: Mapping[str, Sequence[Value]]
-    tuned: Sequence[str]  # axes that default to their best value
+    tuned: Sequence[str]  # axes of which the best value is taken where none is asked for
     arms: Mapping[str, str]  # arm -> its label
     metric: str
     higher_is_better: bool
-    chance: float | None  # value of `metric` for diverged trials
+    chance: float | None  # what a diverged trial counts as in means of `metric`
     claims: Sequence[Claim]
     charts: Sequence[ChartSpec]
     trials: Sequence[TrialResult]
@@ -129,7 +129,7 @@ def _parse(path: pathlib.Path, fields: Fields) -> Study:
         higher_is_better=fields.take('higher_is_better', bool),
         chance=fields.take('chance', (*NUMBER, NONE), None),
         claims=[parse_claim(f, axes, metric) for f in fields.objects('claims', [])],
-        # Skip the charts of times, which studies of earlier versions have.
+        # Studies of earlier versions have charts of times: they are left out.
         charts=[
             chart
             for chart in (parse_chart(f, axes) for f in fields.objects('charts', []))
@@ -143,7 +143,7 @@ def _parse(path: pathlib.Path, fields: Fields) -> Study:
 
 
 def _in_order(values: Sequence[Value]) -> Sequence[Value]:
-    """Sorts numeric values; those of a later grid and of single arms were appended at the end."""
+    """Sorts numbers: those of a later grid, and of single arms, come after the others."""
     numbers = [v for v in values if isinstance(v, NUMBER) and not isinstance(v, bool)]
     return sorted(numbers) if len(numbers) == len(values) else values
 

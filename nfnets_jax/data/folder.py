@@ -38,10 +38,10 @@ class ImageFolder:
         split: 'train', 'validation' or 'test'.
         path: the directory.
         train_split, validation_split, test_split: directories of the splits, relative to `path`; by
-            default those with a name in `SPLIT_NAMES`. train_split='.': `path` holds the classes,
-            whatever their names.
-        test_fraction: share of every class held out if there are no split directories; default 0.2.
-        split_seed: seed of that split; default 0.
+            default those with a name of `SPLIT_NAMES`. train_split='.' says that `path` holds the
+            classes, whatever they are called.
+        test_fraction: share of every class held out, where the directories do not say; default 0.2.
+        split_seed: draws it; default 0.
 
     Raises:
         MissingSplit: 'validation' if there is none.

@@ -1,10 +1,10 @@
-"""Sources: random access to labeled images behind one small interface.
+"""Where the pictures come from: random access to examples behind one small interface.
 
 A source is any object with
 
     len(source)           the number of examples
     source[i]             {'image': array or bytes, 'label': int}, for 0 <= i < len(source); the
-                          image is uint8 [H, W, 3], or the bytes of an encoded image (JPEG, PNG,
+                          image is uint8 [H, W, 3], or the bytes of an encoded picture (JPEG, PNG,
                           ...), which a transform of `nfnets_jax.data.preprocessing` decodes
     source.where(i)       the file or index of example i, for errors
     source.class_names    tuple of str, label -> name
@@ -61,7 +61,7 @@ class Source(Protocol):
 
 
 class Identity(NamedTuple):
-    """A cheap fingerprint of a set of examples.
+    """What tells one set of examples from another, cheaply.
 
     Attributes:
         class_names: label -> name.
@@ -91,7 +91,7 @@ def identify(source: Source) -> Identity:
 
 
 class ArraySource:
-    """Images and labels in memory.
+    """Pictures and labels that lie in memory.
 
     Args:
         images: uint8 [N, H, W, 3].
@@ -148,14 +148,14 @@ class Digits(ArraySource):
     """The 1797 handwritten digits that scikit-learn carries (UCI, 8x8 pixels, values 0..16).
 
     Scaled to 0..255, enlarged to `image_size` (bicubic) and repeated to three channels. The split
-    is fixed: every fifth image of a class, in the order of the file, is for testing, which gives
-    1442 for training and 355 for testing.
+    is fixed: of every class, in the order of the file, each fifth picture is a test picture, which
+    makes 1442 for training and 355 for testing.
 
     Args:
         split: 'train' or 'test'.
         image_size: pixels, 8 or more.
-        classes: distinct digits to use; labels number them in this order.
-        per_class: use only the first training images of each class in the file; None: all.
+        classes: the digits to take, none twice; labels number them in this order.
+        per_class: training pictures of each to take, the first in the file; None: all.
     """
 
     def __init__(
@@ -213,8 +213,8 @@ class ArrayFile(ArraySource):
 
     Args:
         split: 'train', 'validation' or 'test'.
-        path: the file; images are uint8 [N, H, W, 3], labels integers from 0. `left_out` names all
-            other arrays.
+        path: the file; images are uint8 [N, H, W, 3], labels integers from 0. It may hold
+            class_names, too. `left_out` names the arrays that are none of these.
 
     Raises:
         MissingSplit: 'validation' if there is none.
@@ -276,15 +276,15 @@ def _find_arrays(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 class Synthetic(ArraySource):
-    """Synthetic images: a coarse color pattern per class, with independent noise on each image.
+    """Made pictures: of each class the same coarse pattern of colours under noise of their own.
 
-    Easy to learn, the same on every machine, and made without files: for trying out a recipe.
+    Easy to learn, equal everywhere, and there without any files: for trying a recipe out.
 
     Args:
-        split: 'train' or 'test'; their noise differs.
+        split: 'train' or 'test', which have other noise.
         image_size: pixels.
-        classes: number of classes; label i % classes belongs to example i.
-        examples: number of examples in each split.
+        classes: how many; examples have them in turn.
+        examples: how many in each split.
     """
 
     def __init__(self, split: str, image_size: int = 32, classes: int = 10, examples: int = 1024):

@@ -10,7 +10,7 @@ from nfnets_jax.data.preprocessing import ImageError, decode
 from nfnets_jax.data.splits import SPLITS, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 
-# How the papers split ImageNet; the first 10,000 training images are for model selection.
+# How the papers split ImageNet; the first 10,000 training pictures are for choosing.
 _PAPER_SPLITS = {
     'imagenet2012': {
         'TRAIN': 'train[10000:]',
@@ -25,23 +25,23 @@ DEFAULT_DATA_DIR = '~/tensorflow_datasets'
 class TfdsSource:
     """A data set of tensorflow_datasets, prepared as ArrayRecord files.
 
-    If all images have one size, as in CIFAR, examples hold pixels, uint8 [H, W, 3]; otherwise
+    Where all pictures have one size, as in CIFAR, images are pixels, uint8 [H, W, 3]; else they are
     encoded files.
 
     Args:
         split: 'train', 'validation' or 'test'.
-        dataset: name, e.g. 'cifar10' or 'imagenet2012', optionally with a config or version
+        dataset: its name, e.g. 'cifar10' or 'imagenet2012'; with a config or version if need be
             ('cifar10_corrupted/fog_3', 'cifar10:3.0.2').
-        data_dir: directory of the prepared data sets.
-        train_split, validation_split, test_split: TFDS split expressions ('train[:90%]',
-            'train[10000:]', 'train+test'); for imagenet2012 also 'TRAIN', 'VALID',
-            'TRAIN_AND_VALID' and 'TEST'. By default testing uses 'test', or 'validation' if there
-            is no test split or, as in ImageNet, none with labels; validation uses 'validation' if
-            training uses 'train' and testing 'test', and is missing otherwise.
+        data_dir: where the prepared data sets are.
+        train_split, validation_split, test_split: which examples those are, as TFDS writes it
+            ('train[:90%]', 'train[10000:]', 'train+test'); for imagenet2012 also 'TRAIN', 'VALID',
+            'TRAIN_AND_VALID' and 'TEST'. By default for testing 'test', or 'validation' where
+            there is no test split or, as in ImageNet, none with labels; for validation
+            'validation' where training is on 'train' and testing on 'test', else there is none.
 
     Raises:
-        MissingSplit: 'validation' if there is none.
-        UsageError: data that are missing, not prepared or damaged, or a split without examples.
+        MissingSplit: 'validation' where there is none.
+        UsageError: data that are not there, not prepared or damaged, or examples that are none.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ def open_builder(dataset: str, data_dir: str):
         name = dataset.split('/')[0].split(':')[0]
         reason = ' '.join(str(error).split()) if name in known else f'unknown{nearest(name, known)}'
         raise UsageError(f'data.dataset={dataset!r}: {reason[:300]}') from error
-    # The files' own description lists all their formats; the code's builder does not.
+    # What is prepared is read as it describes itself: only so are all its file formats known.
     return tfds.builder_from_directory(builder.data_dir) if builder.info.splits else builder
 
 
 def _image_and_label(info) -> tuple[str, str]:
-    """Returns the names of the image feature and the class feature of a data set."""
+    """Returns the names of the picture and the class among a data set's features."""
     import tensorflow_datasets as tfds
 
     features = dict(info.features.items())
@@ -135,8 +135,8 @@ def _image_and_label(info) -> tuple[str, str]:
         return info.supervised_keys[:2]
     if any(len(names) != 1 for names in found):
         raise UsageError(
-            f'data.dataset={info.name!r}: must have one image and one class in each example; '
-            f'it has {", ".join(features)}'
+            f'data.dataset={info.name!r}: not one picture and one class in each example, '
+            f'but {", ".join(features)}'
         )
     return found[0][0], found[1][0]
 
@@ -148,7 +148,7 @@ def _default_test_split(info) -> str:
 
 
 def _open_records(builder, key: str, expression: str, image: str, data_dir: str):
-    """Opens the records of a split.
+    """Opens the records of a split, and says which they are, or why not and what to do.
 
     Returns:
         The records, and a list of (file name, number of the first record, number of records).
