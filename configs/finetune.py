@@ -44,7 +44,7 @@ def get_config(arguments: str = ''):
         metadata = load_metadata(weights, metadata.model)
     name = metadata.model and models.variant_info(metadata.model).name
     if name is None:
-        raise UsageError('finetune.py needs model=NAME where no weights tell it')
+        raise UsageError('finetune.py needs model=NAME if the weights do not have it')
     published = models.variant_info(name)
 
     config = default_config()

@@ -230,7 +230,7 @@ def shell(command: str, directory: pathlib.Path) -> subprocess.CompletedProcess:
 def materials(tmp_path_factory):
     """A directory with what the documents speak of, by its names there."""
     path = tmp_path_factory.mktemp('materials')
-    for folder in ('configs', 'tests', 'examples', 'experiments'):
+    for folder in ('configs', 'tests', 'examples', 'experiments', 'benchmarks'):
         (path / folder).symlink_to(ROOT / folder)
     (path / '.venv').symlink_to(sys.prefix)
     shutil.copy(ROOT / 'README.md', path)

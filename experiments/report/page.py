@@ -116,7 +116,7 @@ def _overview(
     )
     head = ''.join(f'<th scope="col">{_e(name)}</th>' for name in header)
     content = (
-        '<table><caption>Claims, by what came out</caption>'
+        '<table><caption>Claims by outcome</caption>'
         f'<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
     )
     return f'<nav aria-label="Studies">{_scrolling(content, "Overview")}</nav>'
@@ -131,7 +131,7 @@ def _study(study: Study, place: str, judgements: Sequence[results.Judgement]) ->
         f'{_e(_progress(study))}</p>',
     ]
     if judgements:
-        parts.append('<h3>Claimed, and what came out</h3><ul class="claims">')
+        parts.append('<h3>Claims and outcomes</h3><ul class="claims">')
         parts += [_claim(study, judgement) for judgement in judgements]
         parts.append('</ul>')
     if study.charts:
@@ -146,11 +146,11 @@ def _study(study: Study, place: str, judgements: Sequence[results.Judgement]) ->
         parts += ['<h3>Results</h3>', _table(summaries.results_table(study, tunings), caption)]
         if summaries.has_edges(tunings):
             parts.append(f'<p class="notice">{_e(summaries.EDGES)}</p>')
-        grid = _table(summaries.grid_table(study, tunings), 'All that was tried')
-        parts.append(_details('Everything that was tried, before tuning', grid))
+        grid = _table(summaries.grid_table(study, tunings), 'The whole grid')
+        parts.append(_details('The whole grid, before tuning', grid))
     if any(trial.state != 'complete' for trial in study.trials):
         table = summaries.trials_table(study, only_unsuccessful=True)
-        lost = _table(table, 'What became of them')
+        lost = _table(table, 'States and errors')
         if len(table.rows) <= _FEW:
             parts += ['<h3>Trials that did not complete</h3>', lost]
         else:

@@ -74,13 +74,13 @@ def _section(study: Study, figures: Sequence[str]) -> str:
     lines = [f'# {_escape(study.title)}', '', f'*{_escape(study.question)}*', '']
     lines += [_escape(study.setting), '', summaries.progress(study), '']
     if study.claims:
-        header = ['claim', 'source', 'outcome', 'what came out']
+        header = ['claim', 'source', 'outcome', 'evidence']
         judged = [results.judge(study, claim) for claim in study.claims]
         rows = [
             [j.claim.text, j.claim.source, j.comparison.verdict.value, summaries.outcome(study, j)]
             for j in judged
         ]
-        lines += ['## Claimed, and what came out', '', _markdown(Table(header, rows))]
+        lines += ['## Claims and outcomes', '', _markdown(Table(header, rows))]
     if tunings:
         lines += ['## Results', '', _markdown(summaries.results_table(study, tunings))]
         lines += [summaries.EDGES, ''] if summaries.has_edges(tunings) else []
