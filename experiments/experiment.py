@@ -437,7 +437,7 @@ def evaluate(
         source,
         batch_size=batch_size,
         transform=task.pictures.test_transform,
-        bad=pipeline.BadPictures(task.skip_bad),
+        bad=pipeline.UnreadableExamples(task.skip_bad),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -1,4 +1,4 @@
-"""What `experiments.study` left in a directory: study.json, checked, and the trials' curves."""
+"""Reads the directory of an `experiments.study`: study.json, validated, and the trials' curves."""
 
 import dataclasses
 import json
@@ -30,8 +30,8 @@ from nfnets_jax.fields import Option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One run of a study."""
+class TrialResult:
+    """A trial as study.json records it."""
 
     id: str
     axes: Point
@@ -43,7 +43,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study's settings and all its trials, whatever became of them."""
+    """A study's settings and all its trials, in any state."""
 
     path: pathlib.Path
     name: str
@@ -59,13 +59,13 @@ class Study:
     chance: float | None = None  # what a diverged trial counts as in means of `metric`
     claims: Sequence[Claim] = ()
     charts: Sequence[ChartSpec] = ()
-    trials: Sequence[Trial]
+    trials: Sequence[TrialResult]
     commands: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: str = ''
 
     def label(self, axis: str, value: Value) -> str:
-        """Returns how a value of an axis is written: 'ResNet-8', '0.4', or '-' for none."""
+        """Returns the text of a value of an axis: 'ResNet-8', '0.4', or '-' for None."""
         if value is None:
             return '-'
         if axis == 'arm':
@@ -73,8 +73,8 @@ class Study:
         is_number = isinstance(value, float | int) and not isinstance(value, bool)
         return f'{value:g}' if is_number else str(value)
 
-    def curve(self, trial: Trial, metric: str) -> list[tuple[float, float]]:
-        """Returns (step, value) where a trial recorded a finite value; [] if it never started."""
+    def curve(self, trial: TrialResult, metric: str) -> list[tuple[float, float]]:
+        """Returns (step, value) of the finite values in a trial's metrics; [] if it never began."""
         directory = self.path / 'trials' / trial.id
         if not (directory / metric_writers.METRICS_FILE).exists():
             return []
@@ -89,7 +89,7 @@ def load(directory: str | os.PathLike) -> Study:
     """Reads the study in a directory, finished or not.
 
     Raises:
-      UsageError: study.json is missing or is not what `experiments.study` writes.
+      UsageError: study.json is missing or invalid.
     """
     path = pathlib.Path(directory)
     file = path / SUMMARY_FILE
@@ -150,8 +150,8 @@ def _in_order(values: Sequence[Value]) -> Sequence[Value]:
     return sorted(numbers) if len(numbers) == len(values) else values
 
 
-def _trial(record: Any, axes: Mapping[str, Any], name: str) -> Trial:
-    trial = Trial(**_read(fields.options(Trial), record, name))
+def _trial(record: Any, axes: Mapping[str, Any], name: str) -> TrialResult:
+    trial = TrialResult(**_read(fields.options(TrialResult), record, name))
     if pathlib.PurePath(trial.id).name != trial.id or trial.id == '..':
         raise UsageError(f'the trial id {trial.id!r} must be the name of a directory in trials/')
     check_point(trial.axes, axes, f'{name}.axes')
