@@ -42,7 +42,7 @@ def counterpart(name: str) -> str:
     return resnet if resnet in models.list_models() else 'ResNet-50'
 
 
-def measure(
+def measure_signal(
     name: str, *, size: int, batch_size: int, seed: int = 0, gain: float = 1.0, **options: Any
 ) -> dict[str, np.ndarray]:
     """Returns `layers.signal_metrics` of a model in training mode with freshly drawn weights.
@@ -108,7 +108,9 @@ def main() -> None:
         raise UsageError(f'--out={out}: unknown suffix{nearest(out.suffix[1:], known)}')
     size = args.size or models.variant_info(args.model).train_size
     signals = {
-        name: measure(name, size=size, batch_size=args.batch_size, seed=args.seed, gain=args.gain)
+        name: measure_signal(
+            name, size=size, batch_size=args.batch_size, seed=args.seed, gain=args.gain
+        )
         for name in dict.fromkeys([args.model, args.against or counterpart(args.model)])
     }
     draw(signals).savefig(out, dpi=120)

@@ -15,11 +15,17 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from experiments import experiment
+from experiments.experiment import Experiment, build
 from experiments.run import metric_writers, parallel, workdir
-from experiments.signal_propagation import measure
+from experiments.signal_propagation import measure_signal
 from experiments.train import train
-from experiments.train_step import Programs, make_train_step, program_key
+from experiments.train_step import (
+    Programs,
+    TrainState,
+    init_state,
+    make_train_step,
+    program_key,
+)
 from nfnets_jax import augment
 from nfnets_jax.data.sources import Source
 from nfnets_jax.weights.checkpoints import Checkpoints
@@ -67,7 +73,7 @@ def signal_propagation(config: ConfigDict, directory, compiled: Compiled) -> dic
     """
     del compiled
     options = config.model.to_dict()
-    signal = measure(
+    signal = measure_signal(
         options.pop('name'),
         size=config.data.image_size,
         batch_size=config.batch_size,
@@ -111,12 +117,12 @@ def batch_dependence(config: ConfigDict, directory, compiled: Compiled) -> dict[
         evaluation mode what is worse than in training mode with batches of `config.batch_size`:
         loss minus loss, top-1 minus top-1.
     """
-    setting = experiment.prepare(config)
-    state = _final_state(setting, directory)
+    experiment = build(config)
+    state = _final_state(experiment, directory)
     rng = np.random.default_rng(config.seed)
     # Of everything in a config these alone are in the program, besides the sizes of arrays.
     key = f'{config.model.to_json(sort_keys=True)} in {config.precision}'
-    program = compiled.logits.setdefault(key, _make_logits(setting))
+    program = compiled.logits.setdefault(key, _make_logits(experiment))
 
     def logits(images: np.ndarray, is_training: bool) -> np.ndarray:
         return np.asarray(program(state.params, state.state, images, is_training))
@@ -129,21 +135,21 @@ def batch_dependence(config: ConfigDict, directory, compiled: Compiled) -> dict[
             'dependence/prediction_change': float((predictions[1:] != predictions[0]).mean()),
         }
 
-    probes = _pictures(setting.test_source, rng.choice(len(setting.test_source), PROBES))
+    probes = _pictures(experiment.test_source, rng.choice(len(experiment.test_source), PROBES))
     draws = []
     for _ in range(DRAWS):
-        chosen = rng.choice(len(setting.train_source), config.batch_size - 1, replace=False)
-        neighbours = _pictures(setting.train_source, chosen)[0]
+        chosen = rng.choice(len(experiment.train_source), config.batch_size - 1, replace=False)
+        neighbours = _pictures(experiment.train_source, chosen)[0]
         draws.append(
             [logits(np.concatenate([image[None], neighbours]), True)[0] for image in probes[0]]
         )
 
-    chosen = rng.permutation(len(setting.train_source))
+    chosen = rng.permutation(len(experiment.train_source))
     count = max(1, _DISCREPANCY_PICTURES // config.batch_size) * config.batch_size
     chosen = chosen[: min(count, len(chosen) // config.batch_size * config.batch_size)]
     found: dict[bool, list] = {True: [], False: []}
     for part in chosen.reshape(-1, config.batch_size):
-        images, labels = _pictures(setting.train_source, part)
+        images, labels = _pictures(experiment.train_source, part)
         for is_training, values in found.items():
             out = logits(images, is_training)
             losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
@@ -167,7 +173,7 @@ def step_memory(config: ConfigDict, directory, compiled: Compiled) -> dict[str, 
     del directory
     key = program_key(config)
     if key not in compiled.memory:
-        compiled.memory[key] = _step_mib(experiment.prepare(config)._replace(on_device=False))
+        compiled.memory[key] = _step_mib(dataclasses.replace(build(config), on_device=False))
     return {'memory/step_mib': compiled.memory[key]}
 
 
@@ -179,27 +185,27 @@ MEASUREMENTS: dict[str, Measurement] = {
 }
 
 
-def _final_state(setting: experiment.Task, directory) -> experiment.TrainState:
+def _final_state(experiment: Experiment, directory) -> TrainState:
     checkpoints = Checkpoints(os.path.join(directory, 'checkpoints'), read_only=True)
     try:
         return checkpoints.restore(
-            setting.total_steps, jax.eval_shape(lambda: experiment.init_state(setting))
+            experiment.total_steps, jax.eval_shape(lambda: init_state(experiment))
         )
     finally:
         checkpoints.close()
 
 
-def _step_mib(setting: experiment.Task) -> float:
+def _step_mib(experiment: Experiment) -> float:
     devices = jax.local_device_count()
-    rows = parallel.local_batch_size(setting.images_per_step) // devices
+    rows = parallel.local_batch_size(experiment.images_per_step) // devices
     batch = {
-        'image': jax.ShapeDtypeStruct((devices, rows, *setting.pictures.shape), np.uint8),
+        'image': jax.ShapeDtypeStruct((devices, rows, *experiment.image_spec.shape), np.uint8),
         'label': jax.ShapeDtypeStruct((devices, rows), np.int32),
         'position': jax.ShapeDtypeStruct((devices, rows), np.int32),
         'stop': jax.ShapeDtypeStruct((devices, 1), np.float32),
     }
-    state = jax.eval_shape(lambda: experiment.init_state(setting))
-    plan = make_train_step(setting).lower(state, batch).compile().memory_analysis()
+    state = jax.eval_shape(lambda: init_state(experiment))
+    plan = make_train_step(experiment).lower(state, batch).compile().memory_analysis()
     assert plan is not None
     # What is updated in place is an argument and an output at once.
     outputs = plan.output_size_in_bytes - plan.alias_size_in_bytes
@@ -214,16 +220,16 @@ def _pictures(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarr
     )
 
 
-def _make_logits(setting: experiment.Task) -> Callable:
+def _make_logits(experiment: Experiment) -> Callable:
     """Returns a compiled function (params, state, uint8 images, is_training) -> logits."""
 
     @functools.partial(jax.jit, static_argnums=3)
     def logits(params, state, images, is_training):
-        mean, std = setting.pictures.mean, setting.pictures.std
-        images = augment.normalize(images, mean, std, setting.config.precision)
+        mean, std = experiment.image_spec.mean, experiment.image_spec.std
+        images = augment.normalize(images, mean, std, experiment.config.precision)
         # A device axis of one: networks that average statistics over devices ask for its name.
         apply = jax.vmap(
-            lambda x: setting.model.apply(params, state, jax.random.key(0), x, is_training),
+            lambda x: experiment.model.apply(params, state, jax.random.key(0), x, is_training),
             axis_name=parallel.AXIS,
         )
         outputs, _ = apply(images[None])
