@@ -10,6 +10,7 @@ stopped: a resumed run ends bit for bit where the uninterrupted one does.
 import contextlib
 import os
 import sys
+import time
 from typing import Any
 
 import jax
@@ -111,9 +112,13 @@ def train(
         if newest:
             then = checkpoints.note(start_step)
             log(resuming.describe_resumption(experiment, path, start_step, template, then))
-            state = newest[1]
         else:
             log(f'run: {path}')
+        log('compiling')
+        begun = time.perf_counter()
+        if newest:
+            state = newest[1]
+        else:
             state = template if start_step else init_state(experiment, weights, init)
         state, step = parallel.replicate(parallel.broadcast(state)), start_step
         recorded = parallel.from_primary(resuming.recorded_metrics, path, step)
@@ -171,14 +176,12 @@ def train(
                     with throughput.paused(state):
                         trace.toggle()
                 batch = next(batches) | {'stop': stop_signal.flag()}
-                if step == start_step:
-                    log('compiling')
                 with parallel.transfer_guard():
                     state, metrics = train_step(state, batch)
                 step += 1
                 throughput.tick(state)
                 if step == start_step + 1:
-                    log(f'compiled in {throughput.compile_seconds:.1f} s')
+                    log(f'compiled in {time.perf_counter() - begun:.1f} s')
                 stopped = stop_signal.reached(metrics['stop'])
 
                 save = due(experiment.checkpoint_every) or stopped

@@ -104,8 +104,8 @@ def _arguments(variant: Variant, overrides: Mapping[str, Any]) -> dict[str, Any]
 def resolved_options(name: str, **overrides: Any) -> dict[str, Any]:
     """Returns every option of a network with its value: equal if and only if the networks are.
 
-    Tuples become lists, as in JSON. 'family' is the name of the family. A name that stands for a variant with
-    options ('nf_resnet50') and the variant with these options give the same result.
+    Tuples become lists, as in JSON. A name that stands for a variant with options ('nf_resnet50')
+    and the variant with these options give the same result.
 
     Raises:
       UsageError: no such model.

@@ -61,7 +61,7 @@ def test_output_that_is_lost_asks_too(monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
     monkeypatch.setattr(output, '_exit_status', None)
-    stream = output.open_stream(writing, like=open(os.devnull, 'w'))  # noqa: SIM115
+    stream = output.open_stream(writing, template=open(os.devnull, 'w'))  # noqa: SIM115
     with preemption.on_signals() as stop_signal:
         no = stop_signal.flag()
         print('nobody reads this', file=stream, flush=True)
