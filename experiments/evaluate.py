@@ -16,19 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.experiment import (
-    Experiment,
-    build,
-    describe_data,
-    describe_devices,
-    describe_network,
-)
+from experiments.experiment import build, describe_data, describe_devices, describe_network
 from experiments.launch import cli
 from experiments.run import data_record, evaluation, parallel, workdir
 from experiments.run.summary import SUMMARY_FILE
@@ -41,21 +35,6 @@ from nfnets_jax.weights.checkpoints import Checkpoints, DamagedCheckpointError
 EVALUATIONS_FILE = 'evaluations.jsonl'
 
 
-class Options(NamedTuple):
-    """How the evaluation differs from that during training.
-
-    Attributes:
-      batch_size: examples at a time; None: as in training.
-      split: 'test', 'validation' or 'train'; None: 'test', or the split that a watched job chooses
-        its best checkpoint on.
-      data: options of config.data that differ, see `DATA_OPTIONS`.
-    """
-
-    batch_size: int | None = None
-    split: str | None = None
-    data: Mapping[str, Any] = MappingProxyType({})
-
-
 # Options of config.data that do not change the data, and their types.
 DATA_OPTIONS: Mapping[str, type] = MappingProxyType({'path': str, 'data_dir': str, 'skip_bad': int})
 
@@ -63,11 +42,9 @@ DATA_OPTIONS: Mapping[str, type] = MappingProxyType({'path': str, 'data_dir': st
 def evaluate(
     directory: str,
     checkpoint: str = 'latest',
-    batch_size: int | None = None,
     *,
-    split: str | None = None,
-    data: Mapping[str, Any] = MappingProxyType({}),
     log: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> dict:
     """Returns {'step', 'test/top1', 'test/top5', 'test/loss'} of a run, and 'test_ema/...'.
 
@@ -76,32 +53,28 @@ def evaluate(
     Args:
       directory: directory of the run.
       checkpoint: 'latest', 'best' or a step.
-      batch_size, split, data: see `Options`.
       log: receives lines about network, data and checkpoint before anything is compiled.
+      **options: batch_size, split (by default 'test') and data of `_Evaluator`.
 
     Raises:
       UsageError: there is no such run or checkpoint, it is damaged, or its data have changed.
     """
     fields = parallel.from_primary(_read_fields, directory)
-    evaluate_state, template, lines = _make_evaluator(
-        fields, Options(batch_size, split or 'test', data), directory
-    )
-    step, state = None, template
+    evaluator = _Evaluator(fields, directory, **{'split': 'test'} | options)
+    step, state = None, evaluator.template
     if parallel.is_primary():
-        step, state = _restore(directory, checkpoint, template)
-        for line in (*lines, f'run: {directory}, step {step:,}', 'compiling'):
+        step, state = _restore(directory, checkpoint, evaluator.template)
+        for line in (*evaluator.lines, f'run: {directory}, step {step:,}', 'compiling'):
             log(line)
-    return {'step': parallel.broadcast_json(step)} | evaluate_state(state)
+    return {'step': parallel.broadcast_json(step)} | evaluator(state)
 
 
 def watch(
     directory: str,
-    batch_size: int | None = None,
     *,
     seconds: float = 10.0,
-    split: str | None = None,
-    data: Mapping[str, Any] = MappingProxyType({}),
     log: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> Iterator[dict]:
     """Yields the result of `evaluate` for each checkpoint of a run until the run is complete.
 
@@ -110,23 +83,21 @@ def watch(
 
     Args:
       directory: directory of the run; if there is no run yet, `watch` waits for it.
-      batch_size, split, data, log: as in `evaluate`.
       seconds: seconds between two looks at the directory.
+      log: as in `evaluate`.
+      **options: batch_size, split and data of `_Evaluator`.
     """
     config_file = pathlib.Path(directory) / 'config.json'
     if parallel.is_primary() and not config_file.exists():
         print(f'waiting for a run in {directory}', file=sys.stderr)
     fields = _wait_for(lambda: _read_fields(directory) if config_file.exists() else None, seconds)
-    evaluate_state, template, lines = _make_evaluator(
-        fields, Options(batch_size, split, data), directory
-    )
-    follow = None
+    evaluator, follow = _Evaluator(fields, directory, **options), None
     if parallel.is_primary():
-        for line in (*lines, f'run: {directory}, every checkpoint'):
+        for line in (*evaluator.lines, f'run: {directory}, every checkpoint'):
             log(line)
-        follow = _Follower(directory, template, evaluate_state.split)
+        follow = _Follower(directory, evaluator)
     while (step := _wait_for(lambda: follow and follow.next_step(), seconds)) != 'complete':
-        results = {'step': step} | evaluate_state(follow.state if follow else template)
+        results = {'step': step} | evaluator(follow.state if follow else evaluator.template)
         if follow:
             follow.record(results)
         yield results
@@ -139,48 +110,61 @@ def _read_fields(directory: str) -> dict:
 
 
 class _Evaluator:
-    """A function (process 0's state) -> metrics of a split."""
+    """Evaluates states of a run on a split: a function of process 0's state.
 
-    def __init__(self, experiment: Experiment, split: str):
-        self.split = split
-        self._experiment, self._step = experiment, make_eval_step(experiment)
+    Args:
+      fields: from `_read_fields`.
+      directory: directory of the run.
+      batch_size: examples at a time; None: as in training.
+      split: 'test', 'validation' or 'train'; None: the one that chooses the best checkpoint.
+      data: options of config.data that differ, see `DATA_OPTIONS`.
+
+    Attributes:
+      split: the split.
+      template: shapes of a state.
+      lines: lines that describe network, data and devices.
+    """
+
+    def __init__(
+        self,
+        fields: dict,
+        directory: str,
+        *,
+        batch_size: int | None = None,
+        split: str | None = None,
+        data: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        config = ConfigDict(fields['config'])
+        if batch_size is not None:
+            config.eval.batch_size = batch_size
+        with config.data.ignore_type():
+            for name, value in data.items():
+                if name != 'skip_bad' and name not in config.data:
+                    raise UsageError(f'config.data.{name}: not an option of {config.data.name!r}')
+                config.data[name] = value
+        self._experiment = experiment = build(config, training=False)
+        self.split = split = split or experiment.watched
+        if split not in experiment.splits:
+            raise UsageError(f'--split={split}: no such split{nearest(split, experiment.splits)}')
+        if fields['data']:
+            found = data_record.make_record(experiment.splits)
+            if changed := data_record.changes(fields['data'], found, (split,)):
+                raise UsageError(
+                    f'--workdir={directory} holds a run on other data: '
+                    f'{data_record.in_words(changed, "give --config.data.path of the same data")}'
+                )
+        self.lines = [
+            describe_network(experiment),
+            *describe_data(experiment),
+            f'evaluation: the {split} images, on {describe_devices()}',
+        ]
+        self.template = jax.eval_shape(lambda: init_state(experiment))
+        self._step = make_eval_step(experiment)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         variables = TrainState(*state).variables()
         placed = parallel.replicate(parallel.broadcast(variables))
         return evaluation.evaluate(self._experiment, self._step, placed, self.split)
-
-
-def _make_evaluator(
-    fields: dict, options: Options, directory: str
-) -> tuple[_Evaluator, TrainState, list[str]]:
-    """Returns the evaluator of a run, the shapes of its state, and lines that describe both."""
-    config = ConfigDict(fields['config'])
-    if options.batch_size is not None:
-        config.eval.batch_size = options.batch_size
-    with config.data.ignore_type():
-        for name, value in options.data.items():
-            if name != 'skip_bad' and name not in config.data:
-                raise UsageError(f'config.data.{name}: not an option of {config.data.name!r}')
-            config.data[name] = value
-    experiment = build(config, training=False)
-    split = options.split or experiment.watched
-    if split not in experiment.splits:
-        raise UsageError(f'--split={split}: no such split{nearest(split, experiment.splits)}')
-    if fields['data']:
-        found = data_record.make_record(experiment.splits)
-        if changed := data_record.changes(fields['data'], found, (split,)):
-            raise UsageError(
-                f'--workdir={directory} holds a run on other data: '
-                f'{data_record.in_words(changed, "give --config.data.path of the same data")}'
-            )
-    lines = [
-        describe_network(experiment),
-        *describe_data(experiment),
-        f'evaluation: the {split} images, on {describe_devices()}',
-    ]
-    template = jax.eval_shape(lambda: init_state(experiment))
-    return _Evaluator(experiment, split), template, lines
 
 
 def _restore(directory: str, checkpoint: str, template: TrainState) -> tuple[int, TrainState]:
@@ -210,19 +194,19 @@ def _wait_for(look: Callable[[], Any], seconds: float) -> Any:
 class _Follower:
     """Restores the checkpoints of a running job one by one, and records their evaluations."""
 
-    def __init__(self, directory: str, template: TrainState, split: str):
-        self._directory, self._template = pathlib.Path(directory), template
+    def __init__(self, directory: str, evaluator: _Evaluator):
+        self._directory, self._template = pathlib.Path(directory), evaluator.template
         self._checkpoints = Checkpoints(self._directory / 'checkpoints', read_only=True)
         self._file = self._directory / EVALUATIONS_FILE
         self._lines = self._file.read_text().splitlines() if self._file.exists() else []
         try:
             found = [json.loads(line) for line in self._lines]
-            self._seen = {one['step'] for one in found if f'{split}/top1' in one}
+            self._seen = {one['step'] for one in found if f'{evaluator.split}/top1' in one}
         except (ValueError, TypeError, KeyError):
             raise UsageError(
                 f'{self._file} holds a line that is not an evaluation: remove it'
             ) from None
-        self.state = template
+        self.state = evaluator.template
 
     def next_step(self) -> int | str | None:
         """Restores the oldest new checkpoint into `state` and returns its step.
@@ -253,10 +237,10 @@ def main() -> None:
     given = {name: args[f'config.data.{name}'].value for name in DATA_OPTIONS}
     options = {
         'batch_size': args.batch_size,
-        'split': args.split,
         'data': {name: value for name, value in given.items() if value is not None},
         'log': lambda line: print(line, file=sys.stderr, flush=True),
     }
+    options |= {'split': args.split} if args.split else {}
     if args.watch:
         if args.checkpoint != 'latest':
             raise UsageError('--watch evaluates all checkpoints: leave --checkpoint out')

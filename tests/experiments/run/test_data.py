@@ -19,7 +19,7 @@ def config_of(**data):
 def tiny(tmp_path_factory):
     """Options of a data set whose images have one size."""
     data_dir = str(tmp_path_factory.mktemp('tfds'))
-    prepare_data.prepare('tiny_pictures', data_dir)
+    prepare_data.prepare_dataset('tiny_pictures', data_dir)
     assert TinyPictures.SHAPE == (8, 8, 3)
     return {'name': 'tfds', 'dataset': 'tiny_pictures', 'data_dir': data_dir}
 
