@@ -119,10 +119,7 @@ class _Evaluator:
       split: 'test', 'validation' or 'train'; None: the one that chooses the best checkpoint.
       data: options of config.data that differ, see `DATA_OPTIONS`.
 
-    Attributes:
-      split: the split.
-      template: shapes of a state.
-      lines: lines that describe network, data and devices.
+    Attributes: the `split`, the `template` of a state, and `lines` that describe network and data.
     """
 
     def __init__(

@@ -22,39 +22,21 @@ from nfnets_jax.schedules import num_steps
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What a config describes; nothing has been computed or written yet.
-
-    Attributes:
-      config: the config.
-      train_source: training examples.
-      validation_source: examples to choose the best checkpoint on; None: the test examples.
-      test_source: test examples.
-      image_spec: sizes, transforms and normalization of the images.
-      model: the network.
-      optimizer: the optimizer, with its hyperparameters and groups of parameters.
-      augmentation: (keys, images, labels) -> (normalized images, soft targets).
-      images_per_step: images read for one step: the batch size, twice that with distinct pairs.
-      on_device: whether the training images are cached on the devices.
-      skip_bad: how many unreadable images each process may skip.
-      total_steps: steps of the whole run.
-      log_every, eval_every, checkpoint_every: steps between two of each.
-      profile_steps: steps to profile.
-      num_parameters: parameters of the network.
-    """
+    """What a config describes, checked; nothing has been computed or written yet."""
 
     config: ConfigDict
     train_source: Source
-    validation_source: Source | None
+    validation_source: Source | None  # chooses the best checkpoint; None: the test source does
     test_source: Source
     image_spec: ImageSpec
     model: hk.TransformedWithState
     optimizer: optimizers.Optimizer
-    augmentation: Callable
-    images_per_step: int
-    on_device: bool
-    skip_bad: int
+    augmentation: Callable  # (keys, images, labels) -> (normalized images, soft targets)
+    images_per_step: int  # images read for a step: the batch size, twice that with distinct pairs
+    on_device: bool  # whether the training images are cached on the devices
+    skip_bad: int  # how many unreadable images each process may skip
     total_steps: int
-    log_every: int
+    log_every: int  # steps
     eval_every: int
     checkpoint_every: int
     profile_steps: int

@@ -27,16 +27,16 @@ from experiments.run import (
     init_weights,
     metric_writers,
     parallel,
-    resuming,
+    recovery,
     step_metrics,
     workdir,
 )
 from experiments.run import summary as run_summary
 from experiments.run.batches import open_batches
 from experiments.run.evaluation import describe_accuracy, evaluate, score
-from experiments.run.failures import DivergedError, assert_finite, saving_at_failure
 from experiments.run.profiling import Trace
 from experiments.run.progress import Progress
+from experiments.run.recovery import DivergedError, assert_finite, saving_at_failure
 from experiments.run.throughput import Throughput, flops_per_image
 from experiments.train_step import Programs, compile_programs, init_state
 from nfnets_jax.data import pipeline
@@ -103,7 +103,7 @@ def train(
 
         # ------------------------------------------------------------------------- restore or init
         # Only process 0 touches the file system; it broadcasts what it reads.
-        newest = resuming.restore_newest(checkpoints, template, log)
+        newest = recovery.restore_newest(checkpoints, template, log)
         start_step = parallel.broadcast_json(newest[0] if newest else 0)
         complete = start_step == total_steps
         if complete and (summary := parallel.from_primary(run_summary.read_summary, path)):
@@ -111,7 +111,7 @@ def train(
             return summary
         if newest:
             then = checkpoints.note(start_step)
-            log(resuming.describe_resumption(experiment, path, start_step, template, then))
+            log(recovery.describe_resumption(experiment, path, start_step, template, then))
         else:
             log(f'run: {path}')
         log('compiling')
@@ -121,7 +121,7 @@ def train(
         else:
             state = template if start_step else init_state(experiment, weights, init)
         state, step = parallel.replicate(parallel.broadcast(state)), start_step
-        recorded = parallel.from_primary(resuming.recorded_metrics, path, step)
+        recorded = parallel.from_primary(recovery.recorded_metrics, path, step)
 
         # ----------------------------------------------------------------------- input and writers
         bad = pipeline.BadPictures(experiment.skip_bad)

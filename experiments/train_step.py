@@ -117,12 +117,9 @@ def init_state(
     weights: tuple[hk.Params, hk.State] | None = None,
     init: Callable[..., TrainState] | None = None,
 ) -> TrainState:
-    """Returns the state before the first step: a function of the config's seed and `weights`.
+    """Returns the state before the first step, with random parameters or the given weights.
 
-    Args:
-      experiment: the experiment.
-      weights: initial parameters and state; None: random ones.
-      init: from `make_init` of this experiment, or of one that differs in hyperparameters only.
+    `init` is from `make_init` of this experiment or one that differs in hyperparameters only.
     """
     numbers = jax.tree.map(jnp.float32, experiment.optimizer.hyperparameters)
     return (init or make_init(experiment))(jnp.int32(experiment.config.seed), numbers, weights)

@@ -32,39 +32,23 @@ _AS_IT_IS = 'resize_crop_1.0'  # The whole image, which equals no transform for 
 
 
 class ImageSpec(NamedTuple):
-    """Sizes, transforms and normalization of the images.
+    """Sizes, transforms and normalization of the images."""
 
-    Attributes:
-      shape: height, width and channels in training.
-      test_size: side in evaluation, in pixels.
-      test_mode: evaluation preprocessing, a mode of `make_transform`.
-      train_transform, test_transform: (image, rng) -> [H, W, 3]; None: no transform.
-      mean, std: normalization, a value for each channel on a scale of 0..255.
-    """
-
-    shape: tuple[int, int, int]
-    test_size: int
-    test_mode: str
-    train_transform: Callable | None = None
+    shape: tuple[int, int, int]  # height, width and channels in training
+    test_size: int  # side in evaluation, in pixels
+    test_mode: str  # evaluation preprocessing, a mode of `make_transform`
+    train_transform: Callable | None = None  # (image, rng) -> [H, W, 3]
     test_transform: Callable | None = None
-    mean: tuple[float, ...] = augment.IMAGENET_MEAN
+    mean: tuple[float, ...] = augment.IMAGENET_MEAN  # for each channel, on a scale of 0..255
     std: tuple[float, ...] = augment.IMAGENET_STD
 
 
 class Data(NamedTuple):
-    """The sources of a run, see `nfnets_jax.data.sources`, and the spec of their images.
-
-    Attributes:
-      train: training examples.
-      validation: examples to choose the best checkpoint on; None if the data have only two splits.
-      test: test examples. If the only labeled split besides `train` is called validation, it is
-        this one.
-      image_spec: sizes, transforms and normalization of the images.
-    """
+    """The sources of a run, see `nfnets_jax.data.sources`, and the spec of their images."""
 
     train: Source
-    validation: Source | None
-    test: Source
+    validation: Source | None  # chooses the best checkpoint; None if there are only two splits
+    test: Source  # the labeled split besides `train`, if there is only one, whatever its name
     image_spec: ImageSpec
 
 

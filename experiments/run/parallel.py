@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nfnets_jax.errors import UsageError
@@ -121,11 +122,7 @@ def gather(words: np.ndarray) -> np.ndarray:
     Returns:
       uint32 [processes, n].
     """
-    if jax.process_count() == 1:
-        return words[np.newaxis]
-    rows = np.zeros((jax.process_count(), *words.shape), np.uint32)
-    rows[jax.process_index()] = words
-    return _sum_over_processes(rows)
+    return multihost_utils.process_allgather(words).reshape(-1, *words.shape)
 
 
 def gather_text(text: str) -> list[str]:
@@ -158,7 +155,8 @@ def broadcast(tree: Any) -> Any:
         for place, leaf in zip(places, leaves, strict=True):
             place[:] = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
     for start in range(0, len(words), chunk or 1):
-        words[start : start + chunk] = _sum_over_processes(words[start : start + chunk])
+        sent = words[start : start + chunk]
+        words[start : start + chunk] = multihost_utils.broadcast_one_to_all(sent)
     received = [
         place.view(leaf.dtype).reshape(leaf.shape)
         for place, leaf in zip(places, leaves, strict=True)
@@ -182,16 +180,3 @@ def from_primary(function: Callable[..., Any], *args: Any) -> Any:
 
 
 _BROADCAST_WORDS = 1 << 22  # 16 MiB at a time
-
-
-def _sum_over_processes(words: np.ndarray) -> np.ndarray:
-    """Sums an array of integers over the processes; devices add integers exactly."""
-    rows = np.zeros((jax.local_device_count(), *words.shape), words.dtype)
-    rows[0] = words
-    placed = jax.device_put(rows, _placement(PartitionSpec(AXIS)))
-    return np.asarray(_sum_over_devices()(placed))
-
-
-@functools.cache
-def _sum_over_devices():
-    return jax.pmap(lambda x: jax.lax.psum(x, AXIS), axis_name=AXIS, out_axes=None)

@@ -40,12 +40,7 @@ def write_summary(
 ) -> dict[str, Any] | None:
     """Writes and returns the summary on process 0: final and best metrics, speed, size, versions.
 
-    Args:
-      state: the last state.
-      path: directory of the run.
-      final: the last evaluation.
-      throughput: throughput of the training.
-      watched: the split that chooses the best checkpoint.
+    `final` is the last evaluation, and `watched` the split that chooses the best checkpoint.
     """
     if not parallel.is_primary():
         return None
@@ -56,9 +51,7 @@ def write_summary(
         'best': max(evaluations, key=lambda line: (score(line, watched), -line['step'])),
         'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         # If the run was resumed, these are of this session only.
-        'images_per_second': (
-            throughput.images / throughput.seconds if throughput.images else None
-        ),
+        'images_per_second': throughput.images / throughput.seconds if throughput.images else None,
         'training_seconds': throughput.seconds,
         'compile_seconds': throughput.compile_seconds,
         'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',

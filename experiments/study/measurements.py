@@ -19,13 +19,7 @@ from experiments.experiment import Experiment, build
 from experiments.run import metric_writers, parallel, workdir
 from experiments.signal_propagation import measure_signal
 from experiments.train import train
-from experiments.train_step import (
-    Programs,
-    TrainState,
-    init_state,
-    make_train_step,
-    program_key,
-)
+from experiments.train_step import Programs, TrainState, init_state, make_train_step, program_key
 from nfnets_jax import augment
 from nfnets_jax.data.sources import Source
 from nfnets_jax.weights.checkpoints import Checkpoints

@@ -87,6 +87,12 @@ def test_evaluation_changes_nothing(run):
     assert {path: path.stat().st_mtime_ns for path in directory.rglob('*')} == before
 
 
+def test_the_training_images_can_be_evaluated(run):
+    results = evaluate(run[0], split='train')
+    assert set(results) >= {'step', 'train/loss', 'train/top1', 'train_ema/top5'}
+    assert evaluation.describe_accuracy(results).startswith('train top-1 ')
+
+
 def test_mistakes(run, tmp_path):
     directory, _ = run
     with pytest.raises(UsageError, match=r"checkpoint '4': .* has latest, best, 3, 6"):

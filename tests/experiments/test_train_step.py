@@ -16,7 +16,7 @@ import pytest
 from configs.finetune import head_only
 from experiments.experiment import build
 from experiments.run import parallel, step_metrics
-from experiments.run.resuming import computed_per_device
+from experiments.run.recovery import computed_per_device
 from experiments.train import train
 from experiments.train_step import (
     compile_programs,

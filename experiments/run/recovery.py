@@ -1,11 +1,14 @@
-"""Where a run continues: its newest checkpoint, its recorded metrics, and changed devices."""
+"""Recovery: where a run resumes, and what a failing run saves."""
 
+import contextlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from experiments.experiment import Experiment
-from experiments.run import metric_writers, parallel
+from experiments.run import metric_writers, parallel, step_metrics
 from experiments.train_step import TrainState
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError
@@ -29,14 +32,9 @@ def restore_newest(
 def describe_resumption(
     experiment: Experiment, path: pathlib.Path, step: int, template: TrainState, then: str | None
 ) -> str:
-    """Returns the line that names the step, and devices other than those of the checkpoint.
+    """Returns the line that names the step, and the devices if they have changed.
 
-    Args:
-      experiment: the experiment.
-      path: directory of the run.
-      step: step of the checkpoint.
-      template: shapes of the state.
-      then: `parallel.describe_devices` of the process that saved the checkpoint.
+    `then` is `parallel.describe_devices` of the process that saved the checkpoint, if known.
     """
     line = f'resuming {path} at step {step:,} of {experiment.total_steps:,}'
     now = parallel.describe_devices()
@@ -52,9 +50,7 @@ def describe_resumption(
 def computed_per_device(experiment: Experiment, model_state: Any) -> list[str]:
     """Names what depends on which examples share a device, and so on the number of devices.
 
-    Args:
-      experiment: the experiment.
-      model_state: state of the network, or its shapes; empty without batch norm.
+    `model_state` is the state of the network, or its shapes; empty without batch norm.
     """
     options = experiment.config.model
     published = models.variant_info(options.name)
@@ -78,3 +74,56 @@ def recorded_metrics(path: pathlib.Path, step: int) -> dict[str, float]:
         return {}
     lines = [line for line in metric_writers.read_metrics(path) if line['step'] == step]
     return {name: x for line in lines for name, x in line.items() if name != 'step'}
+
+
+class DivergedError(Exception):
+    """The loss or the gradient is not finite."""
+
+
+def assert_finite(state: TrainState, checkpoints: Checkpoints) -> None:
+    """Raises a DivergedError if too many consecutive steps were non-finite."""
+    bad = step_metrics.lost_at(state.window)
+    if bad is None:
+        return
+    checkpoints.wait()
+    saved = checkpoints.steps()
+    good = f'the last good checkpoint is step {saved[-1]:,}' if saved else 'nothing was saved yet'
+    raise DivergedError(
+        f'the loss or the gradient was not finite at step {bad:,}; {good}. Try a lower '
+        'config.optimizer.learning_rate, a longer config.optimizer.schedule.warmup or a smaller '
+        'config.optimizer.clip.clipping, with another --workdir'
+    )
+
+
+@contextlib.contextmanager
+def saving_at_failure(
+    current: Callable[[], tuple[int, TrainState]],
+    checkpoints: Checkpoints,
+    start_step: int,
+    log: Callable[[str], None],
+) -> Iterator[None]:
+    """Saves the last complete step if anything else fails: an evaluation, a disk, an image.
+
+    Args:
+      current: returns the step and its state.
+      checkpoints, start_step: of the run; the step is saved already.
+      log: receives a line about it, unless the exception itself carries it.
+    """
+    try:
+        yield
+    except DivergedError:
+        raise  # A non-finite state is not worth keeping.
+    except Exception as error:
+        step, state = current()
+        saved = ''
+        # If no checkpoint can be written, or the device has failed, report the first failure.
+        with contextlib.suppress(Exception):
+            if step > start_step and step_metrics.lost_at(jax.device_get(state.window)) is None:
+                checkpoints.save(step, state, note=parallel.describe_devices())
+                checkpoints.wait()
+                saved = f'step {step:,} is saved, and the same command continues from there'
+        if saved and isinstance(error, UsageError):
+            raise UsageError(f'{error}; {saved}') from error
+        if saved:
+            log(saved)
+        raise
