@@ -253,7 +253,7 @@ def test_a_wrong_variant_is_told():
         nfnet.get_config('nfnet_l0')
     with pytest.raises(UsageError, match="no NF-ResNet '20'"):  # a network for small pictures
         nf_resnet.get_config('20')
-    with pytest.raises(UsageError, match=r"no experiment 'cliping' \(did you mean 'clipping'"):
+    with pytest.raises(UsageError, match=r"no setting 'cliping' \(did you mean 'clipping'"):
         nf_resnet.get_config('50,cliping')
     with pytest.raises(UsageError, match="no experiment ''"):
         nf_resnet.get_config('50,')
