@@ -30,7 +30,7 @@ from experiments.train_step import TrainState, init_state, make_eval_step
 from nfnets_jax import files
 from nfnets_jax.data.splits import SPLITS
 from nfnets_jax.errors import UsageError, nearest
-from nfnets_jax.weights.checkpoints import Checkpoints, DamagedCheckpointError
+from nfnets_jax.weights.checkpoints import CheckpointReader, DamagedCheckpointError
 
 EVALUATIONS_FILE = 'evaluations.jsonl'
 
@@ -165,17 +165,15 @@ class _Evaluator:
 
 
 def _restore(directory: str, checkpoint: str, template: TrainState) -> tuple[int, TrainState]:
-    checkpoints = Checkpoints(f'{directory}/checkpoints', read_only=True)
+    checkpoints = CheckpointReader(f'{directory}/checkpoints')
+    step = checkpoints.choose(checkpoint)
     try:
-        step = checkpoints.choose(checkpoint)
         return step, checkpoints.restore(step, template)
     except DamagedCheckpointError as error:
         raise UsageError(
             f'checkpoint {step} of {directory} is damaged ({error}); '
             'choose another with --checkpoint=STEP'
         ) from error
-    finally:
-        checkpoints.close()
 
 
 def _wait_for(look: Callable[[], Any], seconds: float) -> Any:
@@ -193,7 +191,7 @@ class _Follower:
 
     def __init__(self, directory: str, evaluator: _Evaluator):
         self._directory, self._template = pathlib.Path(directory), evaluator.template
-        self._checkpoints = Checkpoints(self._directory / 'checkpoints', read_only=True)
+        self._checkpoints = CheckpointReader(self._directory / 'checkpoints')
         self._file = self._directory / EVALUATIONS_FILE
         self._lines = self._file.read_text().splitlines() if self._file.exists() else []
         try:

@@ -14,7 +14,6 @@ from experiments import config as schema
 from experiments.run import parallel
 from experiments.run.data import ImageSpec, open_data
 from nfnets_jax import augment, models, optimizers
-from nfnets_jax.data import pipeline
 from nfnets_jax.data.sources import Source
 from nfnets_jax.errors import UsageError
 from nfnets_jax.schedules import num_steps
@@ -75,8 +74,9 @@ def build(config: ConfigDict, *, training: bool = True) -> Experiment:
         models.variant_info(config.model.name)  # The sizes of images follow from it.
     with naming('data'):
         train_source, validation_source, test_source, image_spec = open_data(config)
-        skip_bad = config.data.get('skip_bad', 0)
-        pipeline.BadPictures(skip_bad)  # Raises an error if it is not a count.
+    skip_bad = config.data.get('skip_bad', 0)
+    if not isinstance(skip_bad, int) or isinstance(skip_bad, bool) or skip_bad < 0:
+        raise UsageError(f'config.data.skip_bad={skip_bad!r}: must be an integer >= 0')
     num_classes = len(train_source.class_names)
     steps_per_epoch = len(train_source) / config.batch_size
     if steps_per_epoch < 1:

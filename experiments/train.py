@@ -33,6 +33,7 @@ from experiments.run import (
 )
 from experiments.run import summary as run_summary
 from experiments.run.batches import open_batches
+from experiments.run.checkpoints import Checkpoints
 from experiments.run.evaluation import describe_accuracy, evaluate, score
 from experiments.run.profiling import Trace
 from experiments.run.progress import Progress
@@ -40,7 +41,6 @@ from experiments.run.recovery import DivergedError, assert_finite, saving_at_fai
 from experiments.run.throughput import Throughput, flops_per_image
 from experiments.train_step import Programs, compile_programs, init_state
 from nfnets_jax.data import pipeline
-from nfnets_jax.weights.checkpoints import Checkpoints
 
 
 def train(
@@ -97,7 +97,7 @@ def train(
         path = stack.enter_context(workdir.claimed(directory, config, data, metadata))
         stop_signal = stack.enter_context(preemption.on_signals())
         checkpoints = Checkpoints(
-            path / 'checkpoints', keep=config.checkpoint.keep, active=parallel.is_primary()
+            path / 'checkpoints', keep=config.checkpoint.keep, enabled=parallel.is_primary()
         )
         stack.callback(checkpoints.close)
 
@@ -124,7 +124,7 @@ def train(
         recorded = parallel.from_primary(recovery.recorded_metrics, path, step)
 
         # ----------------------------------------------------------------------- input and writers
-        bad = pipeline.BadPictures(experiment.skip_bad)
+        bad = pipeline.UnreadableExamples(experiment.skip_bad)
         batches = stack.enter_context(open_batches(experiment, step, bad))
         writer = metric_writers.open_writer(path, config=config, start_step=step)
         stack.callback(writer.close)

@@ -255,7 +255,7 @@ def test_a_wrong_variant_is_told():
         nf_resnet.get_config('20')
     with pytest.raises(UsageError, match=r"no setting 'cliping' \(did you mean 'clipping'"):
         nf_resnet.get_config('50,cliping')
-    with pytest.raises(UsageError, match="no experiment ''"):
+    with pytest.raises(UsageError, match="no setting ''"):
         nf_resnet.get_config('50,')
 
 

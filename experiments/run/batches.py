@@ -10,7 +10,7 @@ from nfnets_jax.data import pipeline
 
 
 def open_batches(
-    experiment: Experiment, start_step: int, bad: pipeline.BadPictures
+    experiment: Experiment, start_step: int, bad: pipeline.UnreadableExamples
 ) -> pipeline.Prefetch | DeviceCachedBatches:
     """Returns this process's training batches on its devices, from `start_step` on."""
     process, rows = jax.process_index(), parallel.local_batch_size(experiment.images_per_step)

@@ -36,7 +36,7 @@ def evaluate(
         source,
         batch_size=batch_size,
         transform=experiment.image_spec.test_transform,
-        bad=pipeline.BadPictures(experiment.skip_bad),
+        bad=pipeline.UnreadableExamples(experiment.skip_bad),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -9,10 +9,11 @@ import jax
 
 from experiments.experiment import Experiment
 from experiments.run import metric_writers, parallel, step_metrics
+from experiments.run.checkpoints import Checkpoints
 from experiments.train_step import TrainState
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError
-from nfnets_jax.weights.checkpoints import Checkpoints, DamagedCheckpointError
+from nfnets_jax.weights.checkpoints import DamagedCheckpointError
 
 
 def restore_newest(

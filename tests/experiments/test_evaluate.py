@@ -15,7 +15,7 @@ from experiments.train import train
 from experiments.train_step import init_state, make_eval_step
 from nfnets_jax import augment
 from nfnets_jax.errors import UsageError
-from nfnets_jax.weights.checkpoints import Checkpoints
+from nfnets_jax.weights.checkpoints import CheckpointReader
 from tests.experiments.conftest import tiny_config
 
 
@@ -43,7 +43,7 @@ def test_the_figures_are_right(run):
     directory, final = run
     experiment = build(workdir.load_config(directory))
     template = jax.eval_shape(lambda: init_state(experiment))
-    state = Checkpoints(directory / 'checkpoints', read_only=True).restore(6, template)
+    state = CheckpointReader(directory / 'checkpoints').restore(6, template)
     source = experiment.test_source
     images = augment.normalize(np.stack([source[i]['image'] for i in range(len(source))]))
     labels = np.array([source[i]['label'] for i in range(len(source))])
@@ -164,7 +164,7 @@ def test_evaluation_computes_in_its_own_precision(tmp_path):
     trained = train(config, tmp_path / 'run')['final']
     assert evaluate(tmp_path / 'run')['test/loss'] == trained['test/loss']
     experiment = build(workdir.load_config(tmp_path / 'run'))
-    state = Checkpoints(tmp_path / 'run' / 'checkpoints', read_only=True).restore(
+    state = CheckpointReader(tmp_path / 'run' / 'checkpoints').restore(
         6, jax.eval_shape(lambda: init_state(experiment))
     )
 

@@ -16,7 +16,7 @@ from experiments.run import metric_writers, workdir
 from experiments.train import DivergedError, train
 from experiments.train_step import init_state
 from nfnets_jax.errors import UsageError
-from nfnets_jax.weights.checkpoints import Checkpoints
+from nfnets_jax.weights.checkpoints import CheckpointReader
 from tests.experiments.conftest import ONE_BLOCK, tiny_config
 from tests.test_files import files_no_larger_than
 
@@ -25,11 +25,8 @@ def final_state(directory):
     """The training state that a run ended with."""
     experiment = build(workdir.load_config(directory))
     template = jax.eval_shape(lambda: init_state(experiment))
-    checkpoints = Checkpoints(f'{directory}/checkpoints', read_only=True)
-    try:
-        return checkpoints.restore(experiment.total_steps, template)
-    finally:
-        checkpoints.close()
+    checkpoints = CheckpointReader(f'{directory}/checkpoints')
+    return checkpoints.restore(experiment.total_steps, template)
 
 
 def timeless(directory):
