@@ -1,10 +1,10 @@
-"""The data of a run: its splits, and how their images come to one size.
+"""The data of a run: its splits, and the sizes, transforms and normalization of their images.
 
-Encoded images of any size are cropped at random in training and prepared in evaluation as the model
-is published, unless `ImageOptions` say otherwise. Where a source's images have one size (digits,
-arrays, CIFAR) they are left as they are, unless both sizes are given; one of these options alone
-has to be the images' own size. Images are normalized by ImageNet's mean and std by default; weights
-that are fine-tuned want those they were trained with.
+Encoded images of any size are cropped at random in training, and prepared for evaluation as for the
+published model, unless `ImageOptions` say otherwise. If the images of a source have one size
+(digits, arrays, CIFAR) they are not resized unless both sizes are given; one of these options alone
+must be the size of the images. Images are normalized by ImageNet's mean and std by default;
+fine-tuning needs those that the weights were trained with.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from nfnets_jax.errors import UsageError
 from nfnets_jax.fields import Field
 
 _SIZES = ('image_size', 'test_image_size', 'test_mode')
-_AS_IT_IS = 'resize_crop_1.0'  # the whole image: what evaluation on equal images amounts to
+_AS_IT_IS = 'resize_crop_1.0'  # The whole image, which equals no transform for images of one size.
 _RGB = 'three numbers, from 0 to 255'
 
 
@@ -38,7 +38,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """Options of every source, on how its images come to one size; the top of the file tells."""
+    """Options of every source: sizes, evaluation transform and normalization of its images."""
 
     image_size: Annotated[int | None, Field("Training pixels; None: the model's.", low=1)] = None
     test_image_size: Annotated[int | None, Field("Test pixels; None: the model's.", low=1)] = None
@@ -55,42 +55,25 @@ class ImageOptions:
     ] = augment.IMAGENET_STD
 
 
-class Pictures(NamedTuple):
-    """How pictures come to one size.
+class ImageSpec(NamedTuple):
+    """Sizes, transforms and normalization of the images."""
 
-    Attributes:
-      shape: height, width and channels in training.
-      test_size: side in evaluation, in pixels.
-      test_mode: preprocessing for evaluation, a mode of `make_transform`.
-      train_transform, test_transform: (image, rng) -> [H, W, 3]; None where nothing is to be done.
-      mean, std: to normalize by, a value for each channel on a scale of 0..255.
-    """
-
-    shape: tuple[int, int, int]
-    test_size: int
-    test_mode: str
-    train_transform: Callable | None = None
+    shape: tuple[int, int, int]  # height, width and channels in training
+    test_size: int  # side in evaluation, in pixels
+    test_mode: str  # evaluation preprocessing, a mode of `make_transform`
+    train_transform: Callable | None = None  # (image, rng) -> [H, W, 3]
     test_transform: Callable | None = None
-    mean: tuple[float, ...] = augment.IMAGENET_MEAN
+    mean: tuple[float, ...] = augment.IMAGENET_MEAN  # for each channel, on a scale of 0..255
     std: tuple[float, ...] = augment.IMAGENET_STD
 
 
 class Data(NamedTuple):
-    """The sources of a run (see `nfnets_jax.data.sources`) and how their images come to one size.
-
-    Attributes:
-      train: what to train on.
-      validation: what to choose the best checkpoint on; None where the data have no split besides
-        the one to test on.
-      test: what to test on. Where the only labeled split besides `train` is called validation, it
-        is this one.
-      pictures: transforms and sizes.
-    """
+    """The sources of a run, see `nfnets_jax.data.sources`, and the spec of their images."""
 
     train: Source
-    validation: Source | None
-    test: Source
-    pictures: Pictures
+    validation: Source | None  # chooses the best checkpoint; None if there are only two splits
+    test: Source  # the labeled split besides `train`, if there is only one, whatever its name
+    image_spec: ImageSpec
 
 
 def open_data(config: ConfigDict) -> Data:
@@ -108,26 +91,26 @@ def open_data(config: ConfigDict) -> Data:
         validation = None
     images = [s[0]['image'] for s in (train, validation, test) if s is not None]
     sizes = {key: given[key] for key in _SIZES if given.get(key) is not None}
-    pictures = _pictures(images, sizes, name, config.model.name)
+    spec = _image_spec(images, sizes, name, config.model.name)
     mean, std = (
         tuple(map(float, given.get(key, default)))
         for key, default in (('mean', augment.IMAGENET_MEAN), ('std', augment.IMAGENET_STD))
     )
-    return Data(train, validation, test, pictures._replace(mean=mean, std=std))
+    return Data(train, validation, test, spec._replace(mean=mean, std=std))
 
 
-def _pictures(
+def _image_spec(
     images: list[bytes] | list[np.ndarray], given: dict[str, Any], source: str, model: str
-) -> Pictures:
-    """Returns how images come to the sizes that are given, or else to the model's.
+) -> ImageSpec:
+    """Returns the spec with the given sizes, or else those of the model.
 
     Args:
-      images: the first of each split, that of training before the others.
+      images: the first image of each split, that of training first.
       given: options of `_SIZES`.
       source, model: their names.
 
     Raises:
-      UsageError: sizes that would crop images of one size without being meant to.
+      UsageError: sizes would crop images of one size unintentionally.
     """
     image, *others = images
     if not isinstance(image, bytes) and not {'image_size', 'test_image_size'} <= set(given):
@@ -146,13 +129,13 @@ def _pictures(
                     f'{other.shape[1]}x{other.shape[0]} in another split; make them one size, or '
                     'give config.data.image_size and config.data.test_image_size'
                 )
-        return Pictures(image.shape, image.shape[0], _AS_IT_IS)
+        return ImageSpec(image.shape, image.shape[0], _AS_IT_IS)
     published = models.variant_info(model)
     train_size = given.get('image_size', published.train_size)
     test_size = given.get('test_image_size', published.test_size)
     test_mode = given.get('test_mode', published.eval_mode)
     transforms = make_transform('random_crop', train_size), make_transform(test_mode, test_size)
-    return Pictures((train_size, train_size, 3), test_size, test_mode, *transforms)
+    return ImageSpec((train_size, train_size, 3), test_size, test_mode, *transforms)
 
 
 def options(name: str) -> dict[str, fields.Option]:

@@ -16,7 +16,9 @@ A source is any object with
 Reading is thread-safe and has no order: shuffling, sharding and batching belong to the pipeline.
 """
 
+import functools
 import hashlib
+import importlib.util
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -142,6 +144,26 @@ class ArraySource:
         return digest.hexdigest()
 
 
+@functools.cache
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns scikit-learn's digits: images, float64 [1797, 8, 8] in 0..16, and labels.
+
+    The file is read directly, because importing scikit-learn takes a second.
+    """
+    package = importlib.util.find_spec('sklearn')
+    path = os.path.join(os.path.dirname(package.origin or '') if package else '', _DIGITS_FILE)
+    if not os.path.exists(path):
+        from sklearn import datasets  # Raises the usual error where it is not installed.
+
+        digits = datasets.load_digits()
+        return digits.images, digits.target
+    table = np.loadtxt(path, delimiter=',')
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
+
+
+_DIGITS_FILE = os.path.join('datasets', 'data', 'digits.csv.gz')  # in scikit-learn
+
+
 class Digits(ArraySource):
     """The 1797 handwritten digits that scikit-learn carries (UCI, 8x8 pixels, values 0..16).
 
@@ -169,11 +191,8 @@ class Digits(ArraySource):
             int | None, Field('Training images of a digit; None: all.', low=1)
         ] = None,
     ):
-        from sklearn.datasets import load_digits  # here: a slow import that only digits need
-
         classes = list(classes)
-        digits = load_digits()
-        labels = digits.target
+        digits, labels = load_digits()
         is_test = np.zeros(len(labels), bool)
         for label in range(10):
             is_test[np.flatnonzero(labels == label)[4::5]] = True
@@ -189,7 +208,7 @@ class Digits(ArraySource):
         index = np.sort(
             np.concatenate([np.flatnonzero(chosen[split] & (labels == d))[:first] for d in classes])
         )
-        grey = digits.images[index].astype(np.float32) * (255 / 16)
+        grey = digits[index].astype(np.float32) * (255 / 16)
         large = np.stack([resize(image[..., None], (image_size, image_size)) for image in grey])
         super().__init__(
             np.repeat(np.rint(large).clip(0, 255).astype(np.uint8), 3, axis=-1),

@@ -101,6 +101,22 @@ def _arguments(variant: Variant, overrides: Mapping[str, Any]) -> dict[str, Any]
     return {'variant': variant.base, **own, **variant.options, **given}
 
 
+def resolved_options(name: str, **overrides: Any) -> dict[str, Any]:
+    """Returns every option of a network with its value: equal if and only if the networks are.
+
+    Tuples become lists, as in JSON. A name that stands for a variant with options ('nf_resnet50')
+    and the variant with these options give the same result.
+
+    Raises:
+      UsageError: no such model.
+    """
+    family = variant_info(name).family
+    unset = {key for key in options.overrides_of(family) if overrides.get(key) is None}
+    given = {key: value for key, value in overrides.items() if key not in unset}
+    resolved = {'family': family} | fields.defaults(declared_options(name)) | given
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in resolved.items()}
+
+
 def model_options(name: str) -> list[str]:
     """Returns the names of the options that `create_model(name, ...)` accepts."""
     return list(declared_options(name))
@@ -109,8 +125,8 @@ def model_options(name: str) -> list[str]:
 def declared_options(name: str) -> dict[str, fields.Option]:
     """Returns the options that `create_model(name, ...)` accepts, their defaults being its own."""
     variant = variant_info(name)
-    own = _arguments(variant, {})
-    own |= {key: getattr(variant, key) for key in options.overrides_of(variant.family)}
+    own = {key: getattr(variant, key) for key in options.overrides_of(variant.family)}
+    own |= variant.options
     return {
         key: option._replace(default=own.get(key, option.default))
         for key, option in fields.options(FAMILIES[variant.family]).items()
