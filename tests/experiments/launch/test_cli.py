@@ -216,7 +216,16 @@ COMMANDS = [
     if 'cli.run(' in path.read_text() and path.name != 'cli.py'
 ]
 # Flags with text as their value that is no path.
-NO_PATHS = {'checkpoint', 'model', 'eval_mode', 'dataset', 'models', 'devices', 'against'}
+NO_PATHS = {
+    'checkpoint',
+    'checkpoints',
+    'model',
+    'eval_mode',
+    'dataset',
+    'models',
+    'devices',
+    'against',
+}
 
 
 @pytest.mark.parametrize('command', COMMANDS)
