@@ -178,8 +178,8 @@ def make_accuracy(
     experiment = build(config, training=False)
     if experiment.validation_source is None:
         raise UsageError(
-            f'--greedy needs validation images, and the data {config.data.name!r} have none: make a '
-            'validation split, the test images must not choose'
+            f'--greedy needs validation images, and the data {config.data.name!r} have none: '
+            'make a validation split, the test images must not choose'
         )
     if directory is not None:
         data_record.assert_unchanged(directory, data_record.make_record(experiment.splits))
