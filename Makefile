@@ -25,4 +25,5 @@ test: lint
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 docs: setup
-	$(BIN)/python docs/build_api.py
+	$(BIN)/python -m sphinx --fail-on-warning --quiet docs docs/_build
+	@echo open docs/_build/index.html
