@@ -1,4 +1,4 @@
-"""Configuration of the documentation site: `make docs`, then open docs/_build/index.html.
+"""Configuration of the documentation site: `make docs`, then open docs/_build/html/index.html.
 
 Everything is built from files of this repository, without network. Notebooks are shown with the
 outputs that are stored in them; tests/test_tutorials.py executes them.
