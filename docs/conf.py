@@ -57,6 +57,12 @@ def _show_root_file(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] = text.replace('](docs/', '](')
 
 
+def _skip_tuple_field(app: Sphinx, what: str, name: str, field: object, skip: bool, *_) -> bool:
+    """Skips the fields of named tuples, which the docstring of the class describes."""
+    return skip or type(field).__name__ == '_tuplegetter'
+
+
 def setup(app: Sphinx) -> None:
+    app.connect('autodoc-skip-member', _skip_tuple_field)
     app.connect('source-read', _show_root_file)
     app.add_lexer('mermaid', TextLexer)  # drawn by GitHub; drawing it here would need the network
