@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from nfnets_jax.data.preprocessing import SUFFIXES, PictureError, is_image
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.files import expand
+
+T = TypeVar('T')
 
 # What file managers leave behind, besides names that begin with a dot.
 _HIDDEN = frozenset(('Thumbs.db', 'desktop.ini', '__MACOSX', '@eaDir'))
@@ -63,13 +66,13 @@ class ImageFolder:
         root = pathlib.Path(expand(path))
         if not path or not root.is_dir():
             raise UsageError(f'data.path={str(path)!r}: not a directory; give one with the classes')
-        hold_out = {'test_fraction': test_fraction, 'split_seed': split_seed}
-        _check_hold_out(test_fraction, split_seed)
+        given_hold_out = {'test_fraction': test_fraction, 'split_seed': split_seed}
+        check_hold_out(test_fraction, split_seed)
         layout = _find_splits(
             root, dict(zip(SPLITS, (train_split, validation_split, test_split), strict=True))
         )
         if layout:
-            for option, value in hold_out.items():
+            for option, value in given_hold_out.items():
                 if value is not None:
                     raise UsageError(
                         f'data.{option}={value}: nothing is held out of {layout["train"]}, because '
@@ -107,7 +110,13 @@ class ImageFolder:
             owners |= files
             paths = sorted(files.values())
             if not layout:
-                paths = _hold_out(paths, split, test_fraction, seed=(split_seed or 0, label))
+                paths = hold_out(
+                    paths,
+                    split,
+                    test_fraction,
+                    seed=(split_seed or 0, label),
+                    what=str(paths[0].parent),
+                )
             self._paths += paths
             self._labels += [label] * len(paths)
 
@@ -369,21 +378,34 @@ def _suffix(entry: os.DirEntry) -> str:
     return os.path.splitext(entry.name)[1].lower()
 
 
-def _check_hold_out(test_fraction: float | None, split_seed: int | None) -> None:
+def check_hold_out(test_fraction: float | None, split_seed: int | None) -> None:
     if test_fraction is not None and not 0 < test_fraction < 1:
         raise UsageError(f'data.test_fraction={test_fraction}: must lie between 0 and 1')
     if split_seed is not None and split_seed < 0:
         raise UsageError(f'data.split_seed={split_seed}: must not be negative')
 
 
-def _hold_out(
-    paths: list, split: str, test_fraction: float | None, seed: tuple[int, int]
-) -> list[pathlib.Path]:
-    """Returns the train or test part of one class's paths, in their order; neither is empty."""
-    if len(paths) < 2:
-        raise UsageError(f'{paths[0].parent}: one image cannot be split in train and test')
+def hold_out(
+    examples: Sequence[T],
+    split: str,
+    test_fraction: float | None,
+    *,
+    seed: tuple[int, int],
+    what: str,
+) -> list[T]:
+    """Returns the train or test part of one class's examples, in their order; neither is empty.
+
+    Args:
+        examples: of the class.
+        split: 'train' or 'test'.
+        test_fraction: share to hold out; None: 0.2.
+        seed: draws it.
+        what: names the class in the error about a single example.
+    """
+    if len(examples) < 2:
+        raise UsageError(f'{what}: one image cannot be split in train and test')
     fraction = 0.2 if test_fraction is None else test_fraction
-    held_out = min(max(1, round(fraction * len(paths))), len(paths) - 1)
-    drawn = np.argsort(np.random.Philox(key=list(seed)).random_raw(len(paths)))
+    held_out = min(max(1, round(fraction * len(examples))), len(examples) - 1)
+    drawn = np.argsort(np.random.Philox(key=list(seed)).random_raw(len(examples)))
     chosen = drawn[:held_out] if split == 'test' else drawn[held_out:]
-    return [paths[i] for i in sorted(chosen)]
+    return [examples[i] for i in sorted(chosen)]

@@ -32,6 +32,7 @@ from nfnets_jax import files
 from nfnets_jax.data.folder import ImageFolder
 from nfnets_jax.data.preprocessing import resize
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
+from nfnets_jax.data.table import ImageTable
 from nfnets_jax.data.tfds import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
 
@@ -316,6 +317,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     'noise': Noise,
     'arrays': ArrayFile,
     'folder': ImageFolder,
+    'table': ImageTable,
     'tfds': TfdsSource,
 }
 
