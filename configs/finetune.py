@@ -1,11 +1,12 @@
-"""Fine-tunes a network on your own pictures: one directory for each class.
+"""Fine-tunes a network on your own images: one directory for each class, a table, or arrays.
 
     python -m experiments.train --workdir=runs/mine \\
         --config=configs/finetune.py:weights=F0_haiku.npz,data=PATH_TO_FOLDERS
 
 Arguments, separated by commas:
-  data     a directory with train/CLASS/PICTURE and test/CLASS/PICTURE, or with CLASS/PICTURE, of
-           which a fifth is then held out for testing. Needed.
+  data     a directory with train/CLASS/IMAGE and test/CLASS/IMAGE, or with CLASS/IMAGE, of which a
+           fifth is then held out for testing; a .csv, .tsv or .parquet table with a row for each
+           image (its path, its label, perhaps its split); or an .npz file of arrays. Needed.
   weights  what `nfnets_jax.load_pretrained` reads: the authors' file, timm's, .safetensors, or the
            directory of a run. Without it training starts from random weights.
   model    the model's name; not needed where the weights tell.
@@ -21,6 +22,8 @@ stays a third of the duration. Where there are fewer than 2048 training images, 
 eighth of them by default, rounded down to a power of two, which is told at the start.
 docs/pretrained.md has an example with its figures.
 """
+
+import pathlib
 
 from experiments.config import adapted, default_config
 from nfnets_jax import models
@@ -55,7 +58,7 @@ def get_config(arguments: str = ''):
     }
     config.init = {'weights': weights, 'new_head': True}
     config.data = {
-        'name': 'folder',
+        'name': _source(given['data']),
         'path': given['data'],
         'image_size': metadata.train_size or published.train_size,
         'test_image_size': metadata.test_size or published.test_size,
@@ -97,10 +100,16 @@ def head_only(head: str = 'linear') -> tuple[dict, ...]:
     )
 
 
+def _source(path: str) -> str:
+    """Returns the name of the source that reads a directory or a file."""
+    sources = dict.fromkeys(('.csv', '.tsv', '.parquet'), 'table') | {'.npz': 'arrays'}
+    return sources.get(pathlib.PurePath(path).suffix.lower(), 'folder')
+
+
 def _batch_size(path: str) -> int:
     """Returns the papers' batch size, or one that fits a small folder, which is then told."""
     try:
-        examples = len(open_source('folder', 'train', path=path))
+        examples = len(open_source(_source(path), 'train', path=path))
     except UsageError:
         return _BATCH_SIZE  # Opening the data says what is wrong, by the config's key.
     if examples >= _BATCH_SIZE:
