@@ -39,7 +39,7 @@ def make_clips(count, rng, rate=16_000):
     return ((x - x.mean()) / x.std()).astype(np.float32), labels
 
 
-def main(weights='', steps=80, batch=8, clips=128):
+def main(weights='', steps=60, batch=8, clips=128):
     rng = np.random.default_rng(0)
     (x, y), (test_x, test_y) = make_clips(clips, rng), make_clips(64, rng)
     if weights:
