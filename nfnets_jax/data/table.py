@@ -7,13 +7,14 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from nfnets_jax import extras, files
-from nfnets_jax.data.folder import check_hold_out, hold_out
-from nfnets_jax.data.preprocessing import PictureError
+from nfnets_jax import extras, fields, files
+from nfnets_jax.data.folder import hold_out
+from nfnets_jax.data.preprocessing import ImageError
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.fields import Field
 
 _DELIMITERS = {'.csv': ',', '.tsv': '\t'}
 
@@ -43,15 +44,7 @@ class ImageTable:
     that column are the names in `SPLIT_NAMES`; where there is val but no test, 'test' is val, and
     there is no 'validation'. Rows without a path or without a label are left out and counted.
 
-    Args:
-        split: 'train', 'validation' or 'test'.
-        path: the table, a .csv, .tsv or .parquet file with a header.
-        root: directory that the paths in the table are relative to; by default the table's own.
-        image_column, label_column, split_column: names of the columns; by default those with a name
-            of `COLUMN_NAMES`.
-        suffix: appended to every path, such as '.jpg' where the table has bare names.
-        test_fraction: share of every class held out, where the table has no splits; default 0.2.
-        split_seed: draws it; default 0.
+    `split` is 'train', 'validation' or 'test'.
 
     Raises:
         MissingSplit: the table has no such split.
@@ -59,17 +52,25 @@ class ImageTable:
             first image is not there.
     """
 
+    @fields.checked('data')
     def __init__(
         self,
         split: str,
-        path: str,
-        root: str = '',
-        image_column: str = '',
-        label_column: str = '',
-        split_column: str = '',
-        suffix: str = '',
-        test_fraction: float | None = None,
-        split_seed: int | None = None,
+        path: Annotated[str | os.PathLike, Field('The .csv, .tsv or .parquet file.')],
+        root: Annotated[str, Field("Directory of its paths; '': that of the table.")] = '',
+        image_column: Annotated[str, Field("Its column of paths; '': found by its name.")] = '',
+        label_column: Annotated[str, Field("Its column of labels; '': found by its name.")] = '',
+        split_column: Annotated[str, Field("Its column of splits; '': found by its name.")] = '',
+        suffix: Annotated[str, Field("Appended to every path, such as '.jpg'.")] = '',
+        test_fraction: Annotated[
+            float | None,
+            Field(
+                'Share of each class to test on, where there are no splits; None: 0.2.',
+                above=0,
+                below=1,
+            ),
+        ] = None,
+        split_seed: Annotated[int | None, Field('Seed that draws them; None: 0.', low=0)] = None,
     ):
         check_split('table', split, SPLITS)
         table = pathlib.Path(files.expand(path))
@@ -88,7 +89,6 @@ class ImageTable:
                 rows[owner].append((image + suffix, label))
             else:
                 self.left_out['rows without ' + ('a label' if image else 'a path')] += 1
-        check_hold_out(test_fraction, split_seed)
         if splits and (test_fraction is not None or split_seed is not None):
             raise UsageError(
                 f'data.test_fraction, data.split_seed: nothing is held out of {path}, because a '
@@ -124,7 +124,7 @@ class ImageTable:
             with open(self.where(index), 'rb') as file:
                 return {'image': file.read(), 'label': self._labels[index]}
         except OSError as error:
-            raise PictureError(f'cannot be read: {error.strerror}') from error
+            raise ImageError(f'cannot be read: {error.strerror}') from error
 
     def where(self, index: int) -> str:
         return str(self._root / self._images[index])
@@ -223,5 +223,5 @@ def _held_out(
     return [
         row
         for name, number in numbers.items()
-        for row in hold_out(by_class[name], split, test_fraction, seed=(seed, number), what=name)
+        for row in hold_out(by_class[name], split, test_fraction, seed=(seed, number), name=name)
     ]
