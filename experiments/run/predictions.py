@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
+from experiments.experiment import Experiment
 from experiments.run import parallel
+from experiments.run.evaluation import open_eval_batches
 
 
 class Predictions(NamedTuple):
@@ -42,17 +44,42 @@ class Predictions(NamedTuple):
 
 
 def make_predict_step(
-    logits: Callable[[hk.Params, hk.State, jax.Array], jax.Array],
+    logits_fn: Callable[[hk.Params, hk.State, jax.Array], jax.Array],
 ) -> jax.stages.Wrapped:
-    """Returns a parallel function ((params, state), batch) -> the batch with logits for its images.
+    """Returns a parallel function ((params, state), batch) -> logits and labels of all examples.
 
     Args:
-      logits: (params, state, uint8 or float images [n, H, W, 3]) -> logits [n, classes].
+      logits_fn: (params, state, images [n, H, W, C]) -> logits [n, classes].
     """
 
-    def predict_step(variables: tuple[hk.Params, hk.State], batch: dict) -> dict:
-        found = logits(*variables, batch['image']).astype(jnp.float32)
-        rest = {name: batch[name] for name in ('label', 'mask', 'position')}
-        return jax.lax.all_gather({'logits': found} | rest, parallel.AXIS, tiled=True)
+    def predict_step(variables: tuple[hk.Params, hk.State], batch: dict) -> dict[str, jax.Array]:
+        logits = logits_fn(*variables, batch['image']).astype(jnp.float32)
+        rest = {name: batch[name] for name in ('label', 'index', 'mask')}
+        return jax.lax.all_gather({'logits': logits} | rest, parallel.AXIS, tiled=True)
 
     return parallel.parallelize(predict_step)
+
+
+def predict(
+    experiment: Experiment,
+    predict_step: Callable,
+    variables: tuple[hk.Params, hk.State],
+    split: str,
+) -> Predictions:
+    """Returns the predictions on every readable example of a split, in every process.
+
+    Args:
+      experiment: the experiment with the data.
+      predict_step: from `make_predict_step`.
+      variables: parameters and state, placed by `parallel.replicate`.
+      split: one of `experiment.splits`.
+    """
+    parts: list[tuple[np.ndarray, ...]] = []
+    with open_eval_batches(experiment, split) as batches:
+        for batch in batches:
+            found = jax.device_get(predict_step(variables, batch))
+            real = found['mask'] == 1
+            parts.append(tuple(found[name][real] for name in ('logits', 'label', 'index')))
+    logits, labels, indices = map(np.concatenate, zip(*parts, strict=True))
+    order = np.argsort(indices)  # devices may stand in another order than their processes
+    return Predictions(logits[order], labels[order], indices[order])
