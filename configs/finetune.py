@@ -88,6 +88,7 @@ def get_config(arguments: str = ''):
         else:
             optimizer.groups = ({'match': pattern, 'freeze': True}, *PUBLISHED_GROUPS)
     config.eval.every = config.checkpoint.every = '10%'
+    config.eval.report = True
     config.log_every = '1%'
     return config
 

@@ -29,7 +29,6 @@ from ml_collections import ConfigDict
 from experiments.experiment import build, describe_data, describe_devices, describe_network
 from experiments.launch import cli
 from experiments.run import data_record, evaluation, parallel, workdir
-from experiments.run.predictions import make_predict_step, predict
 from experiments.run.summary import SUMMARY_FILE
 from experiments.train_step import TrainState, init_state, make_eval_step, make_logits_fn
 from nfnets_jax import files
@@ -179,15 +178,12 @@ class _Evaluator:
         return evaluation.evaluate(self._experiment, self._step, _placed(state), self.split)
 
     def write_report(self, state: TrainState, directory: str) -> None:
-        *_, variables = _placed(state).values()  # the moving average comes last
-        step = make_predict_step(make_logits_fn(self._experiment, flip=self._flip))
-        found = predict(self._experiment, step, variables, self.split)
-        if parallel.is_primary():
-            from experiments.run import evaluation_report  # here: Matplotlib is slow to import
+        from experiments.run import evaluation_report  # here: Matplotlib is slow to import
 
-            title = f'{self._experiment.config.model.name}, {self.split}'
-            source = self._experiment.splits[self.split]
-            evaluation_report.write_report(directory, found, source, title=title)
+        logits_fn = make_logits_fn(self._experiment, flip=self._flip)
+        evaluation_report.report_split(
+            self._experiment, logits_fn, _placed(state), self.split, directory
+        )
 
 
 def _placed(state: TrainState) -> dict[str, tuple]:

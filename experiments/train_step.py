@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from experiments import config as schema
 from experiments.experiment import Experiment, init_variables
 from experiments.run import device_cached, parallel, step_metrics
+from experiments.run.predictions import LogitsFn
 from nfnets_jax import augment, optimizers
 from nfnets_jax.sam import sam_value_and_grad
 
@@ -330,9 +331,7 @@ def make_eval_step(experiment: Experiment, *, flip: bool = False) -> jax.stages.
     return parallel.parallelize(eval_step)
 
 
-def make_logits_fn(
-    experiment: Experiment, *, flip: bool = False
-) -> Callable[[hk.Params, hk.State, jax.Array], jax.Array]:
+def make_logits_fn(experiment: Experiment, *, flip: bool = False) -> LogitsFn:
     """Returns the function (params, state, images of the data) -> logits of evaluation.
 
     Args:

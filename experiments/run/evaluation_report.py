@@ -14,14 +14,17 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import haiku as hk
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.run.predictions import Predictions
+from experiments.experiment import Experiment
+from experiments.run import parallel
+from experiments.run.predictions import LogitsFn, Predictions, make_predict_step, predict
 from nfnets_jax import files
 from nfnets_jax.data.preprocessing import decode
 from nfnets_jax.data.sources import Source
@@ -106,6 +109,30 @@ def summarize(predictions: Predictions) -> dict[str, float]:
         'loss': float(-predictions.log_probabilities[rows, predictions.labels].mean()),
         'calibration_error': calibration(predictions).error,
     }
+
+
+def report_split(
+    experiment: Experiment,
+    logits_fn: LogitsFn,
+    variables: Mapping[str, tuple[hk.Params, hk.State]],
+    split: str,
+    directory: str | os.PathLike,
+) -> None:
+    """Predicts a split, in every process, and writes its report, in process 0.
+
+    Args:
+      experiment: the experiment with the data.
+      logits_fn: see `make_predict_step`.
+      variables: from `TrainState.variables`, placed by `parallel.replicate`; the last are used,
+        those of the moving average if there is one.
+      split: one of `experiment.splits`.
+      directory: see `write_report`.
+    """
+    *_, averaged = variables.values()
+    found = predict(experiment, make_predict_step(logits_fn), averaged, split)
+    if parallel.is_primary():
+        title = f'{experiment.config.model.name}, {split}'
+        write_report(directory, found, experiment.splits[split], title=title)
 
 
 def write_report(

@@ -13,6 +13,9 @@ from experiments.experiment import Experiment
 from experiments.run import parallel
 from experiments.run.evaluation import open_eval_batches
 
+# (params, state, images [n, H, W, C]) -> logits [n, classes]
+LogitsFn = Callable[[hk.Params, hk.State, jax.Array], jax.Array]
+
 
 class Predictions(NamedTuple):
     """What a network says about the examples of a split that can be read, in the source's order.
@@ -43,14 +46,8 @@ class Predictions(NamedTuple):
         return self.predicted == self.labels
 
 
-def make_predict_step(
-    logits_fn: Callable[[hk.Params, hk.State, jax.Array], jax.Array],
-) -> jax.stages.Wrapped:
-    """Returns a parallel function ((params, state), batch) -> logits and labels of all examples.
-
-    Args:
-      logits_fn: (params, state, images [n, H, W, C]) -> logits [n, classes].
-    """
+def make_predict_step(logits_fn: LogitsFn) -> jax.stages.Wrapped:
+    """Returns a parallel function ((params, state), batch) -> logits and labels of all examples."""
 
     def predict_step(variables: tuple[hk.Params, hk.State], batch: dict) -> dict[str, jax.Array]:
         logits = logits_fn(*variables, batch['image']).astype(jnp.float32)
