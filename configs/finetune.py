@@ -1,26 +1,29 @@
-"""Fine-tunes a network on your own pictures: one directory for each class.
+"""Fine-tunes a network on your own images: one directory for each class, a table, or arrays.
 
     python -m experiments.train --workdir=runs/mine \\
         --config=configs/finetune.py:weights=F0_haiku.npz,data=PATH_TO_FOLDERS
 
 Arguments, separated by commas:
-  data     a directory with train/CLASS/PICTURE and test/CLASS/PICTURE, or with CLASS/PICTURE, of
-           which a fifth is then held out for testing. Needed.
-  weights  what `nfnets_jax.load_pretrained` reads: the authors' file, timm's, .safetensors, or the
-           directory of a run. Without it training starts from random weights.
-  model    the model's name; not needed where the weights tell.
-  freeze   a regular expression for the names of parameters that keep their value, like
-           freeze=.*/stem_conv./.*; freeze=body trains the new head only (running statistics of
-           batch norm go on).
+  data     a directory with train/CLASS/IMAGE and test/CLASS/IMAGE, or with CLASS/IMAGE, of which a
+           fifth is then held out for testing; a .csv, .tsv or .parquet table with a row for each
+           image (its path, its label, perhaps its split); or an .npz file of arrays. Required.
+  weights  anything that `nfnets_jax.load_pretrained` reads: the authors' file, timm's,
+           .safetensors, or the directory of a run. Without it the weights are random.
+  model    the model's name; not needed if the weights have it.
+  freeze   a regular expression for the names of frozen parameters, like
+           freeze=.*/stem_conv./.*; freeze=body trains only the new head (batch norm still updates
+           its running statistics).
 
-The recipe is the one the papers fine-tune from JFT with: 15,000 steps of 2048 pictures, learning
-rate 0.1 after 5,000 steps of warm-up and then along a cosine, moving average 0.9999. NFNets with
-SAM (rho 0.05), weight decay 1e-5, dropout 0.25 and stochastic depth 0.1; ResNets with none of them.
-A small data set wants less: --config.duration='500 steps' --config.batch_size=256; the warm-up
-stays a third of the duration. Where there are fewer than 2048 training images, the batch is an
-eighth of them by default, rounded down to a power of two, which is told at the start.
-docs/pretrained.md has an example with its figures.
+The recipe is the papers' for fine-tuning from JFT: 15,000 steps of 2048 images, learning rate 0.1
+after 5,000 steps of warm-up and then along a cosine, moving average 0.9999. NFNets have SAM (rho
+0.05), weight decay 1e-5, dropout 0.25 and stochastic depth 0.1; ResNets have none of them. A small
+data set needs less: --config.duration='500 steps' --config.batch_size=256; the warm-up stays a
+third of the duration. With fewer than 2048 training images, the default batch is an eighth of them,
+rounded down to a power of two, and the run prints it at the start. docs/pretrained.md has an
+example with its results.
 """
+
+import pathlib
 
 from experiments.config import adapted, default_config
 from nfnets_jax import models
@@ -31,6 +34,7 @@ from nfnets_jax.weights.pretrained import Metadata, load_metadata
 
 _BATCH_SIZE = 2048
 _ARGUMENTS = ('data', 'weights', 'model', 'freeze')
+VARIANTS = ('data=DIRECTORY[,weights=FILE][,model=NAME][,freeze=PATTERN]',)
 
 
 def get_config(arguments: str = ''):
@@ -44,18 +48,18 @@ def get_config(arguments: str = ''):
         metadata = load_metadata(weights, metadata.model)
     name = metadata.model and models.variant_info(metadata.model).name
     if name is None:
-        raise UsageError('finetune.py needs model=NAME where no weights tell it')
+        raise UsageError('finetune.py needs model=NAME if the weights do not have it')
     published = models.variant_info(name)
 
     config = default_config()
     config.model = {'name': name} | {
-        # As tuples, which the command line can override.
+        # Tuples, because the command line can override them.
         option: tuple(value) if isinstance(value, list) else value
         for option, value in metadata.options.items()
     }
     config.init = {'weights': weights, 'new_head': True}
     config.data = {
-        'name': 'folder',
+        'name': _source(given['data']),
         'path': given['data'],
         'image_size': metadata.train_size or published.train_size,
         'test_image_size': metadata.test_size or published.test_size,
@@ -84,12 +88,13 @@ def get_config(arguments: str = ''):
         else:
             optimizer.groups = ({'match': pattern, 'freeze': True}, *PUBLISHED_GROUPS)
     config.eval.every = config.checkpoint.every = '10%'
+    config.eval.report = True
     config.log_every = '1%'
     return config
 
 
 def head_only(head: str = 'linear') -> tuple[dict, ...]:
-    """Of the published groups, what remains if only the classifier is trained."""
+    """Returns the published parameter groups with everything but the classifier frozen."""
     return (
         {'match': rf'[^/]+/~/{head}/w', 'clip': False},
         {'match': rf'[^/]+/~/{head}/b', 'decay': False},
@@ -97,12 +102,18 @@ def head_only(head: str = 'linear') -> tuple[dict, ...]:
     )
 
 
+def _source(path: str) -> str:
+    """Returns the name of the source that reads a directory or a file."""
+    sources = dict.fromkeys(('.csv', '.tsv', '.parquet'), 'table') | {'.npz': 'arrays'}
+    return sources.get(pathlib.PurePath(path).suffix.lower(), 'folder')
+
+
 def _batch_size(path: str) -> int:
-    """Returns the papers' batch size, or one that fits a small folder, which is then told."""
+    """Returns the papers' batch size, or one that fits a small folder, which the run prints."""
     try:
-        examples = len(open_source('folder', 'train', path=path))
+        examples = len(open_source(_source(path), 'train', path=path))
     except UsageError:
-        return _BATCH_SIZE  # Opening the data says what is wrong, by the config's key.
+        return _BATCH_SIZE  # Opening the data later reports the error with the config's key.
     if examples >= _BATCH_SIZE:
         return _BATCH_SIZE
     fitting = 1 << max(examples // 8, min(examples, 8), 1).bit_length() - 1

@@ -101,7 +101,6 @@ NOT_RUN = {
     r'python -m benchmarks.convolution --write.*': 'is for a GPU, and changes the project',
     r'CUDA_VISIBLE_DEVICES=0 python -m experiments.study \.\.\.': 'is no whole command',
     r'python (-m experiments.train|experiments/train.py)': 'is no whole command',
-    r'python (-m benchmarks.input_pipeline|benchmarks/input_pipeline.py)': 'is no whole command',
     r'python -m benchmarks.augmentation_tpu.*': 'needs a compiler for TPUs, libtpu',
     r'optuna-dashboard .*': 'is a server, of a package that is not required',
     r'\S+tensorboard --logdir=runs': 'is a server',
@@ -131,7 +130,9 @@ SHRINK = {
     r'.*experiments.train .*configs/digits.*': _TINY_DIGITS,
     r'.*experiments.train .*(finetune.py|pretrain.py).*': _TINY_IMAGES,
     r'.*experiments.study .*finetune.py:caltech101.*': (
-        f'{_TINY_STUDY} --config.base.batch_size=4 --config.base.data.image_size=16'
+        f'{_TINY_STUDY} --config.base.batch_size=4 --config.base.data.image_size=16 '
+        "--config.base.model.widths='(16, 32)' --config.base.model.depths='(1, 1)' "
+        '--config.base.model.group_size=8'
     ),
     r'.*experiments.study .*configs/studies/.*': _TINY_STUDY,
     r'.*experiments.signal_propagation .*': '--model=NF-ResNet-8 --against=ResNet-8 --size=16',
@@ -147,7 +148,7 @@ SHRINK = {
     r'.*benchmarks.input_pipeline.*': '--rounds=1 --batches=1',
     r'.*benchmarks.long_run.*': '--steps=500',
     r'.*python (-m examples\.\w+|examples/\w+\.py)': '',
-    r'python docs/build_api.py': '',
+    r'python docs/build_(api|config).py': '',
 }
 # What the suite runs by default: one of each kind that takes seconds.
 FAST = {
@@ -163,7 +164,7 @@ STATUS = {r'.*experiments.classify .* README.md': 2}
 
 _FILES = ('F0_haiku.npz', *(f'{x}.safetensors' for x in ('W', 'mine', 'caltech', 'cifar')))
 _FOLDERS = ('PATH_TO_FOLDERS', 'caltech101', 'cifar10', 'mine', 'PICTURE_OR_DIRECTORY')
-_IMAGES = ('test/Faces/image_0007.jpg', 'test/Motorbikes/image_0050.jpg', 'PICTURE')
+_IMAGES = ('test/Faces/image_0007.jpg', 'test/Motorbikes/image_0050.jpg', 'IMAGE')
 
 
 def matching(patterns, command: str) -> list[str]:
@@ -231,12 +232,13 @@ def shell(command: str, directory: pathlib.Path) -> subprocess.CompletedProcess:
 def materials(tmp_path_factory):
     """A directory with what the documents speak of, by its names there."""
     path = tmp_path_factory.mktemp('materials')
-    for folder in ('configs', 'tests', 'examples', 'experiments'):
+    for folder in ('configs', 'tests', 'examples', 'experiments', 'benchmarks'):
         (path / folder).symlink_to(ROOT / folder)
     (path / '.venv').symlink_to(sys.prefix)
     shutil.copy(ROOT / 'README.md', path)
     (path / 'docs').mkdir()
-    shutil.copy(ROOT / 'docs' / 'build_api.py', path / 'docs')
+    for name in ('build_api.py', 'build_config.py'):
+        shutil.copy(ROOT / 'docs' / name, path / 'docs')
     for name in _FILES:
         widths = {'widths': (16, 32), 'depths': (1, 1), 'group_size': 8}
         if name == 'F0_haiku.npz':
@@ -255,7 +257,7 @@ def materials(tmp_path_factory):
     rng = np.random.RandomState(0)
     arrays = {
         f'{split}_{what}': rng.randint(0, high, (count, *shape)).astype(np.uint8)
-        for split, count in (('train', 64), ('test', 32))
+        for split, count in (('train', 2048), ('test', 32))  # a batch of each size in the studies
         for what, high, shape in (('images', 256, (32, 32, 3)), ('labels', 10, ()))
     }
     np.savez(path / 'cifar10.npz', **arrays)
@@ -382,7 +384,7 @@ from experiments.launch import cli
 class Parsed(BaseException):
     pass
 
-def run(main, *, positional=False, distributed=False):
+def run(main, *, positional=False, distributed=False, declared=None):
     if distributed:
         cli._define_distributed_flags()
     flags.FLAGS(cli._parse(sys.argv))

@@ -1,39 +1,40 @@
-"""Where the pictures come from: random access to examples behind one small interface.
+"""Sources of images: random access to examples behind one small interface.
 
 A source is any object with
 
     len(source)           the number of examples
     source[i]             {'image': array or bytes, 'label': int}, for 0 <= i < len(source); the
-                          image is uint8 [H, W, 3], or the bytes of an encoded picture (JPEG, PNG,
+                          image is uint8 [H, W, 3], or the bytes of an encoded image (JPEG, PNG,
                           ...), which a transform of `nfnets_jax.data.preprocessing` decodes
-    source.where(i)       what to call example i in an error: its file, or its place in the arrays
+    source.where(i)       the file or index of example i, for errors
     source.class_names    tuple of str, label -> name
     source.name           str
-    source.origin         str, the directory or file it was found in, or what makes it
-    source.left_out       dict, kind of file -> how many lie beside the examples and are not taken
+    source.origin         str, the directory, file or package that the examples come from
+    source.left_out       dict, kind of file -> how many were ignored beside the examples
     source.checksum()     str, see `identify`
 
 Reading is thread-safe and has no order: shuffling, sharding and batching belong to the pipeline.
 """
 
+import functools
 import hashlib
-import inspect
-import numbers
-import types
-import typing
+import importlib.util
+import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from nfnets_jax import files
+from nfnets_jax import fields, files
 from nfnets_jax.data.folder import ImageFolder
 from nfnets_jax.data.preprocessing import resize
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
+from nfnets_jax.data.table import ImageTable
 from nfnets_jax.data.tfds import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.fields import Field
 
 
 class Source(Protocol):
@@ -61,11 +62,11 @@ class Source(Protocol):
 
 
 class Identity(NamedTuple):
-    """What tells one set of examples from another, cheaply.
+    """Tells one set of examples from another, cheaply.
 
     Attributes:
         class_names: label -> name.
-        num_examples: how many there are.
+        num_examples: number of examples.
         checksum: 64 hexadecimal digits.
     """
 
@@ -75,30 +76,30 @@ class Identity(NamedTuple):
 
 
 def identify(source: Source) -> Identity:
-    """Returns the identity of a source, to be compared with that of an earlier day.
+    """Returns the identity of a source, to be compared with that of another day.
 
     The checksum is SHA-256 over
         folder: the name of every file relative to the directory of its split, with its class, in
             the order of the examples;
         arrays, digits, synthetic images: dtype, shape and bytes of the images, and the labels;
-        tfds: the data set with its version, and which examples of which record files are taken.
+        tfds: the data set with its version, and the chosen examples of each record file.
 
-    It sees an example or class that is added, removed, renamed or moved to another split, and
-    another order of the examples. It does not see where the data are (a directory may be moved as a
-    whole), nor, for files, contents that change under the same name: files are not read.
+    It changes if an example or class is added, removed, renamed or moved to another split, or if
+    the order changes. It does not change if the directory is moved as a whole, nor if a file's
+    content changes under the same name: files are not read.
     """
     return Identity(source.class_names, len(source), source.checksum())
 
 
 class ArraySource:
-    """Pictures and labels that lie in memory.
+    """Images and labels in memory.
 
     Args:
         images: uint8 [N, H, W, 3].
         labels: integers [N], each in [0, len(class_names)).
         class_names: names of the classes; by default '0', '1', ... up to the largest label.
-        name: what to call the source in messages.
-        origin: the file they come from, or what makes them.
+        name: the source's name in messages.
+        origin: the file or package that they come from.
     """
 
     left_out: Mapping[str, int] = MappingProxyType({})
@@ -144,40 +145,55 @@ class ArraySource:
         return digest.hexdigest()
 
 
+@functools.cache
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns scikit-learn's digits: images, float64 [1797, 8, 8] in 0..16, and labels.
+
+    The file is read directly, because importing scikit-learn takes a second.
+    """
+    package = importlib.util.find_spec('sklearn')
+    path = os.path.join(os.path.dirname(package.origin or '') if package else '', _DIGITS_FILE)
+    if not os.path.exists(path):
+        from sklearn import datasets  # Raises the usual error where it is not installed.
+
+        digits = datasets.load_digits()
+        return digits.images, digits.target
+    table = np.loadtxt(path, delimiter=',')
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
+
+
+_DIGITS_FILE = os.path.join('datasets', 'data', 'digits.csv.gz')  # in scikit-learn
+
+
 class Digits(ArraySource):
     """The 1797 handwritten digits that scikit-learn carries (UCI, 8x8 pixels, values 0..16).
 
-    Scaled to 0..255, enlarged to `image_size` (bicubic) and repeated to three channels. The split
-    is fixed: of every class, in the order of the file, each fifth picture is a test picture, which
-    makes 1442 for training and 355 for testing.
-
-    Args:
-        split: 'train' or 'test'.
-        image_size: pixels, 8 or more.
-        classes: the digits to take, none twice; labels number them in this order.
-        per_class: training pictures of each to take, the first in the file; None: all.
+    Scaled to 0..255, enlarged to `image_size` (bicubic) and repeated to three channels. The split,
+    'train' or 'test', is fixed: of every class, in the order of the file, each fifth image is a
+    test image, which makes 1442 for training and 355 for testing.
     """
 
+    @fields.checked('data')
     def __init__(
         self,
         split: str,
-        image_size: int = 16,
-        classes: Sequence[int] = tuple(range(10)),
-        per_class: int | None = None,
+        image_size: Annotated[int, Field('Side in pixels; the digits are 8x8.', low=8)] = 16,
+        classes: Annotated[
+            Sequence[int],
+            Field(
+                'Digits to take; labels number them in this order.',
+                low=0,
+                high=9,
+                rule=lambda digits: len(digits) == len(set(digits)) >= 2,
+                wants='two or more digits from 0 to 9, without repeats',
+            ),
+        ] = tuple(range(10)),
+        per_class: Annotated[
+            int | None, Field('Training images of a digit; None: all.', low=1)
+        ] = None,
     ):
-        from sklearn.datasets import load_digits  # here: a slow import that only digits need
-
-        if image_size < 8:
-            raise UsageError(f'data.image_size={image_size}: digits are 8x8, give 8 or more')
         classes = list(classes)
-        if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(10)):
-            raise UsageError(f'data.classes={classes}: give digits from 0 to 9, none twice')
-        if len(classes) < 2:
-            raise UsageError(f'data.classes={classes}: give two digits or more to tell apart')
-        if per_class is not None and per_class < 1:
-            raise UsageError(f'data.per_class={per_class}: must be positive, or None for all')
-        digits = load_digits()
-        labels = digits.target
+        digits, labels = load_digits()
         is_test = np.zeros(len(labels), bool)
         for label in range(10):
             is_test[np.flatnonzero(labels == label)[4::5]] = True
@@ -193,7 +209,7 @@ class Digits(ArraySource):
         index = np.sort(
             np.concatenate([np.flatnonzero(chosen[split] & (labels == d))[:first] for d in classes])
         )
-        grey = digits.images[index].astype(np.float32) * (255 / 16)
+        grey = digits[index].astype(np.float32) * (255 / 16)
         large = np.stack([resize(image[..., None], (image_size, image_size)) for image in grey])
         super().__init__(
             np.repeat(np.rint(large).clip(0, 255).astype(np.uint8), 3, axis=-1),
@@ -207,20 +223,21 @@ class Digits(ArraySource):
 class ArrayFile(ArraySource):
     """The arrays of an .npz file: train_images, train_labels, test_images and test_labels.
 
-    There may be validation_images and validation_labels, too. `SPLIT_NAMES` are the names that a
-    split may have; where there is val but no test, 'test' is val, and there is no 'validation'.
+    The file may also hold validation_images, validation_labels and class_names. `SPLIT_NAMES`
+    lists other names of the splits. If there is val but no test, 'test' is val, and there is no
+    'validation'.
 
-    Args:
-        split: 'train', 'validation' or 'test'.
-        path: the file; images are uint8 [N, H, W, 3], labels integers from 0. It may hold
-            class_names, too. `left_out` names the arrays that are none of these.
+    Images are uint8 [N, H, W, 3], labels integers from 0. `left_out` names the other arrays.
 
     Raises:
-        MissingSplit: 'validation' where there is none.
-        UsageError: anything but such a file.
+        MissingSplit: 'validation' if there is none.
+        UsageError: not such a file.
     """
 
-    def __init__(self, split: str, path: str):
+    @fields.checked('data')
+    def __init__(
+        self, split: str, path: Annotated[str | os.PathLike, Field('The .npz file with the data.')]
+    ):
         check_split('arrays', split, SPLITS)
         try:
             with np.load(files.expand(path), allow_pickle=False) as file:
@@ -248,10 +265,10 @@ class ArrayFile(ArraySource):
 
 
 def _find_arrays(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Returns the names of the images and the labels of every split, 'train' and 'test' at least.
+    """Returns the names of the image and label arrays of every split, at least 'train' and 'test'.
 
     Raises:
-        KeyError: arrays are missing, or there are two of one kind.
+        KeyError: arrays are missing, or one split has two names.
     """
     held = f'it holds {", ".join(names) or "nothing"}'
     found = {}
@@ -274,25 +291,22 @@ def _find_arrays(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-class Noise(ArraySource):
-    """Made pictures: of each class the same coarse pattern of colours under noise of their own.
+class Synthetic(ArraySource):
+    """Synthetic images: each class has one coarse pattern of colors, each image its own noise.
 
-    Easy to learn, equal everywhere, and there without any files: for trying a recipe out.
-
-    Args:
-        split: 'train' or 'test', which have other noise.
-        image_size: pixels.
-        classes: how many; examples have them in turn.
-        examples: how many in each split.
+    Easy to learn, the same on every machine, and without files: for trying a recipe out. The two
+    splits, 'train' and 'test', differ in the noise.
     """
 
-    def __init__(self, split: str, image_size: int = 32, classes: int = 10, examples: int = 1024):
+    @fields.checked('data')
+    def __init__(
+        self,
+        split: str,
+        image_size: Annotated[int, Field('Side in pixels.', low=1)] = 32,
+        classes: Annotated[int, Field('Classes, which examples have in turn.', low=2)] = 10,
+        examples: Annotated[int, Field('Images in each split.', low=1)] = 1024,
+    ):
         check_split('noise', split)
-        for name, value in ('image_size', image_size), ('classes', classes), ('examples', examples):
-            if value < 1:
-                raise UsageError(f'data.{name}={value}: must be positive')
-        if classes < 2:
-            raise UsageError(f'data.classes={classes}: give two or more to tell apart')
         if examples < classes:
             raise UsageError(f'data.examples={examples}: fewer than the {classes} classes')
         patterns = np.random.default_rng(0).uniform(64, 192, (classes, 4, 4, 3))
@@ -313,24 +327,21 @@ class Noise(ArraySource):
 
 SOURCES: dict[str, Callable[..., Source]] = {
     'digits': Digits,
-    'noise': Noise,
+    'noise': Synthetic,
     'arrays': ArrayFile,
     'folder': ImageFolder,
+    'table': ImageTable,
     'tfds': TfdsSource,
 }
 
 
-def source_options(name: str) -> dict[str, inspect.Parameter]:
+def source_options(name: str) -> dict[str, fields.Option]:
     """Returns the options of a source, by name.
 
     Raises:
-        UsageError: there is no such source.
+        UsageError: unknown source.
     """
-    if name not in SOURCES:
-        raise UsageError(f'data.name={name!r}: no such data{nearest(name, SOURCES)}')
-    parameters = dict(inspect.signature(SOURCES[name]).parameters)
-    del parameters['split']
-    return parameters
+    return fields.options(_source_class(name))
 
 
 def open_source(name: str, split: str, **options: Any) -> Source:
@@ -339,28 +350,15 @@ def open_source(name: str, split: str, **options: Any) -> Source:
     Args:
         name: a key of `SOURCES`.
         split: 'train', 'validation' or 'test'.
-        **options: what that source takes, e.g. image_size for digits, path for a folder,
+        **options: arguments of that source, e.g. image_size for digits, path for a folder,
             dataset for tfds.
 
     Raises:
-        MissingSplit: a split that this source does not have; 'train' and 'test' every one has.
-        UsageError: unknown name or option, a value of the wrong type, data that are not there, or
-            examples of a single class.
+        MissingSplit: the source does not have this split; all have 'train' and 'test'.
+        UsageError: unknown name or option, a value of the wrong type, missing data, or examples of
+            a single class.
     """
-    parameters = source_options(name)
-    for option, value in options.items():
-        if option not in parameters:
-            raise UsageError(
-                f'data.{option}: not an option of {name!r}{nearest(option, parameters)}'
-            )
-        kind = parameters[option].annotation
-        if not _is_of(kind, value):
-            wanted = inspect.formatannotation(kind).replace('collections.abc.', '')
-            raise UsageError(f'data.{option}={value!r}: must be of type {wanted}')
-    for option, parameter in parameters.items():
-        if parameter.default is parameter.empty and option not in options:
-            raise UsageError(f'data.{option}: {name!r} needs it')
-    source = SOURCES[name](split, **options)
+    source = _source_class(name)(split, **options)
     used = source.class_names
     if split == 'train' and isinstance(source, ArraySource):
         used = tuple(source.class_names[label] for label in np.unique(source.labels))
@@ -372,13 +370,7 @@ def open_source(name: str, split: str, **options: Any) -> Source:
     return source
 
 
-def _is_of(kind: typing.Any, value: typing.Any) -> bool:
-    """Whether a value has an annotated type: a class, several of them, or a sequence of one."""
-    if isinstance(kind, types.UnionType):
-        return any(_is_of(each, value) for each in typing.get_args(kind))
-    if typing.get_origin(kind) is Sequence:
-        (inner,) = typing.get_args(kind)
-        return isinstance(value, list | tuple) and all(_is_of(inner, each) for each in value)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
+def _source_class(name: str) -> Callable[..., Source]:
+    if name not in SOURCES:
+        raise UsageError(f'data.name={name!r} is unknown{nearest(name, SOURCES)}')
+    return SOURCES[name]

@@ -1,16 +1,18 @@
-"""TensorFlow Datasets without TensorFlow: ArrayRecord files, read at random."""
+"""TensorFlow Datasets without TensorFlow: random access to ArrayRecord files."""
 
 import hashlib
 import pathlib
+from typing import Annotated
 
 import numpy as np
 
-from nfnets_jax import files
-from nfnets_jax.data.preprocessing import PictureError, decode
+from nfnets_jax import fields, files
+from nfnets_jax.data.preprocessing import ImageError, decode
 from nfnets_jax.data.splits import SPLITS, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.fields import Field
 
-# How the papers split ImageNet; the first 10,000 training pictures are for choosing.
+# How the papers split ImageNet; the first 10,000 training images are for choosing.
 _PAPER_SPLITS = {
     'imagenet2012': {
         'TRAIN': 'train[10000:]',
@@ -23,35 +25,37 @@ DEFAULT_DATA_DIR = '~/tensorflow_datasets'
 
 
 class TfdsSource:
-    """A data set of tensorflow_datasets that `experiments.prepare_data` has put in place.
+    """A data set of tensorflow_datasets, prepared as ArrayRecord files.
 
-    Where all pictures have one size, as in CIFAR, images are pixels, uint8 [H, W, 3]; else they are
+    Where all images have one size, as in CIFAR, they are pixels, uint8 [H, W, 3]; else they are
     encoded files.
 
-    Args:
-        split: 'train', 'validation' or 'test'.
-        dataset: its name, e.g. 'cifar10' or 'imagenet2012'; with a config or version if need be
-            ('cifar10_corrupted/fog_3', 'cifar10:3.0.2').
-        data_dir: where the prepared data sets are.
-        train_split, validation_split, test_split: which examples those are, as TFDS writes it
-            ('train[:90%]', 'train[10000:]', 'train+test'); for imagenet2012 also 'TRAIN', 'VALID',
-            'TRAIN_AND_VALID' and 'TEST'. By default for testing 'test', or 'validation' where
-            there is no test split or, as in ImageNet, none with labels; for validation
-            'validation' where training is on 'train' and testing on 'test', else there is none.
+    Splits are written as TFDS does ('train[:90%]', 'train[10000:]', 'train+test'); for imagenet2012
+    also 'TRAIN', 'VALID', 'TRAIN_AND_VALID' and 'TEST'. By default the split for testing is 'test',
+    or 'validation' where there is no test split or, as in ImageNet, none with labels; the split for
+    validation is 'validation' where training is on 'train' and testing on 'test', else there is
+    none. `split` is 'train', 'validation' or 'test'.
 
     Raises:
         MissingSplit: 'validation' where there is none.
-        UsageError: data that are not there, not prepared or damaged, or examples that are none.
+        UsageError: data that are not there, not prepared or damaged, or a split without examples.
     """
 
+    @fields.checked('data')
     def __init__(
         self,
         split: str,
-        dataset: str,
-        data_dir: str = DEFAULT_DATA_DIR,
-        train_split: str = 'train',
-        validation_split: str = '',
-        test_split: str = '',
+        dataset: Annotated[
+            str,
+            Field(
+                "Name, with config or version where needed: 'cifar10', 'cifar10_corrupted/fog_3', "
+                "'cifar10:3.0.2'."
+            ),
+        ],
+        data_dir: Annotated[str, Field('Directory of the prepared data sets.')] = DEFAULT_DATA_DIR,
+        train_split: Annotated[str, Field("Examples to train on: 'train[:90%]'.")] = 'train',
+        validation_split: Annotated[str, Field("Examples to validate on; '': the default.")] = '',
+        test_split: Annotated[str, Field("Examples to test on; '': the default.")] = '',
     ):
         check_split('tfds', split, SPLITS)
         builder = open_builder(dataset, data_dir)
@@ -74,7 +78,7 @@ class TfdsSource:
                 builder, f'data.{split}_split', expression, self._image, data_dir
             )
             self[0], self[len(self) - 1]
-        except PictureError as error:
+        except ImageError as error:
             raise UsageError(
                 f'data.dataset={dataset!r}: files are missing or damaged in {builder.data_dir} '
                 f'({str(error)[:200]}); remove it and run {_prepare_command(builder, data_dir)}'
@@ -89,7 +93,7 @@ class TfdsSource:
             if not example[self._image]:
                 raise ValueError('an empty record')
         except (OSError, ValueError, RuntimeError) as error:  # the reader raises any of them
-            raise PictureError(f'cannot be read: {" ".join(str(error).split())}') from error
+            raise ImageError(f'cannot be read: {" ".join(str(error).split())}') from error
         image: bytes | np.ndarray = bytes(example[self._image])
         if self._one_size:
             image = decode(image)
@@ -103,12 +107,12 @@ class TfdsSource:
 
 
 def open_builder(dataset: str, data_dir: str):
-    """Returns TFDS's builder of a data set, which may be prepared or not.
+    """Returns TFDS's builder of a data set, prepared or not.
 
-    A data set whose code is not part of TFDS is found if it is prepared.
+    A data set whose code is not part of TFDS is found only if it is prepared.
 
     Raises:
-        UsageError: there is none of this name.
+        UsageError: unknown name.
     """
     import tensorflow_datasets as tfds  # here: a slow import that only such data need
 
@@ -120,12 +124,12 @@ def open_builder(dataset: str, data_dir: str):
         name = dataset.split('/')[0].split(':')[0]
         reason = ' '.join(str(error).split()) if name in known else f'unknown{nearest(name, known)}'
         raise UsageError(f'data.dataset={dataset!r}: {reason[:300]}') from error
-    # What is prepared is read as it describes itself: only so are all its file formats known.
+    # Prepared data are read as they describe themselves; only then are all file formats known.
     return tfds.builder_from_directory(builder.data_dir) if builder.info.splits else builder
 
 
 def _image_and_label(info) -> tuple[str, str]:
-    """Returns the names of the picture and the class among a data set's features."""
+    """Returns the names of the image and the class among a data set's features."""
     import tensorflow_datasets as tfds
 
     features = dict(info.features.items())
@@ -135,7 +139,7 @@ def _image_and_label(info) -> tuple[str, str]:
         return info.supervised_keys[:2]
     if any(len(names) != 1 for names in found):
         raise UsageError(
-            f'data.dataset={info.name!r}: not one picture and one class in each example, '
+            f'data.dataset={info.name!r}: not one image and one class in each example, '
             f'but {", ".join(features)}'
         )
     return found[0][0], found[1][0]
@@ -148,14 +152,14 @@ def _default_test_split(info) -> str:
 
 
 def _open_records(builder, key: str, expression: str, image: str, data_dir: str):
-    """Opens the records of a split, and says which they are, or why not and what to do.
+    """Opens the records of a split.
 
     Returns:
-        The records, and of each file that has some: its name, the first one's number, how many.
+        The records, and a list of (file name, number of the first record, number of records).
 
     Raises:
-        UsageError: they are not there.
-        PictureError: their files are missing or damaged.
+        UsageError: the data set is not prepared, or has no such split.
+        ImageError: files are missing or damaged.
     """
     import tensorflow_datasets as tfds
 
@@ -182,8 +186,8 @@ def _open_records(builder, key: str, expression: str, image: str, data_dir: str)
             f'{key}={expression!r}: no examples in {name}{nearest(expression, known)}'
         ) from error
     except (OSError, RuntimeError) as error:
-        raise PictureError(f'cannot be opened: {" ".join(str(error).split())}') from error
-    # Asked for now, when they are those of the ArrayRecord files.
+        raise ImageError(f'cannot be opened: {" ".join(str(error).split())}') from error
+    # Only after as_data_source are these the instructions of the ArrayRecord files.
     parts = info.splits[split].file_instructions
     return records, [(pathlib.PurePath(p.filename).name, p.skip, p.take) for p in parts]
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+import sklearn.datasets
 
-from nfnets_jax.data.sources import ArraySource, Digits, identify, open_source
+from nfnets_jax.data.sources import ArraySource, Digits, identify, load_digits, open_source
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 from tests.data.test_folder import make_folder
@@ -15,6 +16,13 @@ def test_digits_are_split_once_and_for_all():
     np.testing.assert_allclose(shares, 0.2, atol=0.005)
     seen = {image.tobytes() for image in train.images}
     assert not any(image.tobytes() in seen for image in test.images)
+
+
+def test_digits_are_those_of_scikit_learn():
+    images, labels = load_digits()
+    expected = sklearn.datasets.load_digits()
+    np.testing.assert_array_equal(images, expected.images)
+    np.testing.assert_array_equal(labels, expected.target)
 
 
 def test_digits_may_be_fewer():
@@ -40,7 +48,7 @@ def test_digits_may_be_fewer():
     ],
 )
 def test_digits_that_are_not_there_are_named(options):
-    with pytest.raises(UsageError, match=f'data.{next(iter(options))}='):
+    with pytest.raises(UsageError, match=rf'data\.{next(iter(options))}(\[0\])?='):
         Digits('train', **options)
 
 
@@ -144,18 +152,30 @@ def test_open_source(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'options', 'match'),
     [
-        (('digit', 'train'), {}, r"data\.name='digit': .*did you mean 'digits'"),
+        (('digit', 'train'), {}, r"data\.name='digit' is unknown .did you mean 'digits'"),
         (('digits', 'tset'), {}, "did you mean 'test'"),
-        (('digits', 'train'), {'imagesize': 16}, r"data\.imagesize: .*did you mean 'image_size'"),
-        (('digits', 'train'), {'image_size': 4}, 'give 8 or more'),
-        (('digits', 'train'), {'image_size': '8'}, r"data\.image_size='8': must be of type int"),
-        (('digits', 'train'), {'per_class': 2.0}, r'per_class=2\.0: must be of type int \| None'),
-        (('digits', 'train'), {'classes': (1, True)}, r'must be of type Sequence\[int\]'),
-        (('noise', 'train'), {'classes': 1}, r'data\.classes=1: give two or more'),
+        (
+            ('digits', 'train'),
+            {'imagesize': 16},
+            r"unknown key data\.imagesize .did you mean 'image_size'",
+        ),
+        (('digits', 'train'), {'image_size': 4}, 'must be an integer of at least 8'),
+        (('digits', 'train'), {'image_size': '8'}, r"data\.image_size='8': must be an integer"),
+        (
+            ('digits', 'train'),
+            {'per_class': 2.0},
+            r'per_class=2\.0: must be None or an integer of at least 1',
+        ),
+        (
+            ('digits', 'train'),
+            {'classes': (1, True)},
+            r'data\.classes\[1\]=True: must be an integer',
+        ),
+        (('noise', 'train'), {'classes': 1}, r'data\.classes=1: must be an integer of at least 2'),
         (('noise', 'train'), {'examples': 9}, r'data\.examples=9: fewer than the 10 classes'),
-        (('noise', 'train'), {'examples': False}, r'data\.examples=False: must be of type int'),
-        (('folder', 'train'), {'path': 3}, r'data\.path=3: must be of type str \| os\.PathLike'),
-        (('folder', 'train'), {}, r"data\.path: 'folder' needs it"),
+        (('noise', 'train'), {'examples': False}, r'data\.examples=False: must be an integer'),
+        (('folder', 'train'), {'path': 3}, r'data\.path=3: must be a string or a path'),
+        (('folder', 'train'), {}, r'data\.path is missing: it must be a string or a path'),
         (('folder', 'train'), {'path': '.', 'test_fraction': 2}, r'data\.test_fraction=2'),
         (('folder', 'train'), {'path': '.', 'split_seed': -1}, r'data\.split_seed=-1'),
     ],

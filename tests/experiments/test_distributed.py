@@ -102,7 +102,7 @@ def assert_same_up_to_rounding(directory, other):
 def test_two_processes_are_stopped_by_either_and_one_goes_on(whole, command, tmp_path, capsys):
     directory = tmp_path / 'run'
     job = Job(command, 2, directory, *as_flags(SHORT))
-    wait_for(job, (directory / 'model.json').exists)  # just before the first step
+    wait_for(job, (directory / 'metrics.jsonl').exists)  # just before the first step
     job.processes[1].send_signal(signal.SIGTERM)
     said = finish(job)
     step = int(re.search(r'stopped; step (\d+) is saved', said)[1])
@@ -141,7 +141,7 @@ def test_where_one_dies_the_other_ends_and_the_restart_continues(command, tmp_pa
 # Checkpoints take longer than the others would wait for a process that is silent.
 SLOW_DISK = """
 import time
-from nfnets_jax.weights.checkpoints import Checkpoints
+from experiments.run.checkpoints import Checkpoints
 from tests.experiments.conftest import tiny_config
 wait = Checkpoints.wait
 def wait_long(checkpoints):
