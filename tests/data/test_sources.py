@@ -185,6 +185,13 @@ def test_open_source_names_what_is_wrong(arguments, options, match):
         open_source(*arguments, **options)
 
 
+@pytest.mark.parametrize('name', SOURCES)
+def test_every_source_checks_its_options(name):
+    with pytest.raises(UsageError, match='unknown key data.nonsense'):
+        SOURCES[name]('train', nonsense=1)
+    assert 'split' not in source_options(name)
+
+
 def test_identity_of_arrays_sees_pixels_labels_and_names():
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     first = identify(ArraySource(images, [1, 0], ('cat', 'dog')))
