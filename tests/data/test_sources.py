@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from nfnets_jax.data.sources import ArraySource, Digits, identify, load_digits, open_source
+from nfnets_jax.data.sources import (
+    SOURCES,
+    ArraySource,
+    Digits,
+    identify,
+    load_digits,
+    open_source,
+    source_options,
+)
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 from tests.data.test_folder import make_folder
