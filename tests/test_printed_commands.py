@@ -93,6 +93,7 @@ NOT_RUN = {
     r'(srun|scancel) .*': 'needs SLURM',
     r'python -m experiments.train .*nfnet-0\.nfnet.*': 'needs Kubernetes',
     r'mount .*': 'needs the rights to mount',
+    r'python -m experiments.soup .*--workdir=.*': 'needs several checkpoints; test_soup.py has it',
     r'python -m experiments.train .*--workdir=/mnt/small/run': 'is for the full disk mounted there',
     r'\S+python -m pytest -m slow': 'is this suite',
     r'python -m pytest tests/\S+|\S+python -m pytest tests/\S+': 'is part of this suite',
@@ -136,7 +137,12 @@ SHRINK = {
     ),
     r'.*experiments.study .*configs/studies/.*': _TINY_STUDY,
     r'.*experiments.signal_propagation .*': '--model=NF-ResNet-8 --against=ResNet-8 --size=16',
-    r'.*experiments.(evaluate|classify|export|report|models|scaling|augment_gallery)\b.*': '',
+    r'.*experiments.lr_find .*configs/digits.py.*': (
+        "--steps=10 --config.batch_size=8 --config.model.widths='(8,)' --config.model.depths='(1,)'"
+    ),
+    r'.*experiments.lr_find .*finetune.py.*': '--steps=10 --config.batch_size=4',
+    r'.*experiments.(classify|embed|soup|evaluate|export)\b.*': '',
+    r'.*experiments.(report|models|scaling|augment_gallery)\b.*': '',
     r'.*benchmarks.optimizer.*': '--model=NF-ResNet-8 --rounds=1',
     r'.*benchmarks.(train_step|inference).*': _TINY_MODEL,
     r'.*benchmarks.(sam|frozen).*': _TINY_MODEL,
@@ -162,8 +168,11 @@ FAST = {
 # The exit status of those that show what a mistake looks like.
 STATUS = {r'.*experiments.classify .* README.md': 2}
 
-_FILES = ('F0_haiku.npz', *(f'{x}.safetensors' for x in ('W', 'mine', 'caltech', 'cifar')))
-_FOLDERS = ('PATH_TO_FOLDERS', 'caltech101', 'cifar10', 'mine', 'PICTURE_OR_DIRECTORY')
+_FILES = (
+    'F0_haiku.npz',
+    *(f'{x}.safetensors' for x in ('W', 'A', 'B', 'mine', 'caltech', 'cifar')),
+)
+_FOLDERS = ('PATH_TO_FOLDERS', 'caltech101', 'cifar10', 'mine', 'IMAGE_OR_DIRECTORY')
 _IMAGES = ('test/Faces/image_0007.jpg', 'test/Motorbikes/image_0050.jpg', 'IMAGE')
 
 
