@@ -17,7 +17,7 @@ from experiments import config as schema
 from experiments.run import parallel, step_metrics
 from experiments.run.data import Pictures, open_data
 from nfnets_jax import augment, models, optimizers
-from nfnets_jax.data import pipeline
+from nfnets_jax.data import pipeline, sources
 from nfnets_jax.data.sources import Source
 from nfnets_jax.errors import UsageError
 from nfnets_jax.schedules import num_steps
@@ -87,12 +87,18 @@ class Task(NamedTuple):
         return next(iter(self.evaluated))
 
 
-def prepare(config: ConfigDict, *, training: bool = True) -> Task:
+def prepare(
+    config: ConfigDict,
+    *,
+    training: bool = True,
+    open_source: Callable[..., Source] = sources.open_source,
+) -> Task:
     """Opens the data and builds the model and the optimizer that a config describes.
 
     Args:
       config: as in `experiments.config.default_config`.
       training: whether the batch has to fit the devices there are.
+      open_source: (name, split, **options) -> the source.
 
     Raises:
       UsageError: naming the config key that is wrong.
@@ -101,7 +107,7 @@ def prepare(config: ConfigDict, *, training: bool = True) -> Task:
     with naming('model'):
         models.variant_info(config.model.name)  # The sizes of images follow from it.
     with naming('data'):
-        train_source, validation_source, test_source, pictures = open_data(config)
+        train_source, validation_source, test_source, pictures = open_data(config, open_source)
     num_classes = len(train_source.class_names)
     skip_bad = config.data.get('skip_bad', 0)
     with naming('data'):
@@ -341,13 +347,13 @@ def _check_rows(
 ) -> None:
     """Raises a UsageError if a device's share of the batch is none that can be augmented."""
     parallel.local_batch_size(config.batch_size)
-    rows = config.batch_size // jax.device_count()
+    rows = config.batch_size // parallel.device_count()
     if rows % config.accumulate:
         raise UsageError(
             f'config.accumulate={config.accumulate}: must divide the {rows} examples that each of '
-            f'the {jax.device_count()} devices has of config.batch_size={config.batch_size}'
+            f'the {parallel.device_count()} devices has of config.batch_size={config.batch_size}'
         )
-    rows = images_per_step // jax.device_count()
+    rows = images_per_step // parallel.device_count()
     jax.eval_shape(
         augmentation,
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
@@ -428,6 +434,16 @@ def make_eval_step(task: Task) -> Callable:
     return parallel.parallelize(eval_step)
 
 
+def eval_batch_size(task: Task) -> int:
+    """Returns the examples of a step of evaluation, over all devices; a multiple of their number.
+
+    One for all splits, for the step is compiled once.
+    """
+    devices = parallel.device_count()
+    batch_size = min(task.config.eval.batch_size, max(map(len, task.evaluated.values())))
+    return -(-batch_size // devices) * devices
+
+
 def evaluate(
     task: Task, eval_step: Callable, variables: Mapping[str, tuple], split: str = 'test'
 ) -> dict[str, float]:
@@ -446,13 +462,10 @@ def evaluate(
       {'<split>/loss', '<split>/top1', '<split>/top5'} and '<split>_ema/...': means over these
       examples; where some may be skipped, '<split>/skipped_pictures' too.
     """
-    source, devices = task.evaluated[split], jax.device_count()
-    # One for all splits, for the step is compiled once.
-    batch_size = min(task.config.eval.batch_size, max(map(len, task.evaluated.values())))
-    batch_size = -(-batch_size // devices) * devices
+    source = task.evaluated[split]
     batches = pipeline.eval_batches(
         source,
-        batch_size=batch_size,
+        batch_size=eval_batch_size(task),
         transform=task.pictures.test_transform,
         bad=pipeline.BadPictures(task.skip_bad),
         process_index=jax.process_index(),

@@ -23,6 +23,8 @@ from nfnets_jax.sam import sam_value_and_grad
 # Keeps the randomness of dropout and stochastic depth apart from that of the augmentations, which
 # are numbered from 0. It is the device's own: these masks do depend on the number of devices.
 _MODEL_STREAM = 1 << 16
+# Names of parts of the step, in profiles and compiled programs.
+AUGMENTATION, EXCHANGE, UPDATE, EMA = 'augmentation', 'exchange', 'update', 'moving_average'
 
 
 def make_train_step(task: Task) -> jax.stages.Wrapped:
@@ -32,7 +34,7 @@ def make_train_step(task: Task) -> jax.stages.Wrapped:
     The batch also holds `stop`, float32 [devices, 1], and its mean is returned: see `preemption`.
     """
     config = task.config
-    rows = config.batch_size // (jax.device_count() * config.accumulate)
+    rows = config.batch_size // (parallel.device_count() * config.accumulate)
     value_and_grad = (
         functools.partial(_accumulated_value_and_grad, rows)
         if config.accumulate > 1
@@ -65,8 +67,9 @@ def make_train_step(task: Task) -> jax.stages.Wrapped:
         stop = batch['stop'][0]
         if task.on_device:
             batch = device_cached.take(batch, s.step, task.images_per_step)
-        keys = augment.example_keys(s.seed, s.step, batch['position'])
-        images, targets = task.augmentation(keys, batch['image'], batch['label'])
+        with jax.named_scope(AUGMENTATION):
+            keys = augment.example_keys(s.seed, s.step, batch['position'])
+            images, targets = task.augmentation(keys, batch['image'], batch['label'])
         key = jax.random.fold_in(keys[0], _MODEL_STREAM)
 
         # Whatever follows sees the trained parameters alone.
@@ -84,17 +87,19 @@ def make_train_step(task: Task) -> jax.stages.Wrapped:
         stop = metrics.pop('stop')
 
         optimizer = task.optimizer.with_hyperparameters(s.numbers)
-        updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
-        trained = optax.apply_updates(trained, updates)
+        with jax.named_scope(UPDATE):
+            updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
+            trained = optax.apply_updates(trained, updates)
         params = optimizers.combine(trained, frozen)
 
         ema_params, ema_state = s.ema_params, s.ema_state
         if config.ema:
             decay = optimizers.ema_decay(s.step, config.ema)
             average, constant = optimizers.partition(ema_params, task.optimizer.groups)
-            average, ema_state = optimizers.ema_update(
-                (average, ema_state), (trained, state), decay
-            )
+            with jax.named_scope(EMA):
+                average, ema_state = optimizers.ema_update(
+                    (average, ema_state), (trained, state), decay
+                )
             ema_params = optimizers.combine(average, constant)
 
         metrics |= {
@@ -171,6 +176,7 @@ def _accumulated_value_and_grad(rows: int, loss_fn: Callable, *, has_aux: bool) 
     return accumulated
 
 
+@jax.named_scope(EXCHANGE)
 def _mean_over_devices(gradients, state: hk.State, metrics: dict, dtype: str):
     """Returns the means of all three, in one all-reduce if `dtype` is float32.
 

@@ -69,8 +69,12 @@ class Data(NamedTuple):
     pictures: Pictures
 
 
-def open_data(config: ConfigDict) -> Data:
+def open_data(config: ConfigDict, open_source: Callable[..., Source] = sources.open_source) -> Data:
     """Opens the splits of the data that a config describes.
+
+    Args:
+      config: as in `experiments.config.default_config`.
+      open_source: (name, split, **options) -> the source.
 
     Raises:
       UsageError: naming the option that is wrong, or the data that are not there.
@@ -85,9 +89,9 @@ def open_data(config: ConfigDict) -> Data:
     # A source that makes its pictures itself (digits) has an image_size of its own.
     own = sources.source_options(name)
     given = {key: options.pop(key) for key in _OPTIONS if key in options and key not in own}
-    train, test = (sources.open_source(name, split, **options) for split in ('train', 'test'))
+    train, test = (open_source(name, split, **options) for split in ('train', 'test'))
     try:
-        validation = sources.open_source(name, 'validation', **options)
+        validation = open_source(name, 'validation', **options)
     except MissingSplit:
         validation = None
     images = [s[0]['image'] for s in (train, validation, test) if s is not None]
