@@ -1,9 +1,10 @@
-"""Reads the text of a program compiled for a TPU: what each part costs by the compiler's estimate.
+"""Reads the text of a program compiled for a TPU or a GPU: what each part costs.
 
 `compiled.as_text()` holds the scheduled program. The compiler writes `estimated_cycles` beside
 nearly every instruction; nothing here needs libtpu, or runs anything. An estimate is not a
 measurement, and there is none for gathers and scatters of single elements, which become loops on
-the core: `element_accesses` finds those.
+the core: `element_accesses` finds those. Nor is there one for collectives, nor for anything on a
+GPU, where `kernels` tells what is launched and which bytes that reads and writes.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%([^\s(]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$')
-_ARRAY = re.compile(r'\b[a-z]\w*\[([\d,]*)\]')
+_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 _CALLED = re.compile(r'\b(?:to_apply|body|condition|calls|branch_computations)=(\{[^}]*\}|%\S+)')
 
 
@@ -155,6 +156,8 @@ def trip_count(program: Program, loop: Instruction) -> int | None:
 
     None where its condition is no comparison of a counter with a constant.
     """
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
+        return int(known[1])
     condition, body = loop.called
     *_, root = program.computations[condition]
     if root.opcode != 'compare' or root.attribute('direction') != 'LT':
@@ -199,11 +202,69 @@ def element_accesses(program: Program) -> dict[str, int]:
     return found
 
 
+class Kernel(NamedTuple):
+    """What a GPU launches, with its executions and the bytes that one reads and writes."""
+
+    instruction: Instruction
+    executions: float
+    size: int
+
+
+def kernels(program: Program) -> list[Kernel]:
+    """Returns all instructions that become kernels or calls of libraries on a GPU.
+
+    A kernel is taken to read all of its operands, and to write its result, once.
+    """
+    shapes = {x.name: x.shape for x in _all(program)}
+    return [
+        Kernel(x, executions, size(x.shape) + sum(size(shapes[name]) for name in x.operands))
+        for x, executions in costs(program)
+        if not _NO_KERNEL.fullmatch(x.opcode)
+    ]
+
+
+# What launches nothing by itself.
+_NO_KERNEL = re.compile(
+    'parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|domain|'
+    'opt-barrier|partition-id|replica-id|async-start|.*-done'
+)
+
+
+def collectives(program: Program) -> list[tuple[str, int]]:
+    """Returns (kind, bytes of the result) of each exchange between devices: 'all-reduce', ..."""
+    return [
+        (x.opcode.removesuffix('-start'), size(x.shape))
+        for x, _ in costs(program)
+        if x.opcode.removesuffix('-start') in COLLECTIVES
+    ]
+
+
+COLLECTIVES = (
+    'all-reduce',
+    'all-gather',
+    'all-to-all',
+    'reduce-scatter',
+    'collective-permute',
+    'collective-broadcast',
+)
+
+
+def size(shape: str) -> int:
+    """Returns the bytes of an array, or of all arrays of a tuple."""
+    return sum(_product(dims) * _bits(dtype) // 8 for dtype, dims in _ARRAY.findall(shape))
+
+
+def _bits(dtype: str) -> int:
+    """Returns the bits of an element, such as 16 for 'bf16' and 8 for 'f8e4m3fn' and 'pred'."""
+    found = re.match(r'[a-z]+(\d+)', dtype)
+    return int(found[1]) if found else 8
+
+
 def elements(shape: str) -> int:
     """Returns the number of elements of an array, such as 's32[4,3,256]{2,1,0}'."""
     found = _ARRAY.search(shape)
     assert found is not None, shape
-    return _product(found[1])
+    return _product(found[2])
 
 
 def _product(numbers: str) -> int:
