@@ -17,6 +17,10 @@ class MissingSplit(UsageError):
     """A split that a source does not have; most have no 'validation'."""
 
 
+class MissingData(UsageError):
+    """Data that are not where they should be."""
+
+
 def check_split(source: str, split: str, splits: Collection[str] = ('train', 'test')) -> None:
     """Raises `MissingSplit` if `split` is none of the `splits` that a source has.
 

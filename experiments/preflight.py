@@ -1,0 +1,452 @@
+"""Compiles a run for TPUs or GPUs that are not here, and tells what it would cost there.
+
+    pip install 'nfnets_jax[tpu]' 'nfnets_jax[cuda]'
+    python -m experiments.preflight --config=configs/imagenet/nfnet.py:F0 --target=v5e:16x16,H100:8
+
+Compiled are the programs of the runner, the training step and the evaluation, by the compilers of
+these devices, which work on a CPU: does it compile, does it fit, what do devices exchange, where
+does the time go. Times are the TPU compiler's estimates, not measurements; docs/preflight.md says
+how to read them. The data need not be here if they are ImageNet or CIFAR; of others give --examples
+and --classes.
+
+Where the training step does not fit, the cheapest of accumulation, scan and remat that does is
+looked for. Compiled programs are kept, so that a second call is quick.
+"""
+
+import collections
+import functools
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from experiments import experiment, smoke, train_step
+from experiments.experiment import Task, prepare
+from experiments.launch import cli
+from experiments.run import compiled_text, parallel, planned_data, targets
+from experiments.run.compiled_text import Instruction, Program
+from experiments.run.targets import Compiled, Target, compile_program
+from nfnets_jax import files, models
+from nfnets_jax.augment.definitions import OPERATIONS, WARPS
+from nfnets_jax.errors import UsageError
+
+# What the compiler estimated of what the NFNets paper measured on a TPU v3, for the authors' own
+# code: 0.82 for F0 at 192 and for F1 at 224 pixels, 32 examples a core.
+MEASURED_SHARE = 0.82
+DEAREST = 10  # operations to list
+LEAST_ROWS = 8  # examples that a device takes at once, as long as there is another way
+
+Waiting = Callable[[str, float], None]  # (program, seconds of compiling so far)
+
+
+def preflight(config: ConfigDict, target: Target, plan: Mapping, waiting: Waiting) -> dict:
+    """Returns the report of one target; docs/preflight.md describes its fields.
+
+    Where the training step does not fit, 'flags' are the cheapest that make it fit, if any do, and
+    'with_flags' is the report with them.
+
+    Args:
+      config: as in `experiments.config.default_config`.
+      target: what to compile for.
+      plan: examples and classes, see `planned_data.open_source`.
+      waiting: called every second of compiling.
+
+    Raises:
+      UsageError: a mistake in the config, or a batch that does not split over the devices.
+    """
+    open_source = functools.partial(planned_data.open_source, **plan)
+    with parallel.compiling_for(target.devices):
+        if config.get('smoke'):
+            config = smoke.shrink(config)
+        task = prepare(config, open_source=open_source)
+        report = _examine(task, target, waiting)
+        state = _nbytes(_state(task))
+        # Bytes besides the state, of all examples at once, by kind of step; as far as is known.
+        known = {'': (_needed(report) - state) * config.accumulate}
+        for changes in [] if report['fits'] else _cheaper(task):
+            kind = ' '.join(key for key in changes if key != 'accumulate')
+            parts = changes.get('accumulate', config.accumulate)
+            if state + known.get(kind, 0) / parts > target.memory:
+                continue
+            changed = prepare(_with(config, changes), open_source=open_source)
+            found = _examine(changed, target, waiting)
+            if found['fits']:
+                flags = [f'--config.{key}={str(value).lower()}' for key, value in changes.items()]
+                return report | {'flags': flags, 'with_flags': found}
+            known[kind] = (_needed(found) - state) * parts
+    return report
+
+
+def _cheaper(task: Task) -> Iterator[dict[str, Any]]:
+    """Yields changes to a config that save memory, from what costs the least time."""
+    config = task.config
+    rows = config.batch_size // parallel.device_count()
+    parts = [n for n in range(config.accumulate + 1, rows + 1) if rows % n == 0]
+    few = [n for n in parts if rows // n >= LEAST_ROWS]
+    known = models.model_options(config.model.name)
+    free = {
+        option for option in ('scan', 'remat') if option in known and not config.model.get(option)
+    }
+    yield from ({'accumulate': n} for n in few)
+    if 'scan' in free:
+        yield {'model.scan': True}
+        yield from ({'accumulate': n, 'model.scan': True} for n in few)
+    if 'remat' in free:
+        yield {'model.remat': True}
+    kept = {'model.remat': True} if 'remat' in free else {}
+    yield from ({'accumulate': n} | kept for n in parts)
+
+
+def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    config = config.copy_and_resolve_references().unlock()
+    for key, value in changes.items():
+        node, _, option = key.rpartition('.')
+        (config[node] if node else config)[option] = value
+    return config
+
+
+def _examine(task: Task, target: Target, waiting: Waiting) -> dict:
+    """Returns the report of a task as it is; the evaluation only if the training step fits."""
+    programs = train_step.compile_programs(task, {})
+    state, evaluated = _state(task), _eval_batch(task)
+    lowered = programs.train_step.lower(state, _train_batch(task))
+    train = compile_program(lowered, target, functools.partial(waiting, 'the training step'))
+    report = {
+        'target': target.name,
+        'devices': len(target.devices),
+        'processes': parallel.process_count(),
+        'examples_per_device': task.config.batch_size // len(target.devices),
+        **_memory(train, target),
+        'compile_seconds': train.seconds,
+        'versions': target.versions,
+    }
+    if not report['fits']:
+        return report
+    program = compiled_text.parse(train.text)
+    report['collectives'] = [
+        {'kind': kind, 'bytes': size} for kind, size in compiled_text.collectives(program)
+    ]
+    depths = _depths(task)
+    report |= _on_tpu(program, target, depths) if target.clock else _on_gpu(program, depths)
+    lowered = programs.eval_step.lower(state.variables(), evaluated)
+    compiled = compile_program(lowered, target, functools.partial(waiting, 'the evaluation'))
+    report['evaluation'] = _memory(
+        compiled, target, kept=_nbytes(state) - _nbytes(state.variables())
+    )
+    if target.clock:
+        seconds = 0.0
+        if compiled.text:
+            seconds = _cycles(compiled_text.parse(compiled.text)) / target.clock
+            report['evaluation'] |= {
+                'step_seconds': seconds,
+                'images_per_second': experiment.eval_batch_size(task) / seconds,
+            }
+        report |= _run(task, target, report['step_seconds'], seconds)
+    return report
+
+
+def _memory(compiled: Compiled, target: Target, kept: int = 0) -> dict:
+    """Returns what a device needs besides `kept` bytes, and whether it has it."""
+    memory = compiled.memory | {'available': target.memory}
+    fits = bool(compiled.text) and sum(compiled.memory.values()) + kept <= target.memory
+    return {'fits': fits, 'memory': memory}
+
+
+def _needed(report: Mapping) -> float:
+    return sum(report['memory'][key] for key in ('arguments', 'temporaries', 'code'))
+
+
+def _on_tpu(program: Program, target: Target, depths: tuple[int, ...]) -> dict:
+    costs = compiled_text.costs(program, weights=branch_shares)
+    assert target.clock is not None
+    cycles = compiled_text.total(costs)
+    return {
+        'cycles': cycles,
+        'step_seconds': cycles / target.clock,
+        'parts': compiled_text.by(costs, lambda x: part_of(x, depths)),
+        'dearest': dict(list(compiled_text.by(costs, layer_of).items())[:DEAREST]),
+        'element_accesses': sum(compiled_text.element_accesses(program).values()),
+        'loops_of_unknown_length': len(compiled_text.unknown_loops(program)),
+    }
+
+
+def _cycles(program: Program) -> float:
+    return compiled_text.total(compiled_text.costs(program, weights=branch_shares))
+
+
+def _on_gpu(program: Program, depths: tuple[int, ...]) -> dict:
+    found = compiled_text.kernels(program)
+    kinds: dict[str, list] = {kind: [0, 0] for kind in ('cuDNN calls', 'copies', 'transposes')}
+    parts: dict[str, float] = collections.defaultdict(float)
+    layers: dict[str, float] = collections.defaultdict(float)
+    for kernel in found:
+        total = kernel.executions * kernel.size
+        parts[part_of(kernel.instruction, depths)] += total
+        layers[layer_of(kernel.instruction)] += total
+        if kind := gpu_kind(kernel.instruction):
+            kinds[kind][0] += kernel.executions
+            kinds[kind][1] += total
+    return {
+        'kernels': sum(kernel.executions for kernel in found),
+        'bytes_accessed': sum(parts.values()),
+        'kinds': {kind: {'kernels': n, 'bytes': size} for kind, (n, size) in kinds.items()},
+        'parts': _greatest(parts),
+        'dearest': dict(list(_greatest(layers).items())[:DEAREST]),
+    }
+
+
+def _greatest(sums: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def gpu_kind(instruction: Instruction) -> str | None:
+    """Returns the kind of a kernel that is worth counting, by the names that XLA gives."""
+    if '__cudnn' in instruction.attribute('custom_call_target'):
+        return 'cuDNN calls'
+    if 'transpose' in instruction.name:
+        return 'transposes'
+    return 'copies' if 'copy' in instruction.name else None
+
+
+def _run(task: Task, target: Target, train_seconds: float, eval_seconds: float) -> dict:
+    """Returns how fast the run is, and how long it takes with its evaluations."""
+    flops = experiment.flops_per_image(task) * task.config.batch_size / len(target.devices)
+    batches = -(-len(task.splits[task.watched]) // experiment.eval_batch_size(task))
+    evaluations = -(-task.total_steps // task.eval_every)
+    hours = (task.total_steps * train_seconds + evaluations * batches * eval_seconds) / 3600
+    return {
+        'images_per_second': task.config.batch_size / train_seconds,
+        'share_of_peak': flops / train_seconds / target.device.peak_flops,
+        'hours': hours,
+        'chip_hours': hours * target.chips,
+    }
+
+
+# What the programs take, of the shapes that the runner gives them.
+
+
+def _state(task: Task) -> experiment.TrainState:
+    return jax.eval_shape(lambda: experiment.init_state(task))
+
+
+def _train_batch(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = task.images_per_step // parallel.device_count()
+    batch = {'position': _split((rows,), jnp.int32), 'stop': _split((1,), jnp.float32)}
+    if not task.on_device:
+        images = {'image': (rows, *task.pictures.shape), 'label': (rows,)}
+    else:
+        count = len(task.train_source)
+        images = {'image': (1, count, *task.pictures.shape), 'label': (1, count)}
+        batch |= {'order': _split((1, 2 * count), jnp.int32), 'first': _split((1,), jnp.uint32)}
+    return batch | {
+        'image': _split(images['image'], jnp.uint8),
+        'label': _split(images['label'], jnp.int32),
+    }
+
+
+def _eval_batch(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = experiment.eval_batch_size(task) // parallel.device_count()
+    height, width, channels = task.pictures.shape
+    if task.pictures.test_transform is not None:
+        height = width = task.pictures.test_size
+    return {
+        'image': _split((rows, height, width, channels), jnp.uint8),
+        'label': _split((rows,), jnp.int32),
+        'mask': _split((rows,), jnp.float32),
+    }
+
+
+def _split(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((parallel.device_count(), *shape), dtype)
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# To which part of the step an operation belongs, by the names that JAX and Haiku give it.
+
+_BLOCK = re.compile(r'[/(]\w*block(?:_v\d)?(?:_(\d+))?(?=[/)])')
+
+
+def _depths(task: Task) -> tuple[int, ...]:
+    model = task.config.model
+    return tuple(model.get('depths') or models.variant_info(model.name).depths)
+
+
+def part_of(instruction: Instruction, depths: tuple[int, ...]) -> str:
+    """Returns the part of the step that an operation belongs to, such as 'stage 3'.
+
+    Args:
+      instruction: of a compiled program.
+      depths: blocks of each stage of the network.
+    """
+    name = f'/{instruction.op_name}/'
+    words = set(re.split(r'[/()]', name))
+    if train_step.EXCHANGE in words or instruction.opcode.startswith(compiled_text.COLLECTIVES):
+        return 'collectives'
+    if train_step.AUGMENTATION in words:
+        return 'augmentation'
+    if words & {train_step.UPDATE, train_step.EMA}:
+        return 'clipping and update'
+    if 'standardize' in words:
+        return 'weight standardization'
+    if block := _BLOCK.search(name):
+        index = int(block[1] or 0)
+        ends = itertools.accumulate(depths)
+        return f'stage {1 + sum(index >= end for end in ends)}'
+    if any(word.startswith(('stem', 'initial_')) for word in words):
+        return 'stem'
+    if 'jvp(' in name or 'jvp' in words:
+        return 'head and loss'
+    return 'other' if instruction.op_name else 'without a name'
+
+
+_STRUCTURE = re.compile(
+    r'shard_map|_fun|cond|branch_\d+_fun|while|body|closed_call|~|checkpoint|rematted_computation|'
+)
+
+
+def layer_of(instruction: Instruction) -> str:
+    """Returns the layer and the operation, such as 'nf_block_3/conv1/conv_general_dilated'."""
+    name = instruction.op_name.split(';')[0]
+    backward = 'transpose(jvp' in name
+    while (shorter := re.sub(r'\b(?:transpose|jvp|vmap|jit)\(([^()]*)\)', r'\1', name)) != name:
+        name = shorter
+    words = [word for word in name.split('/') if not _STRUCTURE.fullmatch(word)]
+    return ('/'.join(words) or instruction.opcode) + (' backward' if backward else '')
+
+
+# RandAugment's branches, by the names of their operations: the first leaves an image as it is, and
+# warps have two signs.
+_BRANCHES = ['', *(name for name in OPERATIONS for _ in range(2 if name in WARPS else 1))]
+
+
+def branch_shares(conditional: Instruction) -> list[float]:
+    """Returns how often RandAugment takes each branch; evenly for a conditional of another."""
+    count = len(conditional.called)
+    if count != len(_BRANCHES):
+        return [1 / count] * count
+    return [(name != '') / len(OPERATIONS) / max(1, _BRANCHES.count(name)) for name in _BRANCHES]
+
+
+def describe(report: Mapping) -> Iterator[str]:
+    """Yields the lines that say what a report holds."""
+    among = f' in {report["processes"]} processes' if report['processes'] > 1 else ''
+    yield (
+        f'{report["target"]}: {report["devices"]} devices{among}, '
+        f'{report["examples_per_device"]} examples each'
+    )
+    versions = ', '.join(f'{name} {version}' for name, version in report['versions'].items())
+    yield f'compiled in {report["compile_seconds"]:.0f} s by {versions}'
+    yield f'training:   {_in_words(report)}'
+    if 'flags' in report:
+        yield f'it fits with {" ".join(report["flags"])}'
+        yield from describe(report['with_flags'])
+    if not report['fits']:
+        return
+    evaluation = report['evaluation']
+    yield f'evaluation: {_in_words(evaluation)}' + (
+        f'; {evaluation["images_per_second"]:,.0f} images/s' if 'step_seconds' in evaluation else ''
+    )
+    sent = collections.Counter(x['kind'] for x in report['collectives'])
+    megabytes = sum(x['bytes'] for x in report['collectives']) / 1e6
+    kinds = ', '.join(f'{count} {kind}' for kind, count in sent.items()) or 'nothing'
+    yield f'sent between devices a step: {kinds}, {megabytes:,.1f} MB'
+    if 'cycles' in report:
+        yield from _describe_time(report)
+        unit, scale = 'million cycles', 1e6
+    else:
+        gigabytes = report['bytes_accessed'] / 1e9
+        yield f'{report["kernels"]:,.0f} kernels a step, {gigabytes:,.2f} GB read and written'
+        for kind, found in report['kinds'].items():
+            yield f'  {kind:<24}{found["kernels"]:9,.0f}{found["bytes"] / 1e9:10.2f} GB'
+        unit, scale = 'GB', 1e9
+    for title, sums in (('part', report['parts']), ('dearest', report['dearest'])):
+        yield f'{title:<64}{unit:>15}'
+        whole = sum(report['parts'].values())
+        for name, value in sums.items():
+            yield f'  {name[-60:]:<62}{value / scale:15.3f}{value / whole:7.1%}'
+
+
+def _in_words(part: Mapping) -> str:
+    memory = part['memory']
+    sizes = ', '.join(
+        f'{memory[key] / 1e9:.3g} {key}' for key in ('arguments', 'temporaries', 'code')
+    )
+    fits = 'fits' if part['fits'] else 'DOES NOT FIT'
+    return f'{fits}: {_needed(part) / 1e9:.3g} of {memory["available"] / 1e9:.1f} GB ({sizes})'
+
+
+def _describe_time(report: Mapping) -> Iterator[str]:
+    yield f'{"":<24}{"compiler":>12}{f"/ {MEASURED_SHARE}":>12}'
+    for name, value, power, form in (
+        ('million cycles', report['cycles'] / 1e6, -1, ',.2f'),
+        ('ms a step', report['step_seconds'] * 1e3, -1, ',.2f'),
+        ('images/s', report['images_per_second'], 1, ',.0f'),
+        ('share of the peak', report['share_of_peak'], 1, '.1%'),
+        ('hours', report['hours'], -1, ',.2f'),
+        ('chip-hours', report['chip_hours'], -1, ',.1f'),
+    ):
+        yield f'{name:<24}{value:12{form}}{value * MEASURED_SHARE**power:12{form}}'
+    if report['element_accesses']:
+        yield (
+            f'not in these times: {report["element_accesses"]:,} elements that are gathered or '
+            'scattered one by one'
+        )
+    if report['loops_of_unknown_length']:
+        yield f'{report["loops_of_unknown_length"]} loops of unknown length are counted once'
+
+
+class _Progress:
+    """Says on standard error how long a compilation has been going on."""
+
+    def __init__(self, target: str):
+        self._target, self._said = target, 0.0
+
+    def __call__(self, program: str, seconds: float) -> None:
+        line = f'compiling {program} for {self._target}: {seconds:.0f} s'
+        if sys.stderr.isatty():
+            print(f'\r{line}', end='', file=sys.stderr, flush=True)
+        elif seconds < 1.5 or seconds - self._said >= 30:
+            self._said = seconds
+            print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    values = flags.FLAGS
+    jax.config.update('jax_platforms', 'cpu')  # Nothing runs but what finds shapes.
+    plan = {'examples': values.examples, 'classes': values.classes}
+    opened = [targets.open_target(name) for name in values.target]
+    reports = []
+    for target in opened:
+        reports.append(preflight(values.config, target, plan, _Progress(target.name)))
+        if sys.stderr.isatty():
+            print('\r\033[K', end='', file=sys.stderr)
+        print('\n'.join(describe(reports[-1])), end='\n\n', flush=True)
+    if values.json:
+        files.atomic_write(values.json, json.dumps({'targets': reports}, indent=2) + '\n')
+    if not any(report['fits'] or 'flags' in report for report in reports):
+        raise UsageError(
+            f'config.batch_size={values.config.batch_size}: fits none of '
+            f'{", ".join(values.target)}, whatever is accumulated or recomputed'
+        )
+
+
+if __name__ == '__main__':
+    config_flags.DEFINE_config_file('config', None, 'What to train.', lock_config=True)
+    flags.DEFINE_list('target', None, 'KIND:TOPOLOGY, separated by commas: v5e:16x16,H100:8.')
+    cli.define_path('json', None, 'Where to write the reports as JSON.')
+    flags.DEFINE_integer(
+        'examples', None, 'In each split of data that are not here.', lower_bound=1
+    )
+    flags.DEFINE_integer('classes', None, 'Of data that are not here.', lower_bound=2)
+    flags.mark_flags_as_required(['config', 'target'])
+    cli.run(main)

@@ -1,0 +1,266 @@
+"""TPUs and GPUs that this machine need not have: programs are compiled for them, none is run.
+
+Both compilers work on a CPU: that for TPUs is libtpu, that for GPUs is part of JAX's CUDA plugin.
+What was compiled is kept in the cache directory, beside downloaded weights.
+"""
+
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments.run import accelerators
+from nfnets_jax import extras, files
+from nfnets_jax.errors import UsageError, first_line, nearest
+from nfnets_jax.weights.downloads import cache_directory
+
+# What the compilers need to know of a TPU. Operations a cycle: matrix units x 128 x 128 x 2 (v6e:
+# 256 x 256); the published peak over that is the clock, such as 0.94 GHz for a v3. The compiler
+# estimates a product of 8192 x 8192 matrices at 70 % (v6e) to 97 % (v3) of them. HBM is what the
+# compiler has for programs, in GiB.
+#   dimensions of a topology, devices a chip, operations a cycle, HBM
+_TPUS = {
+    'v3': (2, 2, 2 * 128 * 128 * 2, 15.48),
+    'v4': (3, 1, 8 * 128 * 128 * 2, 30.75),
+    'v5e': (2, 1, 4 * 128 * 128 * 2, 15.75),
+    'v5p': (3, 1, 8 * 128 * 128 * 2, 95.74),
+    'v6e': (2, 1, 4 * 256 * 256 * 2, 31.25),
+}
+# Of the SXM forms, as XLA describes them: cores, compute capability, units a core, shared memory of
+# a core, clock in GHz, cache and memory in bytes, memory bandwidth.
+_GPUS = {
+    'A100': (108, 8, 64, 167936, 1.41, 41943040, 42331013120, 1555200000000),
+    'H100': (132, 9, 128, 233472, 1.98, 52428800, 84978434048, 3352320000000),
+    'H200': (132, 9, 128, 233472, 1.98, 52428800, 150754820096, 4800000000000),
+}
+_GPUS_IN_A_BOX = 8
+_MEMORY_FRACTION = 'XLA_PYTHON_CLIENT_MEM_FRACTION'  # of a GPU, that JAX takes; 0.75 by default
+
+
+class Target(NamedTuple):
+    """Devices to compile for.
+
+    Attributes:
+      name: 'v5e:16x16' or 'H100:8'.
+      device: what one of them can do.
+      devices: all of them, in the order of `jax.devices()` there.
+      chips: how many chips they are.
+      memory: bytes of one that programs can have.
+      clock: cycles a second of a TPU; None for a GPU.
+      versions: of JAX and the compiler.
+    """
+
+    name: str
+    device: accelerators.Device
+    devices: Sequence[jax.Device]
+    chips: int
+    memory: float
+    clock: float | None
+    versions: dict[str, str]
+
+
+class Compiled(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      text: `jax.stages.Compiled.as_text()`; '' where it does not fit the memory of the device.
+      memory: bytes on a device, by 'arguments' (with results that are none), 'temporaries', 'code';
+        where the compiler found that they do not fit, all together are 'temporaries'.
+      seconds: that compiling it took.
+    """
+
+    text: str
+    memory: dict[str, float]
+    seconds: float
+
+
+def open_target(name: str) -> Target:
+    """Returns the devices that a name describes, such as 'v5e:16x16', 'v4:2x2x4' or 'H100:8'.
+
+    Raises:
+      UsageError: there is no such target, or its compiler is not installed.
+    """
+    kind, _, size = name.partition(':')
+    known = {device.name: device for device in accelerators.DEVICES}
+    if kind not in _TPUS and kind not in _GPUS:
+        raise UsageError(f'--target={name}: unknown {kind!r}{nearest(kind, [*_TPUS, *_GPUS])}')
+    if kind in _TPUS:
+        return _open_tpus(name, kind, size, known[kind])
+    return _open_gpus(name, kind, size, known[kind])
+
+
+def _open_tpus(name: str, kind: str, size: str, device: accelerators.Device) -> Target:
+    dimensions, devices_a_chip, operations, memory = _TPUS[kind]
+    shape = [int(side) for side in size.split('x')] if re.fullmatch(r'\d+(x\d+)*', size) else []
+    if len(shape) != dimensions or not all(shape):
+        example = 'x'.join(('2', '2', '1')[:dimensions])
+        raise UsageError(
+            f'--target={name}: give the chips along {dimensions} axes, as {kind}:{example}'
+        )
+    chips = math.prod(shape)
+    # Machines have 2 x 2 chips, or a slice is one chip.
+    host = (1, 1, 1) if chips == 1 else (2, 2, 1)
+    if any(side % along for side, along in zip(shape, host, strict=False)):
+        raise UsageError(
+            f'--target={name}: the first two axes must be even, or the chip a single one'
+        )
+    if chips * devices_a_chip > device.linked:
+        raise UsageError(f'--target={name}: a pod has {device.linked // devices_a_chip} chips')
+    _assert_installed('libtpu')
+    # No TPU is looked for, and several processes may compile at once.
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY='1',
+        TPU_ACCELERATOR_TYPE='v5litepod-4',
+        TPU_WORKER_HOSTNAMES='localhost',
+        ALLOW_MULTIPLE_LIBTPU_LOAD='1',
+    )
+    options: dict[str, Any] = {'chips_per_host_bounds': host}
+    if kind == 'v4':
+        options['chip_config_name'] = 'megacore'  # Its two cores are one device.
+    topology = _topology(name, 'tpu', name, **options)
+    clock = device.peak_flops / operations
+    versions = _versions('libtpu')
+    return Target(name, device, topology.devices, chips, memory * 2**30, clock, versions)
+
+
+def _open_gpus(name: str, kind: str, size: str, device: accelerators.Device) -> Target:
+    count = int(size) if size.isdecimal() else 0
+    boxes, rest = divmod(count, _GPUS_IN_A_BOX)
+    if not count or (boxes and rest):
+        raise UsageError(
+            f'--target={name}: give how many, up to {_GPUS_IN_A_BOX} or a multiple of it, '
+            f'as {kind}:{_GPUS_IN_A_BOX}'
+        )
+    _assert_installed('jax_cuda12_plugin')
+    cores, capability, units, shared, clock, cache, memory, bandwidth = _GPUS[kind]
+    config = f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {capability} }}
+          core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock}
+          threads_per_block_limit: 1024 threads_per_core_limit: 2048 threads_per_warp: 32
+          registers_per_block_limit: 65536 registers_per_core_limit: 65536
+          shared_memory_per_block: 49152 shared_memory_per_block_optin: {shared - 1024}
+          shared_memory_per_core: {shared} l2_cache_size: {cache}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          device_memory_size: {memory} memory_bandwidth: {bandwidth}
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+        device_description_str: "{device.kinds[0]}"
+    """
+    shape = f'1x{boxes or 1}x{min(count, _GPUS_IN_A_BOX)}'  # one process for each box
+    topology = _topology(name, 'cuda', 'gpus', target_config=config, topology=shape)
+    fraction = float(os.environ.get(_MEMORY_FRACTION, 0.75))
+    versions = _versions('jax-cuda12-plugin', 'nvidia-cudnn-cu12')
+    return Target(name, device, topology.devices, count, memory * fraction, None, versions)
+
+
+def _topology(target: str, platform: str, name: str, **options: Any):
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform=platform, topology_name=name, **options)
+    except Exception as error:  # A RuntimeError or another, by platform and version.
+        raise UsageError(f'--target={target}: {first_line(error)}') from error
+
+
+def _assert_installed(module: str) -> None:
+    if line := extras.how_to_install(module):
+        raise UsageError(f'the compiler is missing: {line}')
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ('jax', *packages)}
+
+
+def compile_program(
+    lowered: jax.stages.Lowered, target: Target, waiting: Callable[[float], None] = lambda _: None
+) -> Compiled:
+    """Returns the program as compiled for the target, from the cache if it was compiled before.
+
+    Args:
+      lowered: for the devices of the target.
+      target: from `open_target`.
+      waiting: called every second of compiling with the seconds so far.
+    """
+    path = cache_directory() / 'compiled' / f'{_digest(lowered, target)}.json.gz'
+    try:
+        return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
+    except (OSError, EOFError, ValueError, TypeError):
+        pass  # It is not there, or damaged.
+    # Kernels are not timed, as there is nothing to run them on.
+    options = {} if target.clock else {'xla_gpu_autotune_level': '0'}
+    compiled = _in_background(lambda: _compile(lowered, options), waiting)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.atomic_write(path, gzip.compress(json.dumps(compiled._asdict()).encode()))
+    return compiled
+
+
+def _digest(lowered: jax.stages.Lowered, target: Target) -> str:
+    """Returns what tells apart all that the compiled program depends on."""
+    # Names of operations come with places in source files, which do not matter.
+    names = re.findall(r'^#loc\d+ = loc\("(.*)"\(#loc', lowered.as_text(debug_info=True), re.M)
+    flags = {name: os.environ.get(name, '') for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')}
+    parts = (target.name, target.versions, flags, sorted(set(names)), lowered.as_text())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _compile(lowered: jax.stages.Lowered, options: Mapping[str, str]) -> Compiled:
+    start = time.monotonic()
+    try:
+        program = lowered.compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        if (needed := memory_needed(str(error))) is None:
+            raise
+        memory: dict[str, float] = {'arguments': 0, 'temporaries': needed, 'code': 0}
+        return Compiled('', memory, time.monotonic() - start)
+    stats = program.memory_analysis()
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    memory = {
+        'arguments': stats.argument_size_in_bytes + results,
+        'temporaries': stats.temp_size_in_bytes,
+        'code': stats.generated_code_size_in_bytes,
+    }
+    return Compiled(program.as_text(), memory, time.monotonic() - start)
+
+
+def memory_needed(message: str) -> float | None:
+    """Returns the bytes that a program would need, by the compiler's error that it has fewer.
+
+    None if the error is another one.
+    """
+    found = re.search(r'(?:Used|temporaries \()\s*([\d.]+)([KMGT]?)', message)
+    if 'RESOURCE_EXHAUSTED' not in message or found is None:
+        return None
+    return float(found[1]) * 2 ** (10 * ' KMGT'.index(found[2] or ' '))
+
+
+def _in_background(work: Callable[[], Compiled], waiting: Callable[[float], None]) -> Compiled:
+    """Returns what `work` returns; the main thread stays free for Ctrl-C."""
+    results: list[Compiled] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    start = time.monotonic()
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=1)
+        waiting(time.monotonic() - start)
+    if errors:
+        raise errors[0]
+    return results[0]
