@@ -406,7 +406,7 @@ def flops_per_image(task: Task) -> float:
     return 2 * cost.training_macs(task.pictures.shape[0], frozen)
 
 
-def make_eval_step(task: Task) -> Callable:
+def make_eval_step(task: Task) -> jax.stages.Wrapped:
     """Returns a parallel function (variables by name, batch) -> sums of metrics by name."""
 
     def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:

@@ -143,7 +143,7 @@ def _examine(task: Task, target: Target, waiting: Waiting) -> dict:
     if target.clock:
         seconds = 0.0
         if compiled.text:
-            seconds = _cycles(compiled_text.parse(compiled.text)) / target.clock
+            seconds = cycles(compiled_text.parse(compiled.text)) / target.clock
             report['evaluation'] |= {
                 'step_seconds': seconds,
                 'images_per_second': experiment.eval_batch_size(task) / seconds,
@@ -166,10 +166,10 @@ def _needed(report: Mapping) -> float:
 def _on_tpu(program: Program, target: Target, depths: tuple[int, ...]) -> dict:
     costs = compiled_text.costs(program, weights=branch_shares)
     assert target.clock is not None
-    cycles = compiled_text.total(costs)
+    total = compiled_text.total(costs)
     return {
-        'cycles': cycles,
-        'step_seconds': cycles / target.clock,
+        'cycles': total,
+        'step_seconds': total / target.clock,
         'parts': compiled_text.by(costs, lambda x: part_of(x, depths)),
         'dearest': dict(list(compiled_text.by(costs, layer_of).items())[:DEAREST]),
         'element_accesses': sum(compiled_text.element_accesses(program).values()),
@@ -177,7 +177,8 @@ def _on_tpu(program: Program, target: Target, depths: tuple[int, ...]) -> dict:
     }
 
 
-def _cycles(program: Program) -> float:
+def cycles(program: Program) -> float:
+    """Returns the compiler's estimate of one call of a TPU's program."""
     return compiled_text.total(compiled_text.costs(program, weights=branch_shares))
 
 
@@ -405,7 +406,7 @@ def _describe_time(report: Mapping) -> Iterator[str]:
         yield f'{report["loops_of_unknown_length"]} loops of unknown length are counted once'
 
 
-class _Progress:
+class Progress:
     """Says on standard error how long a compilation has been going on."""
 
     def __init__(self, target: str):
@@ -427,7 +428,7 @@ def main() -> None:
     opened = [targets.open_target(name) for name in values.target]
     reports = []
     for target in opened:
-        reports.append(preflight(values.config, target, plan, _Progress(target.name)))
+        reports.append(preflight(values.config, target, plan, Progress(target.name)))
         if sys.stderr.isatty():
             print('\r\033[K', end='', file=sys.stderr)
         print('\n'.join(describe(reports[-1])), end='\n\n', flush=True)

@@ -6,7 +6,7 @@ All randomness is a function of (seed, step, position in the batch).
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import haiku as hk
@@ -218,8 +218,8 @@ class Programs(NamedTuple):
     """What of a task is compiled."""
 
     init_state: Callable[..., TrainState]
-    train_step: Callable[[TrainState, dict], tuple[TrainState, jax.Array]]
-    eval_step: Callable[[Mapping, dict], dict]
+    train_step: jax.stages.Wrapped  # (state, batch) -> (state, stop)
+    eval_step: jax.stages.Wrapped  # (variables by name, batch) -> sums of metrics by name
 
 
 def program_key(config: ConfigDict) -> str:

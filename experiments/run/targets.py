@@ -83,38 +83,51 @@ class Compiled(NamedTuple):
     seconds: float
 
 
+def count_devices(name: str) -> tuple[accelerators.Device, int, int]:
+    """Returns what one device of a target is, how many chips it has, and how many devices.
+
+    Raises:
+      UsageError: there is no such target.
+    """
+    kind, shape = _parse(name)
+    device = next(device for device in accelerators.DEVICES if device.name == kind)
+    chips = math.prod(shape)
+    devices = chips * (_TPUS[kind][1] if kind in _TPUS else 1)
+    if kind in _TPUS and devices > device.linked:
+        raise UsageError(f'--target={name}: a pod has {device.linked * chips // devices} chips')
+    return device, chips, devices
+
+
+def _parse(name: str) -> tuple[str, list[int]]:
+    """Returns the kind of device, and the chips along each axis; of GPUs their number."""
+    kind, _, size = name.partition(':')
+    shape = [int(side) for side in size.split('x')] if re.fullmatch(r'\d+(x\d+)*', size) else []
+    if kind not in _TPUS and kind not in _GPUS:
+        raise UsageError(f'--target={name}: unknown {kind!r}{nearest(kind, [*_TPUS, *_GPUS])}')
+    axes = _TPUS[kind][0] if kind in _TPUS else 1
+    if len(shape) != axes or not all(shape):
+        example = 'x'.join(('2', '2', '1')[:axes]) if kind in _TPUS else _GPUS_IN_A_BOX
+        raise UsageError(f'--target={name}: give the chips along {axes} axes, as {kind}:{example}')
+    if kind in _TPUS and any(side % 2 for side in shape[:2]) and math.prod(shape) > 1:
+        raise UsageError(
+            f'--target={name}: the first two axes must be even, or the chip a single one'
+        )
+    if kind in _GPUS and shape[0] > _GPUS_IN_A_BOX and shape[0] % _GPUS_IN_A_BOX:
+        raise UsageError(
+            f'--target={name}: must be up to {_GPUS_IN_A_BOX}, one machine, or a multiple of it'
+        )
+    return kind, shape
+
+
 def open_target(name: str) -> Target:
     """Returns the devices that a name describes, such as 'v5e:16x16', 'v4:2x2x4' or 'H100:8'.
 
     Raises:
       UsageError: there is no such target, or its compiler is not installed.
     """
-    kind, _, size = name.partition(':')
-    known = {device.name: device for device in accelerators.DEVICES}
-    if kind not in _TPUS and kind not in _GPUS:
-        raise UsageError(f'--target={name}: unknown {kind!r}{nearest(kind, [*_TPUS, *_GPUS])}')
-    if kind in _TPUS:
-        return _open_tpus(name, kind, size, known[kind])
-    return _open_gpus(name, kind, size, known[kind])
-
-
-def _open_tpus(name: str, kind: str, size: str, device: accelerators.Device) -> Target:
-    dimensions, devices_a_chip, operations, memory = _TPUS[kind]
-    shape = [int(side) for side in size.split('x')] if re.fullmatch(r'\d+(x\d+)*', size) else []
-    if len(shape) != dimensions or not all(shape):
-        example = 'x'.join(('2', '2', '1')[:dimensions])
-        raise UsageError(
-            f'--target={name}: give the chips along {dimensions} axes, as {kind}:{example}'
-        )
-    chips = math.prod(shape)
-    # Machines have 2 x 2 chips, or a slice is one chip.
-    host = (1, 1, 1) if chips == 1 else (2, 2, 1)
-    if any(side % along for side, along in zip(shape, host, strict=False)):
-        raise UsageError(
-            f'--target={name}: the first two axes must be even, or the chip a single one'
-        )
-    if chips * devices_a_chip > device.linked:
-        raise UsageError(f'--target={name}: a pod has {device.linked // devices_a_chip} chips')
+    device, chips, devices = count_devices(name)
+    if device.name in _GPUS:
+        return _open_gpus(name, device, devices)
     _assert_installed('libtpu')
     # No TPU is looked for, and several processes may compile at once.
     os.environ.update(
@@ -123,25 +136,20 @@ def _open_tpus(name: str, kind: str, size: str, device: accelerators.Device) -> 
         TPU_WORKER_HOSTNAMES='localhost',
         ALLOW_MULTIPLE_LIBTPU_LOAD='1',
     )
-    options: dict[str, Any] = {'chips_per_host_bounds': host}
-    if kind == 'v4':
+    # A machine has 2 x 2 chips, or a single one.
+    options: dict[str, Any] = {'chips_per_host_bounds': (1, 1, 1) if chips == 1 else (2, 2, 1)}
+    if device.name == 'v4':
         options['chip_config_name'] = 'megacore'  # Its two cores are one device.
     topology = _topology(name, 'tpu', name, **options)
+    _, _, operations, memory = _TPUS[device.name]
     clock = device.peak_flops / operations
     versions = _versions('libtpu')
     return Target(name, device, topology.devices, chips, memory * 2**30, clock, versions)
 
 
-def _open_gpus(name: str, kind: str, size: str, device: accelerators.Device) -> Target:
-    count = int(size) if size.isdecimal() else 0
-    boxes, rest = divmod(count, _GPUS_IN_A_BOX)
-    if not count or (boxes and rest):
-        raise UsageError(
-            f'--target={name}: give how many, up to {_GPUS_IN_A_BOX} or a multiple of it, '
-            f'as {kind}:{_GPUS_IN_A_BOX}'
-        )
+def _open_gpus(name: str, device: accelerators.Device, count: int) -> Target:
     _assert_installed('jax_cuda12_plugin')
-    cores, capability, units, shared, clock, cache, memory, bandwidth = _GPUS[kind]
+    cores, capability, units, shared, clock, cache, memory, bandwidth = _GPUS[device.name]
     config = f"""
         gpu_device_info {{
           cuda_compute_capability {{ major: {capability} }}
@@ -157,7 +165,8 @@ def _open_gpus(name: str, kind: str, size: str, device: accelerators.Device) -> 
         dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
         device_description_str: "{device.kinds[0]}"
     """
-    shape = f'1x{boxes or 1}x{min(count, _GPUS_IN_A_BOX)}'  # one process for each box
+    in_a_box = min(count, _GPUS_IN_A_BOX)
+    shape = f'1x{count // in_a_box}x{in_a_box}'  # one process for each box
     topology = _topology(name, 'cuda', 'gpus', target_config=config, topology=shape)
     fraction = float(os.environ.get(_MEMORY_FRACTION, 0.75))
     versions = _versions('jax-cuda12-plugin', 'nvidia-cudnn-cu12')
@@ -223,14 +232,16 @@ def _compile(lowered: jax.stages.Lowered, options: Mapping[str, str]) -> Compile
             raise
         memory: dict[str, float] = {'arguments': 0, 'temporaries': needed, 'code': 0}
         return Compiled('', memory, time.monotonic() - start)
-    stats = program.memory_analysis()
+    stats, text = program.memory_analysis(), program.as_text()
+    assert stats is not None
+    assert text is not None
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     memory = {
         'arguments': stats.argument_size_in_bytes + results,
         'temporaries': stats.temp_size_in_bytes,
         'code': stats.generated_code_size_in_bytes,
     }
-    return Compiled(program.as_text(), memory, time.monotonic() - start)
+    return Compiled(text, memory, time.monotonic() - start)
 
 
 def memory_needed(message: str) -> float | None:

@@ -1,5 +1,7 @@
 """On excerpts of what libtpu wrote; nothing is compiled here."""
 
+import pathlib
+
 import pytest
 
 from experiments.run import compiled_text
@@ -112,3 +114,33 @@ def test_accesses_to_single_elements(program):
     assert compiled_text.element_accesses(program) == {'gather.1': 64, 'scatter.1': 32}
     missing = [x.name for x in compiled_text.without_estimate(program)]
     assert missing == ['scatter.1', 'gather.2', 'fusion.2']
+
+
+@pytest.fixture(scope='module')
+def gpu_program():
+    return compiled_text.parse((pathlib.Path(__file__).parent / 'compiled/H100.txt').read_text())
+
+
+def test_sizes():
+    assert compiled_text.size('bf16[4,3]{1,0}') == 24
+    assert compiled_text.size('(f32[], pred[7]{0}, /*index=2*/f8e4m3fn[2]{0}, u8[0]{0})') == 13
+
+
+def test_what_a_gpu_launches(gpu_program):
+    """A loop's body as often as it runs; nothing for tuples and for the end of an exchange."""
+    kernels = compiled_text.kernels(gpu_program)
+    found = {x.instruction.name: (x.executions, x.size) for x in kernels}
+    weight, images, outputs, reduced = 4 * 432, 4 * 6144, 4 * 32768, 4 * 78048
+    assert found == {
+        'wrapped_compare': (15, 5),
+        'copy.358': (14, 2 * 4 * 768),
+        'input_transpose_fusion.6': (1, 2 * weight),
+        'cudnn-conv-bias-activation.33': (1, images + weight + outputs),
+        'wrapped_concatenate': (1, outputs + reduced),
+        'all-reduce-start': (1, 2 * reduced),
+    }
+
+
+def test_what_devices_exchange(gpu_program, program):
+    assert compiled_text.collectives(gpu_program) == [('all-reduce', 4 * 78048)]
+    assert compiled_text.collectives(program) == []
