@@ -15,6 +15,7 @@ it lacks are computed by the fitted formula of experiments.scaling instead, mark
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -24,9 +25,9 @@ import jax
 from benchmarks import timing
 from configs.imagenet import nf_resnet, nfnet
 from experiments import preflight, scaling
-from experiments.launch import cli
 from experiments.run import targets
 from nfnets_jax import files
+from nfnets_jax.errors import UsageError
 
 KEY = ('model', 'target', 'rows', 'augment')
 
@@ -40,23 +41,24 @@ def main(argv=None):
     parser.add_argument('--nocompile', action='store_true', help='the formula for missing rows')
     parser.add_argument('--json', type=files.expand, required=True, help='where the rows are kept')
     args = parser.parse_args(argv)
-    with cli.guarded():
-        jax.config.update('jax_platforms', 'cpu')
-        path = pathlib.Path(args.json)
-        kept = json.loads(path.read_text())['rows'] if path.exists() else []
-        found = {tuple(row[key] for key in KEY): row for row in kept}
-        asked = []
-        for model in args.models.split(','):
-            for target in args.targets.split(','):
-                key = model, target, args.rows, args.augment
-                row = found.get(key)
-                if row is None and args.nocompile:
-                    row = by_formula(*key)
-                elif row is None:
-                    row = found[key] = compiled(*key)
-                    timing.write(args.json, timing.about(), list(found.values()))
-                asked.append(row)
-        timing.show([in_short(row) for row in asked])
+    jax.config.update('jax_platforms', 'cpu')
+    path = pathlib.Path(args.json)
+    kept = json.loads(path.read_text())['rows'] if path.exists() else []
+    found = {tuple(row[key] for key in KEY): row for row in kept}
+    asked = []
+    for model, target in itertools.product(args.models.split(','), args.targets.split(',')):
+        key = model, target, args.rows, args.augment
+        row = found.get(key)
+        try:
+            if row is None and args.nocompile:
+                row = by_formula(*key)
+            elif row is None:
+                row = found[key] = compiled(*key)
+                timing.write(args.json, timing.about(), list(found.values()))
+        except UsageError as error:
+            parser.error(str(error))
+        asked.append(row)
+    timing.show([in_short(row) for row in asked])
 
 
 def compiled(model: str, target: str, rows: int, augment: bool) -> dict[str, Any]:
