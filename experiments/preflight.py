@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import experiment, smoke, train_step
+from experiments import experiment, scaling, smoke, train_step
 from experiments.experiment import Task, prepare
 from experiments.launch import cli
 from experiments.run import compiled_text, parallel, planned_data, targets
@@ -134,7 +134,16 @@ def _examine(task: Task, target: Target, waiting: Waiting) -> dict:
         {'kind': kind, 'bytes': size} for kind, size in compiled_text.collectives(program)
     ]
     depths = _depths(task)
-    report |= _on_tpu(program, target, depths) if target.clock else _on_gpu(program, depths)
+    exchanged = sum(x['bytes'] for x in report['collectives'])
+    report['exchange_seconds'] = scaling.all_reduce_seconds(
+        exchanged, target.device, len(target.devices)
+    )
+    report['arithmetic_seconds'] = (
+        experiment.flops_per_image(task)
+        * (task.config.batch_size / len(target.devices))
+        / target.device.peak_flops
+    )
+    report |= _on_tpu(program, target, depths) if target.clock else _on_gpu(program, target, depths)
     lowered = programs.eval_step.lower(state.variables(), evaluated)
     compiled = compile_program(lowered, target, functools.partial(waiting, 'the evaluation'))
     report['evaluation'] = _memory(
@@ -149,6 +158,7 @@ def _examine(task: Task, target: Target, waiting: Waiting) -> dict:
                 'images_per_second': experiment.eval_batch_size(task) / seconds,
             }
         report |= _run(task, target, report['step_seconds'], seconds)
+        report['share_of_peak'] = report['arithmetic_seconds'] / report['step_seconds']
     return report
 
 
@@ -182,7 +192,7 @@ def cycles(program: Program) -> float:
     return compiled_text.total(compiled_text.costs(program, weights=branch_shares))
 
 
-def _on_gpu(program: Program, depths: tuple[int, ...]) -> dict:
+def _on_gpu(program: Program, target: Target, depths: tuple[int, ...]) -> dict:
     found = compiled_text.kernels(program)
     kinds: dict[str, list] = {kind: [0, 0] for kind in ('cuDNN calls', 'copies', 'transposes')}
     parts: dict[str, float] = collections.defaultdict(float)
@@ -197,6 +207,7 @@ def _on_gpu(program: Program, depths: tuple[int, ...]) -> dict:
     return {
         'kernels': sum(kernel.executions for kernel in found),
         'bytes_accessed': sum(parts.values()),
+        'memory_seconds': sum(parts.values()) / target.device.memory_bandwidth,
         'kinds': {kind: {'kernels': n, 'bytes': size} for kind, (n, size) in kinds.items()},
         'parts': _greatest(parts),
         'dearest': dict(list(_greatest(layers).items())[:DEAREST]),
@@ -218,13 +229,11 @@ def gpu_kind(instruction: Instruction) -> str | None:
 
 def _run(task: Task, target: Target, train_seconds: float, eval_seconds: float) -> dict:
     """Returns how fast the run is, and how long it takes with its evaluations."""
-    flops = experiment.flops_per_image(task) * task.config.batch_size / len(target.devices)
     batches = -(-len(task.splits[task.watched]) // experiment.eval_batch_size(task))
     evaluations = -(-task.total_steps // task.eval_every)
     hours = (task.total_steps * train_seconds + evaluations * batches * eval_seconds) / 3600
     return {
         'images_per_second': task.config.batch_size / train_seconds,
-        'share_of_peak': flops / train_seconds / target.device.peak_flops,
         'hours': hours,
         'chip_hours': hours * target.chips,
     }
@@ -360,13 +369,20 @@ def describe(report: Mapping) -> Iterator[str]:
     sent = collections.Counter(x['kind'] for x in report['collectives'])
     megabytes = sum(x['bytes'] for x in report['collectives']) / 1e6
     kinds = ', '.join(f'{count} {kind}' for kind, count in sent.items()) or 'nothing'
-    yield f'sent between devices a step: {kinds}, {megabytes:,.1f} MB'
+    yield (
+        f'sent between devices a step: {kinds}, {megabytes:,.1f} MB, '
+        f'{1e3 * report["exchange_seconds"]:.2f} ms at the published bandwidth (in no time below)'
+    )
     if 'cycles' in report:
         yield from _describe_time(report)
         unit, scale = 'million cycles', 1e6
     else:
         gigabytes = report['bytes_accessed'] / 1e9
         yield f'{report["kernels"]:,.0f} kernels a step, {gigabytes:,.2f} GB read and written'
+        yield (
+            f'at the least {1e3 * report["memory_seconds"]:.2f} ms by the bandwidth of the memory, '
+            f'{1e3 * report["arithmetic_seconds"]:.2f} ms by the peak of the arithmetic'
+        )
         for kind, found in report['kinds'].items():
             yield f'  {kind:<24}{found["kernels"]:9,.0f}{found["bytes"] / 1e9:10.2f} GB'
         unit, scale = 'GB', 1e9
@@ -387,7 +403,8 @@ def _in_words(part: Mapping) -> str:
 
 
 def _describe_time(report: Mapping) -> Iterator[str]:
-    yield f'{"":<24}{"compiler":>12}{f"/ {MEASURED_SHARE}":>12}'
+    share = f'/ {MEASURED_SHARE}'
+    yield f'{"":<24}{"compiler":>12}{share:>12}, the part of measured times that estimates were'
     for name, value, power, form in (
         ('million cycles', report['cycles'] / 1e6, -1, ',.2f'),
         ('ms a step', report['step_seconds'] * 1e3, -1, ',.2f'),
