@@ -325,9 +325,10 @@ _STRUCTURE = re.compile(
 
 
 def layer_of(instruction: Instruction) -> str:
-    """Returns the layer and the operation, such as 'nf_block_3/conv1/conv_general_dilated'."""
+    """Returns the layer and the operation, such as 'nf_block_3/conv1/dot_general'."""
     name = instruction.op_name.split(';')[0]
     backward = 'transpose(jvp' in name
+    name = re.sub(r'(?:transpose\()?\bjvp\(\w*\)\)?/', '', name)  # the network's own name
     while (shorter := re.sub(r'\b(?:transpose|jvp|vmap|jit)\(([^()]*)\)', r'\1', name)) != name:
         name = shorter
     words = [word for word in name.split('/') if not _STRUCTURE.fullmatch(word)]
@@ -395,6 +396,8 @@ def describe(report: Mapping) -> Iterator[str]:
 
 def _in_words(part: Mapping) -> str:
     memory = part['memory']
+    if not memory['arguments']:  # The compiler gave up, and told no parts.
+        return f'DOES NOT FIT: {_needed(part) / 1e9:.3g} of {memory["available"] / 1e9:.1f} GB'
     sizes = ', '.join(
         f'{memory[key] / 1e9:.3g} {key}' for key in ('arguments', 'temporaries', 'code')
     )

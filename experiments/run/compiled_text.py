@@ -29,7 +29,8 @@ class Instruction(NamedTuple):
       name: unique in the program, without the percent sign.
       opcode: of HLO, such as 'fusion'.
       shape: of the result, as the text has it; a tuple's in parentheses.
-      op_name: the JAX operations that it came from, joined by slashes; '' where unknown.
+      op_name: the JAX operations that it came from, joined by slashes; of a fusion without a name
+        that of the last operation in it; '' where unknown.
       cycles: the compiler's estimate for one execution, or None.
       text: the operands and attributes.
     """
@@ -96,7 +97,18 @@ def parse(text: str) -> Program:
             found.append(_instruction(*match.groups()))
     if entry is None:
         raise ValueError('not the text of a compiled program: it has no ENTRY computation')
-    return Program(computations, entry)
+    named = {
+        name: tuple(_with_name(x, computations) for x in found)
+        for name, found in computations.items()
+    }
+    return Program(named, entry)
+
+
+def _with_name(x: Instruction, computations: Mapping[str, Sequence[Instruction]]) -> Instruction:
+    if x.op_name or x.opcode != 'fusion':
+        return x
+    inside = [y.op_name for name in x.called for y in computations.get(name, ()) if y.op_name]
+    return x._replace(op_name=inside[-1]) if inside else x
 
 
 def costs(
@@ -107,7 +119,8 @@ def costs(
 ) -> list[Cost]:
     """Returns every instruction that runs on its own, with the number of its executions.
 
-    Instructions inside of a fusion are part of the fusion.
+    Instructions inside of a fusion are part of the fusion. One without a name has that of the loop,
+    conditional or call that it is in.
 
     Args:
       program: from `parse`.
@@ -115,23 +128,24 @@ def costs(
       trips: of a loop whose trip count depends on data; `unknown_loops` finds those.
     """
 
-    def walk(computation: str, executions: float) -> Iterator[Cost]:
+    def walk(computation: str, executions: float, caller: str = '') -> Iterator[Cost]:
         for instruction in program.computations[computation]:
-            yield Cost(instruction, executions)
+            name = instruction.op_name or caller
+            yield Cost(instruction._replace(op_name=name), executions)
             called = instruction.called
             if instruction.opcode == 'while':
                 condition, body = called
                 counted = trip_count(program, instruction)
                 turns = trips if counted is None else counted
-                yield from walk(condition, executions * (turns + 1))
-                yield from walk(body, executions * turns)
+                yield from walk(condition, executions * (turns + 1), name)
+                yield from walk(body, executions * turns, name)
             elif instruction.opcode == 'conditional':
                 shares = weights(instruction) if weights else [1 / len(called)] * len(called)
                 for branch, share in zip(called, shares, strict=True):
-                    yield from walk(branch, executions * share)
+                    yield from walk(branch, executions * share, name)
             elif instruction.opcode in ('call', 'async-start'):
-                for name in called:
-                    yield from walk(name, executions)
+                for each in called:
+                    yield from walk(each, executions, name)
 
     return list(walk(program.entry, 1))
 

@@ -144,3 +144,16 @@ def test_what_a_gpu_launches(gpu_program):
 def test_what_devices_exchange(gpu_program, program):
     assert compiled_text.collectives(gpu_program) == [('all-reduce', 4 * 78048)]
     assert compiled_text.collectives(program) == []
+
+
+def test_names_of_what_has_none(program, gpu_program):
+    """A fusion is called after the last operation in it, and what is in a loop after the loop."""
+    (copy,) = [x for x, _ in compiled_text.costs(gpu_program) if x.name == 'copy.358']
+    assert copy.op_name == 'jit(_fun)/shard_map/augmentation/while'
+    (copy,) = [x for x, _ in compiled_text.costs(program) if x.name == 'copy.1']
+    assert copy.op_name == 'jit(f)/while/body/cond'
+    named = TEXT.replace(
+        'slice_sizes={1}', 'slice_sizes={1}, metadata={op_name="jit(f)/gather"}'
+    ).replace('metadata={op_name="jit(f)/while/body/cond/branch_1_fun/gather"}', 'x=1')
+    (fusion,) = compiled_text.parse(named).computations['look_up'][2:3]
+    assert fusion.op_name == 'jit(f)/gather'
