@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from experiments import preflight
-from experiments.run import compiled_text, targets
+from experiments.run import compiled_text, step_parts, targets
 from nfnets_jax import augment, extras, files
 from nfnets_jax.augment import operations
 
@@ -46,7 +45,7 @@ def main(argv=None):
         program = _recipe(form, args.batch, args.image_size, args.magnitude)
         for target in args.targets.split(','):
             found = compiled_text.parse(compile_text(*program, target=target))
-            million = preflight.cycles(found) / 1e6
+            million = step_parts.cycles(found) / 1e6
             step = steps.get(target.split(':')[0])
             rows.append(
                 {

@@ -15,11 +15,9 @@ looked for. Compiled programs are kept, so that a second call is quick.
 
 import collections
 import functools
-import itertools
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,11 +28,10 @@ from ml_collections import ConfigDict, config_flags
 from experiments import experiment, scaling, smoke, train_step
 from experiments.experiment import Task, prepare
 from experiments.launch import cli
-from experiments.run import compiled_text, parallel, planned_data, targets
+from experiments.run import compiled_text, parallel, planned_data, step_parts, targets
 from experiments.run.compiled_text import Instruction, Program
 from experiments.run.targets import Compiled, Target, compile_program
 from nfnets_jax import files, models
-from nfnets_jax.augment.definitions import OPERATIONS, WARPS
 from nfnets_jax.errors import UsageError
 
 # What the compiler estimated of what the NFNets paper measured on a TPU v3, for the authors' own
@@ -133,7 +130,8 @@ def _examine(task: Task, target: Target, waiting: Waiting) -> dict:
     report['collectives'] = [
         {'kind': kind, 'bytes': size} for kind, size in compiled_text.collectives(program)
     ]
-    depths = _depths(task)
+    depths = task.config.model.get('depths') or models.variant_info(task.config.model.name).depths
+    report['loops_of_unknown_length'] = len(compiled_text.unknown_loops(program))
     exchanged = sum(x['bytes'] for x in report['collectives'])
     report['exchange_seconds'] = scaling.all_reduce_seconds(
         exchanged, target.device, len(target.devices)
@@ -152,7 +150,7 @@ def _examine(task: Task, target: Target, waiting: Waiting) -> dict:
     if target.clock:
         seconds = 0.0
         if compiled.text:
-            seconds = cycles(compiled_text.parse(compiled.text)) / target.clock
+            seconds = step_parts.cycles(compiled_text.parse(compiled.text)) / target.clock
             report['evaluation'] |= {
                 'step_seconds': seconds,
                 'images_per_second': experiment.eval_batch_size(task) / seconds,
@@ -163,10 +161,10 @@ def _examine(task: Task, target: Target, waiting: Waiting) -> dict:
 
 
 def _memory(compiled: Compiled, target: Target, kept: int = 0) -> dict:
-    """Returns what a device needs besides `kept` bytes, and whether it has it."""
-    memory = compiled.memory | {'available': target.memory}
-    fits = bool(compiled.text) and sum(compiled.memory.values()) + kept <= target.memory
-    return {'fits': fits, 'memory': memory}
+    """Returns what a device needs, with `kept` bytes that are no arguments; whether it has it."""
+    memory = compiled.memory | {'arguments': compiled.memory['arguments'] + kept}
+    fits = bool(compiled.text) and sum(memory.values()) <= target.memory
+    return {'fits': fits, 'memory': memory | {'available': target.memory}}
 
 
 def _needed(report: Mapping) -> float:
@@ -174,57 +172,41 @@ def _needed(report: Mapping) -> float:
 
 
 def _on_tpu(program: Program, target: Target, depths: tuple[int, ...]) -> dict:
-    costs = compiled_text.costs(program, weights=branch_shares)
-    assert target.clock is not None
+    costs = compiled_text.costs(program, weights=step_parts.branch_shares)
     total = compiled_text.total(costs)
+    assert target.clock is not None
     return {
         'cycles': total,
         'step_seconds': total / target.clock,
-        'parts': compiled_text.by(costs, lambda x: part_of(x, depths)),
-        'dearest': dict(list(compiled_text.by(costs, layer_of).items())[:DEAREST]),
         'element_accesses': sum(compiled_text.element_accesses(program).values()),
-        'loops_of_unknown_length': len(compiled_text.unknown_loops(program)),
+        **_where([(cost.instruction, cost.cycles) for cost in costs], depths),
     }
-
-
-def cycles(program: Program) -> float:
-    """Returns the compiler's estimate of one call of a TPU's program."""
-    return compiled_text.total(compiled_text.costs(program, weights=branch_shares))
 
 
 def _on_gpu(program: Program, target: Target, depths: tuple[int, ...]) -> dict:
     found = compiled_text.kernels(program)
-    kinds: dict[str, list] = {kind: [0, 0] for kind in ('cuDNN calls', 'copies', 'transposes')}
-    parts: dict[str, float] = collections.defaultdict(float)
-    layers: dict[str, float] = collections.defaultdict(float)
-    for kernel in found:
-        total = kernel.executions * kernel.size
-        parts[part_of(kernel.instruction, depths)] += total
-        layers[layer_of(kernel.instruction)] += total
-        if kind := gpu_kind(kernel.instruction):
-            kinds[kind][0] += kernel.executions
-            kinds[kind][1] += total
+    total = sum(kernel.bytes for kernel in found)
+    kinds = {
+        kind: [k for k in found if step_parts.gpu_kind(k.instruction) == kind]
+        for kind in step_parts.GPU_KINDS
+    }
     return {
         'kernels': sum(kernel.executions for kernel in found),
-        'bytes_accessed': sum(parts.values()),
-        'memory_seconds': sum(parts.values()) / target.device.memory_bandwidth,
-        'kinds': {kind: {'kernels': n, 'bytes': size} for kind, (n, size) in kinds.items()},
-        'parts': _greatest(parts),
-        'dearest': dict(list(_greatest(layers).items())[:DEAREST]),
+        'bytes_accessed': total,
+        'memory_seconds': total / target.device.memory_bandwidth,
+        'kinds': {
+            kind: {'kernels': sum(k.executions for k in ks), 'bytes': sum(k.bytes for k in ks)}
+            for kind, ks in kinds.items()
+        },
+        **_where([(kernel.instruction, kernel.bytes) for kernel in found], depths),
     }
 
 
-def _greatest(sums: Mapping[str, float]) -> dict[str, float]:
-    return dict(sorted(sums.items(), key=lambda item: -item[1]))
-
-
-def gpu_kind(instruction: Instruction) -> str | None:
-    """Returns the kind of a kernel that is worth counting, by the names that XLA gives."""
-    if '__cudnn' in instruction.attribute('custom_call_target'):
-        return 'cuDNN calls'
-    if 'transpose' in instruction.name:
-        return 'transposes'
-    return 'copies' if 'copy' in instruction.name else None
+def _where(amounts: Sequence[tuple[Instruction, float]], depths: tuple[int, ...]) -> dict:
+    """Returns the sums of cycles or bytes by part of the step, and those of the dearest layers."""
+    parts = compiled_text.by(amounts, lambda x: step_parts.part_of(x, depths))
+    layers = compiled_text.by(amounts, step_parts.layer_of)
+    return {'parts': parts, 'dearest': dict(list(layers.items())[:DEAREST])}
 
 
 def _run(task: Task, target: Target, train_seconds: float, eval_seconds: float) -> dict:
@@ -248,17 +230,13 @@ def _state(task: Task) -> experiment.TrainState:
 
 def _train_batch(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
     rows = task.images_per_step // parallel.device_count()
-    batch = {'position': _split((rows,), jnp.int32), 'stop': _split((1,), jnp.float32)}
-    if not task.on_device:
-        images = {'image': (rows, *task.pictures.shape), 'label': (rows,)}
-    else:
-        count = len(task.train_source)
-        images = {'image': (1, count, *task.pictures.shape), 'label': (1, count)}
-        batch |= {'order': _split((1, 2 * count), jnp.int32), 'first': _split((1,), jnp.uint32)}
-    return batch | {
-        'image': _split(images['image'], jnp.uint8),
-        'label': _split(images['label'], jnp.int32),
-    }
+    batch = {'position': _split(jnp.int32, rows), 'stop': _split(jnp.float32, 1)}
+    held: tuple[int, ...] = (rows,)
+    if task.on_device:  # All images, and the order of two epochs.
+        held = (1, len(task.train_source))
+        batch |= {'order': _split(jnp.int32, 1, 2 * held[1]), 'first': _split(jnp.uint32, 1)}
+    images, labels = _split(jnp.uint8, *held, *task.pictures.shape), _split(jnp.int32, *held)
+    return batch | {'image': images, 'label': labels}
 
 
 def _eval_batch(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
@@ -267,85 +245,18 @@ def _eval_batch(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
     if task.pictures.test_transform is not None:
         height = width = task.pictures.test_size
     return {
-        'image': _split((rows, height, width, channels), jnp.uint8),
-        'label': _split((rows,), jnp.int32),
-        'mask': _split((rows,), jnp.float32),
+        'image': _split(jnp.uint8, rows, height, width, channels),
+        'label': _split(jnp.int32, rows),
+        'mask': _split(jnp.float32, rows),
     }
 
 
-def _split(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+def _split(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((parallel.device_count(), *shape), dtype)
 
 
 def _nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-# To which part of the step an operation belongs, by the names that JAX and Haiku give it.
-
-_BLOCK = re.compile(r'[/(]\w*block(?:_v\d)?(?:_(\d+))?(?=[/)])')
-
-
-def _depths(task: Task) -> tuple[int, ...]:
-    model = task.config.model
-    return tuple(model.get('depths') or models.variant_info(model.name).depths)
-
-
-def part_of(instruction: Instruction, depths: tuple[int, ...]) -> str:
-    """Returns the part of the step that an operation belongs to, such as 'stage 3'.
-
-    Args:
-      instruction: of a compiled program.
-      depths: blocks of each stage of the network.
-    """
-    name = f'/{instruction.op_name}/'
-    words = set(re.split(r'[/()]', name))
-    if train_step.EXCHANGE in words or instruction.opcode.startswith(compiled_text.COLLECTIVES):
-        return 'collectives'
-    if train_step.AUGMENTATION in words:
-        return 'augmentation'
-    if words & {train_step.UPDATE, train_step.EMA}:
-        return 'clipping and update'
-    if 'standardize' in words:
-        return 'weight standardization'
-    if block := _BLOCK.search(name):
-        index = int(block[1] or 0)
-        ends = itertools.accumulate(depths)
-        return f'stage {1 + sum(index >= end for end in ends)}'
-    if any(word.startswith(('stem', 'initial_')) for word in words):
-        return 'stem'
-    if 'jvp(' in name or 'jvp' in words:
-        return 'head and loss'
-    return 'other' if instruction.op_name else 'without a name'
-
-
-_STRUCTURE = re.compile(
-    r'shard_map|_fun|cond|branch_\d+_fun|while|body|closed_call|~|checkpoint|rematted_computation|'
-)
-
-
-def layer_of(instruction: Instruction) -> str:
-    """Returns the layer and the operation, such as 'nf_block_3/conv1/dot_general'."""
-    name = instruction.op_name.split(';')[0]
-    backward = 'transpose(jvp' in name
-    name = re.sub(r'(?:transpose\()?\bjvp\(\w*\)\)?/', '', name)  # the network's own name
-    while (shorter := re.sub(r'\b(?:transpose|jvp|vmap|jit)\(([^()]*)\)', r'\1', name)) != name:
-        name = shorter
-    words = [word for word in name.split('/') if not _STRUCTURE.fullmatch(word)]
-    return ('/'.join(words) or instruction.opcode) + (' backward' if backward else '')
-
-
-# RandAugment's branches, by the names of their operations: the first leaves an image as it is, and
-# warps have two signs.
-_BRANCHES = ['', *(name for name in OPERATIONS for _ in range(2 if name in WARPS else 1))]
-
-
-def branch_shares(conditional: Instruction) -> list[float]:
-    """Returns how often RandAugment takes each branch; evenly for a conditional of another."""
-    count = len(conditional.called)
-    if count != len(_BRANCHES):
-        return [1 / count] * count
-    return [(name != '') / len(OPERATIONS) / max(1, _BRANCHES.count(name)) for name in _BRANCHES]
 
 
 def describe(report: Mapping) -> Iterator[str]:
@@ -367,6 +278,8 @@ def describe(report: Mapping) -> Iterator[str]:
     yield f'evaluation: {_in_words(evaluation)}' + (
         f'; {evaluation["images_per_second"]:,.0f} images/s' if 'step_seconds' in evaluation else ''
     )
+    if not evaluation['fits']:
+        yield 'give a smaller --config.eval.batch_size'
     sent = collections.Counter(x['kind'] for x in report['collectives'])
     megabytes = sum(x['bytes'] for x in report['collectives']) / 1e6
     kinds = ', '.join(f'{count} {kind}' for kind, count in sent.items()) or 'nothing'
@@ -387,6 +300,8 @@ def describe(report: Mapping) -> Iterator[str]:
         for kind, found in report['kinds'].items():
             yield f'  {kind:<24}{found["kernels"]:9,.0f}{found["bytes"] / 1e9:10.2f} GB'
         unit, scale = 'GB', 1e9
+    if loops := report['loops_of_unknown_length']:
+        yield f'{loops} loops of unknown length are counted once'
     for title, sums in (('part', report['parts']), ('dearest', report['dearest'])):
         yield f'{title:<64}{unit:>15}'
         whole = sum(report['parts'].values())
@@ -422,8 +337,6 @@ def _describe_time(report: Mapping) -> Iterator[str]:
             f'not in these times: {report["element_accesses"]:,} elements that are gathered or '
             'scattered one by one'
         )
-    if report['loops_of_unknown_length']:
-        yield f'{report["loops_of_unknown_length"]} loops of unknown length are counted once'
 
 
 class Progress:

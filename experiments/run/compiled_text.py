@@ -9,7 +9,7 @@ GPU, where `kernels` tells what is launched and which bytes that reads and write
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%([^\s(]+) \(.*\{$')
@@ -155,13 +155,15 @@ def total(found: Sequence[Cost]) -> float:
     return sum(cost.cycles for cost in found)
 
 
-def by(found: Sequence[Cost], key: Callable[[Instruction], str]) -> dict[str, float]:
-    """Returns the cycles by what `key` makes of an instruction, greatest first."""
+def by(
+    amounts: Iterable[tuple[Instruction, float]], key: Callable[[Instruction], str]
+) -> dict[str, float]:
+    """Returns the sums of cycles or bytes by what `key` makes of an instruction, greatest first."""
     sums: dict[str, float] = {}
-    for cost in found:
-        if cost.cycles:
-            name = key(cost.instruction)
-            sums[name] = sums.get(name, 0) + cost.cycles
+    for instruction, amount in amounts:
+        if amount:
+            name = key(instruction)
+            sums[name] = sums.get(name, 0) + amount
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
@@ -217,11 +219,11 @@ def element_accesses(program: Program) -> dict[str, int]:
 
 
 class Kernel(NamedTuple):
-    """What a GPU launches, with its executions and the bytes that one reads and writes."""
+    """What a GPU launches, how often, and the bytes that all executions read and write."""
 
     instruction: Instruction
     executions: float
-    size: int
+    bytes: float
 
 
 def kernels(program: Program) -> list[Kernel]:
@@ -231,7 +233,11 @@ def kernels(program: Program) -> list[Kernel]:
     """
     shapes = {x.name: x.shape for x in _all(program)}
     return [
-        Kernel(x, executions, size(x.shape) + sum(size(shapes[name]) for name in x.operands))
+        Kernel(
+            x,
+            executions,
+            executions * sum(map(size, [x.shape, *(shapes[name] for name in x.operands)])),
+        )
         for x, executions in costs(program)
         if not _NO_KERNEL.fullmatch(x.opcode)
     ]

@@ -216,8 +216,10 @@ def compile_program(
 
 def _digest(lowered: jax.stages.Lowered, target: Target) -> str:
     """Returns what tells apart all that the compiled program depends on."""
-    # Names of operations come with places in source files, which do not matter.
-    names = re.findall(r'^#loc\d+ = loc\("(.*)"\(#loc', lowered.as_text(debug_info=True), re.M)
+    # The names of operations have slashes; those of functions on the stack, which do not matter,
+    # have none.
+    located = lowered.as_text(debug_info=True)
+    names = re.findall(r'^#loc\d+ = loc\("([^"]*/[^"]*)"\(#loc', located, re.M)
     flags = {name: os.environ.get(name, '') for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')}
     parts = (target.name, target.versions, flags, sorted(set(names)), lowered.as_text())
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -95,7 +95,8 @@ def test_loops_and_conditionals_count_as_often_as_they_run(program):
 
     found = compiled_text.costs(program, weights=first)
     assert compiled_text.total(found) == 3000 + 8 * (1800 + 2000)
-    assert compiled_text.by(found, lambda x: x.op_name.split('/')[1]) == {
+    amounts = [(cost.instruction, cost.cycles) for cost in found]
+    assert compiled_text.by(amounts, lambda x: x.op_name.split('/')[1]) == {
         'while': 8 * 3800,
         'add': 3000,
     }
@@ -129,11 +130,11 @@ def test_sizes():
 def test_what_a_gpu_launches(gpu_program):
     """A loop's body as often as it runs; nothing for tuples and for the end of an exchange."""
     kernels = compiled_text.kernels(gpu_program)
-    found = {x.instruction.name: (x.executions, x.size) for x in kernels}
+    found = {x.instruction.name: (x.executions, x.bytes) for x in kernels}
     weight, images, outputs, reduced = 4 * 432, 4 * 6144, 4 * 32768, 4 * 78048
     assert found == {
-        'wrapped_compare': (15, 5),
-        'copy.358': (14, 2 * 4 * 768),
+        'wrapped_compare': (15, 15 * 5),
+        'copy.358': (14, 14 * 2 * 4 * 768),
         'input_transpose_fusion.6': (1, 2 * weight),
         'cudnn-conv-bias-activation.33': (1, images + weight + outputs),
         'wrapped_concatenate': (1, outputs + reduced),
