@@ -261,10 +261,13 @@ def _nbytes(tree: Any) -> int:
 
 def describe(report: Mapping) -> Iterator[str]:
     """Yields the lines that say what a report holds."""
-    among = f' in {report["processes"]} processes' if report['processes'] > 1 else ''
+    counts = [
+        f'{report[kind]} {kind if report[kind] > 1 else singular}'
+        for kind, singular in (('devices', 'device'), ('processes', 'process'))
+    ]
     yield (
-        f'{report["target"]}: {report["devices"]} devices{among}, '
-        f'{report["examples_per_device"]} examples each'
+        f'{report["target"]}: {" in ".join(counts)}, '
+        f'{report["examples_per_device"]} examples on each device'
     )
     versions = ', '.join(f'{name} {version}' for name, version in report['versions'].items())
     yield f'compiled in {report["compile_seconds"]:.0f} s by {versions}'
