@@ -1,4 +1,4 @@
-"""What the augmentation costs a TPU, by the estimate of the TPU's compiler: no TPU is needed.
+"""Estimates the cost of the augmentation on a TPU with the TPU's compiler; needs no TPU.
 
     pip install 'nfnets_jax[tpu]'
     python -m benchmarks.augmentation_tpu [--targets=v5e:2x2,v6e:2x2] [--batch=32]
@@ -6,14 +6,13 @@
         [--json=FILE]
 
 The recipe is the published one: flip, MixUp and CutMix, four layers of RandAugment, normalization.
-A conditional counts by the probability of its branches. `cycles` are in millions; those of gathers
-and scatters of single elements are not in them, because the compiler estimates none: `elements` is
-how many its program visits, loops of unknown length counted once; so for the form of other
-platforms, --form=groups, both are far too low. `share` is the part of a training step of so many
-million cycles as --step tells.
+A conditional counts by the probability of its branches. `cycles` are in millions. They do not
+include gathers and scatters of single elements, for which the compiler has no estimate; `elements`
+counts these, with loops of unknown length counted once. So both are far too low for the
+implementation of other platforms, --form=groups. `share` is the share of a training step, whose
+million cycles --step gives.
 """
 
-import argparse
 from unittest import mock
 
 import jax
@@ -22,19 +21,15 @@ import numpy as np
 
 from benchmarks import timing
 from experiments.run import compiled_text, step_parts, targets
-from nfnets_jax import augment, extras, files
-from nfnets_jax.augment import operations
+from nfnets_jax import augment, extras
+from nfnets_jax.augment import operations, packed_images
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--targets', default='v5e:2x2,v6e:2x2')
-    parser.add_argument('--batch', type=int, default=32)
-    parser.add_argument('--image-size', type=int, default=192)
-    parser.add_argument('--magnitude', type=float, default=5)
+    options = {'targets': 'v5e:2x2,v6e:2x2', 'batch': 32, 'image_size': 192, 'magnitude': 5.0}
+    parser = timing.parser(__doc__, **options)
     parser.add_argument('--step', default='v5e:38.74,v6e:19.06', help='million cycles of a step')
     parser.add_argument('--form', default='ours,groups', help='ours, or groups: as on a CPU')
-    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
     if missing := extras.how_to_install('libtpu'):
         parser.error(missing)
@@ -66,8 +61,8 @@ def compile_text(function, *shapes, target: str) -> str:
     """Returns the text of a function as compiled for the first chip of a TPU topology.
 
     Args:
-      function: of arrays.
-      shapes: of its arguments, trees of `jax.ShapeDtypeStruct`.
+      function: a function of arrays.
+      shapes: its arguments, trees of `jax.ShapeDtypeStruct`.
       target: such as 'v5e:2x2'.
     """
     opened = targets.open_target(target)
@@ -94,7 +89,7 @@ def _recipe(form: str, batch: int, size: int, magnitude: float) -> tuple:
         keys = augment.example_keys(0, step, jnp.arange(count))
         if form == 'ours':
             return apply(keys, images, labels)
-        with mock.patch.object(operations, 'one_by_one', operations.in_groups):
+        with mock.patch.object(packed_images, 'apply_operations', operations.grouped):
             return apply(keys, images, labels)
 
     return (

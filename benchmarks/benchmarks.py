@@ -1,7 +1,8 @@
-"""Lets `python benchmarks/dispatch.py` find the package that it measures, from any directory.
+"""Makes `python benchmarks/dispatch.py` find the repository, from any directory.
 
-Python looks for imports beside a script first, so that it finds this file in place of the package,
-which is one directory up. `python -m benchmarks.dispatch` in the repository does not pass here.
+Python looks for imports beside a script first and finds this file in place of the package, which is
+one directory up. `python -m benchmarks.dispatch` in the repository does not use it. A benchmark
+must import from `benchmarks` first.
 """
 
 import importlib

@@ -2,12 +2,12 @@
 
     python -m benchmarks.compile_time [--models=NFNet-F0,NFNet-F3,NFNet-F6] [--image-size=64]
 
-The step is the loss and its gradient on two pictures. Lowering (Python and JAX, down to StableHLO)
+The step is the loss and its gradient on two images. Lowering (Python and JAX, down to StableHLO)
 and compilation (XLA) are separate; nothing is run, and no compilation cache is used. Seconds are
-of CPU time, which a busy machine changes least; the last column but one is the wall clock's.
+CPU time, which a busy machine changes least, except for `wall clock`. `x first` compares
+`together` with the first model's.
 """
 
-import argparse
 import itertools
 import time
 
@@ -16,40 +16,31 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import nfnets_jax
 from benchmarks import timing
 from experiments.launch import cli
-from nfnets_jax import files
+from nfnets_jax import create_model
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--models', default='NFNet-F0,NFNet-F3,NFNet-F6')
-    parser.add_argument('--batch', type=int, default=2)
-    parser.add_argument('--image-size', type=int, default=64)
-    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
-    args = parser.parse_args(argv)
+    models = 'NFNet-F0,NFNet-F3,NFNet-F6'
+    args = timing.parser(__doc__, models=models, batch=2, image_size=64).parse_args(argv)
 
     jax.config.update('jax_enable_compilation_cache', False)
-    rows = []
-    settings = timing.about(**vars(args))
-    print(f'value_and_grad, {args.batch} x {args.image_size} px, {settings["device"]}')
-    columns = ('lower', 'compile', 'together', 'wall clock')
-    print(f'{"":24}' + ''.join(f'{column:>12}' for column in columns) + f'{"x first":>10}')
+    rows: list[dict] = []
     names = args.models.split(',')
     for scan, name in itertools.product((True, False), names):
-        row = {'model': name, 'scan': scan} | measure(name, scan, args.batch, args.image_size)
-        rows.append(row)
-        seconds = ''.join(f'{row[column]:10.1f} s' for column in columns)
-        ratio = row['together'] / rows[0 if scan else len(names)]['together']
-        print(f'{name + (", scan" if scan else ""):24}{seconds}{ratio:10.2f}', flush=True)
-    timing.write(args.json, settings, rows)
+        seconds = compile_seconds(name, scan, args.batch, args.image_size)
+        rows.append({'model': name, 'scan': scan, **seconds})
+        first = rows[0 if scan else len(names)]['together']
+        rows[-1]['x first'] = seconds['together'] / first
+    title = f'seconds of value_and_grad, {args.batch} x {args.image_size} px'
+    timing.report(title, vars(args), rows)
 
 
-def measure(name: str, scan: bool, batch: int, image_size: int) -> dict[str, float]:
-    """Returns the seconds of one training step's compilation."""
+def compile_seconds(name: str, scan: bool, batch: int, image_size: int) -> dict[str, float]:
+    """Returns the seconds that compiling one training step takes."""
     network = hk.transform_with_state(
-        lambda images: nfnets_jax.create_model(name, 1000, scan=scan)(images, True)['logits']
+        lambda images: create_model(name, 1000, scan=scan)(images, True)['logits']
     )
     images = jax.ShapeDtypeStruct((batch, image_size, image_size, 3), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))

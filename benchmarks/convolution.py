@@ -9,9 +9,9 @@ On a GPU the defaults take about 15 minutes. --write puts the fastest implementa
 nfnets_jax/convolution/table.py as the part of this machine's platform, and keeps the parts of other
 platforms; run the tests then. An implementation other than XLA's own must win by a tenth, where a
 second of compilation counts as a millisecond, as if spread over a thousand steps. On a CPU the
-measure is the time of all processors together, which other programs change little; and `nhwc_grads`
-replaces XLA's own as the default there: it takes as long outside of a loop, and not 10 to 100 times
-as long in one. --loop measures each pass in a loop of two rounds.
+time is that of all processors, which other programs change little, and `nhwc_grads` replaces XLA's
+own as the default: it takes as long outside of a loop, and XLA's takes 10 to 100 times as long in
+one. --loop measures each pass in a loop of two rounds.
 """
 
 import argparse
@@ -24,10 +24,9 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-import nfnets_jax
 from benchmarks import timing
 from experiments.launch import cli
-from nfnets_jax import files
+from nfnets_jax import create_model, files
 from nfnets_jax.convolution import conv, table
 from nfnets_jax.convolution.conv import ConvOptions, ConvSignature, Impl
 
@@ -53,7 +52,7 @@ def signatures(
             return conv.xla(options, x, w)
 
         def forward(images, model=model):
-            return nfnets_jax.create_model(model, 1000)(images, False)
+            return create_model(model, 1000)(images, False)
 
         images = jax.ShapeDtypeStruct((batch, int(pixels), int(pixels), 3), jnp.float32)
         with mock.patch.object(conv, 'conv2d', note):
@@ -135,17 +134,14 @@ def table_source(entries: dict) -> str:
 def main(argv=None):
     device = jax.devices()[0]
     on_cpu = device.platform == 'cpu'
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--networks', default=NETWORKS['cpu' if on_cpu else 'gpu'])
-    parser.add_argument('--batch', type=int, default=8 if on_cpu else 32)
-    parser.add_argument('--dtype', default='float32' if on_cpu else 'bfloat16')
-    parser.add_argument('--rounds', type=int, default=5)
+    networks = NETWORKS['cpu' if on_cpu else 'gpu']
+    batch, dtype = (8, 'float32') if on_cpu else (32, 'bfloat16')
+    parser = timing.parser(__doc__, networks=networks, batch=batch, dtype=dtype, rounds=5)
     parser.add_argument(
         '--seconds', type=float, default=0.2, help='for each implementation and pass'
     )
     parser.add_argument('--loop', action='store_true', help='each pass in a loop of two rounds')
     parser.add_argument('--write', action='store_true', help='nfnets_jax/convolution/table.py')
-    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
 
     settings = timing.about(**vars(args))

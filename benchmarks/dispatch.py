@@ -1,20 +1,19 @@
-"""Measures what a step costs the host, by the number of leaves of the training state.
+"""Measures a step's cost on the host, by the number of leaves of the training state.
 
     python -m benchmarks.dispatch [--leaves=100,300,900] [--rounds=20] [--json=FILE]
 
-Leaves are small and the step adds one to each, so what is left is the handing over: an F0's state
-has about 900 leaves (parameters, momentum, average), an F7's six times as many. Rows:
+The step adds one to small leaves, so almost all of its time is dispatch: an F0's state has about
+900 leaves (parameters, momentum, average), an F7's six times as many. Rows:
 
     runner    `parallel.parallelize`: one copy of the state for all devices, donated
-    stacked   jax.pmap over states with a leading device axis, as older code has them
+    stacked   jax.pmap over states with a leading device axis, as in older code
     jit       jax.jit on one device
 
-Printed are the milliseconds until the call returns, what of them its thread spent on a processor
-(which other programs do not lengthen), and the milliseconds until the work is done. A CPU may do
-small work within the call.
+Columns: milliseconds until the call returns, how much of that the thread spent on a processor
+(which other programs do not lengthen), and milliseconds until the work is done. A CPU may do small
+work within the call.
 """
 
-import argparse
 import statistics
 import time
 
@@ -24,10 +23,9 @@ import jax.numpy as jnp
 from benchmarks import timing
 from experiments.launch import cli
 from experiments.run import parallel
-from nfnets_jax import files
 
 
-def measure(row: str, leaves: int, rounds: int) -> tuple[float, float, float]:
+def step_seconds(row: str, leaves: int, rounds: int) -> tuple[float, float, float]:
     """Returns median seconds of a step: until the call returns, of its thread, until it is done."""
     state = {str(i): jnp.full(8, i, jnp.float32) for i in range(leaves)}
     devices = jax.local_device_count()
@@ -57,22 +55,16 @@ def measure(row: str, leaves: int, rounds: int) -> tuple[float, float, float]:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--leaves', default='100,300,900')
-    parser.add_argument('--rounds', type=int, default=20)
-    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
-    args = parser.parse_args(argv)
+    args = timing.parser(__doc__, leaves='100,300,900', rounds=20).parse_args(argv)
     rows = []
     for row in ('runner', 'stacked', 'jit'):
         for leaves in map(int, args.leaves.split(',')):
-            seconds = measure(row, leaves, args.rounds)
+            seconds = step_seconds(row, leaves, args.rounds)
             names = ('call ms', 'processor ms', 'done ms')
             cells = {name: 1e3 * x for name, x in zip(names, seconds, strict=True)}
             rows.append({'row': row, 'leaves': leaves, **cells})
-    settings = timing.about(**vars(args), devices=jax.local_device_count())
-    print(f'{settings["devices"]} x {settings["device"]}')
-    timing.show(rows)
-    timing.write(args.json, settings, rows)
+    devices = jax.local_device_count()
+    timing.report(f'devices: {devices}', vars(args) | {'devices': devices}, rows)
 
 
 if __name__ == '__main__':

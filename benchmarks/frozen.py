@@ -1,4 +1,4 @@
-"""Measures one step of the runner by what is trained: everything, or the classifier alone.
+"""Measures one step of the runner: training everything, or the classifier alone.
 
     python -m benchmarks.frozen [--model=NF-ResNet-50] [--image-size=64] [--batch=16] [--classes=10]
         [--rho=0] [--accumulate=1] [--rounds=5] [--json=FILE]
@@ -9,9 +9,8 @@ Nesterov momentum and the moving average. Rows, which take turns in one process:
     everything    all parameters are trained
     head only     as with freeze=body of configs/finetune.py
 
-`processor` is the time of all the host's processors together, in seconds a step: where other
-programs run beside, compare that. `memory` is what XLA allots to the program, arguments included,
-in MB.
+`processor` is the time of all the host's processors in seconds a step: compare it on a machine that
+runs other programs. `memory` is what XLA allocates for the program, with its arguments, in MB.
 """
 
 import argparse
@@ -19,14 +18,14 @@ import argparse
 import jax
 import numpy as np
 
-import nfnets_jax
 from benchmarks import timing
 from configs.finetune import head_only
 from experiments.config import default_config
 from experiments.experiment import init_state, prepare
+from experiments.launch import cli
 from experiments.run import parallel
 from experiments.train_step import make_train_step
-from nfnets_jax import files, optimizers
+from nfnets_jax import optimizers
 
 GROUPS = {'everything': optimizers.PUBLISHED_GROUPS, 'head only': head_only()}
 
@@ -70,17 +69,9 @@ def prepare_step(groups: tuple, args: argparse.Namespace):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    residual = [name for name in nfnets_jax.list_models() if name != 'SmallCNN']
-    parser.add_argument('--model', default='NF-ResNet-50', choices=residual)
-    parser.add_argument('--image-size', type=int, default=64)
-    parser.add_argument('--batch', type=int, default=16)
-    parser.add_argument('--classes', type=int, default=10)
-    parser.add_argument('--rho', type=float, default=0.0)
-    parser.add_argument('--accumulate', type=int, default=1)
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
-    args = parser.parse_args(argv)
+    sizes = {'image_size': 64, 'batch': 16, 'classes': 10}
+    options = {'model': 'NF-ResNet-50', **sizes, 'rho': 0.0, 'accumulate': 1, 'rounds': 5}
+    args = timing.parser(__doc__, **options).parse_args(argv)
 
     prepared = {row: prepare_step(groups, args) for row, groups in GROUPS.items()}
     times = timing.in_turns({row: run for row, (run, _) in prepared.items()}, args.rounds)
@@ -94,11 +85,9 @@ def main(argv=None):
         }
         for row, (_, memory) in prepared.items()
     ]
-    settings = timing.about(**vars(args))
-    print(f'{args.model}, {args.batch} x {args.image_size} px, {settings["device"]}')
-    timing.show(rows)
-    timing.write(args.json, settings, rows)
+    timing.report(f'{args.model}, {args.batch} x {args.image_size} px', vars(args), rows)
 
 
 if __name__ == '__main__':
-    main()
+    with cli.guarded():
+        main()

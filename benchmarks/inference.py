@@ -1,16 +1,16 @@
-"""Measures logits of pictures: throughput of a batch and latency of one, beside timm.
+"""Measures inference: throughput of a batch and latency of one image, beside timm.
 
     python -m benchmarks.inference [--model=NFNet-F0] [--image-size=96] [--batch=8]
         [--dtype=float32] [--rounds=5] [--json=FILE]
 
 Rows, which take turns in one process:
 
-    ours            weights standardised at each call, as in training's evaluations
-    folded          standardised once, before: what experiments.export writes
-    timm            eager, channels_last; it standardises at each call
+    ours            weights standardized in each call, as in training's evaluations
+    folded          weights standardized once, as in what experiments.export writes
+    timm            eager, channels_last; it standardizes in each call
     timm autocast   the same under bfloat16 autocast
 
-timm's are left out where it is not installed. Latency is of a batch of one.
+Without timm its rows are left out. Latency is of a batch of one.
 """
 
 import argparse
@@ -22,10 +22,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-import nfnets_jax
 from benchmarks import peers, timing
 from experiments.launch import cli
-from nfnets_jax import files
 from nfnets_jax.convolution import conv
 from nfnets_jax.weights import export, pretrained
 
@@ -62,13 +60,8 @@ def prepare(row: str, batch: int, args: argparse.Namespace):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', default='NFNet-F0', choices=nfnets_jax.list_models())
-    parser.add_argument('--image-size', type=int, default=96)
-    parser.add_argument('--batch', type=int, default=8)
+    parser = timing.parser(__doc__, model='NFNet-F0', image_size=96, batch=8, rounds=5)
     parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
 
     names = ['ours', 'folded']
@@ -93,10 +86,8 @@ def main(argv=None):
                 'compile s': prepared[name, args.batch][1],
             }
         )
-    settings = timing.about(**vars(args))
-    print(f'{args.model}, {args.batch} x {args.image_size} px, {args.dtype}, {settings["device"]}')
-    timing.show(rows)
-    timing.write(args.json, settings, rows)
+    title = f'{args.model}, {args.batch} x {args.image_size} px, {args.dtype}'
+    timing.report(title, vars(args), rows)
 
 
 if __name__ == '__main__':

@@ -1,23 +1,23 @@
-"""Measures the training input: pictures from disk to uint8 batches, and its peers beside it.
+"""Measures the training input from JPEG files to uint8 batches, beside Pillow and tf.data.
 
-    python -m benchmarks.input_pipeline --pictures=DIR [--tensorflow=PYTHON] [--rounds=3]
+    python -m benchmarks.input_pipeline --images=DIR [--tensorflow=PYTHON] [--rounds=3]
 
-`--pictures` holds JPEGs, at any depth. Every row reads the same files in random order, crops them
-at random (8 to 100 % of the area), resizes to 224 pixels and flips, with as many threads as there
-are cores. On a machine that others use, look at the CPU time. Peers:
+`--images` holds JPEGs, at any depth. Every row reads the same files in random order, crops them at
+random (8 to 100 % of the area), resizes to 224 pixels and flips, with as many threads as there are
+cores. Compare the CPU time on a machine that runs other programs. Besides nfnets_jax:
 
-    pillow   torchvision's way: Pillow decodes the whole picture, crops and resizes (bilinear)
-    tf.data  the NFNets' way: decode_and_crop_jpeg, bicubic resize to float32. Run by the Python
-             that --tensorflow names, where TensorFlow is installed
+    pillow   like torchvision: Pillow decodes the whole image, crops and resizes (bilinear)
+    tf.data  like the NFNets: decode_and_crop_jpeg, bicubic resize to float32; run by the Python
+             that --tensorflow names, which has TensorFlow
     tf.data, RandAugment   the same with four layers of RandAugment, which runs on the host there
-    tf.data, recipe        and MixUp and CutMix: the authors read two pictures for each one they
-                           hand out, where ours mixes those of a batch with one another
+    tf.data, recipe        the same with MixUp and CutMix: the authors read two images for each
+                           example, where this one mixes the images of a batch with one another
+    overhead  the pipeline around images that cost nothing
+    augment   the published augmentation on this machine's device, with RandAugment
 
-Rows take turns, each in a process of its own, which also tells its memory and the time to its first
-batch; printed is the best of the rounds, and how many times the CPU time of nfnets_jax in the same
-round it is, the median. tf.data works some batches ahead, unseen: give --batches=48 to compare.
-'overhead' is the pipeline around pictures that cost nothing, 'augment' the published on-device
-augmentation, RandAugment included, on this machine's device.
+Rows take turns, each in its own process. Columns are the best of the rounds; `x` is the median
+ratio to the CPU time of nfnets_jax in the same round. tf.data works some batches ahead: use
+--batches=48 to compare.
 """
 
 import argparse
@@ -39,18 +39,27 @@ SIZE, BATCH_SIZE = 224, 128
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     path = os.path.expanduser
-    parser.add_argument(
-        '--pictures', type=path, required=True, help='a directory of JPEGs, at any depth'
-    )
+    names = '--images', '--pictures'
+    parser.add_argument(*names, type=path, required=True, help='a directory of JPEGs, at any depth')
     parser.add_argument('--tensorflow', type=path, help='a Python that has TensorFlow')
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--batches', type=int, default=16)
     parser.add_argument('--threads', type=int, default=os.cpu_count())
-    parser.add_argument('--row', choices=_ROWS, help='measure this one only, in this process')
+    parser.add_argument('--row', choices=_ROWS, help='measure only this row, in this process')
     args = parser.parse_args()
     if args.row:
-        print(json.dumps(measure(args.row, args.pictures, args.batches, args.threads)))
+        print(json.dumps(measure_row(args.row, args.images, args.batches, args.threads)))
         return
+    # Here, because a Python with TensorFlow may have none of our packages.
+    from benchmarks import timing
+    from experiments.launch import cli
+
+    with cli.guarded():
+        timing.show(compare(args))
+
+
+def compare(args: argparse.Namespace) -> list[dict]:
+    """Measures all rows in processes of their own, in turns."""
     python = dict.fromkeys(('nfnets_jax', 'pillow', 'overhead', 'augment'), sys.executable)
     if args.tensorflow:
         rows = ('tf.data', 'tf.data, RandAugment', 'tf.data, recipe')
@@ -59,30 +68,29 @@ def main() -> None:
     for _ in range(args.rounds):
         for row, interpreter in python.items():
             command = [interpreter, __file__, f'--row={row}']
-            for key in ('pictures', 'batches', 'threads'):
+            for key in ('images', 'batches', 'threads'):
                 command.append(f'--{key}={getattr(args, key)}')
             environment = os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
             result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
-            if result.returncode:  # What is wrong has been said.
+            if result.returncode:  # It has printed the error.
                 sys.exit(result.returncode)
             results[row].append(json.loads(result.stdout.splitlines()[-1]))
-    print(f'{"":21}{"images/s":>9}{"CPU ms/image":>13}{"x":>6}{"first batch s":>14}{"MB":>6}')
     ours_cpu = [result['cpu'] for result in results['nfnets_jax']]
+    rows = []
     for row, rounds in results.items():
         rate, cpu, first, memory = zip(*(result.values() for result in rounds), strict=True)
-        times = statistics.median(a / b for a, b in zip(cpu, ours_cpu, strict=True))
-        print(
-            f'{row:21}{max(rate):9.0f}{min(cpu):13.3f}{times:6.2f}{min(first):14.2f}'
-            f'{min(memory):6.0f}'
-        )
+        ratio = statistics.median(a / b for a, b in zip(cpu, ours_cpu, strict=True))
+        best = {'row': row, 'images/s': max(rate), 'CPU ms/image': min(cpu), 'x': ratio}
+        rows.append(best | {'first batch s': min(first), 'MB': min(memory)})
+    return rows
 
 
-def measure(row: str, pictures: str, batches: int, threads: int) -> dict:
+def measure_row(row: str, images: str, batches: int, threads: int) -> dict:
     """Returns images per second, CPU milliseconds an image, seconds to the first batch, and MB."""
-    paths = sorted(str(path) for path in pathlib.Path(pictures).rglob('*.JP*G'))
-    paths += sorted(str(path) for path in pathlib.Path(pictures).rglob('*.jp*g'))
+    paths = sorted(str(path) for path in pathlib.Path(images).rglob('*.JP*G'))
+    paths += sorted(str(path) for path in pathlib.Path(images).rglob('*.jp*g'))
     if not paths:
-        sys.exit(f'--pictures={pictures}: no JPEGs in it')
+        sys.exit(f'--images={images}: no JPEGs in it')
     stream = _ROWS[row](paths * (1 + BATCH_SIZE // len(paths)), threads)
     begun = time.perf_counter()
     next(stream)
@@ -91,19 +99,19 @@ def measure(row: str, pictures: str, batches: int, threads: int) -> dict:
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in itertools.islice(stream, batches):
         pass
-    images = batches * BATCH_SIZE
+    count = batches * BATCH_SIZE
     return {
-        'rate': images / (time.perf_counter() - wall),
-        'cpu': (time.process_time() - cpu) / images * 1000,
+        'rate': count / (time.perf_counter() - wall),
+        'cpu': (time.process_time() - cpu) / count * 1000,
         'first': first,
         'memory': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
 class Files:
-    """A source of encoded pictures, as `nfnets_jax.data.sources` describes it."""
+    """A source of encoded images, see `nfnets_jax.data.sources`."""
 
-    name, class_names = 'files', ('picture',)
+    name, class_names = 'files', ('image',)
 
     def __init__(self, paths):
         self._paths = paths
@@ -116,7 +124,7 @@ class Files:
 
 
 def ours(paths, threads):
-    """Bytes to uint8; the flip is the device's."""
+    """Yields our batches; the flip is left to the device."""
     from nfnets_jax.data.pipeline import train_batches
     from nfnets_jax.data.preprocessing import make_transform
 
@@ -127,7 +135,7 @@ def ours(paths, threads):
 
 
 def overhead(paths, threads):
-    """The pipeline around a transform that does nothing: what it costs besides the pictures."""
+    """Yields batches of a constant: the cost of the pipeline without the images."""
     import numpy as np
 
     from nfnets_jax.data.pipeline import train_batches
@@ -143,7 +151,7 @@ def overhead(paths, threads):
 
 
 def pillow(paths, threads):
-    """Decodes whole pictures in a pool of threads; no order is kept between epochs."""
+    """Yields batches of whole decoded images from a thread pool, without epochs."""
     import random
 
     import numpy as np
@@ -154,13 +162,12 @@ def pillow(paths, threads):
     rng = np.random.default_rng(0)
 
     def read(path):
-        picture = Image.open(path).convert('RGB')
-        box = random_box(rng, *picture.size[::-1], (0.08, 1), (3 / 4, 4 / 3))
-        top, left, rows, columns = box or (0, 0, *picture.size[::-1])
-        picture = picture.resize(
-            (SIZE, SIZE), Image.Resampling.BILINEAR, (left, top, left + columns, top + rows)
-        )
-        return np.asarray(picture)[:, :: random.choice((1, -1))]
+        image = Image.open(path).convert('RGB')
+        box = random_box(rng, *image.size[::-1], (0.08, 1), (3 / 4, 4 / 3))
+        top, left, rows, columns = box or (0, 0, *image.size[::-1])
+        part = (left, top, left + columns, top + rows)
+        image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, part)
+        return np.asarray(image)[:, :: random.choice((1, -1))]
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         while True:
@@ -168,7 +175,7 @@ def pillow(paths, threads):
 
 
 def tf_data(paths, threads, randaugment=False, mix=False):
-    """As `nfnets` of deepmind-research feeds its networks, from files instead of TFRecords."""
+    """Yields batches like `nfnets` of deepmind-research, from files instead of TFRecords."""
     import tensorflow as tf
 
     from benchmarks.tf_randaugment import mix_halves
@@ -206,7 +213,7 @@ def tf_data(paths, threads, randaugment=False, mix=False):
 
 
 def augmentation(paths, threads):
-    """The published recipe on the device: flip, MixUp and CutMix, RandAugment, normalise."""
+    """Yields the published recipe's output: flip, MixUp, CutMix, RandAugment, normalization."""
     del threads
     import jax
     import jax.numpy as jnp
@@ -237,10 +244,4 @@ _ROWS = {
 }
 
 if __name__ == '__main__':
-    if any(argument.startswith('--row') for argument in sys.argv):
-        main()  # By a Python that may have TensorFlow and nothing of ours.
-    else:
-        from experiments.launch import cli
-
-        with cli.guarded():
-            main()
+    main()

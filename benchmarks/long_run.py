@@ -1,10 +1,10 @@
-"""Trains for 20,000 steps, and looks at whether memory grows or the steps become slower.
+"""Trains for 20,000 steps, to see whether memory grows or steps become slower.
 
     python -m benchmarks.long_run --workdir=runs/long --out=docs/long_run.png
 
-A narrow NF-ResNet-8 on 8x8 digits, whose steps take milliseconds: what the runner itself does for
-each step, each line of the log, each evaluation and checkpoint is most of it. The picture shows
-images per second at each line of the log, and the memory of the process (Linux).
+The steps of a narrow NF-ResNet-8 on 8x8 digits take milliseconds, so that the runner's own work on
+steps, log lines, evaluations and checkpoints dominates. The figure shows images per second at each
+line of the log, and the memory of the process (Linux).
 """
 
 import pathlib
@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
+from benchmarks import timing
 from configs.digits import get_config
 from experiments.launch import cli
 from experiments.run import metric_writers
@@ -31,12 +32,12 @@ def run(directory: str, steps: int) -> tuple[list[dict], np.ndarray]:
     config.augment.shift = 1
     config.duration, config.log_every = f'{steps} steps', '1%'
     config.eval.every = config.checkpoint.every = '5%'
-    memory, ended, begun = [], threading.Event(), time.monotonic()
+    memory, ended, start = [], threading.Event(), time.monotonic()
 
     def watch():
         while not ended.wait(0.5):
             pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
-            memory.append((time.monotonic() - begun, pages * _PAGE / 2**20))
+            memory.append((time.monotonic() - start, pages * _PAGE / 2**20))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -52,7 +53,7 @@ def run(directory: str, steps: int) -> tuple[list[dict], np.ndarray]:
 
 
 def draw(lines: list[dict], memory: np.ndarray) -> Figure:
-    """Returns the figure: speed above, memory below."""
+    """Returns a figure of speed above memory."""
     figure = Figure(figsize=(8, 5), layout='constrained')
     speed, used = figure.subplots(2)
     speed.plot(
@@ -77,15 +78,22 @@ def main() -> None:
     draw(lines, memory).savefig(args.out, dpi=110)
     speed = np.array([line['train/images_per_second'] for line in lines])
     fifth = len(speed) // 5
-    first, last = memory[len(memory) // 5, 1], memory[-1, 1]
-    print(f'images/s, median of the first fifth: {np.median(speed[:fifth]):,.0f}')
-    print(f'images/s, median of the last fifth:  {np.median(speed[-fifth:]):,.0f}')
-    print(f'memory after a fifth of the time: {first:.0f} MiB, at the end {last:.0f} MiB')
+    parts = {'first': (speed[:fifth], len(memory) // 5), 'last': (speed[-fifth:], -1)}
+    timing.show(
+        [
+            {
+                'fifth': name,
+                'median images/s': float(np.median(part)),
+                'MiB at its end': memory[i, 1],
+            }
+            for name, (part, i) in parts.items()
+        ]
+    )
     print(f'wrote {args.out}')
 
 
 if __name__ == '__main__':
-    cli.define_workdir('Where the run is kept; a new directory.', required=True)
-    cli.define_path('out', 'long_run.png', 'The picture to write.')
-    flags.DEFINE_integer('steps', 20_000, 'Of training.', lower_bound=500)
+    cli.define_workdir('A new directory for the run.', required=True)
+    cli.define_path('out', 'long_run.png', 'The figure to write.')
+    flags.DEFINE_integer('steps', 20_000, 'Training steps.', lower_bound=500)
     cli.run(main)

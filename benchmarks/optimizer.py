@@ -4,17 +4,16 @@
 
 They take turns in one process, compiled with donated parameters and state. Momentum SGD must read
 the parameters, the gradient and the momentum and write two of them back: 5 passes, the floor. AGC
-must know the norms of a unit before it can scale its first number, so that what does not stay in a
-cache between is read twice: 2 passes more. What these cost at least is measured, too: 'equation 3
-alone' takes the norms without care for their range and counts nothing, and on a CPU 'BLAS dot' only
+needs the norms of a unit before it can scale its first number, so that data that do not stay in a
+cache are read twice: 2 more passes. Two rows measure the least that these cost: 'equation 3 alone'
+computes the norms without care for their range and counts nothing, and on a CPU 'BLAS dot' only
 reads p and g, as fast as a library written for the processor can.
 
-XLA's count of bytes takes every operation's operands as read from memory, cached or not.
-`processor` is the time of the host's processors, all of them together: on a CPU it is the figure to
-compare when other programs run beside. `x SGD` compares the best times.
+XLA's count of bytes assumes that every operation reads its operands from memory, cached or not.
+`processor` is the time of all the host's processors: compare it on a CPU that runs other programs.
+`x SGD` compares the best times.
 """
 
-import argparse
 import time
 
 import haiku as hk
@@ -23,14 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import nfnets_jax
 from benchmarks import timing
 from experiments.launch import cli
-from nfnets_jax import files, unit_axes
+from nfnets_jax import adaptive_grad_clip, create_model, unit_axes
 
 
 def equation_3(clipping=0.01, eps=1e-3):
-    """AGC with nothing around it: the least that XLA can be asked for."""
+    """Returns AGC reduced to its equation, the least work for XLA."""
 
     def clip(grad, param):
         axes = unit_axes.by_rank('', param)
@@ -41,11 +39,11 @@ def equation_3(clipping=0.01, eps=1e-3):
     return optax.stateless(lambda grads, params: jax.tree.map(clip, grads, params))
 
 
-# name: (what comes before momentum SGD, passes over a copy of the parameters that it cannot avoid)
+# name: (transformation before momentum SGD, least number of passes over a copy of the parameters)
 CHAINS = {
     'momentum SGD': (optax.identity(), 5),
     'optax AGC + momentum SGD': (optax.adaptive_grad_clip(0.01), 7),
-    'AGC + momentum SGD': (nfnets_jax.adaptive_grad_clip(0.01), 7),
+    'AGC + momentum SGD': (adaptive_grad_clip(0.01), 7),
     'equation 3 alone + momentum SGD': (equation_3(), 7),
 }
 
@@ -53,8 +51,8 @@ FACTS = ('XLA GB', 'scratch MB', 'compile s')
 
 
 def parameter_shapes(model):
-    """The shapes of a model's parameters, which do not depend on the size of its images."""
-    net = hk.transform_with_state(lambda images: nfnets_jax.create_model(model, 1000)(images, True))
+    """Returns the shapes of a model's parameters, which do not depend on the size of its images."""
+    net = hk.transform_with_state(lambda images: create_model(model, 1000)(images, True))
     params, _ = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     return params
 
@@ -67,14 +65,14 @@ def normal(shapes, scale, seed):
 
 
 def prepare(chain, shapes):
-    """Returns (one update, what the compiler says)."""
+    """Returns (one update, the compiler's figures by `FACTS`)."""
     tx = optax.chain(chain, optax.sgd(0.1, momentum=0.9, nesterov=True))
 
     def step(params, state, grads):
         updates, new_state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), new_state
 
-    # Gradients of which about half the units are over the bound.
+    # With these scales, about half the units of the gradient are over the bound.
     params, grads = normal(shapes, 0.05, 1), normal(shapes, 5e-4, 2)
     state = tx.init(params)
     start = time.perf_counter()
@@ -93,26 +91,21 @@ def prepare(chain, shapes):
 
 
 def read_with_blas(shapes):
-    """Returns a function that takes the inner product of each parameter, and each gradient."""
+    """Returns a function that computes the inner product of each array with itself."""
     trees = normal(shapes, 0.05, 1), normal(shapes, 5e-4, 2)
     arrays = [np.asarray(x).ravel() for x in jax.tree.leaves(trees)]
     return lambda: [np.dot(x, x) for x in arrays]
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', default='NFNet-F0', choices=nfnets_jax.list_models())
-    parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
-    args = parser.parse_args(argv)
+    args = timing.parser(__doc__, model='NFNet-F0', rounds=15).parse_args(argv)
 
-    settings = timing.about(**vars(args))
     shapes = parameter_shapes(args.model)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     copy_gb = 4e-9 * parameters
     prepared = {name: prepare(chain, shapes) for name, (chain, _) in CHAINS.items()}
     runs = {name: run for name, (run, _) in prepared.items()}
-    if settings['platform'] == 'cpu':
+    if jax.default_backend() == 'cpu':
         runs['BLAS dot'] = read_with_blas(shapes)
     times = timing.in_turns(runs, args.rounds)
 
@@ -133,9 +126,7 @@ def main(argv=None):
         }
         facts = prepared[name][1] if name in CHAINS else dict.fromkeys(FACTS)
         rows.append(measured | facts)
-    print(f'{args.model}, {parameters:,} parameters, float32, {settings["device"]}')
-    timing.show(rows)
-    timing.write(args.json, settings, rows)
+    timing.report(f'{args.model}, {parameters:,} parameters, float32', vars(args), rows)
 
 
 if __name__ == '__main__':

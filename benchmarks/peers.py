@@ -1,4 +1,4 @@
-"""timm's networks on PyTorch, to be measured beside ours where both are installed."""
+"""timm's networks on PyTorch, to measure beside ours; needs torch and timm."""
 
 import importlib.util
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 
-# What timm calls our networks: the NFNets in the authors' form, the others in its own.
+# timm's names of our networks: the authors' form of the NFNets, timm's own of the others.
 NAMES = {
     **{f'NFNet-F{i}': f'dm_nfnet_f{i}' for i in range(7)},
     **{f'NF-RegNet-B{i}': f'nf_regnet_b{i}' for i in range(6)},
@@ -15,7 +15,7 @@ NAMES = {
 
 
 def available(model: str) -> bool:
-    """Whether timm is installed and has the network."""
+    """Returns whether timm is installed and has the network."""
     return model in NAMES and all(map(importlib.util.find_spec, ('torch', 'timm')))
 
 
@@ -24,14 +24,14 @@ def train_step(
 ):
     """Returns (one training step, seconds to compile).
 
-    AGC and the moving average of the parameters are timm's own, momentum and decay PyTorch's.
+    AGC and the moving average of the parameters are timm's, momentum and decay PyTorch's.
 
     Args:
-      model: our name of it.
-      batch, size: of the pictures.
-      autocast: computes in bfloat16 where PyTorch thinks it safe.
-      compiled: by torch.compile.
-      bare: without AGC, weight decay and moving average.
+      model: our name of the network.
+      batch, size: number and side of the images.
+      autocast: whether to compute in bfloat16 where PyTorch considers it safe.
+      compiled: whether to use torch.compile.
+      bare: whether to leave out AGC, weight decay and moving average.
     """
     import timm.utils
     import torch

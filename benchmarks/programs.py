@@ -14,7 +14,6 @@ Rows that FILE has are kept, and each is written as soon as it is there. With --
 it lacks are computed by the fitted formula of experiments.scaling instead, marked ~, and not kept.
 """
 
-import argparse
 import itertools
 import json
 import pathlib
@@ -26,21 +25,22 @@ from benchmarks import timing
 from configs.imagenet import nf_resnet, nfnet
 from experiments import preflight, scaling
 from experiments.run import targets
-from nfnets_jax import files
 from nfnets_jax.errors import UsageError
 
 KEY = ('model', 'target', 'rows', 'augment')
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--models', default='NFNet-F0,NFNet-F1,NF-ResNet-50')
-    parser.add_argument('--targets', default='v3:2x2,v4:2x2x1,v5e:2x2,v6e:2x2,H100:1,A100:1')
-    parser.add_argument('--rows', type=int, default=32, help='examples on a device')
+    models, kinds = (
+        'NFNet-F0,NFNet-F1,NF-ResNet-50',
+        'v3:2x2,v4:2x2x1,v5e:2x2,v6e:2x2,H100:1,A100:1',
+    )
+    parser = timing.parser(__doc__, models=models, targets=kinds, rows=32)
     parser.add_argument('--augment', action='store_true', help='with the published augmentation')
     parser.add_argument('--nocompile', action='store_true', help='the formula for missing rows')
-    parser.add_argument('--json', type=files.expand, required=True, help='where the rows are kept')
     args = parser.parse_args(argv)
+    if not args.json:
+        parser.error('--json=FILE: say where the rows are kept')
     jax.config.update('jax_platforms', 'cpu')
     path = pathlib.Path(args.json)
     kept = json.loads(path.read_text())['rows'] if path.exists() else []

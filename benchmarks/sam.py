@@ -2,10 +2,9 @@
 
     python -m benchmarks.sam [--model=NF-ResNet-50] [--batch=20] [--image-size=64] [--rounds=5]
 
-The ascent costs its fraction of a plain gradient, and what one pass over the parameters costs.
+The ascent costs its fraction of a plain gradient plus one pass over the parameters.
 """
 
-import argparse
 import functools
 
 import haiku as hk
@@ -13,32 +12,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import nfnets_jax
 from benchmarks import timing
 from experiments.launch import cli
-from nfnets_jax import files
+from nfnets_jax import create_model, sam_value_and_grad
 
 FRACTIONS = (0.2, 0.5, 1.0)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', default='NF-ResNet-50')
-    parser.add_argument('--batch', type=int, default=20)
-    parser.add_argument('--image-size', type=int, default=64)
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
+    parser = timing.parser(__doc__, model='NF-ResNet-50', batch=20, image_size=64, rounds=5)
     args = parser.parse_args(argv)
 
     net = hk.transform_with_state(
-        lambda images: nfnets_jax.create_model(args.model, 1000)(images, True)['logits']
+        lambda images: create_model(args.model, 1000)(images, True)['logits']
     )
-    batch = {
-        'image': jax.random.normal(
-            jax.random.key(0), (args.batch, args.image_size, args.image_size, 3)
-        ),
-        'label': jnp.arange(args.batch),
-    }
+    shape = (args.batch, args.image_size, args.image_size, 3)
+    images = jax.random.normal(jax.random.key(0), shape)
+    batch = {'image': images, 'label': jnp.arange(args.batch)}
     params, state = jax.jit(net.init)(jax.random.key(1), batch['image'])
 
     def loss_fn(params, batch, key):
@@ -46,12 +36,11 @@ def main(argv=None):
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']).mean()
 
     key = jax.random.key(2)
-    sam = functools.partial(nfnets_jax.sam_value_and_grad, loss_fn, 0.05)
+    sam = functools.partial(sam_value_and_grad, loss_fn, 0.05)
     steps = {'plain': jax.value_and_grad(loss_fn)}
     steps |= {f'SAM, ascent on {f:.0%}': sam(ascent_fraction=f) for f in FRACTIONS}
     steps = {name: jax.jit(f).lower(params, batch, key).compile() for name, f in steps.items()}
 
-    settings = timing.about(**vars(args))
     times = timing.in_turns(
         {name: functools.partial(step, params, batch, key) for name, step in steps.items()},
         args.rounds,
@@ -66,9 +55,7 @@ def main(argv=None):
         }
         for name, row in times.items()
     ]
-    print(f'{args.model}, {args.batch} x {args.image_size} px, {settings["device"]}')
-    timing.show(rows)
-    timing.write(args.json, settings, rows)
+    timing.report(f'{args.model}, {args.batch} x {args.image_size} px', vars(args), rows)
 
 
 if __name__ == '__main__':

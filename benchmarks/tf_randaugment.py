@@ -1,15 +1,15 @@
-"""RandAugment as a tf.data pipeline runs it: picture by picture on the host, in TensorFlow.
+"""RandAugment in a tf.data pipeline, image by image on the host.
 
-A peer for benchmarks/input_pipeline.py, which runs it by a Python that has TensorFlow. The sixteen
-operations are the authors', with the same arguments at magnitude 10 (arXiv 1909.13719), and of four
-layers each draws one for each picture, by one `switch_case` where the authors ask sixteen `cond`.
+For benchmarks/input_pipeline.py, which runs it with a Python that has TensorFlow. The sixteen
+operations are the authors', with the same arguments at magnitude 10 (arXiv 1909.13719). Each of
+four layers draws one for each image, by one `switch_case` where the authors use sixteen `cond`.
 """
 
 import math
 
 import tensorflow as tf
 
-_GREY, _LAYERS = 128.0, 4
+_GRAY, _LAYERS = 128.0, 4
 
 
 def randaugment(image):
@@ -24,7 +24,7 @@ def randaugment(image):
 def mix_halves(images):
     """Mixes a batch's first half with its second: MixUp for one part of it, CutMix for the other.
 
-    As the authors do, but for the labels, which cost nothing.
+    As the authors' code, without the labels, which cost nothing.
     """
     own, other = tf.split(images, 2)
     count, side = tf.shape(own)[0], images.shape[1]
@@ -52,7 +52,7 @@ def _warp(image, transform):
         images=image[None],
         transforms=tf.concat([tf.cast(transform, tf.float32), [0.0, 0.0]], 0)[None],
         output_shape=tf.shape(image)[:2],
-        fill_value=_GREY,
+        fill_value=_GRAY,
         interpolation='NEAREST',
         fill_mode='CONSTANT',
     )[0]
@@ -88,12 +88,12 @@ def _blend(degenerate, image, factor=1.9):
     return tf.saturate_cast(degenerate + factor * (image - degenerate), tf.uint8)
 
 
-def _grey(image):
+def _gray(image):
     return tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(image))
 
 
 def _contrast(image):
-    return _blend(tf.reduce_mean(tf.cast(_grey(image), tf.float32)), image)
+    return _blend(tf.reduce_mean(tf.cast(_gray(image), tf.float32)), image)
 
 
 def _sharpness(image):
@@ -130,7 +130,7 @@ def _cutout(image, half=40):
     rows, columns = tf.shape(image)[0], tf.shape(image)[1]
     y = tf.abs(tf.range(rows) - tf.random.uniform([], 0, rows, tf.int32)) < half
     x = tf.abs(tf.range(columns) - tf.random.uniform([], 0, columns, tf.int32)) < half
-    return tf.where((y[:, None] & x)[..., None], tf.cast(_GREY, tf.uint8), image)
+    return tf.where((y[:, None] & x)[..., None], tf.cast(_GRAY, tf.uint8), image)
 
 
 def _solarize_add(image):
@@ -146,7 +146,7 @@ _ALL = (
     lambda image: tf.bitwise.left_shift(tf.bitwise.right_shift(image, 4), 4),  # Posterize
     lambda image: 255 - image,  # Solarize: its threshold of 256 is 0 in uint8
     _solarize_add,
-    lambda image: _blend(_grey(image), image),  # Color
+    lambda image: _blend(_gray(image), image),  # Color
     _contrast,
     lambda image: _blend(tf.zeros_like(image), image),  # Brightness
     _sharpness,

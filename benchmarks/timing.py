@@ -1,5 +1,6 @@
-"""What the benchmarks share: measurements in turns, a table, and the same as JSON beside it."""
+"""Shared by the benchmarks: options, interleaved timings, and results as a table and as JSON."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -13,13 +14,23 @@ import jax
 from nfnets_jax import files
 
 
+def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
+    """Returns a parser with an option for each default, of its type, and --json."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    for name, default in defaults.items():
+        option = f'--{name.replace("_", "-")}'
+        parser.add_argument(option, type=type(default), default=default, help=f'default: {default}')
+    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
+    return parser
+
+
 class Times(NamedTuple):
     """Seconds for one call.
 
     Attributes:
-      best, median: by the clock on the wall.
-      processor: of all the host's processors together, a mean. Where other programs run beside,
-        it is the figure of a CPU to compare: they change it little.
+      best, median: wall-clock time.
+      processor: mean CPU time, summed over the host's processors. Compare this one on a CPU that
+        runs other programs, which change it little.
     """
 
     best: float
@@ -31,11 +42,11 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int, seconds: float 
     """Times functions in turns, so that a machine that slows down slows them all: name -> Times.
 
     Args:
-      runs: each starts its work; what it returns is waited for with jax.block_until_ready, which
-        takes what is no JAX array as done.
-      rounds: counted; one more comes first, and is not.
-      seconds: about how long to spend on each, at least one call a round. The calls of a round are
-        started in a row before they are waited for, so that a GPU does not wait for the host.
+      runs: functions that start their work and return its arrays, for jax.block_until_ready.
+      rounds: number of timed rounds, after one that is not timed.
+      seconds: about how long to spend on each function, with at least one call a round. The calls
+        of a round are started before the first is waited for, so that a GPU never waits for the
+        host.
     """
     calls = dict.fromkeys(runs, 1)
     wall: dict[str, list[float]] = {name: [] for name in runs}
@@ -60,7 +71,7 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int, seconds: float 
 
 
 def about(**settings: Any) -> dict[str, Any]:
-    """Returns the settings, and what a figure means nothing without: hardware and versions."""
+    """Returns the settings with hardware and versions."""
     versions = {}
     for name in ('jax', 'jaxlib', 'dm-haiku', 'optax', 'libtpu', 'torch', 'timm'):
         try:
@@ -78,21 +89,14 @@ def about(**settings: Any) -> dict[str, Any]:
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints rows that have the same keys as a table; None is a dash."""
-    cells = [list(rows[0])]
-    cells += [
-        [
-            '-'
-            if x is None
-            else f'{x:.3g}'
-            if isinstance(x, float) and x < 100
-            else f'{x:.0f}'
-            if isinstance(x, float)
-            else str(x)
-            for x in row.values()
-        ]
-        for row in rows
-    ]
+    """Prints rows with the same keys as a table; None becomes a dash."""
+
+    def cell(x: Any) -> str:
+        if isinstance(x, float):
+            return f'{x:.3g}' if x < 100 else f'{x:.0f}'
+        return '-' if x is None else str(x)
+
+    cells = [list(rows[0]), *([cell(x) for x in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
@@ -100,7 +104,15 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write(path: str | None, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes settings and rows as JSON, if there is a path."""
+    """Writes settings and rows as JSON, unless the path is None."""
     if path:
         text = json.dumps({**settings, 'rows': list(rows)}, indent=2)
         files.atomic_write(path, text + '\n')
+
+
+def report(title: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints a table below its title and the device, and writes it to settings['json']."""
+    settings = about(**settings)
+    print(f'{title}, {settings["device"]}')
+    show(rows)
+    write(settings['json'], settings, rows)

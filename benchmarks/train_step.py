@@ -1,22 +1,22 @@
-"""Measures one training step of a network, beside the plain form of our layers and beside timm.
+"""Measures one training step of a network, beside plain XLA convolutions and beside timm.
 
     python -m benchmarks.train_step [--model=NFNet-F0] [--image-size=96] [--batch=8]
         [--dtype=float32] [--rounds=5] [--rows=ours,plain,timm] [--json=FILE]
 
-A step is the whole of it: loss, gradient, AGC, weight decay, Nesterov momentum and the moving
-average of the parameters. Rows, which take turns in one process:
+A step is loss, gradient, AGC, weight decay, Nesterov momentum and the moving average of the
+parameters. Rows, which take turns in one process:
 
-    ours            the forms of convolution/table.py, computing in --dtype
-    plain           every convolution as XLA's own, grouped ones in one piece
+    ours            the implementations of convolution/table.py, computing in --dtype
+    plain           XLA's own implementation of every convolution, also of grouped ones
     timm            eager, channels_last, with timm's AGC and moving average
     timm bare       the same without AGC, weight decay and moving average
     timm autocast   the whole step under bfloat16 autocast
     timm compiled   under torch.compile, with autocast if --dtype=bfloat16
 
-timm's are left out where it is not installed. `processor` is the time of all the host's processors
-together, in seconds a step: where other programs run beside, compare that. `MFU` counts 3 x 2
-operations a multiply-accumulate against the device's published bfloat16 peak, or --peak-tflops.
-`memory` is what XLA allots to the program, arguments included, in MB.
+Without timm its rows are left out. `processor` is the time of all the host's processors in seconds
+a step: compare it on a machine that runs other programs. `MFU` counts 3 x 2 operations a
+multiply-accumulate against the device's published bfloat16 peak, or --peak-tflops. `memory` is what
+XLA allocates for the program, with its arguments, in MB.
 """
 
 import argparse
@@ -28,11 +28,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import nfnets_jax
 from benchmarks import peers, timing
 from experiments.launch import cli
 from experiments.run import accelerators
-from nfnets_jax import files, models
+from nfnets_jax import adaptive_grad_clip, create_model, models
 from nfnets_jax.convolution import conv
 
 ROWS = ('ours', 'plain', 'timm', 'timm bare', 'timm autocast', 'timm compiled')
@@ -40,11 +39,9 @@ ROWS = ('ours', 'plain', 'timm', 'timm bare', 'timm autocast', 'timm compiled')
 
 def our_step(model: str, batch: int, size: int, dtype: str):
     """Returns (one training step, seconds to compile, MB)."""
-    network = hk.transform_with_state(
-        lambda images: nfnets_jax.create_model(model, 1000)(images, True)
-    )
+    network = hk.transform_with_state(lambda images: create_model(model, 1000)(images, True))
     optimizer = optax.chain(
-        nfnets_jax.adaptive_grad_clip(0.01),
+        adaptive_grad_clip(0.01),
         optax.add_decayed_weights(2e-5),
         optax.sgd(1e-3, momentum=0.9, nesterov=True),
     )
@@ -104,19 +101,14 @@ def prepare(row: str, args: argparse.Namespace):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', default='NFNet-F0', choices=nfnets_jax.list_models())
-    parser.add_argument('--image-size', type=int, default=96)
-    parser.add_argument('--batch', type=int, default=8)
+    parser = timing.parser(__doc__, model='NFNet-F0', image_size=96, batch=8, rounds=5)
     parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
-    parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--rows', default='ours,plain,timm,timm bare', help=','.join(ROWS))
     parser.add_argument('--peak-tflops', type=float)
-    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
     args = parser.parse_args(argv)
     wanted = args.rows.split(',')
     if unknown := set(wanted) - set(ROWS):
-        parser.error(f'--rows: {", ".join(unknown)} is none of {", ".join(ROWS)}')
+        parser.error(f'--rows: {", ".join(unknown)} is not one of {", ".join(ROWS)}')
     if not peers.available(args.model):
         wanted = [row for row in wanted if not row.startswith('timm')]
 
@@ -142,10 +134,8 @@ def main(argv=None):
         }
         for row, (_, compile_seconds, memory) in prepared.items()
     ]
-    settings = timing.about(**vars(args))
-    print(f'{args.model}, {args.batch} x {args.image_size} px, {args.dtype}, {settings["device"]}')
-    timing.show(rows)
-    timing.write(args.json, settings, rows)
+    title = f'{args.model}, {args.batch} x {args.image_size} px, {args.dtype}'
+    timing.report(title, vars(args), rows)
 
 
 if __name__ == '__main__':

@@ -1,18 +1,18 @@
-"""A small Normalizer-Free ResNet on handwritten digits, and what it is compared with.
+"""A small Normalizer-Free ResNet on handwritten digits, with two baselines.
 
     python -m experiments.train --config=configs/digits.py --workdir=runs/digits
 
 NF-ResNet-8 (8 layers, 78,045 parameters) with adaptive gradient clipping, on the 1797 digits that
-scikit-learn carries, enlarged to 16x16 pixels: 1442 to train on, 355 to test with. Half a minute on
-two CPU cores, compilation included. Test top-1 of seeds 0, 1 and 2, raw and averaged parameters
-alike:
+scikit-learn carries, enlarged to 16x16 pixels: 1442 for training, 355 for testing. It takes half a
+minute on two CPU cores, with compilation. Test top-1 of seeds 0, 1 and 2, the same for raw and
+averaged parameters:
 
     configs/digits.py          NF-ResNet with AGC             99.72  99.15  99.44 %
     configs/digits.py:resnet   ResNet-8 with batch norm       99.72  99.44  98.87 %
     configs/digits.py:no_agc   NF-ResNet without clipping     10.14 %, not finite at steps 115, 99
 
-One test picture is 0.28 %, so the first two are alike. The last is what clipping is for: at this
-learning rate the same network is lost without it.
+One test image is 0.28 %, so the first two do not differ. The last shows the use of clipping: at
+this learning rate the same network diverges without it.
 """
 
 from experiments.config import default_config

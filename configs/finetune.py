@@ -1,25 +1,25 @@
-"""Fine-tunes a network on your own pictures: one directory for each class.
+"""Fine-tunes a network on your own images, with one directory for each class.
 
     python -m experiments.train --workdir=runs/mine \\
         --config=configs/finetune.py:weights=F0_haiku.npz,data=PATH_TO_FOLDERS
 
 Arguments, separated by commas:
-  data     a directory with train/CLASS/PICTURE and test/CLASS/PICTURE, or with CLASS/PICTURE, of
-           which a fifth is then held out for testing. Needed.
-  weights  what `nfnets_jax.load_pretrained` reads: the authors' file, timm's, .safetensors, or the
-           directory of a run. Without it training starts from random weights.
-  model    the model's name; not needed where the weights tell.
-  freeze   a regular expression for the names of parameters that keep their value, like
-           freeze=.*/stem_conv./.*; freeze=body trains the new head only (running statistics of
-           batch norm go on).
+  data     a directory with train/CLASS/IMAGE and test/CLASS/IMAGE, or with CLASS/IMAGE, of which a
+           fifth is then held out for testing. Required.
+  weights  anything that `nfnets_jax.load_pretrained` reads: the authors' file, timm's,
+           .safetensors, or the directory of a run. Without it the weights are random.
+  model    the model's name; not needed if the weights have it.
+  freeze   a regular expression for the names of frozen parameters, like
+           freeze=.*/stem_conv./.*; freeze=body trains only the new head (batch norm still updates
+           its running statistics).
 
-The recipe is the one the papers fine-tune from JFT with: 15,000 steps of 2048 pictures, learning
-rate 0.1 after 5,000 steps of warm-up and then along a cosine, moving average 0.9999. NFNets with
-SAM (rho 0.05), weight decay 1e-5, dropout 0.25 and stochastic depth 0.1; ResNets with none of them.
-A small data set wants less: --config.duration='500 steps' --config.batch_size=256; the warm-up
-stays a third of the duration. Where there are fewer than 2048 training images, the batch is an
-eighth of them by default, rounded down to a power of two, which is told at the start.
-docs/pretrained.md has an example with its figures.
+The recipe is the papers' for fine-tuning from JFT: 15,000 steps of 2048 images, learning rate 0.1
+after 5,000 steps of warm-up and then along a cosine, moving average 0.9999. NFNets have SAM (rho
+0.05), weight decay 1e-5, dropout 0.25 and stochastic depth 0.1; ResNets have none of them. A small
+data set needs less: --config.duration='500 steps' --config.batch_size=256; the warm-up stays a
+third of the duration. With fewer than 2048 training images, the default batch is an eighth of them,
+rounded down to a power of two, and the run prints it at the start. docs/pretrained.md has an
+example with its results.
 """
 
 from experiments.config import adapted, default_config
@@ -44,12 +44,12 @@ def get_config(arguments: str = ''):
         metadata = load_metadata(weights, metadata.model)
     name = metadata.model and models.variant_info(metadata.model).name
     if name is None:
-        raise UsageError('finetune.py needs model=NAME where no weights tell it')
+        raise UsageError('finetune.py needs model=NAME if the weights do not have it')
     published = models.variant_info(name)
 
     config = default_config()
     config.model = {'name': name} | {
-        # As tuples, which the command line can override.
+        # Tuples, because the command line can override them.
         option: tuple(value) if isinstance(value, list) else value
         for option, value in metadata.options.items()
     }
@@ -89,7 +89,7 @@ def get_config(arguments: str = ''):
 
 
 def head_only(head: str = 'linear') -> tuple[dict, ...]:
-    """Of the published groups, what remains if only the classifier is trained."""
+    """Returns the published parameter groups with everything but the classifier frozen."""
     return (
         {'match': rf'[^/]+/~/{head}/w', 'clip': False},
         {'match': rf'[^/]+/~/{head}/b', 'decay': False},
@@ -98,11 +98,11 @@ def head_only(head: str = 'linear') -> tuple[dict, ...]:
 
 
 def _batch_size(path: str) -> int:
-    """Returns the papers' batch size, or one that fits a small folder, which is then told."""
+    """Returns the papers' batch size, or one that fits a small folder, which the run prints."""
     try:
         examples = len(open_source('folder', 'train', path=path))
     except UsageError:
-        return _BATCH_SIZE  # Opening the data says what is wrong, by the config's key.
+        return _BATCH_SIZE  # Opening the data later reports the error with the config's key.
     if examples >= _BATCH_SIZE:
         return _BATCH_SIZE
     fitting = 1 << max(examples // 8, min(examples, 8), 1).bit_length() - 1

@@ -16,7 +16,7 @@ sys.path.insert(0, str(DOCS.parent))
 
 import nfnets_jax  # noqa: E402
 
-# Modules that are not listed are internal.
+# All other modules are internal.
 PUBLIC = (
     'agc',
     'unit_axes',

@@ -15,7 +15,7 @@ from nfnets_jax import adaptive_grad_clip
 
 def main():
     mesh = jax.make_mesh((jax.device_count(),), ('model',))
-    # The first weight is split by inputs, so that every unit has a part on every device.
+    # The first weight is sharded by inputs, so that every unit has a part on every device.
     specs = {'up': P('model', None), 'down': P(None, 'model'), 'bias': P()}
     keys = jax.random.split(jax.random.key(0), 3)
     params = {
@@ -29,11 +29,11 @@ def main():
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     grads, params = jax.device_put((grads, params), (shardings, shardings))
 
-    # Under jit `specs` is not needed: XLA sums over devices where an axis is split.
+    # Under jit `specs` is not needed: XLA sums over devices where an axis is sharded.
     by_jit, state = clip(adaptive_grad_clip(0.01), grads, params)
     print('jit:', *(f'{name} {leaf.sharding.spec}' for name, leaf in by_jit.items()))
 
-    # In shard_map a device sees only its part; `specs` says which norms go over devices.
+    # In shard_map a device sees only its shard; `specs` says which norms span devices.
     tx = adaptive_grad_clip(0.01, specs=specs)
     mapped = jax.shard_map(
         lambda grads, params: clip(tx, grads, params),

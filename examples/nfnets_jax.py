@@ -1,7 +1,7 @@
-"""Lets `python examples/agc_optax.py` find the package that it shows, from any directory.
+"""Makes `python examples/agc_optax.py` find the library, from any directory.
 
-Python looks for imports beside a script first, so that it finds this file in place of the package,
-which is one directory up. `python -m examples.agc_optax` in the repository does not pass here.
+Python looks for imports beside a script first and finds this file in place of the package, which is
+one directory up. `python -m examples.agc_optax` in the repository does not use it.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation in a plain loop, the ascent on a fifth of the batch.
+"""Sharpness-aware minimization in a plain loop, with the ascent on a fifth of the batch.
 
 Run: python examples/sam_loop.py
 """
@@ -26,7 +26,7 @@ def main(steps=100):
         'w1': jax.random.normal(keys[1], (16, 64)) / 4,
         'w2': jax.random.normal(keys[2], (64, 4)) / 8,
     }
-    # The radius grows over the first steps; what clips and averages sees the final gradient only.
+    # The radius grows over the first steps; clipping and momentum see only the final gradient.
     grad_fn = sam_value_and_grad(
         loss_fn,
         optax.linear_schedule(0.0, 0.05, 20),

@@ -20,7 +20,7 @@ from absl import flags
 from experiments.launch import cli
 from nfnets_jax import files
 from nfnets_jax.data.folder import find_images
-from nfnets_jax.data.preprocessing import PictureError, make_transform
+from nfnets_jax.data.preprocessing import ImageError, make_transform
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import export, pretrained
 
@@ -49,7 +49,7 @@ def classify(
 ) -> Iterator[tuple[pathlib.Path, list[Guess] | str]]:
     """Yields for each picture its `top` classes, the likeliest first, or why it cannot be read."""
     metadata = weights.metadata
-    transform = make_transform(metadata.eval_mode, export.picture_size(weights))
+    transform = make_transform(metadata.eval_mode, export.image_size(weights))
     logits = export.make_classifier(weights)
     predict = jax.jit(lambda pixels: jax.nn.softmax(logits(pixels)))
     names = metadata.class_names or tuple(map(str, range(metadata.num_classes or 0)))
@@ -61,7 +61,7 @@ def classify(
             return np.asarray(transform(path.read_bytes(), None), np.float32)
         except OSError as error:
             return f'cannot be read: {error.strerror}'
-        except PictureError as error:
+        except ImageError as error:
             return str(error)
 
     paths = list(paths)

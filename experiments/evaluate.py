@@ -30,7 +30,7 @@ from experiments.run import data_record, parallel, workdir
 from nfnets_jax import files
 from nfnets_jax.data.splits import SPLITS
 from nfnets_jax.errors import UsageError, nearest
-from nfnets_jax.weights.checkpoints import Checkpoints, DamagedCheckpointError
+from nfnets_jax.weights.checkpoints import CheckpointReader, DamagedCheckpointError
 
 EVALUATIONS_FILE = 'evaluations.jsonl'
 
@@ -179,17 +179,15 @@ def _evaluator(
 def _restore(
     directory: str, checkpoint: str, like: experiment.TrainState
 ) -> tuple[int, experiment.TrainState]:
-    checkpoints = Checkpoints(f'{directory}/checkpoints', read_only=True)
+    checkpoints = CheckpointReader(f'{directory}/checkpoints')
+    step = checkpoints.choose(checkpoint)
     try:
-        step = checkpoints.choose(checkpoint)
         return step, checkpoints.restore(step, like)
     except DamagedCheckpointError as error:
         raise UsageError(
             f'checkpoint {step} of {directory} is damaged ({error}); '
             'choose another with --checkpoint=STEP'
         ) from error
-    finally:
-        checkpoints.close()
 
 
 def _wait_for(look: Callable[[], Any], seconds: float) -> Any:
@@ -207,7 +205,7 @@ class _Follower:
 
     def __init__(self, directory: str, like: experiment.TrainState, split: str):
         self._directory, self._like = pathlib.Path(directory), like
-        self._checkpoints = Checkpoints(self._directory / 'checkpoints', read_only=True)
+        self._checkpoints = CheckpointReader(self._directory / 'checkpoints')
         self._file = self._directory / EVALUATIONS_FILE
         self._lines = self._file.read_text().splitlines() if self._file.exists() else []
         try:

@@ -110,8 +110,8 @@ def prepare(
         train_source, validation_source, test_source, pictures = open_data(config, open_source)
     num_classes = len(train_source.class_names)
     skip_bad = config.data.get('skip_bad', 0)
-    with naming('data'):
-        pipeline.BadPictures(skip_bad)  # It knows what it can be.
+    if not isinstance(skip_bad, int) or isinstance(skip_bad, bool) or skip_bad < 0:
+        raise UsageError(f'config.data.skip_bad={skip_bad!r}: must be an integer >= 0')
     steps_per_epoch = len(train_source) / config.batch_size
     if steps_per_epoch < 1:
         raise UsageError(
@@ -467,7 +467,7 @@ def evaluate(
         source,
         batch_size=eval_batch_size(task),
         transform=task.pictures.test_transform,
-        bad=pipeline.BadPictures(task.skip_bad),
+        bad=pipeline.UnreadableExamples(task.skip_bad),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

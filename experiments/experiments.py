@@ -1,7 +1,7 @@
-"""Lets `python experiments/train.py` find the packages of the repository, from any directory.
+"""Makes `python experiments/train.py` find the repository, from any directory.
 
-Python looks for imports beside a script first, so that it finds this file in place of them,
-which are one directory up. `python -m experiments.train` in the repository does not pass here.
+Python looks for imports beside a script first and finds this file in place of the package, which is
+one directory up. `python -m experiments.train` in the repository does not use it.
 """
 
 import importlib

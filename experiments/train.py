@@ -52,6 +52,7 @@ from experiments.run import (
     step_metrics,
     workdir,
 )
+from experiments.run.checkpoints import Checkpoints
 from experiments.run.profiling import Trace
 from experiments.run.throughput import Clock
 from experiments.train_step import Programs, compile_programs, computed_per_device
@@ -59,7 +60,7 @@ from nfnets_jax import files
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError, first_line
 from nfnets_jax.weights import pretrained
-from nfnets_jax.weights.checkpoints import Checkpoints, DamagedCheckpointError
+from nfnets_jax.weights.checkpoints import DamagedCheckpointError
 
 
 class DivergedError(Exception):
@@ -119,7 +120,9 @@ def train(
         # Where were we?
         init, train_step, eval_step = compile_programs(task, {} if programs is None else programs)
         like = jax.eval_shape(lambda: init_state(task, init=init))
-        checkpoints = Checkpoints(path / 'checkpoints', keep=config.checkpoint.keep, active=primary)
+        checkpoints = Checkpoints(
+            path / 'checkpoints', keep=config.checkpoint.keep, enabled=primary
+        )
         stack.callback(checkpoints.close)
         try:
             newest = checkpoints.latest(like, on_damage=say)
@@ -148,7 +151,7 @@ def train(
             files.atomic_write(path / 'model.json', metadata + '\n')
 
         # Where the images come from, and where it is told what becomes of them.
-        bad = pipeline.BadPictures(task.skip_bad)
+        bad = pipeline.UnreadableExamples(task.skip_bad)
         batches = stack.enter_context(_open_batches(task, step, bad))
         writer = metric_writers.open_writer(path, config=config, start_step=step, active=primary)
         stack.callback(writer.close)
@@ -275,7 +278,7 @@ _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'orbax-checkpoint', 'grain', 
 
 
 def _open_batches(
-    task: Task, start_step: int, bad: pipeline.BadPictures
+    task: Task, start_step: int, bad: pipeline.UnreadableExamples
 ) -> pipeline.Prefetch | device_cached.ResidentBatches:
     """Returns this process's training batches on its devices, from `start_step` on."""
     process, rows = jax.process_index(), parallel.local_batch_size(task.images_per_step)

@@ -116,7 +116,7 @@ def initializer(
 def standardize(weight: Array, gain: Array, eps: float = 1e-4) -> Array:
     """Scales and shifts each output channel to zero mean and variance gain^2 / fan_in.
 
-    This is scaled weight standardisation, "NF-ResNets" equation 1, with the published guard: the
+    This is scaled weight standardization, "NF-ResNets" equation 1, with the published guard: the
     variance times the fan-in is clamped from below to `eps` (`eps` is not added).
 
     Args:
@@ -208,9 +208,9 @@ def _check_channels(x: Array, expected: int | None) -> None:
 
 
 class ScaledWSConv2D(hk.Module):
-    """A convolution with scaled weight standardisation: parameters `w`, `gain` and `bias`.
+    """A convolution with scaled weight standardization: parameters `w`, `gain` and `bias`.
 
-    The weight is standardised in float32 and then cast to the dtype of the input: bfloat16 is too
+    The weight is standardized in float32 and then cast to the dtype of the input: bfloat16 is too
     coarse for variances over thousands of values. See the function `standardize`. With
     standardize=False the weight is `w` times `gain`, which has the same variance at initialisation,
     but only in expectation. `in_channels` is as in Conv2D.
@@ -340,7 +340,7 @@ def stochastic_depth(key: Array, rate: jax.typing.ArrayLike, x: Array) -> Array:
 
 
 class BatchNorm(hk.Module):
-    """Batch normalisation with the parameter and state names of hk.BatchNorm.
+    """Batch normalization with the parameter and state names of hk.BatchNorm.
 
     Unlike hk.BatchNorm, it keeps scale, offset and statistics in float32 and normalises in float32
     for every input dtype, and `cross_replica_axis` need not be bound while the parameters are

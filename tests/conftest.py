@@ -1,7 +1,7 @@
-"""Every test sees four fake CPU devices, and compiled programs are kept between runs.
+"""Gives every test four fake CPU devices and a compilation cache that outlives the run.
 
-Tests may be started by a job that ignores signals (`nohup make test &`), and leave no process
-behind.
+Tests may be started by a job that ignores signals (`nohup make test &`), and must not leave a
+process behind.
 """
 
 import ctypes
@@ -24,18 +24,18 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 
 for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) == signal.SIG_IGN:
-        # The tests go on ignoring it, but what they start does not inherit a handler of Python.
+        # The tests still ignore it, but child processes do not inherit a Python handler.
         signal.signal(_number, lambda number, frame: None)
 
 if sys.platform == 'linux':
-    _PR_SET_CHILD_SUBREAPER = 36  # What a child leaves behind becomes ours, and is found.
+    _PR_SET_CHILD_SUBREAPER = 36  # Orphans of child processes become ours, and are found.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def running_children() -> dict[int, str]:
-    """Returns {process ID: command line} of this process's children; {} where Linux does not say.
+    """Returns {process ID: command line} of this process's children; {} without Linux.
 
-    Python's own helper of multiprocessing, which lives as long as its parent, is left out.
+    Multiprocessing's resource tracker, which lives as long as its parent, is left out.
     """
     children = {}
     for file in pathlib.Path('/proc/self/task').glob('*/children'):
@@ -57,11 +57,11 @@ def running_children() -> dict[int, str]:
 
 @pytest.fixture(autouse=True)
 def _no_process_is_left():
-    """Kills what a test has started and left running, and fails the test."""
+    """Fails a test that leaves processes running, and kills them."""
     before = running_children()
     yield
     left = {}
-    grace = time.monotonic() + 5  # for what is about to end, like a notebook's kernel
+    grace = time.monotonic() + 5  # for processes that are about to end, like a notebook's kernel
     while new := {k: v for k, v in running_children().items() if k not in before}:
         if time.monotonic() > grace:
             left |= new

@@ -39,7 +39,7 @@ def test_a_row_that_is_none(capsys):
     with pytest.raises(SystemExit) as exit_:
         train_step.main(['--rows=ours,tim'])
     assert exit_.value.code == 2
-    assert 'tim is none of ours' in capsys.readouterr().err
+    assert 'tim is not one of ours' in capsys.readouterr().err
 
 
 def test_inference(tmp_path):

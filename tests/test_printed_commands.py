@@ -101,7 +101,6 @@ NOT_RUN = {
     r'python -m benchmarks.convolution --write.*': 'is for a GPU, and changes the project',
     r'CUDA_VISIBLE_DEVICES=0 python -m experiments.study \.\.\.': 'is no whole command',
     r'python (-m experiments.train|experiments/train.py)': 'is no whole command',
-    r'python (-m benchmarks.input_pipeline|benchmarks/input_pipeline.py)': 'is no whole command',
     r'python -m (experiments.preflight|benchmarks.(augmentation_tpu|programs)).*': (
         'needs the compilers for TPUs and GPUs'
     ),
@@ -165,7 +164,7 @@ STATUS = {r'.*experiments.classify .* README.md': 2}
 
 _FILES = ('F0_haiku.npz', *(f'{x}.safetensors' for x in ('W', 'mine', 'caltech', 'cifar')))
 _FOLDERS = ('PATH_TO_FOLDERS', 'caltech101', 'cifar10', 'mine', 'PICTURE_OR_DIRECTORY')
-_IMAGES = ('test/Faces/image_0007.jpg', 'test/Motorbikes/image_0050.jpg', 'PICTURE')
+_IMAGES = ('test/Faces/image_0007.jpg', 'test/Motorbikes/image_0050.jpg', 'IMAGE')
 
 
 def matching(patterns, command: str) -> list[str]:
@@ -233,7 +232,7 @@ def shell(command: str, directory: pathlib.Path) -> subprocess.CompletedProcess:
 def materials(tmp_path_factory):
     """A directory with what the documents speak of, by its names there."""
     path = tmp_path_factory.mktemp('materials')
-    for folder in ('configs', 'tests', 'examples', 'experiments'):
+    for folder in ('configs', 'tests', 'examples', 'experiments', 'benchmarks'):
         (path / folder).symlink_to(ROOT / folder)
     (path / '.venv').symlink_to(sys.prefix)
     shutil.copy(ROOT / 'README.md', path)

@@ -15,7 +15,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / 'docs' / 'tutorials'
 TINY = {
     'agc_in_five_minutes': 'steps = 4; learning_rates = [0.1, 1.0]',
     'from_batch_norm_to_nf': 'epochs = 1; depth = 8; size = 8',
-    'fine_tune_on_your_pictures': "pretraining = '4 steps'; steps = 4; pictures_per_class = 6",
+    'fine_tune_on_your_pictures': "pretraining = '4 steps'; steps = 4; images_per_class = 6",
 }
 
 

@@ -1,10 +1,10 @@
-"""Fixup ResNets on ImageNet, to compare with: fixup_resnet.py:50, 101, 152, 200, 288 or 600.
+"""Fixup ResNets on ImageNet, a baseline: fixup_resnet.py:50, 101, 152, 200, 288 or 600.
 
     python -m experiments.train --config=configs/imagenet/fixup_resnet.py:50 --workdir=runs/fixup
 
-The unnormalized baseline of arXiv 1901.09321, as the authors of the NFNets run it by default: the
-recipe of configs/imagenet/resnet.py with stochastic depth 0.1, the default of their class. No run
-of this file has been made yet. To try it anywhere: --config.smoke=true.
+The unnormalized baseline of arXiv 1901.09321 with the NFNet authors' default recipe, that of
+configs/imagenet/resnet.py with stochastic depth 0.1, the default of their class. No run of this
+file has been made yet. To try it anywhere: --config.smoke=true.
 """
 
 from configs.imagenet.recipe import choose, imagenet

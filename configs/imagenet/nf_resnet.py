@@ -2,23 +2,23 @@
 
     python -m experiments.train --config=configs/imagenet/nf_resnet.py:50 --workdir=runs/nf50
 
-As the authors' code runs them by default: 90 epochs of 1024 examples a step, learning rate 0.1 for
-every 256, weight decay 1e-4, label smoothing 0.1, stochastic depth 0.1, crops and flips; without
-dropout, clipping and moving average; in float32. Another setting follows after a comma, as in
+The default recipe of the authors' code: 90 epochs of 1024 examples a step, learning rate 0.1 for
+every 256, weight decay 1e-4, label smoothing 0.1, stochastic depth 0.1, crops and flips; no
+dropout, clipping or moving average; float32. A comma adds another setting, as in
 nf_resnet.py:50,clipping:
 
-    dropout   With dropout 0.25 besides. Regularized by dropout and stochastic depth, NF-ResNets
-              match batch normalization at this batch size (arXiv 2101.08692). The rate is that of
-              the recipe for fine-tuning NFNets; none was found for this setting.
+    dropout   With dropout 0.25. Regularized by dropout and stochastic depth, NF-ResNets match batch
+              normalization at this batch size (arXiv 2101.08692). The rate is that of the recipe
+              for fine-tuning NFNets; none was found for this setting.
     clipping  The clipping study of arXiv 2102.06171: 4096 examples a step (learning rate 1.6) with
-              adaptive gradient clipping at 0.01. Smaller batches want a larger threshold: the study
+              adaptive gradient clipping at 0.01. Smaller batches need a larger threshold: the study
               tries 0.01 to 0.16 with each of 256 to 4096. What the paper leaves open is as above.
 
     network             50   101   152   200    288    600
-    GFLOP / picture   24.5  46.8  69.1  90.0  129.4  265.6
+    GFLOP / image     24.5  46.8  69.1  90.0  129.4  265.6
 
 Costs are COMPUTED: see docs/scaling.md. No run of this file has been made yet. To try it anywhere:
---config.smoke=true, three steps of a tiny likeness on made pictures.
+--config.smoke=true, three steps of a scaled-down model on synthetic images.
 """
 
 from configs.imagenet.recipe import choose, imagenet

@@ -1,12 +1,12 @@
-"""NFNets on ImageNet, the whole published recipe: nfnet.py:F0 to F7, and F0+ to F7+.
+"""NFNets on ImageNet with the published recipe: nfnet.py:F0 to F7, and F0+ to F7+.
 
     python -m experiments.train --config=configs/imagenet/nfnet.py:F0 --workdir=runs/F0
 
 arXiv 2102.06171: 4096 examples a step for 360 epochs, adaptive gradient clipping at 0.01 of all but
 the classifier's weight, weight decay 2e-5, stochastic depth 0.25 and the network's own dropout,
-MixUp and CutMix on half of the batch each, of two images for every example, then four operations of
-RandAugment of the network's own magnitude, and a moving average of the parameters, which is what
-the accuracies are of. Training computes in bfloat16, evaluation in float32.
+MixUp and CutMix on half of the batch each with two images for every example, then four operations
+of RandAugment at the network's own magnitude, and a moving average of the parameters, which gives
+the accuracies below. Training computes in bfloat16, evaluation in float32.
 
     network           F0    F1    F2    F3    F4    F5    F6    F7
     top-1, %        83.6  84.7  85.1  85.7  85.9  86.0  86.5     -
@@ -14,12 +14,12 @@ the accuracies are of. Training computes in bfloat16, evaluation in float32.
     TPU v4 hours      73   171   311   603  1043  1444  1928  2503
 
 Accuracies are the paper's, at the test size; F6's is with SAM (configs/imagenet/sam.py), and those
-of F7 and the wider F0+ to F7+ were not published. Hours are those of all 128 chips, COMPUTED, not
-measured: docs/scaling.md tells how, with other hardware, memory and money. No run of this file has
+of F7 and the wider F0+ to F7+ were not published. Hours are for all 128 chips, COMPUTED, not
+measured: see docs/scaling.md, also for other hardware, memory and money. No run of this file has
 been made yet.
 
-On few devices a step wants --config.accumulate=N or --config.model.remat=True to fit into memory.
-To try it anywhere: --config.smoke=true, three steps of a tiny likeness on made pictures.
+On few devices a step needs --config.accumulate=N or --config.model.remat=True to fit into memory.
+To try it anywhere: --config.smoke=true, three steps of a scaled-down model on synthetic images.
 """
 
 from configs.imagenet.recipe import choose, imagenet, mix

@@ -1,7 +1,7 @@
-"""What the published ImageNet recipes have in common; the files beside this one say the rest.
+"""Shared by the published ImageNet recipes in the files beside this one.
 
-ImageNet is read as docs/data.md tells, from --config.data.data_dir (~/tensorflow_datasets). In what
-a run differs from the authors' on purpose is in docs/differences.md.
+ImageNet is read from --config.data.data_dir (~/tensorflow_datasets), see docs/data.md. Deliberate
+differences from the authors' runs are in docs/differences.md.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ def choose(family: str, variant: str) -> models.Variant:
     """Returns the row of an ImageNet network by the argument of a config file, 'F0' or '50'.
 
     Raises:
-      UsageError: no such network, or one of timm's, which the published recipes are not of.
+      UsageError: no such network, or one of timm's, which have no published recipe here.
     """
     rows = [models.variant_info(name) for name in models.list_models()]
     known = {
@@ -30,12 +30,12 @@ def choose(family: str, variant: str) -> models.Variant:
 
 
 def imagenet(row: models.Variant) -> ConfigDict:
-    """Returns the recipe that the authors' code starts from, for the network of a row.
+    """Returns the base recipe of the authors' code, for the network of a row.
 
     90 epochs of 1024 examples a step, momentum 0.9 (Nesterov), learning rate 0.1 for every 256
     examples along a cosine to 0 after 5 epochs of warm-up, weight decay 1e-4, label smoothing 0.1,
-    random crops and flips; no clipping, no moving average; the computation in float32, in
-    evaluation too. Every file beside this one says in what its family differs.
+    random crops and flips; no clipping, no moving average; float32, in evaluation too. The files
+    beside this one change it for their families.
     """
     config = default_config()
     config.model = {'name': row.name, 'remat': False, 'scan': False}
@@ -66,7 +66,7 @@ def imagenet(row: models.Variant) -> ConfigDict:
 
 
 def mix(config: ConfigDict) -> None:
-    """Turns MixUp and CutMix on as published: half of the batch each, of pairs that are distinct.
+    """Turns MixUp and CutMix on as published: half of the batch each, with distinct pairs.
 
     A step of B examples reads 2 B images. Epochs count examples, as in the authors' code: 360
     epochs are 720 passes over the images.

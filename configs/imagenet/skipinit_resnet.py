@@ -1,10 +1,10 @@
-"""SkipInit ResNets on ImageNet, to compare with: skipinit_resnet.py:50, 101, ... or 600.
+"""SkipInit ResNets on ImageNet, a baseline: skipinit_resnet.py:50, 101, ... or 600.
 
     python -m experiments.train --config=configs/imagenet/skipinit_resnet.py:50 --workdir=runs/skip
 
-The unnormalized baseline of arXiv 2002.10444, as the authors of the NFNets run it by default: the
-recipe of configs/imagenet/resnet.py with stochastic depth 0.1, the default of their class. No run
-of this file has been made yet. To try it anywhere: --config.smoke=true.
+The unnormalized baseline of arXiv 2002.10444 with the NFNet authors' default recipe, that of
+configs/imagenet/resnet.py with stochastic depth 0.1, the default of their class. No run of this
+file has been made yet. To try it anywhere: --config.smoke=true.
 """
 
 from configs.imagenet.recipe import choose, imagenet

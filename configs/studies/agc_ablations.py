@@ -3,8 +3,8 @@
     python -m experiments.study --config=configs/studies/agc_ablations.py:digits --workdir=S
 
 Sizes: digits, cifar10, imagenet (batch 4096 and learning rate 1.6 of arXiv 2102.06171).
-Every arm changes one thing in the published choice, which clips by output unit all parameters but
-the classifier's weight.
+Every arm changes one part of the published choice, which clips all parameters but the classifier's
+weight by output unit.
 """
 
 from configs.studies.settings import NO_CLIPPING, arm, chart, claim, new_study
@@ -36,7 +36,7 @@ def get_config(size: str = 'digits'):
             'with_classifier',
             'the classifier too',
             {'optimizer': {'groups': everything}},
-            # A classifier that is clipped wants a larger one.
+            # A clipped classifier needs a larger rate.
             learning_rate=(*_RATES[size], 4 * _RATES[size][-1]),
         ),
         arm('without_first', 'not the first convolution', _exempt('initial_conv')),
@@ -82,7 +82,7 @@ def _block_names(depths: tuple[int, ...]) -> list[list[str]]:
 
 
 def _exempt(*modules: str) -> dict:
-    """Returns the change that leaves some modules of the network unclipped."""
+    """Returns the change that exempts some modules of the network from clipping."""
     inside = f'[^/]+/~/(?:{"|".join(modules)})'
     rules = (
         {'match': f'{inside}(?:/.*)?/w', 'clip': False},

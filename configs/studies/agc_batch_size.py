@@ -1,4 +1,4 @@
-"""Which clipping factor does each batch size want?
+"""Which clipping factor does each batch size need?
 
     python -m experiments.study --config=configs/studies/agc_batch_size.py:digits --workdir=S
 

@@ -2,9 +2,9 @@
 
     python -m experiments.study --config=configs/studies/agc_nf.py:digits --workdir=S
 
-Sizes: digits, cifar10_small, cifar10, imagenet (arXiv 2102.06171). The arm plain_adam_agc has what
-the report had: AGC of every tensor, the classifier's included, and then Adam, which divides each
-gradient by its own size and so takes the clipping away again.
+Sizes: digits, cifar10_small, cifar10, imagenet (arXiv 2102.06171). The arm plain_adam_agc is the
+report's: AGC of every tensor, also the classifier's, and then Adam, which divides each gradient by
+its own size and so undoes the clipping.
 """
 
 from configs.studies.settings import (
@@ -24,7 +24,8 @@ _GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     'cifar10': {'batch_size': (32, 256, 1024, 4096), 'learning_rate': (0.1, 0.4, 1.6)},
     'imagenet': {'batch_size': (256, 1024, 4096), 'learning_rate': (0.05, 0.1, 0.2)},
 }
-# Without AGC much hangs on the rate at the largest batch, and it is small; with AGC it is large.
+# At the largest batch the result depends much on the rate, which is small without AGC and large
+# with AGC.
 _OWN_RATES: dict[str, dict[str, tuple[float, ...]]] = {
     'digits': {'nf': (0.06, 0.12, 0.25, 1.0, 4.0, 16.0)},
     'cifar10_small': {'nf': (0.025, 0.05, 0.1, 0.4, 1.6), 'nf_agc': (0.1, 0.4, 1.6, 6.4)},
@@ -59,7 +60,7 @@ def get_config(size: str = 'digits'):
     )
     if size != 'imagenet':
         adam = {'name': 'adam', 'scale_lr_by_batch': False, 'weight_decay': 0.0}
-        adam['groups'] = ({'match': '.*'},)  # The classifier's weight too.
+        adam['groups'] = ({'match': '.*'},)  # also the classifier's weight
         plain = {'model': no_norm(study)}
         grid = {'batch_size': batches[1:-1], 'learning_rate': (1e-3, 1e-2, 1e-1)}
         study.arms += (

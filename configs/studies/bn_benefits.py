@@ -1,4 +1,4 @@
-"""What does batch norm buy?
+"""What are the benefits of batch norm?
 
     python -m experiments.study --config=configs/studies/bn_benefits.py:digits --workdir=S
 
@@ -32,8 +32,8 @@ def get_config(size: str = 'digits'):
     study.base.batch_size = 64
     cnn: dict[str, dict | str] = {'model': {'name': 'SmallCNN', 'norm': 'none'}}
     if size == 'digits':
-        cnn |= {'data': {'image_size': 16}, 'augment': {'shift': 2}}  # It needs so many pixels.
-    if size == 'cifar10_small':  # A picture costs it over ten times what it costs the others.
+        cnn |= {'data': {'image_size': 16}, 'augment': {'shift': 2}}  # It needs 16 pixels.
+    if size == 'cifar10_small':  # An image costs over ten times as much as with the others.
         cnn |= {'duration': '0.5 epochs', 'eval': {'every': '50%'}}
         study.setting += ', half an epoch'
     cnn_bn = cnn | {'model': {'name': 'SmallCNN', 'cross_replica_axis': 'devices'}}

@@ -2,10 +2,10 @@
 
     python -m experiments.study --config=configs/studies/bn_price.py:digits --workdir=S
 
-Sizes: digits, cifar10_small, cifar10. Besides training, every trial measures how far what the
-network says of an image depends on the others in its batch, and what changes from training mode to
-evaluation mode (`batch_dependence` in experiments/study/measurements.py), and the memory that a
-training step takes (`step_memory`).
+Sizes: digits, cifar10_small, cifar10. Besides training, every trial measures how much the logits of
+an image depend on the rest of its batch, the difference between training and evaluation mode
+(`batch_dependence` in experiments/study/measurements.py), and the memory of a training step
+(`step_memory`).
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def get_config(size: str = 'digits'):
     study.axes.batch_size = 'batch_size'
     study.grid = {**_GRIDS[size], 'seed': (0, 1, 2)}
     study.measure = ('train', 'batch_dependence', 'step_memory')
-    study.base.optimizer.clip.clipping = 0.16  # No weight of a small batch is to be held back.
+    study.base.optimizer.clip.clipping = 0.16  # large enough not to limit small batches
     study.arms = (
         arm('bn', 'ResNet with batch norm', {'model': batch_norm(study), **NO_CLIPPING}),
         arm('nf_agc', 'NF-ResNet with AGC'),
@@ -55,7 +55,7 @@ def get_config(size: str = 'digits'):
             worse={'arm': 'bn', 'batch_size': large},
         ),
         claim(
-            'With batch norm the logits of a picture depend on the rest of its batch.',
+            'With batch norm the logits of an image depend on the rest of its batch.',
             OURS,
             better={'arm': 'bn', 'batch_size': small},
             worse={'arm': 'nf_agc', 'batch_size': small},

@@ -2,9 +2,9 @@
 
     python -m experiments.study --config=configs/studies/clip_by_norm.py:digits --workdir=S
 
-Sizes: digits, cifar10. A ResNet without normalisation, as in the report, by SGD, whose steps are as
-long as the gradient; and by Adam, as the report trained, which divides the gradient by its own size
-and with it by whatever clipping did to all of it.
+Sizes: digits, cifar10. A ResNet without normalization, as in the report, with SGD, whose steps are
+proportional to the gradient, and with the report's Adam, which divides the gradient by its own size
+and so undoes any scaling of the whole gradient.
 """
 
 from configs.studies.settings import (

@@ -1,11 +1,11 @@
-"""What does fine-tuning an NFNet bring where pictures are few?
+"""What does fine-tuning an NFNet gain with few images?
 
     python -m experiments.study --config=configs/studies/finetune.py:digits --workdir=S
     python -m experiments.study --config=configs/studies/finetune.py:caltech101 --workdir=S \\
         --config.base.data.path=DIR --config.base.init.weights=F0_haiku.npz
 
 Sizes: digits, which first trains a small NFNet on the digits 0 to 4 and then fine-tunes it on ten
-pictures each of 5 to 9; caltech101, NFNet-F0 from the published weights (docs/pretrained.md).
+images each of 5 to 9; caltech101, NFNet-F0 from the published weights (docs/pretrained.md).
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from experiments.study.config import PRETRAINED
 
 _NETWORKS = {
     'digits': 'NFNet of 4 blocks, trained on the 8x8 digits 0 to 4; then on 5 to 9, '
-    'ten pictures each',
+    'ten images each',
     'caltech101': 'NFNet-F0 at 192 pixels with SAM',
 }
 
@@ -43,7 +43,7 @@ def get_config(size: str = 'digits'):
         study.base.duration = '40 epochs'
         study.base.init.weights = PRETRAINED
         study.chance = 0.2
-        study.setting = _NETWORKS[size]  # It says of the data what is other here.
+        study.setting = _NETWORKS[size]  # It also describes the data, which differ here.
     else:
         study.base.model = {'name': 'NFNet-F0', 'drop_rate': 0.25, 'stochdepth_rate': 0.1}
         study.base.data.image_size, study.base.data.test_image_size = 192, 256

@@ -2,12 +2,11 @@
 
     python -m experiments.study --config=configs/studies/resnet50_vs_nf.py:digits --workdir=S
 
-Sizes: digits (a narrow network of one bottleneck block a stage), cifar10, caltech101 (what the
-report trained on, at 224 pixels: --config.base.data.path=DIR with train/ and test/). The report has
-one learning rate of Adam, 2e-4, one seed, no weight decay, and a batch norm left in the stem of its
-NF-ResNet; here the rate is tuned for each, there are three seeds, the NF-ResNet is trained without
-and with that batch norm, and a second pair of arms trains by SGD with weight decay, the NF-ResNet
-with AGC.
+Sizes: digits (a narrow network of one bottleneck block a stage), cifar10, caltech101 (the report's,
+at 224 pixels: --config.base.data.path=DIR with train/ and test/). The report has one learning rate
+of Adam, 2e-4, one seed, no weight decay, and a batch norm left in the stem of its NF-ResNet. Here
+the rate is tuned for each arm, there are three seeds, the NF-ResNet is trained without and with
+that batch norm, and a second pair of arms uses SGD with weight decay, the NF-ResNet with AGC.
 """
 
 from configs.studies.settings import (
@@ -25,7 +24,7 @@ _SMALL_STEM = {'stem': 'small'}
 _OPTIONS: dict[str, dict] = {'digits': _NARROW, 'cifar10': _SMALL_STEM, 'caltech101': {}}
 _NETWORKS = {
     'digits': 'networks of one bottleneck block a stage, 16 to 128 channels',
-    'cifar10': '50 layers with a stem for small pictures',
+    'cifar10': '50 layers with a stem for small images',
     'caltech101': 'the networks of 50 layers as published, at 224 pixels',
 }
 

@@ -1,4 +1,4 @@
-"""What does sharpness-aware minimisation add to AGC, and what does a cheaper ascent lose?
+"""What does sharpness-aware minimization add to AGC, and what does a cheaper ascent lose?
 
     python -m experiments.study --config=configs/studies/sam.py:digits --workdir=S
 

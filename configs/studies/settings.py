@@ -1,4 +1,4 @@
-"""What the studies have in common: their sizes, from minutes on a laptop to weeks on a pod.
+"""Shared by the studies: their sizes, from minutes on a laptop to weeks on a pod.
 
     digits    NF-ResNet-8 of half the width on the 8x8 digits that scikit-learn carries
     cifar10   NF-ResNet-20 on CIFAR-10, from TensorFlow Datasets (docs/data.md)
@@ -7,11 +7,11 @@
     cifar10_small  NF-ResNet-8 of half the width, three epochs of a fifth of CIFAR-10: small
                    enough for one core of a CPU
 
-(and caltech101, of which a folder must be given, in the two studies that the report did on it.)
+(and caltech101, which needs a folder, in the two studies that the report did on it.)
 
-Every size has the same recipe: SGD with Nesterov momentum 0.9, a learning rate in proportion to the
-batch (the numbers are for 256 examples) that rises for a tenth of the training and falls along a
-cosine, weight decay that is part of the gradient, no moving average of the parameters.
+All sizes share a recipe: SGD with Nesterov momentum 0.9, a learning rate in proportion to the batch
+(the numbers are for 256 examples) that rises for a tenth of the training and falls along a cosine,
+weight decay as part of the gradient, no moving average of the parameters.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ from experiments.study.config import default_study
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError, nearest
 
-# The source of a claim that is neither the papers' nor the report's, as far as we know.
+# The source of a claim that, as far as we know, is neither in the papers nor in the report.
 OURS = 'our question'
 
 NO_CLIPPING = {'optimizer': {'clip': {'name': 'none'}}}
 
-# The network of each size, without normalisation.
+# The network of each size, without normalization.
 _NETWORKS: dict[str, dict[str, str | float]] = {
     'digits': {'name': 'NF-ResNet-8', 'width': 0.5},
     'cifar10_small': {'name': 'NF-ResNet-8', 'width': 0.5, 'stem': 'imagenet'},
@@ -40,10 +40,10 @@ _NETWORKS: dict[str, dict[str, str | float]] = {
 _CLASSES = {'digits': 10, 'cifar10_small': 10, 'cifar10': 10, 'caltech101': 101, 'imagenet': 1000}
 _DATA_WORDS = {
     'digits': '8x8 digits, 1442 to train on and 355 to test with, shifted by up to a pixel',
-    'cifar10_small': 'CIFAR-10, 10,000 pictures to train on and 2,000 to test with, shifted by up '
+    'cifar10_small': 'CIFAR-10, 10,000 images to train on and 2,000 to test with, shifted by up '
     'to 4 pixels and mirrored',
     'cifar10': 'CIFAR-10, shifted by up to 4 pixels and mirrored',
-    'caltech101': 'Caltech-101, 30 pictures of each class, random crops, mirrored',
+    'caltech101': 'Caltech-101, 30 images of each class, random crops, mirrored',
     'imagenet': 'ImageNet, random crops, mirrored',
 }
 _NETWORK_WORDS = {
@@ -55,7 +55,7 @@ _NETWORK_WORDS = {
     'imagenet': 'NF-ResNet-50 or ResNet-50, at 224 pixels',
 }
 
-# Where all networks of a study are batch-normalised, or have no normalisation.
+# For studies whose networks all have batch norm or no normalization.
 RESNET_WORDS = {
     'digits': 'ResNet-8 of half the width',
     'cifar10_small': 'ResNet-8 of half the width with a stem that quarters the side',
@@ -69,13 +69,13 @@ def new_study(
     sizes: tuple[str, ...] = ('digits', 'cifar10'),
     networks: Mapping[str, str] = _NETWORK_WORDS,
 ) -> ConfigDict:
-    """Returns a study of a size, with its data, its network and the recipe in place.
+    """Returns a study with the data, the network and the recipe of its size.
 
     Args:
-      name: of the study's file.
+      name: name of the study's file.
       size: one of `sizes`.
-      sizes: that the study has.
-      networks: what it trains at each size, in words.
+      sizes: the sizes that the study has.
+      networks: descriptions of the network at each size.
 
     Raises:
       UsageError: the study has no such size.
@@ -92,7 +92,7 @@ def new_study(
 
 
 def arm(name: str, label: str, config: dict | None = None, **grid) -> dict:
-    """Returns an arm: what it changes in the study's base, and its own values on some axes."""
+    """Returns an arm: its changes to the study's base, and its own values on some axes."""
     return {'name': name, 'label': label, 'config': config or {}, 'grid': grid}
 
 
@@ -106,19 +106,19 @@ def chart(
 def claim(text: str, source: str, *, better: dict, worse: dict, margin=0.0, **more) -> dict:
     """Returns a claim: the metric at `better` is greater than at `worse` by more than `margin`.
 
-    With direction='less' it is by less than that; metric='...' is about another metric.
+    direction='less' reverses the comparison; metric='...' compares another metric.
     """
     compare = {'better': better, 'worse': worse, 'margin': margin, 'direction': 'greater'} | more
     return {'text': text, 'source': source, 'compare': compare}
 
 
 def batch_norm(study: ConfigDict) -> dict:
-    """Returns the model of the batch-normalised ResNet like the study's network."""
+    """Returns the model of the batch-normalized ResNet like the study's network."""
     return _as_resnet(study) | {'cross_replica_axis': 'devices'}
 
 
 def no_norm(study: ConfigDict) -> dict:
-    """Returns the model of that ResNet with normalisation taken out and biases put in."""
+    """Returns the model of that ResNet with biases instead of normalization."""
     return _as_resnet(study) | {'norm': 'none'}
 
 

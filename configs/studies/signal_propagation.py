@@ -1,9 +1,9 @@
-"""How does the signal travel through a network before it has learned anything?
+"""How does the signal propagate through a network at initialization?
 
     python -m experiments.study --config=configs/studies/signal_propagation.py:digits --workdir=S
 
 Sizes: digits (20 layers at 16 pixels), cifar10 (56 layers at 32 pixels), imagenet (NF-ResNet-50 at
-224 pixels). Nothing is trained: noise goes through networks with fresh weights.
+224 pixels). Nothing is trained: noise passes through networks with initial weights.
 """
 
 from configs.studies.settings import arm, batch_norm, chart, claim, new_study, no_norm
@@ -37,7 +37,7 @@ def get_config(size: str = 'digits'):
         arm('plain', 'ResNet without norm', {'model': no_norm(study)}),
         arm('skipinit', 'SkipInit-ResNet, its gains at 1', skipinit),
         arm('nf', 'NF-ResNet', alpha=(0.1, 0.2, 0.5, 1.0)),
-        # What each part of it is for: one taken out at a time.
+        # Ablations: one part removed at a time.
         arm('nf_no_ws', 'NF-ResNet, weights not standardised', _without('standardize')),
         arm('nf_no_gamma', 'NF-ResNet, activations without gamma', _without('activation_gain')),
         arm('nf_no_beta', 'NF-ResNet, beta fixed to 1', _without('downscale')),

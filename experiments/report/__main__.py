@@ -1,11 +1,10 @@
-"""Writes what came out of studies as one page that opens anywhere, without a network.
+"""Writes the results of studies as one HTML page that needs no network.
 
     python -m experiments.report --workdir=S [--workdir=S2 ...] [--out=PAGE] [--static=DIR]
 
-Each --workdir is the directory of an `experiments.study`, finished or not. The page, report.html
-in the first of them unless --out says another, holds the question, what was claimed and what came
-out, figures to hover and click in, tables, and how all of it was made. --static=DIR also writes it
-as PNG pictures and a README.md.
+Each --workdir is the directory of an `experiments.study`, finished or not. The page, by default
+report.html in the first of them, holds the question, the claims and their outcomes, interactive
+figures, tables, and the commands and versions. --static=DIR also writes PNG images and a README.md.
 """
 
 import datetime
@@ -38,7 +37,7 @@ def main() -> None:
     )
     command = shlex.join(['python', '-m', 'experiments.report', *sys.argv[1:]])
     text = page.render(found, command=command, made=made)
-    if args.static:  # First, as it can be refused.
+    if args.static:  # First, because it can fail.
         written = static.write(found, args.static, made=made)
         print(f'wrote {len(written)} files into {args.static}')
     files.atomic_write(out, text)
@@ -50,5 +49,5 @@ if __name__ == '__main__':
         'workdir', None, 'The directory of a study; may be given more than once.', required=True
     )
     cli.define_path('out', None, 'The page to write, else report.html in the first --workdir.')
-    cli.define_path('static', None, 'A directory for PNG pictures and a README.md.')
+    cli.define_path('static', None, 'A directory for PNG images and a README.md.')
     cli.run(main)

@@ -1,6 +1,6 @@
-"""What the charts of a study show, whoever draws them: `interactive.py` or `static.py`.
+"""The contents of a study's charts, which `interactive.py` and `static.py` draw.
 
-Values are in the unit that is written (percent, not fractions).
+Values are in the unit that is shown (percent, not fractions).
 """
 
 import collections
@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.report.reading import Study, Trial
+from experiments.report.reading import Study, TrialResult
 from experiments.report.results import matching, sample, select, settings
 from experiments.report.statistics import Sample
 from experiments.report.wording import (
@@ -23,9 +23,9 @@ from experiments.report.wording import (
 )
 from experiments.study.schema import DONE, ChartSpec, Point, Value
 
-_SPREAD = 0.06  # of the threads through one value of an axis, in heights
-NUM_COLOURS = 7  # of a palette; with the next series the colours begin anew
-_TABLE_ROWS = 25  # of a learning curve; more of them nobody reads
+_SPREAD = 0.06  # height over which the lines through one value of an axis are spread
+NUM_COLORS = 7  # of a palette; further series repeat the colors
+_TABLE_ROWS = 25  # at most, of a learning curve
 
 
 class Mark(NamedTuple):
@@ -33,8 +33,8 @@ class Mark(NamedTuple):
 
     x: Value
     mean: float
-    error: float  # standard error of the mean; 0 where there is but one seed
-    values: tuple[float, ...]  # of the seeds
+    error: float  # standard error of the mean; 0 with one seed
+    values: tuple[float, ...]  # one for each seed
     diverged: int
     text: str
 
@@ -43,10 +43,10 @@ class Series(NamedTuple):
     """One entry of the legend."""
 
     name: str
-    colour: int  # its place in the palette
+    color: int  # index into the palette
     dash: int  # 0: solid
     marks: Sequence[Mark]
-    ends: Sequence[tuple[float, float, str]] = ()  # x, y, text: where a trial diverged
+    ends: Sequence[tuple[float, float, str]] = ()  # x, y, text of diverged trials
 
 
 class XY(NamedTuple):
@@ -56,15 +56,22 @@ class XY(NamedTuple):
     title: str
     x_label: str
     y_label: str
-    x_ticks: Sequence[str] | None  # the categories, if x is none of numbers
+    x_ticks: Sequence[str] | None  # the categories, if x is not numeric
     log_x: bool
     log_y: bool
     percent: bool
     series: Sequence[Series]
 
     def numbers(self) -> list[float]:
-        """Returns each x that is a number, in order: where a logarithmic axis is marked."""
+        """Returns the numeric x values in order: the ticks of a logarithmic axis."""
         return sorted({m.x for s in self.series for m in s.marks if isinstance(m.x, int | float)})
+
+    def positions(self, series: Series) -> list:
+        """Returns the x coordinates of a series: the values, or the indices of categories."""
+        if self.x_ticks is None:
+            return [mark.x for mark in series.marks]
+        ticks: list[Value] = list(self.x_ticks)
+        return [ticks.index(mark.x) for mark in series.marks]
 
     def table(self) -> Table:
         xs = list(dict.fromkeys(m.x for s in self.series for m in s.marks))
@@ -78,19 +85,15 @@ class XY(NamedTuple):
         names = [s.name or self.y_label for s in self.series]
         return Table([self.x_label, *names], rows)
 
-    def describe(self) -> str:
+    def alt_text(self) -> str:
+        """Returns a description of the chart for those who do not see it."""
         kind = 'Bars' if self.kind == 'bars' else 'Lines'
-        ends = '; '.join(
-            f'{s.name or self.y_label}: {s.marks[0].text} at {_written(s.marks[0].x)}'
-            + (f', {s.marks[-1].text} at {_written(s.marks[-1].x)}' if len(s.marks) > 1 else '')
-            for s in self.series
-            if s.marks
-        )
-        return f'{kind} of {self.y_label} against {self.x_label}. {ends}.'
+        names = '; '.join(s.name for s in self.series if s.name)
+        return f'{kind} of {self.y_label} against {self.x_label}{": " if names else ""}{names}.'
 
 
 class Heatmap(NamedTuple):
-    """A mean for each pair of values of two axes."""
+    """A grid of means over two axes."""
 
     title: str
     x_label: str
@@ -98,20 +101,20 @@ class Heatmap(NamedTuple):
     value_label: str
     columns: Sequence[str]
     rows: Sequence[str]
-    means: Sequence[Sequence[float]]  # [row][column]; NaN where there is none
+    means: Sequence[Sequence[float]]  # [row][column]; NaN if missing
     texts: Sequence[Sequence[str]]
-    low: float  # where the colours begin: what diverged is off the scale, and says so
+    low: float  # ends of the color scale; diverged cells are off the scale and marked
     high: float
 
     def shade(self, mean: float) -> float:
-        """Returns where a mean is on the scale of colours, 0..1."""
+        """Returns the position of a mean on the color scale, 0..1."""
         return min(1.0, max(0.0, (mean - self.low) / ((self.high - self.low) or 1.0)))
 
     def table(self) -> Table:
         header = [f'{self.y_label} \\ {self.x_label}', *self.columns]
         return Table(header, [[r, *t] for r, t in zip(self.rows, self.texts, strict=True)])
 
-    def describe(self) -> str:
+    def alt_text(self) -> str:
         cells = [
             (mean, text, row, column)
             for row, means, texts in zip(self.rows, self.means, self.texts, strict=True)
@@ -129,7 +132,7 @@ class Heatmap(NamedTuple):
 
 
 class Thread(NamedTuple):
-    """One trial across all the dimensions."""
+    """The line of one trial across all dimensions."""
 
     series: int
     heights: Sequence[float]  # 0..1
@@ -137,19 +140,19 @@ class Thread(NamedTuple):
 
 
 class Parallel(NamedTuple):
-    """Parallel coordinates: every trial a line across the axes to its metric."""
+    """Parallel coordinates: a line for every trial across the axes to its metric."""
 
     title: str
     dimensions: Sequence[tuple[str, Sequence[tuple[float, str]]]]  # label, (height, tick)s
-    names: Sequence[str]  # of the series
-    colours: Sequence[int]
+    names: Sequence[str]  # one for each series
+    colors: Sequence[int]
     threads: Sequence[Thread]
     rows: Table
 
     def table(self) -> Table:
         return self.rows
 
-    def describe(self) -> str:
+    def alt_text(self) -> str:
         labels = ', '.join(label for label, _ in self.dimensions)
         return f'Parallel coordinates of {len(self.threads)} trials across {labels}.'
 
@@ -158,9 +161,9 @@ Chart = XY | Heatmap | Parallel
 
 
 def build(study: Study, spec: ChartSpec) -> list[Chart]:
-    """Returns what a chart of a study shows: nothing, if no trial has recorded its metric (yet).
+    """Returns the charts of a spec: one, or a heat map for each setting of the open axes.
 
-    Heat maps are one for each setting of the axes that are open.
+    Returns [] if no trial has recorded the metric (yet).
     """
     if spec.kind == 'heatmap':
         return _heatmaps(study, spec)
@@ -172,7 +175,7 @@ def build(study: Study, spec: ChartSpec) -> list[Chart]:
 
 
 def _groups(study: Study, spec: ChartSpec, *shown: str) -> list[Point]:
-    """Returns the settings that a chart keeps apart: of its series, and of all that is open."""
+    """Returns the settings that a chart separates: of its series and of all open axes."""
     known = {'seed', *spec.where, *shown, *(a for a in study.tuned if a != spec.series)}
     trials = _where(study, spec)
     open_axes = [
@@ -185,27 +188,27 @@ def _groups(study: Study, spec: ChartSpec, *shown: str) -> list[Point]:
     return settings(study, trials, axes)
 
 
-def _where(study: Study, spec: ChartSpec) -> list[Trial]:
+def _where(study: Study, spec: ChartSpec) -> list[TrialResult]:
     return [t for t in study.trials if all(t.axes.get(a) == v for a, v in spec.where.items())]
 
 
 def _styles(study: Study, spec: ChartSpec, groups: Sequence[Point]) -> list[tuple[str, int, int]]:
-    """Returns name, colour and dash of each group: the series has the colour, the rest dashes."""
+    """Returns name, color and dash of each group: a color for each value of the series axis."""
     seen: dict[int, int] = collections.defaultdict(int)
     styles = []
     known = study.axes[spec.series]
     for place, group in enumerate(groups):
         value = group.get(spec.series)
-        colour = known.index(value) if value in known else place
+        color = known.index(value) if value in known else place
         if spec.series in group and value is None:
-            colour = len(known)
+            color = len(known)
         parts = [
             study.label(a, v) if a == 'arm' else f'{axis_label(a)} {study.label(a, v)}'
             for a, v in group.items()
             if v is not None or a == spec.series
         ]
-        shown = colour % NUM_COLOURS
-        styles.append((', '.join(parts), colour, seen[shown]))
+        shown = color % NUM_COLORS
+        styles.append((', '.join(parts), color, seen[shown]))
         seen[shown] += 1
     return styles
 
@@ -231,9 +234,9 @@ def _curves(study: Study, spec: ChartSpec) -> XY:
 
 
 def _end(
-    study: Study, trial: Trial, curve: list[tuple[float, float]], metric: str
+    study: Study, trial: TrialResult, curve: list[tuple[float, float]], metric: str
 ) -> tuple[float, float] | None:
-    """Returns where the mark of a diverged trial goes: after its last value, or at chance."""
+    """Returns the position of a diverged trial's mark: at its last value, or at chance level."""
     if curve:
         return curve[-1][0], curve[-1][1] * scale(metric)
     if metric == study.metric and study.chance is not None:
@@ -243,14 +246,14 @@ def _end(
 
 def _over_axis(study: Study, spec: ChartSpec) -> XY:
     groups = _groups(study, spec, spec.x)
-    own_colours = groups == [{}] and spec.series == spec.x  # every bar is a series
-    if own_colours:
+    own_colors = groups == [{}] and spec.series == spec.x  # each bar is a series
+    if own_colors:
         groups = settings(study, _where(study, spec), [spec.x])
     series = []
     for group, style in zip(groups, _styles(study, spec, groups), strict=True):
         marks = []
         for x in study.axes[spec.x]:
-            if own_colours and group[spec.x] != x:
+            if own_colors and group[spec.x] != x:
                 continue
             trials = select(study, {**spec.where, **group, spec.x: x})
             found = sample(study, trials, spec.y)
@@ -361,7 +364,7 @@ def _parallel(study: Study, spec: ChartSpec) -> Parallel:
         lost = trial.state == 'diverged'
         written = 'diverged' if lost else number(outcome, spec.y)
         labels = [study.label(a, trial.axes.get(a)) for a in axes]
-        # Trials that share all their values lie side by side, not on top of one another.
+        # Draw trials that share all values side by side, not on top of one another.
         aside = _SPREAD * (place / max(1, len(trials) - 1) - 0.5)
         at = [heights[a][trial.axes.get(a)] + aside for a in axes]
         at.append(aside if lost else floor + (1 - floor) * (outcome - low) / span)
@@ -380,8 +383,8 @@ def _parallel(study: Study, spec: ChartSpec) -> Parallel:
     )
 
 
-def _outcome(study: Study, trial: Trial, metric: str) -> float | None:
-    """Returns what a trial's metric counts as, or None if there is nothing (yet)."""
+def _outcome(study: Study, trial: TrialResult, metric: str) -> float | None:
+    """Returns the value of a trial's metric, None if it has none (yet)."""
     values = sample(study, [trial], metric).values
     return values[0] if values else None
 

@@ -1,19 +1,18 @@
-"""Charts as Plotly draws them: plain dicts, to be written as JSON into a page.
+"""Charts as Plotly's dicts, to be written as JSON into the page.
 
-Colours are names, which the page's script replaces by those of the light or the dark palette:
-'@c0', '@c1', ... of the series, '@c0-band' for the same faint, '@ink', '@grid', '@paper'.
+The page's script replaces names of colors by those of the light or the dark palette: '@c0', '@c1',
+... of the series, '@c0-band' for its faint version, '@ink', '@grid', '@paper'.
 """
 
 import html
 import itertools
 from typing import Any
 
-from experiments.report.charts import NUM_COLOURS, XY, Chart, Heatmap, Parallel, Series
+from experiments.report.charts import NUM_COLORS, XY, Chart, Heatmap, Parallel, Series
 from experiments.report.wording import in_lines
-from experiments.study.schema import Value
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; dark enough on white, and
-# light enough on black, for a contrast of at least 3 (WCAG 2.2, 1.4.11).
+# Colors after Okabe and Ito, distinguishable for color-blind readers, with a contrast of at least 3
+# on white and on black (WCAG 2.2, 1.4.11).
 _SERIES = {
     'light': ('#0072B2', '#C24A00', '#007A5A', '#A8508A', '#8A6A00', '#4B2BBF', '#444444'),
     'dark': ('#56B4E9', '#F0934E', '#2FBF94', '#E29BC6', '#E6C84A', '#8C8CFF', '#C8C8C8'),
@@ -27,13 +26,13 @@ DASHES = ('solid', 'dash', 'dot', 'dashdot')
 
 
 def palette(theme: str) -> dict[str, str]:
-    """Returns every colour of a theme, 'light' or 'dark', by its name without '@'."""
-    series = {f'c{i}': colour for i, colour in enumerate(_SERIES[theme])}
+    """Returns {name without '@': color} of a theme, 'light' or 'dark'."""
+    series = {f'c{i}': color for i, color in enumerate(_SERIES[theme])}
     return _PAGE[theme] | series | {f'{name}-band': f'{c}38' for name, c in series.items()}
 
 
 def figure(chart: Chart) -> dict[str, Any]:
-    """Returns {'data', 'layout'} for Plotly; a trace's `legendgroup` is its place in the legend."""
+    """Returns {'data', 'layout'} for Plotly; a trace's `legendgroup` is its index in the legend."""
     if isinstance(chart, Heatmap):
         return _heatmap(chart)
     if isinstance(chart, Parallel):
@@ -42,27 +41,27 @@ def figure(chart: Chart) -> dict[str, Any]:
 
 
 def legend(chart: Chart) -> list[tuple[str, int, int]]:
-    """Returns name, colour and dash of each entry of the legend; [] where there is none."""
+    """Returns name, color and dash of each entry of the legend; [] without a legend."""
     if isinstance(chart, Heatmap):
         return []
     if isinstance(chart, Parallel):
-        entries = zip(chart.names, chart.colours, strict=True)
-        return [(name, colour % NUM_COLOURS, 0) for name, colour in entries]
-    return [(s.name, s.colour % NUM_COLOURS, s.dash % len(DASHES)) for s in chart.series if s.name]
+        entries = zip(chart.names, chart.colors, strict=True)
+        return [(name, color % NUM_COLORS, 0) for name, color in entries]
+    return [(s.name, s.color % NUM_COLORS, s.dash % len(DASHES)) for s in chart.series if s.name]
 
 
 def is_dark(shade: float) -> bool:
-    """Whether white is easier to read than black on a shade of `HEAT`; either way above 4.5:1."""
+    """Returns whether to write in white on a shade of `HEAT`; the contrast is above 4.5:1."""
     return shade > 0.68
 
 
 def cell_lines(text: str) -> str:
-    """Breaks '97.12 ± 0.21 (3)' into lines for a cell."""
+    """Breaks '97.12 ± 0.21 (3)' into the lines of a cell."""
     return text.replace('\N{NO-BREAK SPACE}', ' ').replace(' ± ', '\n± ').replace(' (', '\n(')
 
 
 def _text(text: str) -> str:
-    """Escapes what Plotly would read as markup."""
+    """Escapes Plotly's markup."""
     return html.escape(text, quote=False)
 
 
@@ -93,7 +92,7 @@ def _axis(title: str, **more: Any) -> dict[str, Any]:
 
 
 def _ticks(labels: Any) -> dict[str, Any]:
-    """Of an axis of categories, which are drawn at 0, 1, 2, ..."""
+    """Returns the ticks of an axis of categories, which are drawn at 0, 1, 2, ..."""
     return {'tickvals': list(range(len(labels))), 'ticktext': [_broken(label) for label in labels]}
 
 
@@ -104,16 +103,16 @@ def _broken(label: str) -> str:
 def _xy(chart: XY) -> dict[str, Any]:
     x_axis, y_axis = _axis(chart.x_label), _axis(chart.y_label)
     if chart.x_ticks is not None:
-        # Room for each, also where nothing is drawn yet.
+        # Show every category, also without data.
         x_axis |= _ticks(chart.x_ticks) | {'range': [-0.5, len(chart.x_ticks) - 0.5]}
     elif chart.log_x:
-        # What was run is what is marked: 32, 128, 512 and not the powers of ten.
+        # Mark the values that were run, such as 32, 128 and 512, not powers of ten.
         values = chart.numbers()
         x_axis |= {'type': 'log'}
         if chart.kind == 'line':
             x_axis |= {'tickvals': values, 'ticktext': [f'{value:g}' for value in values]}
     if chart.log_y:
-        y_axis |= {'type': 'log', 'dtick': 'D2'}  # 1, 2, 5: of all digits the labels overlap
+        y_axis |= {'type': 'log', 'dtick': 'D2'}  # 1, 2, 5: labels of all digits would overlap
     if chart.kind == 'bars':
         y_axis |= {'rangemode': 'tozero'}
     traces = [
@@ -121,16 +120,9 @@ def _xy(chart: XY) -> dict[str, Any]:
         for place, series in enumerate(chart.series)
         for trace in (_bars if chart.kind == 'bars' else _lines)(chart, series, place)
     ]
-    own_colours = all(len(s.marks) == 1 for s in chart.series)
-    layout = _layout(xaxis=x_axis, yaxis=y_axis, barmode='overlay' if own_colours else 'group')
+    own_colors = all(len(s.marks) == 1 for s in chart.series)
+    layout = _layout(xaxis=x_axis, yaxis=y_axis, barmode='overlay' if own_colors else 'group')
     return {'data': traces, 'layout': layout}
-
-
-def _positions(chart: XY, series: Series) -> list[Any]:
-    if chart.x_ticks is None:
-        return [mark.x for mark in series.marks]
-    ticks: list[Value] = list(chart.x_ticks)
-    return [ticks.index(mark.x) for mark in series.marks]
 
 
 def _hover(chart: XY, series: Series) -> list[str]:
@@ -146,15 +138,15 @@ def _hover(chart: XY, series: Series) -> list[str]:
 
 
 def _lines(chart: XY, series: Series, place: int) -> list[dict[str, Any]]:
-    colour = f'c{series.colour % NUM_COLOURS}'
-    xs, means = _positions(chart, series), [mark.mean for mark in series.marks]
+    color = f'c{series.color % NUM_COLORS}'
+    xs, means = chart.positions(series), [mark.mean for mark in series.marks]
     common = {'type': 'scatter', 'legendgroup': str(place)}
     line = common | {
         'x': xs,
         'y': means,
         'mode': 'lines+markers',
-        'line': {'color': f'@{colour}', 'width': 2, 'dash': DASHES[series.dash % len(DASHES)]},
-        'marker': {'color': f'@{colour}', 'size': 6},
+        'line': {'color': f'@{color}', 'width': 2, 'dash': DASHES[series.dash % len(DASHES)]},
+        'marker': {'color': f'@{color}', 'size': 6},
         'hoverinfo': 'text',
         'hovertext': _hover(chart, series),
     }
@@ -163,15 +155,15 @@ def _lines(chart: XY, series: Series, place: int) -> list[dict[str, Any]]:
         if any(mark.error for mark in series.marks):
             high = [mark.mean + mark.error for mark in series.marks]
             low = [mark.mean - mark.error for mark in series.marks]
-            if chart.log_y:  # which has no place for what is not above zero
+            if chart.log_y:  # A logarithmic axis has only positive values.
                 low = [max(y, mark.mean / 10) for y, mark in zip(low, series.marks, strict=True)]
             band = {'x': xs + xs[::-1], 'y': high + low[::-1], 'mode': 'lines', 'fill': 'toself'}
-            look = {'fillcolor': f'@{colour}-band', 'line': {'width': 0}, 'hoverinfo': 'skip'}
+            look = {'fillcolor': f'@{color}-band', 'line': {'width': 0}, 'hoverinfo': 'skip'}
             traces.insert(0, common | band | look)
     else:
         line['error_y'] = {
             'array': [mark.error for mark in series.marks],
-            'color': f'@{colour}',
+            'color': f'@{color}',
             'thickness': 1.5,
         }
     hover = line['hovertext']
@@ -179,7 +171,7 @@ def _lines(chart: XY, series: Series, place: int) -> list[dict[str, Any]]:
     lost += [(x, y, _text(f'{series.name}: {text}')) for x, y, text in series.ends]
     if lost:
         x, y, text = zip(*lost, strict=True)
-        marker = {'symbol': 'x', 'size': 12, 'color': f'@{colour}'}
+        marker = {'symbol': 'x', 'size': 12, 'color': f'@{color}'}
         marker['line'] = {'color': '@ink', 'width': 1}
         crosses = {'x': x, 'y': y, 'mode': 'markers', 'marker': marker}
         traces.append(common | crosses | {'hoverinfo': 'text', 'hovertext': text})
@@ -187,15 +179,15 @@ def _lines(chart: XY, series: Series, place: int) -> list[dict[str, Any]]:
 
 
 def _bars(chart: XY, series: Series, place: int) -> list[dict[str, Any]]:
-    colour = f'@c{series.colour % NUM_COLOURS}'
+    color = f'@c{series.color % NUM_COLORS}'
     patterns = ('', '/', '.', 'x')
     return [
         {
             'type': 'bar',
             'legendgroup': str(place),
-            'x': _positions(chart, series),
+            'x': chart.positions(series),
             'y': [mark.mean for mark in series.marks],
-            'marker': {'color': colour, 'pattern': {'shape': patterns[series.dash % 4]}},
+            'marker': {'color': color, 'pattern': {'shape': patterns[series.dash % 4]}},
             'error_y': {'array': [mark.error for mark in series.marks], 'color': '@ink'},
             'hoverinfo': 'text',
             'hovertext': _hover(chart, series),
@@ -220,7 +212,7 @@ def _heatmap(chart: Heatmap) -> dict[str, Any]:
         'type': 'heatmap',
         'x': list(range(len(chart.columns))),
         'y': list(range(len(chart.rows))),
-        # JSON has no NaN; Plotly leaves a null empty.
+        # JSON has no NaN; Plotly leaves null cells empty.
         'z': [[value if value == value else None for value in row] for row in chart.means],
         'zmin': chart.low,
         'zmax': chart.high,
@@ -246,7 +238,7 @@ def _heatmap(chart: Heatmap) -> dict[str, Any]:
 def _parallel(chart: Parallel) -> dict[str, Any]:
     columns = range(len(chart.dimensions))
     traces = []
-    for place, colour in enumerate(chart.colours):
+    for place, color in enumerate(chart.colors):
         threads = [thread for thread in chart.threads if thread.series == place]
         joined = [([*columns, None], [*t.heights, None], [_text(t.text)] * len(columns) + [''])
                   for t in threads]  # fmt: skip
@@ -258,7 +250,7 @@ def _parallel(chart: Parallel) -> dict[str, Any]:
                 'x': x,
                 'y': y,
                 'mode': 'lines',
-                'line': {'color': f'@c{colour % NUM_COLOURS}', 'width': 1.5},
+                'line': {'color': f'@c{color % NUM_COLORS}', 'width': 1.5},
                 'opacity': 0.6,
                 'hoverinfo': 'text',
                 'hovertext': text,

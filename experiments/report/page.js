@@ -1,5 +1,5 @@
 'use strict';
-// Draws every figure of the page, in the colours of the reader's theme; in print in the light ones.
+// Draws every figure of the page, in the colors of the reader's theme; in print in the light ones.
 const palettes = JSON.parse(document.getElementById('palettes').textContent);
 const dark = matchMedia('(prefers-color-scheme: dark)');
 const narrow = matchMedia('(max-width: 40rem)');
@@ -7,10 +7,10 @@ const config = {responsive: true, displaylogo: false, displayModeBar: false};
 const PRINT_WIDTH = 660; // pixels; an A4 page between its margins
 
 function draw(figure, theme, width) {
-  const colours = palettes[theme];
+  const colors = palettes[theme];
   const {data, layout} = JSON.parse(
     figure.querySelector('script').textContent,
-    (key, value) => /color$/.test(key) && colours[String(value).slice(1)] || value,
+    (key, value) => /color$/.test(key) && colors[String(value).slice(1)] || value,
   );
   const hidden = new Set(
     [...figure.querySelectorAll('button[aria-pressed="false"]')].map(b => b.dataset.series));

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no network, no other file."""
+"""Renders the report as one self-contained HTML page: no network, no other file."""
 
 import functools
 import html
@@ -16,10 +16,10 @@ from experiments.report.wording import Table
 
 _HERE = pathlib.Path(__file__).parent
 
-_FEW = 8  # rows, up to which a list is not folded
-_LONG = 40  # characters, from which on a cell is text, to be read in lines
+_FEW = 8  # longest table, in rows, that is not folded
+_LONG = 40  # longest cell, in characters, that is not wrapped as text
 
-# Nothing may be fetched, whatever a study's texts hold; Plotly makes pictures from data: and blob:.
+# Fetch nothing, whatever a study's texts hold; Plotly makes images from data: and blob:.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 )
@@ -29,9 +29,9 @@ def render(studies: Sequence[Study], *, command: str, made: str) -> str:
     """Returns the page.
 
     Args:
-      studies: in the order they are to be shown.
+      studies: shown in this order.
       command: the command line that makes this page.
-      made: with what and when it was made.
+      made: time and versions.
     """
     judgements = [[results.judge(study, claim) for claim in study.claims] for study in studies]
     title = 'Normalizer-Free networks: claimed, and found'
@@ -56,7 +56,7 @@ def render(studies: Sequence[Study], *, command: str, made: str) -> str:
 <title>{_e(title)}</title>
 <link rel="icon" href="data:,">
 <style>
-{_colours(palettes)}
+{_colors(palettes)}
 {_asset('page.css')}</style>
 </head>
 <body>
@@ -80,7 +80,7 @@ _e = html.escape
 
 
 def _json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """Returns JSON that cannot end the script element around it."""
     return json.dumps(value, allow_nan=False).replace('<', '\\u003c')
 
 
@@ -89,9 +89,9 @@ def _asset(name: str) -> str:
     return (_HERE / name).read_text(encoding='utf-8')
 
 
-def _colours(palettes: dict[str, dict[str, str]]) -> str:
+def _colors(palettes: dict[str, dict[str, str]]) -> str:
     def variables(theme: str) -> str:
-        return ' '.join(f'--{name}: {colour};' for name, colour in palettes[theme].items())
+        return ' '.join(f'--{name}: {color};' for name, color in palettes[theme].items())
 
     return (
         f':root {{ {variables("light")} }}\n'
@@ -102,7 +102,7 @@ def _colours(palettes: dict[str, dict[str, str]]) -> str:
 def _overview(
     studies: Sequence[Study], places: Sequence[str], verdicts: Sequence[Sequence[Verdict]]
 ) -> str:
-    """A table of contents with the verdicts counted; '' for one study, which needs none."""
+    """Returns a table of contents with counts of the verdicts; '' for a single study."""
     if len(studies) == 1:
         return ''
     header = ['study', 'trials', *(f'{summaries.SYMBOLS[v]} {v.value}' for v in Verdict)]
@@ -116,7 +116,7 @@ def _overview(
     )
     head = ''.join(f'<th scope="col">{_e(name)}</th>' for name in header)
     content = (
-        '<table><caption>Claims, by what came out</caption>'
+        '<table><caption>Claims by outcome</caption>'
         f'<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
     )
     return f'<nav aria-label="Studies">{_scrolling(content, "Overview")}</nav>'
@@ -131,7 +131,7 @@ def _study(study: Study, place: str, judgements: Sequence[results.Judgement]) ->
         f'{_e(_progress(study))}</p>',
     ]
     if judgements:
-        parts.append('<h3>Claimed, and what came out</h3><ul class="claims">')
+        parts.append('<h3>Claims and outcomes</h3><ul class="claims">')
         parts += [_claim(study, judgement) for judgement in judgements]
         parts.append('</ul>')
     if study.charts:
@@ -146,11 +146,11 @@ def _study(study: Study, place: str, judgements: Sequence[results.Judgement]) ->
         parts += ['<h3>Results</h3>', _table(summaries.results_table(study, tunings), caption)]
         if summaries.has_edges(tunings):
             parts.append(f'<p class="notice">{_e(summaries.EDGES)}</p>')
-        grid = _table(summaries.grid_table(study, tunings), 'All that was tried')
-        parts.append(_details('Everything that was tried, before tuning', grid))
+        grid = _table(summaries.grid_table(study, tunings), 'The whole grid')
+        parts.append(_details('The whole grid, before tuning', grid))
     if any(trial.state != 'complete' for trial in study.trials):
         table = summaries.trials_table(study, only_unsuccessful=True)
-        lost = _table(table, 'What became of them')
+        lost = _table(table, 'States and errors')
         if len(table.rows) <= _FEW:
             parts += ['<h3>Trials that did not complete</h3>', lost]
         else:
@@ -183,11 +183,11 @@ def _claim(study: Study, judgement: results.Judgement) -> str:
 
 
 def _figure(chart: charts.Chart, place: str) -> str:
-    """A figure, its legend of buttons, and its data as a table for those who do not see it."""
+    """Returns a figure, its legend of buttons, and its data as a table for screen readers."""
     title = f'<h4 id="{place}">{_e(chart.title)}</h4>'
     if isinstance(chart, charts.XY) and chart.kind == 'table':
         return f'{title}{_table(chart.table(), "")}'
-    plot = f'<div class="plot" role="img" aria-label="{_e(chart.describe())}"></div>'
+    plot = f'<div class="plot" role="img" aria-label="{_e(chart.alt_text())}"></div>'
     if isinstance(chart, charts.Parallel):  # Wider than a phone.
         plot = _scrolling(plot, chart.title, 'scroll wide')
     return (
@@ -200,20 +200,20 @@ def _figure(chart: charts.Chart, place: str) -> str:
 
 def _legend(chart: charts.Chart) -> str:
     if isinstance(chart, charts.Heatmap):
-        what = f'Colour: {chart.value_label}. In a cell: mean, standard error, (seeds).'
+        what = f'Color: {chart.value_label}. In a cell: mean, standard error, (seeds).'
         return f'<p class="muted">{_e(what)}</p>'
     buttons = ''.join(
         f'<button type="button" aria-pressed="true" data-series="{i}">'
-        f'<i class="{interactive.DASHES[dash]}" style="color: var(--c{colour})"></i>'
+        f'<i class="{interactive.DASHES[dash]}" style="color: var(--c{color})"></i>'
         f'{_e(name)}</button>'
-        for i, (name, colour, dash) in enumerate(interactive.legend(chart))
+        for i, (name, color, dash) in enumerate(interactive.legend(chart))
     )
     group = f'<div class="legend" role="group" aria-label="Shown series">{buttons}</div>'
     return group if buttons else ''
 
 
 def _scrolling(content: str, label: str, kind: str = 'scroll') -> str:
-    """What may be wider than the page: it can be scrolled, by keyboard as well."""
+    """Wraps content that may be wider than the page: it scrolls, by keyboard as well."""
     attributes = f'class="{kind}" tabindex="0" role="region" aria-label="{_e(label)}"'
     return f'<div {attributes}>{content}</div>'
 

@@ -1,4 +1,4 @@
-"""What `experiments.study` left in a directory: study.json, checked, and the trials' curves."""
+"""Reads the directory of an `experiments.study`: study.json, validated, and the trials' curves."""
 
 import dataclasses
 import json
@@ -27,8 +27,8 @@ from nfnets_jax.errors import UsageError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
-    """One run of a study."""
+class TrialResult:
+    """A trial as study.json records it."""
 
     id: str
     axes: Point
@@ -40,7 +40,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A study's settings and all its trials, whatever became of them."""
+    """A study's settings and all its trials, in any state."""
 
     path: pathlib.Path
     name: str
@@ -56,13 +56,13 @@ class Study:
     chance: float | None  # what a diverged trial counts as in means of `metric`
     claims: Sequence[Claim]
     charts: Sequence[ChartSpec]
-    trials: Sequence[Trial]
+    trials: Sequence[TrialResult]
     commands: Sequence[str]
     versions: Mapping[str, str]
     hardware: str
 
     def label(self, axis: str, value: Value) -> str:
-        """Returns how a value of an axis is written: 'ResNet-8', '0.4', or '-' for none."""
+        """Returns the text of a value of an axis: 'ResNet-8', '0.4', or '-' for None."""
         if value is None:
             return '-'
         if axis == 'arm':
@@ -70,8 +70,8 @@ class Study:
         is_number = isinstance(value, float | int) and not isinstance(value, bool)
         return f'{value:g}' if is_number else str(value)
 
-    def curve(self, trial: Trial, metric: str) -> list[tuple[float, float]]:
-        """Returns (step, value) where a trial recorded a finite value; [] if it never started."""
+    def curve(self, trial: TrialResult, metric: str) -> list[tuple[float, float]]:
+        """Returns (step, value) of the finite values in a trial's metrics; [] if it never began."""
         directory = self.path / 'trials' / trial.id
         if not (directory / metric_writers.METRICS_FILE).exists():
             return []
@@ -86,7 +86,7 @@ def load(directory: str | os.PathLike) -> Study:
     """Reads the study in a directory, finished or not.
 
     Raises:
-      UsageError: study.json is missing or is not what `experiments.study` writes.
+      UsageError: study.json is missing or invalid.
     """
     path = pathlib.Path(directory)
     file = path / SUMMARY_FILE
@@ -148,7 +148,7 @@ def _in_order(values: Sequence[Value]) -> Sequence[Value]:
     return sorted(numbers) if len(numbers) == len(values) else values
 
 
-def _trial(fields: Fields, axes: Mapping[str, Any]) -> Trial:
+def _trial(fields: Fields, axes: Mapping[str, Any]) -> TrialResult:
     id, point = fields.take('id', str), fields.point('axes', axes)
     if pathlib.PurePath(id).name != id or id == '..':
         raise UsageError(f'the trial id {id!r} must be the name of a directory in trials/')
@@ -156,7 +156,7 @@ def _trial(fields: Fields, axes: Mapping[str, Any]) -> Trial:
         if value not in axes[axis]:
             raise UsageError(f'trial {id} has {axis}={value!r}, which is not in axes.{axis}')
     metrics = fields.take('metrics', (dict, NONE), None) or {}
-    return Trial(
+    return TrialResult(
         id=id,
         axes=point,
         state=fields.one_of('state', STATES),

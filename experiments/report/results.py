@@ -1,28 +1,28 @@
-"""From trials to results: seeds gathered, rates tuned, claims judged."""
+"""Aggregates trials over seeds, picks the tuned values and judges claims."""
 
 import collections
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from experiments.report.reading import Study, Trial
+from experiments.report.reading import Study, TrialResult
 from experiments.report.statistics import Comparison, Sample, Verdict, compare
 from experiments.study.schema import DONE, Claim, Point, Value
 
-Key = tuple[tuple[str, Value], ...]  # a Point that can be compared and be a key
+Key = tuple[tuple[str, Value], ...]  # a hashable Point
 
 
 class Tuning(NamedTuple):
-    """How an arm (at a batch size, ...) was tuned."""
+    """The grid search of one setting: an arm at a batch size, ..."""
 
     setting: Point  # all axes but the tuned ones and the seed
-    chosen: Point  # the tuned axes
-    sample: Sample  # of the study's metric, at what was chosen
-    tried: dict[str, list[Value]]  # of each tuned axis, in order
+    chosen: Point  # best values of the tuned axes
+    sample: Sample  # the study's metric at the chosen values
+    tried: dict[str, list[Value]]  # the values of each tuned axis, in order
     by_choice: dict[Key, Sample]
 
     def at_edge(self) -> list[str]:
-        """Returns the tuned axes whose best value has nothing tried on one side of it."""
+        """Returns the tuned axes whose best value is the first or last of those tried."""
         return [
             axis
             for axis, values in self.tried.items()
@@ -34,13 +34,13 @@ def key(point: Point) -> Key:
     return tuple(sorted(point.items()))
 
 
-def matching(trials: Iterable[Trial], point: Point) -> list[Trial]:
-    """Returns the trials with the values of a point; None stands for an axis they do not have."""
+def matching(trials: Iterable[TrialResult], point: Point) -> list[TrialResult]:
+    """Returns the trials with the values of a point; None: the trial does not have the axis."""
     return [t for t in trials if all(t.axes.get(axis) == v for axis, v in point.items())]
 
 
-def settings(study: Study, trials: Iterable[Trial], axes: Iterable[str]) -> list[Point]:
-    """Returns the different values that trials have on some axes, in the order of the study's."""
+def settings(study: Study, trials: Iterable[TrialResult], axes: Iterable[str]) -> list[Point]:
+    """Returns the distinct points of trials on some axes, in the order of the study's values."""
 
     def rank(point: Point) -> list[int]:
         order = study.axes
@@ -51,11 +51,10 @@ def settings(study: Study, trials: Iterable[Trial], axes: Iterable[str]) -> list
     return sorted(points.values(), key=rank)
 
 
-def sample(study: Study, trials: Iterable[Trial], metric: str) -> Sample:
-    """Returns the values of a metric over seeds; trials that have none (yet) are left out.
+def sample(study: Study, trials: Iterable[TrialResult], metric: str) -> Sample:
+    """Returns the values of a metric over seeds, without trials that have no value (yet).
 
-    Where several trials share a seed, which is so where an axis was left open that is not tuned,
-    the seed's value is their mean.
+    If several trials share a seed, because an axis that is not tuned is open, their mean counts.
     """
     by_seed: dict[Value, list[float]] = collections.defaultdict(list)
     diverged, uncounted = set(), 0
@@ -72,11 +71,11 @@ def sample(study: Study, trials: Iterable[Trial], metric: str) -> Sample:
     return Sample(tuple(float(sum(v) / len(v)) for v in by_seed.values()), len(diverged), uncounted)
 
 
-def tune(study: Study, trials: Sequence[Trial], tuned: Sequence[str]) -> Tuning | None:
+def tune(study: Study, trials: Sequence[TrialResult], tuned: Sequence[str]) -> Tuning | None:
     """Returns the values of the tuned axes with the best mean metric over the seeds.
 
-    What lost no trial to divergence without a known cost comes before what did; between equals
-    the smaller value is taken. None if no trial has ended.
+    Values with uncounted diverged trials rank below all others; between equals the smaller value
+    wins. None if no trial has ended.
     """
     ended = [t for t in trials if t.state in DONE]
     if not ended:
@@ -101,14 +100,14 @@ def tune(study: Study, trials: Sequence[Trial], tuned: Sequence[str]) -> Tuning 
 
 
 def _sorted(values: list[Value]) -> list[Value]:
-    """Returns the values of an axis in order; as they are if one of them is None."""
+    """Returns the values of an axis in order; unchanged if one of them is None."""
     if None in values:
         return values
     return sorted(values)  # type: ignore[type-var]  # the values of an axis are of one type
 
 
-def tunings(study: Study, trials: Sequence[Trial] | None = None) -> list[Tuning]:
-    """Returns a tuning for every setting of the axes that are not tuned, as far as trials ended."""
+def tunings(study: Study, trials: Sequence[TrialResult] | None = None) -> list[Tuning]:
+    """Returns a tuning for every setting of the other axes with an ended trial."""
     trials = study.trials if trials is None else trials
     others = [a for a in study.axes if a not in (*study.tuned, 'seed')]
     found = (
@@ -118,10 +117,10 @@ def tunings(study: Study, trials: Sequence[Trial] | None = None) -> list[Tuning]
     return [tuning for tuning in found if tuning]
 
 
-def select(study: Study, point: Point) -> list[Trial]:
-    """Returns the trials of a point; of each tuned axis it does not name, those at the best value.
+def select(study: Study, point: Point) -> list[TrialResult]:
+    """Returns the trials of a point, at the best value of each tuned axis that it does not name.
 
-    Tuned is by the study's metric, at every setting of the other axes apart.
+    The best value is by the study's metric, separately for every setting of the other axes.
     """
     selected = []
     for here, tuning in _tuned(study, point):
@@ -129,8 +128,8 @@ def select(study: Study, point: Point) -> list[Trial]:
     return selected
 
 
-def _tuned(study: Study, point: Point) -> list[tuple[list[Trial], Tuning | None]]:
-    """Returns the trials of a point and how they were tuned, at every setting of its other axes."""
+def _tuned(study: Study, point: Point) -> list[tuple[list[TrialResult], Tuning | None]]:
+    """Returns the trials of a point and their tuning, for every setting of its other axes."""
     trials = matching(study.trials, point)
     open_axes = [axis for axis in study.tuned if axis not in point]
     if not open_axes:
@@ -141,16 +140,16 @@ def _tuned(study: Study, point: Point) -> list[tuple[list[Trial], Tuning | None]
 
 
 class Judgement(NamedTuple):
-    """A claim and what came out."""
+    """A claim and its outcome."""
 
     claim: Claim
     comparison: Comparison
-    samples: tuple[Sample, Sample] | None  # better, worse; None where the study does not test it
-    tunings: tuple[list[Tuning], list[Tuning]] = ([], [])  # of what was tuned on either side
+    samples: tuple[Sample, Sample] | None  # better, worse; None if the study does not test it
+    tunings: tuple[list[Tuning], list[Tuning]] = ([], [])  # of better, of worse
 
 
 def judge(study: Study, claim: Claim) -> Judgement:
-    """Holds a claim against the trials there are."""
+    """Tests a claim on the trials."""
     points = [point for point in (claim.better, claim.worse) if point is not None]
     if len(points) < 2 or not all(matching(study.trials, point) for point in points):
         nothing = Comparison(

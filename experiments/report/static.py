@@ -1,4 +1,4 @@
-"""The report as PNG pictures and Markdown, for a repository."""
+"""Writes the report as PNG images and Markdown, for a repository."""
 
 import io
 import itertools
@@ -17,23 +17,22 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from experiments.report import charts, interactive, results, summaries
 from experiments.report.reading import Study
 from experiments.report.wording import Table, in_lines
-from experiments.study.schema import Value
 from nfnets_jax import files
 from nfnets_jax.errors import UsageError
 
-_COLOURS = [interactive.palette('light')[f'c{i}'] for i in range(charts.NUM_COLOURS)]
+_COLORS = [interactive.palette('light')[f'c{i}'] for i in range(charts.NUM_COLORS)]
 _DASHES = ('-', '--', ':', '-.')
 
 
 def write(studies: Sequence[Study], directory: str | os.PathLike, *, made: str) -> list[str]:
-    """Writes README.md and its pictures into a directory, which is created; returns their names.
+    """Writes README.md and its images into a directory, which is created; returns their names.
 
-    The README is written last, so that it never names a picture that is not there.
+    The README is written last, so it never links to a missing image.
     """
     path = pathlib.Path(directory)
     slugs = [_slug(f'{study.name}-{study.size}') for study in studies]
-    if twice := {slug for slug in slugs if slugs.count(slug) > 1}:
-        raise UsageError(f'--static: two of the studies would both be written as {min(twice)}-*')
+    if repeated := {slug for slug in slugs if slugs.count(slug) > 1}:
+        raise UsageError(f'--static: two of the studies would both be written as {min(repeated)}-*')
     try:
         path.mkdir(parents=True, exist_ok=True)
         written, sections = [], []
@@ -48,9 +47,9 @@ def write(studies: Sequence[Study], directory: str | os.PathLike, *, made: str) 
                         figures.append(_markdown(chart.table()))
                         continue
                     name = f'{slug}-{next(number)}-{_slug(chart.title)}.png'
-                    _write_picture(path / name, draw(chart))
+                    _write_image(path / name, draw(chart))
                     written.append(name)
-                    figures.append(f'![{_escape(chart.describe())}]({name})\n')
+                    figures.append(f'![{_escape(chart.alt_text())}]({name})\n')
             sections.append(_section(study, figures))
         text = '\n'.join([*sections, _method(), f'{_escape(made)}\n'])
         files.atomic_write(path / 'README.md', text)
@@ -63,9 +62,9 @@ def _slug(text: str) -> str:
     return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')[:60]
 
 
-def _write_picture(path: pathlib.Path, figure: Figure) -> None:
+def _write_image(path: pathlib.Path, figure: Figure) -> None:
     buffer = io.BytesIO()
-    # Without the software's version the same figure is the same file.
+    # Leave out the software's version, so that the same figure gives the same file.
     figure.savefig(buffer, format='png', dpi=120, metadata={'Software': None})
     files.atomic_write(path, buffer.getvalue())
 
@@ -75,13 +74,13 @@ def _section(study: Study, figures: Sequence[str]) -> str:
     lines = [f'# {_escape(study.title)}', '', f'*{_escape(study.question)}*', '']
     lines += [_escape(study.setting), '', summaries.progress(study), '']
     if study.claims:
-        header = ['claim', 'source', 'outcome', 'what came out']
+        header = ['claim', 'source', 'outcome', 'evidence']
         judged = [results.judge(study, claim) for claim in study.claims]
         rows = [
             [j.claim.text, j.claim.source, j.comparison.verdict.value, summaries.outcome(study, j)]
             for j in judged
         ]
-        lines += ['## Claimed, and what came out', '', _markdown(Table(header, rows))]
+        lines += ['## Claims and outcomes', '', _markdown(Table(header, rows))]
     if tunings:
         lines += ['## Results', '', _markdown(summaries.results_table(study, tunings))]
         lines += [summaries.EDGES, ''] if summaries.has_edges(tunings) else []
@@ -100,7 +99,7 @@ def _method() -> str:
 
 
 def _escape(text: str) -> str:
-    """A text as Markdown shows it literally, in one line."""
+    """Escapes a text for Markdown, in one line."""
     return re.sub(r'([\\`*_\[\]<>|#])', r'\\\1', ' '.join(text.split()))
 
 
@@ -111,7 +110,7 @@ def _markdown(table: Table) -> str:
 
 
 def draw(chart: charts.Chart) -> Figure:
-    """Draws a chart on paper: white, without anything to click."""
+    """Draws a chart on a white background."""
     figure = Figure(figsize=(8, 4.5), layout='constrained')
     axes = figure.subplots()
     axes.set_title(chart.title, loc='left', fontsize=12, parse_math=False)
@@ -141,25 +140,25 @@ def draw(chart: charts.Chart) -> Figure:
 
 def _lines(axes: Axes, chart: charts.XY) -> None:
     for series in chart.series:
-        colour = _COLOURS[series.colour % len(_COLOURS)]
-        xs = _positions(chart, series)
+        color = _COLORS[series.color % len(_COLORS)]
+        xs = chart.positions(series)
         means = np.array([mark.mean for mark in series.marks])
         errors = np.array([mark.error for mark in series.marks])
         dash = _DASHES[series.dash % len(_DASHES)]
         look: dict[str, Any] = {
-            'color': colour,
+            'color': color,
             'linestyle': dash,
             'marker': '.',
             'label': series.name or None,
         }
         if chart.kind == 'curves':
             axes.plot(xs, means, **look)
-            axes.fill_between(xs, means - errors, means + errors, color=colour, alpha=0.2, lw=0)
+            axes.fill_between(xs, means - errors, means + errors, color=color, alpha=0.2, lw=0)
         else:
             axes.errorbar(xs, means, errors, capsize=3, **look)
         lost = [(x, m.mean) for x, m in zip(xs, series.marks, strict=True) if m.diverged]
         for x, y in lost + [(x, y) for x, y, _ in series.ends]:
-            axes.plot(x, y, marker='X', markersize=9, color=colour, markeredgecolor='black')
+            axes.plot(x, y, marker='X', markersize=9, color=color, markeredgecolor='black')
     if chart.log_x:
         axes.set_xscale('log')
         if chart.kind == 'line':
@@ -173,50 +172,43 @@ def _lines(axes: Axes, chart: charts.XY) -> None:
         _categories(axes, chart.x_ticks)
 
 
-def _positions(chart: charts.XY, series: charts.Series) -> list:
-    if chart.x_ticks is None:
-        return [mark.x for mark in series.marks]
-    ticks: list[Value] = list(chart.x_ticks)
-    return [ticks.index(mark.x) for mark in series.marks]
-
-
 def _categories(axes: Axes, labels: Sequence[str]) -> None:
-    width = min(16, 80 // len(labels))  # A figure is some 80 letters wide.
+    width = min(16, 80 // len(labels))  # A figure is about 80 letters wide.
     axes.set_xticks(range(len(labels)), ['\n'.join(in_lines(label, width)) for label in labels])
-    axes.set_xlim(-0.5, len(labels) - 0.5)  # Room for each, also where nothing is drawn yet.
+    axes.set_xlim(-0.5, len(labels) - 0.5)  # Show every category, also without data.
 
 
 def _bars(axes: Axes, chart: charts.XY) -> None:
-    own_colours = all(len(series.marks) == 1 for series in chart.series)
-    width = 0.8 / (1 if own_colours else max(1, len(chart.series)))
+    own_colors = all(len(series.marks) == 1 for series in chart.series)
+    width = 0.8 / (1 if own_colors else max(1, len(chart.series)))
     for i, series in enumerate(chart.series):
-        shift = 0 if own_colours else (i - (len(chart.series) - 1) / 2) * width
+        shift = 0 if own_colors else (i - (len(chart.series) - 1) / 2) * width
         axes.bar(
-            np.array(_positions(chart, series)) + shift,
+            np.array(chart.positions(series)) + shift,
             [mark.mean for mark in series.marks],
             width,
             yerr=[mark.error for mark in series.marks],
-            color=_COLOURS[series.colour % len(_COLOURS)],
+            color=_COLORS[series.color % len(_COLORS)],
             hatch=('', '//', '..', 'xx')[series.dash % 4],
             capsize=3,
-            label=None if own_colours else series.name or None,
+            label=None if own_colors else series.name or None,
         )
     _categories(axes, chart.x_ticks or ())
 
 
 def _heatmap(axes: Axes, chart: charts.Heatmap) -> None:
     means = np.array(chart.means, float)
-    colours = LinearSegmentedColormap.from_list('heat', interactive.HEAT)
+    colors = LinearSegmentedColormap.from_list('heat', interactive.HEAT)
     bounds: dict[str, Any] = {'vmin': chart.low, 'vmax': chart.high}
-    image = axes.imshow(means, cmap=colours, aspect='auto', origin='lower', **bounds)
+    image = axes.imshow(means, cmap=colors, aspect='auto', origin='lower', **bounds)
     axes.figure.colorbar(image, label=chart.value_label)
     axes.set_xticks(range(len(chart.columns)), chart.columns)
     axes.set_yticks(range(len(chart.rows)), chart.rows)
     axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
     for (row, column), mean in np.ndenumerate(means):
         text = interactive.cell_lines(chart.texts[row][column])
-        colour = 'white' if interactive.is_dark(chart.shade(mean)) else 'black'
-        axes.text(column, row, text, ha='center', va='center', color=colour, fontsize=9)
+        color = 'white' if interactive.is_dark(chart.shade(mean)) else 'black'
+        axes.text(column, row, text, ha='center', va='center', color=color, fontsize=9)
 
 
 def _parallel(axes: Axes, chart: charts.Parallel) -> None:
@@ -224,8 +216,8 @@ def _parallel(axes: Axes, chart: charts.Parallel) -> None:
     for thread in chart.threads:
         label = chart.names[thread.series] if thread.series not in named else None
         named.add(thread.series)
-        colour = _COLOURS[chart.colours[thread.series] % len(_COLOURS)]
-        axes.plot(thread.heights, color=colour, alpha=0.5, linewidth=1, label=label)
+        color = _COLORS[chart.colors[thread.series] % len(_COLORS)]
+        axes.plot(thread.heights, color=color, alpha=0.5, linewidth=1, label=label)
     for i, (_, ticks) in enumerate(chart.dimensions):
         axes.axvline(i, color='black', linewidth=0.8)
         for height, text in ticks:

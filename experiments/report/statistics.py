@@ -1,22 +1,23 @@
-"""Means over seeds, and when a difference between two of them says something."""
+"""Means over seeds, and tests of the difference of two means."""
 
 import enum
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-# Each way at 5 %: `agrees` and `does not` are each wrong in at most one case of twenty.
+# 5 % on each side: `agrees` and `does not` are each wrong in at most one case of twenty.
 CONFIDENCE = 0.9
 
 
 class Sample(NamedTuple):
     """The values of one metric, one for each seed.
 
-    `diverged` of them are of trials that diverged and count as what chance gives. `uncounted`
-    trials diverged as well, but have no value, for nobody said what chance gives.
+    `diverged` of the values are of diverged trials, which count as chance level. `uncounted` trials
+    also diverged but have no value, because the study does not give the chance level.
     """
 
     values: tuple[float, ...]
@@ -25,12 +26,12 @@ class Sample(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """NaN of no values."""
+        """The mean; NaN without values."""
         return float(np.mean(self.values)) if self.values else math.nan
 
     @property
     def standard_error(self) -> float:
-        """Of the mean: the sample's standard deviation (n - 1) over sqrt(n); NaN below 2 values."""
+        """The sample standard deviation (n - 1) over sqrt(n); NaN below 2 values."""
         n = len(self.values)
         return float(np.std(self.values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
 
@@ -46,36 +47,34 @@ class Comparison(NamedTuple):
     """A claim 'first - second > margin' (or '< margin') against two samples."""
 
     verdict: Verdict
-    difference: float  # of the means, first - second; NaN where there is none
+    difference: float  # of the means, first - second; NaN if a sample is empty
     interval: tuple[float, float]  # of the difference, at `CONFIDENCE`
-    reason: str = ''  # why it cannot be said
+    reason: str = ''  # why the verdict is UNTESTED
 
 
 def welch_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Returns the t interval of the difference of two means, at `CONFIDENCE`.
+    """Returns Welch's t interval of the difference of two means, at `CONFIDENCE`.
 
-    Variances may differ (Welch 1947). Two constant samples leave no doubt: the interval is a point.
+    The interval of two constant samples is a point.
 
     Args:
       first, second: at least two numbers each.
     """
-    n = np.array([len(first), len(second)])
-    squares = np.array([np.var(first, ddof=1), np.var(second, ddof=1)]) / n  # of the std. errors
-    difference = float(np.mean(first) - np.mean(second))
-    if squares.sum() == 0:
-        return difference, difference
-    degrees = squares.sum() ** 2 / (squares**2 / (n - 1)).sum()
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, degrees) * math.sqrt(squares.sum())
-    return difference - float(half), difference + float(half)
+    if np.ptp(first) == np.ptp(second) == 0:
+        return (first[0] - second[0],) * 2
+    with warnings.catch_warnings(action='ignore', category=RuntimeWarning):  # of a constant sample
+        test = stats.ttest_ind(first, second, equal_var=False)
+    low, high = test.confidence_interval(CONFIDENCE)
+    return float(low), float(high)
 
 
 def compare(
     first: Sample, second: Sample, *, margin: float = 0.0, direction: str = 'greater'
 ) -> Comparison:
-    """Tells whether first - second is greater (or less) than a margin.
+    """Tests whether first - second is greater (or less) than a margin.
 
-    It agrees where the whole Welch interval is on the claimed side of the margin, does not where
-    the whole interval is on the other, and else the seeds scatter too much to say.
+    AGREES if the whole Welch interval is on the claimed side of the margin, DOES_NOT if it is on
+    the other side, NOISY if it contains the margin.
     """
     nothing = Comparison(Verdict.UNTESTED, first.mean - second.mean, (math.nan, math.nan))
     if first.uncounted or second.uncounted:

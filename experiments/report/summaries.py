@@ -1,4 +1,4 @@
-"""A study in words and tables, the same for the page and for Markdown."""
+"""Texts and tables of a study, shared by the HTML page and Markdown."""
 
 import collections
 import math
@@ -17,25 +17,23 @@ from experiments.report.wording import (
 from experiments.study.schema import DONE, STATES, ChartSpec, Point
 
 METHOD = (
-    'Figures are means over seeds ± the standard error of the mean, with the number of seeds in '
-    'brackets. What is tuned (the learning rate, unless the study says more) is tuned for each '
-    'setting apart: of the grid that was tried, the value with the best mean over seeds is taken. '
-    'It is chosen by the same test pictures that the figure is of, for every arm alike. ',
-    'A trial that diverged is a result: where the study says what chance gives, it counts as that; '
-    'where it does not, nothing that it is compared with can be judged. A trial that failed for '
-    'another reason, or has not ended, is left out and listed.',
-    f'A claim is held against the Welch t interval, at {CONFIDENCE:.0%}, of the difference of two '
-    'means over seeds. It agrees if the whole interval is on the side of the margin that is '
-    'claimed, it does not if the whole interval is on the other side, and otherwise the seeds '
-    'scatter too much to say. With fewer than two seeds on either side nothing can be said.',
-    'Times are not shown: trials share the machine with one another and with other programs.',
+    'Numbers are means over seeds ± the standard error of the mean, with the number of seeds in '
+    'brackets. The tuned axes (the learning rate, unless the study says more) are tuned separately '
+    'for each setting: the value of the grid with the best mean over seeds is used. It is chosen '
+    'on the same test images that the number is about, for every arm alike.',
+    'A diverged trial is a result: it counts as chance level if the study gives that, and '
+    'otherwise no comparison with it is judged. A trial that failed for another reason, or has not '
+    'ended, is left out and listed.',
+    f'A claim is tested with the Welch t interval, at {CONFIDENCE:.0%}, of the difference of two '
+    'means over seeds. It agrees if the whole interval is on the claimed side of the margin, it '
+    'does not if the whole interval is on the other side, and otherwise the seeds scatter too much '
+    'to say. With fewer than two seeds on either side nothing can be said.',
+    'Times are not shown, because trials share the machine with one another and with other '
+    'programs.',
 )
 
-EDGES = (
-    'A best value at the edge of what was tried may not be the best: the grid should go on there.'
-)
+EDGES = 'A best value at the edge of the grid may not be the best: the grid should be extended.'
 
-# What a reader may not know of each verdict's word.
 SYMBOLS = {
     Verdict.AGREES: '✓',
     Verdict.DOES_NOT: '✗',
@@ -45,7 +43,7 @@ SYMBOLS = {
 
 
 def progress(study: Study) -> str:
-    """'95 of 108 trials are complete, 9 diverged; 1 failed, 1 running, 2 pending.'"""
+    """Returns '95 of 108 trials are complete, 9 diverged; 1 failed, 1 running, 2 pending.'"""
     counts = collections.Counter(trial.state for trial in study.trials)
     done = [f'{counts["complete"]} of {len(study.trials)} trials are complete']
     done += [f'{counts["diverged"]} diverged'] if counts['diverged'] else []
@@ -58,12 +56,12 @@ def is_complete(study: Study) -> bool:
 
 
 def missing(spec: ChartSpec) -> str:
-    """What stands in the place of a chart without data."""
+    """Returns the text in place of a chart without data."""
     return f'{spec.title}: no trial has recorded {spec.y} yet.'
 
 
 def describe_point(study: Study, point: Point) -> str:
-    """'NF-ResNet-8 with AGC, batch size 512'."""
+    """Returns 'NF-ResNet-8 with AGC, batch size 512'."""
     parts = (
         study.label(a, v) if a == 'arm' else f'{axis_label(a)} {study.label(a, v)}'
         for a, v in point.items()
@@ -73,7 +71,7 @@ def describe_point(study: Study, point: Point) -> str:
 
 
 def outcome(study: Study, judgement: Judgement) -> str:
-    """Returns what came out for a claim, with the figures the verdict rests on."""
+    """Returns the outcome of a claim, with the numbers that the verdict rests on."""
     claim, comparison = judgement.claim, judgement.comparison
     if judgement.samples is None:
         return f'{comparison.reason}.'.capitalize()
@@ -108,7 +106,7 @@ def _signed(value: float, metric: str) -> str:
 
 
 def results_table(study: Study, tunings: list[Tuning]) -> Table:
-    """Returns each setting at its tuned values, with what is at the edge of what was tried."""
+    """Returns each setting at its tuned values, and marks those at the edge of the grid."""
     axes = [a for a in study.axes if any(t.setting.get(a) is not None for t in tunings)]
     tuned = [a for a in study.tuned if any(a in t.tried for t in tunings)]
     header = [*map(axis_label, axes), *(f'best {axis_label(a)}' for a in tuned)]
@@ -136,7 +134,7 @@ def has_edges(tunings: list[Tuning]) -> bool:
 
 
 def grid_table(study: Study, tunings: list[Tuning]) -> Table:
-    """Returns the study's metric at every combination of tuned values that was tried."""
+    """Returns the study's metric at every point of the grids of tuned values."""
     tuned = [a for a in study.tuned if any(a in t.tried for t in tunings)]
     axes = [a for a in study.axes if any(t.setting.get(a) is not None for t in tunings)]
     rows = []
@@ -156,27 +154,22 @@ def grid_table(study: Study, tunings: list[Tuning]) -> Table:
 
 
 def trials_table(study: Study, *, only_unsuccessful: bool = False) -> Table:
-    """Returns every trial, or those that are not complete, with what became of it."""
+    """Returns all trials with their results, or those that are not complete with their errors."""
     rows = []
     for trial in study.trials:
         if only_unsuccessful and trial.state == 'complete':
             continue
-        values = sample(study, [trial], study.metric)._replace(diverged=0)
-        result = number(values.mean, study.metric) if trial.state == 'complete' else '-'
-        note = [] if only_unsuccessful else [result]
-        error = [trial.error or ''] if only_unsuccessful else []
-        rows.append([trial.id, trial.state, f'{trial.step:,}', *note, *error])
-    note = [] if only_unsuccessful else [metric_label(study.metric)]
-    last = ['error'] if only_unsuccessful else []
-    return Table(['trial', 'state', 'step', *note, *last], rows)
+        last = trial.error or ''
+        if not only_unsuccessful:
+            mean = sample(study, [trial], study.metric).mean
+            last = number(mean, study.metric) if trial.state == 'complete' else '-'
+        rows.append([trial.id, trial.state, f'{trial.step:,}', last])
+    last = 'error' if only_unsuccessful else metric_label(study.metric)
+    return Table(['trial', 'state', 'step', last], rows)
 
 
 def provenance(study: Study) -> dict[str, str]:
-    """Returns what one must know to make the figures again, besides the commands."""
+    """Returns what is needed to reproduce the figures, besides the commands."""
     versions = ', '.join(f'{name} {version}' for name, version in study.versions.items())
-    facts = {
-        'size': study.size,
-        'hardware': study.hardware,
-        'versions': versions,
-    }
+    facts = {'size': study.size, 'hardware': study.hardware, 'versions': versions}
     return {name: fact for name, fact in facts.items() if fact not in ('', '-')}

@@ -1,7 +1,4 @@
-"""How axes, metrics and samples are written.
-
-Spaces within a figure are ones at which no line is broken.
-"""
+"""Formats axes, metrics and samples as text, with no-break spaces inside a number."""
 
 import math
 import textwrap
@@ -12,7 +9,7 @@ from experiments.report.statistics import Sample
 
 
 class Table(NamedTuple):
-    """Text in rows; the first cell of each names it."""
+    """Rows of text; the first cell of a row is its header."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -23,7 +20,7 @@ def axis_label(axis: str) -> str:
 
 
 def is_percent(metric: str) -> bool:
-    """Whether a metric is a fraction that people speak of in percent."""
+    """Returns whether a metric is a fraction that is shown in percent."""
     return metric.rpartition('/')[2] in ('top1', 'top5', 'clipped_fraction')
 
 
@@ -32,7 +29,7 @@ def scale(metric: str) -> float:
 
 
 def metric_label(metric: str) -> str:
-    """'test_ema/top1' -> 'test EMA top-1, %', 'memory/step_mib' -> 'memory step, MiB'."""
+    """Returns 'test EMA top-1, %' for 'test_ema/top1', 'memory step, MiB' for 'memory/step_mib'."""
     words = metric.replace('/', ' ').replace('_', ' ').replace(' ema ', ' EMA ')
     words = words.replace('top1', 'top-1').replace('top5', 'top-5')
     words = words.replace(' mib', ', MiB').replace(' gib', ', GiB')
@@ -40,17 +37,16 @@ def metric_label(metric: str) -> str:
 
 
 def number(value: float, metric: str) -> str:
-    """A value in the metric's unit, without the unit: 0.9712 -> '97.12' where in percent."""
+    """Returns a value in the metric's unit, without the unit: '97.12' for a top-1 of 0.9712."""
     if math.isnan(value):
         return '-'
-    value *= scale(metric)
-    return f'{value:.2f}' if is_percent(metric) else f'{value:,.4g}' if abs(value) < 1e4 else (
-        f'{value:,.0f}'
-    )  # fmt: skip
+    if is_percent(metric):
+        return f'{value * scale(metric):.2f}'
+    return f'{value:,.4g}' if abs(value) < 1e4 else f'{value:,.0f}'
 
 
 def mean_and_error(sample: Sample, metric: str) -> str:
-    """'97.12 ± 0.21 (3)': mean, standard error, number of seeds, and what diverged."""
+    """Returns '97.12 ± 0.21 (3)': mean, standard error, number of seeds, and '1 diverged'."""
     notes = [str(len(sample.values))]
     space = '\N{NO-BREAK SPACE}'
     if lost := sample.diverged + sample.uncounted:
@@ -61,5 +57,5 @@ def mean_and_error(sample: Sample, metric: str) -> str:
 
 
 def in_lines(label: str, width: int = 16) -> list[str]:
-    """Breaks a label that has little room, between words."""
+    """Breaks a label into lines of `width` characters, between words."""
     return textwrap.wrap(label, width, break_long_words=False) or ['']

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.run import parallel
-from nfnets_jax.data.pipeline import BadPictures, epoch_order, eval_batches
+from nfnets_jax.data.pipeline import UnreadableExamples, epoch_order, eval_batches
 from nfnets_jax.data.sources import Source
 from nfnets_jax.errors import UsageError
 
@@ -49,7 +49,7 @@ class ResidentBatches:
         transform: Callable | None = None,
         process_index: int = 0,
         process_count: int = 1,
-        bad: BadPictures | None = None,
+        bad: UnreadableExamples | None = None,
     ):
         self._size, self._seed = len(source), seed
         self._batch_size, self._step = batch_size, start_step
@@ -111,7 +111,7 @@ def take(batch: dict, step: jax.Array, batch_size: int) -> dict:
     }
 
 
-def _read_all(source: Source, transform: Callable | None, bad: BadPictures | None) -> dict:
+def _read_all(source: Source, transform: Callable | None, bad: UnreadableExamples | None) -> dict:
     """Returns all images, labels and masks (0: could not be read) of a source, in its order."""
     batch_size = min(len(source), 1024)
     batches = eval_batches(source, batch_size=batch_size, transform=transform, bad=bad)

@@ -1,8 +1,8 @@
-"""Runs a study; the command is in `command`, since worker processes cannot import a __main__."""
+"""Runs a study. The code is in `command`, because worker processes cannot import a __main__."""
 
 from experiments.study import command
 
-__doc__ = command.__doc__  # What --help shows.
+__doc__ = command.__doc__  # for --help
 
 if __name__ == '__main__':
     command.run()

@@ -1,16 +1,16 @@
-"""Runs a study: every trial of a grid once, by as many processes and machines as there are.
+"""Runs a study: every trial of a grid once, on any number of processes and machines.
 
     python -m experiments.study --config=configs/studies/agc_batch_size.py:digits --workdir=S
         [--jobs=2] [--seeds=5] [--max_trials=10] [--retry] [--config.base.data.path=...]
 
-Run the same command again, at any time and on any machine that sees the directory, and it takes
-part or goes on: a trial whose process was killed continues from its last checkpoint. A trial that
-diverged or failed is a result like another. In the directory:
+The same command, at any time and on any machine that sees the directory, joins or resumes the
+study: a trial whose process was killed continues from its last checkpoint. A trial that diverged or
+failed is a result. In the directory:
 
-    data.json     which data the trials are about: the study ends with one line if they change
-    study.json    question, setting, every trial's axes, state and metrics; whole at any moment
-    trials/ID/    each trial's run, as experiments.train leaves it; error.txt where one failed
-    journal.log   Optuna's journal, the state of it all: `optuna-dashboard S/journal.log` shows it
+    data.json     identity of the data: the study ends with one line if they change
+    study.json    question, setting, and every trial's axes, state and metrics; always valid
+    trials/ID/    each trial's run, as experiments.train writes it; error.txt of a failed one
+    journal.log   Optuna's journal with the state of all trials; see optuna-dashboard S/journal.log
 """
 
 import collections
@@ -43,7 +43,7 @@ from experiments.launch import cli, distributed
 from experiments.run import data_record, workdir
 from experiments.study import config as study_config
 from experiments.study import measurements
-from experiments.study.journal import Journal, Record, in_turn
+from experiments.study.journal import Journal, TrialRecord, round_robin
 from experiments.study.schema import SUMMARY_FILE
 from experiments.train import DivergedError, train
 from nfnets_jax import files, optimizers
@@ -53,7 +53,7 @@ _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'optuna', 'numpy')
 
 
 class LostWorkersError(Exception):
-    """Processes that shared a study ended without having been told to."""
+    """Worker processes ended unexpectedly."""
 
 
 def run_study(
@@ -65,22 +65,22 @@ def run_study(
     retry: bool = False,
     command: str = '',
 ) -> None:
-    """Runs the trials of a study that have not ended, and leaves what came out in study.json.
+    """Runs the trials of a study that have not ended, and writes the results to study.json.
 
     Args:
       study: as in `study_config.default_study`.
-      directory: where the study is kept.
-      jobs: worker processes; with 1 this one does the work.
-      max_trials: how many to begin at most, in this call; arms take turns.
-      retry: whether to do once more what failed.
-      command: what the user typed, to be told in study.json.
+      directory: directory of the study.
+      jobs: worker processes; with 1 this process does the work.
+      max_trials: how many to start at most in this call; arms take turns.
+      retry: whether to run failed trials again.
+      command: the user's command line, for study.json.
 
     Raises:
-      UsageError: a mistake in the study or the directory, found before a trial has begun; or no
-        trial gives the metric, after the first.
-      LostWorkersError: what they were at can be continued.
+      UsageError: a mistake in the study or the directory, found before the first trial; or the
+        trials do not have the study's metric, found after the first trial.
+      LostWorkersError: workers were killed; the same call resumes their trials.
     """
-    if jobs > 1:  # Whoever comes first shall not take all of an accelerator's memory.
+    if jobs > 1:  # Else the first worker would take all of an accelerator's memory.
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     trials = study_config.make_trials(study)
     data = _check_configs(study, trials)
@@ -93,19 +93,19 @@ def run_study(
     if command:
         journal.remember('commands', command)
     write_summary(study, journal)
-    course = _Course(journal, [trial.id for trial in trials], jobs, max_trials)
-    course.begin(study, len({trial.program for trial in trials}))
+    progress = StudyProgress(journal, [trial.id for trial in trials], jobs, max_trials)
+    progress.start(study, len({trial.program for trial in trials}))
     lost: list[int] = []
     try:
         with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
             if jobs == 1:
-                work(study, directory, max_trials, on_end=course.update)
+                work(study, directory, max_trials, on_end=progress.update)
             else:
-                lost = _share_out(study, directory, jobs, max_trials, course)
+                lost = _run_workers(study, directory, jobs, max_trials, progress)
     finally:
-        course.close()
+        progress.close()
         write_summary(study, journal)
-    course.conclude(directory)
+    progress.summarize(directory)
     if lost:
         statuses = ', '.join(map(str, lost))
         killed = ' (killed: out of memory?)' if min(lost) < 0 else ''
@@ -124,49 +124,50 @@ def work(
     max_trials: int | None = None,
     on_end: Callable[[], None] = lambda: None,
 ) -> None:
-    """Does trials of a study until all are ended or taken, or `max_trials` are done.
+    """Runs trials of a study until all have ended or are taken, or `max_trials` are done.
 
     Args:
-      study: whose trials are in the journal.
-      directory: of the study.
+      study: its trials are in the journal.
+      directory: directory of the study.
       max_trials: how many at most.
-      on_end: called after each.
+      on_end: called after each trial.
 
     Raises:
-      KeyboardInterrupt: it was told to stop; the trial at hand can be continued.
+      KeyboardInterrupt: stopped by a signal; the current trial can be resumed.
     """
     journal = open_journal(study, directory)
     trials = {trial.id: trial for trial in study_config.make_trials(study)}
-    _keep_compiled(pathlib.Path(directory) / '.cache' / platform.node())
+    _enable_compilation_cache(pathlib.Path(directory) / '.cache' / platform.node())
     if study.pretrain:
-        with journal.exclusive():  # The others wait for it, too.
+        with journal.exclusive():  # The other workers wait for the weights.
             _pretrain(study.pretrain, directory)
     compiled = measurements.Compiled()
     program, done = None, 0
     while max_trials is None or done < max_trials:
-        record = journal.claim(trials, program, max_trials and max_trials - done)
+        record = journal.acquire(trials, program, max_trials and max_trials - done)
         if record is None:
             return
         if record.program != program:
-            compiled = measurements.Compiled()  # What the trials before needed takes memory.
+            compiled = measurements.Compiled()  # Free the memory of the previous programs.
             program = record.program
         begun = time.perf_counter()
         try:
-            outcome = _do(study, trials[record.id], journal.trial_directory(record.id), compiled)
+            trial_directory = journal.trial_directory(record.id)
+            outcome = _run_trial(study, trials[record.id], trial_directory, compiled)
         except BaseException:
-            journal.leave(record)
+            journal.release(record)
             raise
-        journal.end(record, seconds=round(time.perf_counter() - begun, 3), **outcome)
+        journal.finish(record, seconds=round(time.perf_counter() - begun, 3), **outcome)
         journal.remember('hardware', _hardware())
         write_summary(study, journal)
         done += 1
         on_end()
 
 
-def _keep_compiled(directory: pathlib.Path) -> None:
-    """Keeps compiled programs: other workers need the same, other batch sizes the same `init`."""
+def _enable_compilation_cache(directory: pathlib.Path) -> None:
+    """Caches compiled programs: workers share them, and batch sizes share `init`."""
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds it
-    if not chosen:  # Else the user has chosen a place.
+    if not chosen:  # Else keep the user's directory.
         jax.config.update('jax_compilation_cache_dir', os.fspath(directory.absolute()))
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
@@ -174,7 +175,7 @@ def _keep_compiled(directory: pathlib.Path) -> None:
 def _pretrain(config: ConfigDict, directory: str | os.PathLike) -> None:
     path = study_config.PRETRAINED.format(study=directory)
     try:
-        with _of_pretraining():
+        with _naming_pretrain():
             summary = train(config, path, quiet=True)
     except DivergedError as error:
         raise UsageError(f'config.pretrain: {error}') from error
@@ -183,8 +184,8 @@ def _pretrain(config: ConfigDict, directory: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def _of_pretraining() -> Iterator[None]:
-    """Makes a mistake in the config of the pre-training one in the study's."""
+def _naming_pretrain() -> Iterator[None]:
+    """Renames keys in errors about the pre-training config to those of the study's config."""
     try:
         yield
     except UsageError as error:
@@ -192,16 +193,16 @@ def _of_pretraining() -> Iterator[None]:
         raise UsageError(message) from error
 
 
-def _do(
+def _run_trial(
     study: ConfigDict,
     trial: study_config.Trial,
     directory: pathlib.Path,
     compiled: measurements.Compiled,
 ) -> dict[str, Any]:
-    """Returns a trial's state, and its metrics and value or its error.
+    """Runs a trial; returns its state, and its metrics and value or its error.
 
     Raises:
-      UsageError: the study's metric is not among them.
+      UsageError: the trial does not have the study's metric.
     """
     metrics: dict[str, Any] = {}
     try:
@@ -213,10 +214,10 @@ def _do(
     except DivergedError as error:
         return {'state': 'diverged', 'error': study_config.in_study(str(error), trial, study)}
     except Exception as error:
-        # Whatever it is, the other trials may do without it.
+        # Whatever it is, the other trials may succeed.
         files.atomic_write(directory / 'error.txt', traceback.format_exc())
-        told = study_config.in_study(f'{type(error).__name__}: {error}', trial, study)
-        return {'state': 'failed', 'error': told.splitlines()[0][:300]}
+        message = study_config.in_study(f'{type(error).__name__}: {error}', trial, study)
+        return {'state': 'failed', 'error': message.splitlines()[0][:300]}
     if study.metric not in metrics:
         raise UsageError(
             f'config.metric={study.metric!r}: trial {trial.id} has no such metric'
@@ -226,10 +227,10 @@ def _do(
 
 
 def write_summary(study: ConfigDict, journal: Journal) -> None:
-    """Writes study.json: `study_config.to_json`, all trials, and what they were done with."""
+    """Writes study.json: `study_config.to_json`, all trials, commands, versions and hardware."""
     with journal.exclusive():
         records = journal.records()
-        # More values than the config's, where it had others before.
+        # Includes values that an earlier config of the study had.
         seen: dict[str, dict] = collections.defaultdict(dict)
         for record in records:
             for axis, value in record.axes.items():
@@ -249,7 +250,7 @@ def write_summary(study: ConfigDict, journal: Journal) -> None:
         files.atomic_write(journal.directory / SUMMARY_FILE, json.dumps(summary, indent=1) + '\n')
 
 
-def _to_json(record: Record) -> dict[str, Any]:
+def _to_json(record: TrialRecord) -> dict[str, Any]:
     fields = ('id', 'axes', 'state', 'step', 'metrics', 'seconds', 'error', 'config_diff')
     return {field: getattr(record, field) for field in fields}
 
@@ -257,19 +258,19 @@ def _to_json(record: Record) -> dict[str, Any]:
 def _check_configs(
     study: ConfigDict, trials: Iterable[study_config.Trial]
 ) -> dict[str, data_record.Record]:
-    """Raises a UsageError for the first config that could not be run.
+    """Raises a UsageError for the first invalid config.
 
     Returns:
       The records of all data that the study reads, by `data_record.key`.
     """
     data = {}
     if study.pretrain:
-        with _of_pretraining():
+        with _naming_pretrain():
             prepared = _check_config(study.pretrain)
         data[data_record.key(study.pretrain)] = data_record.describe(prepared.splits)
     checked = set()
     for trial in trials:
-        # Trials that have these in common differ in a few numbers; to trace the model takes time.
+        # Tracing the model takes time; trials with the same key only differ in a few numbers.
         key = trial.program, trial.config.init.weights
         try:
             if key in checked:
@@ -298,20 +299,20 @@ def _hardware() -> str:
     return f'{devices}, {platform.machine()} with {os.cpu_count()} cores'
 
 
-def _share_out(
+def _run_workers(
     study: ConfigDict,
     directory: str | os.PathLike,
     jobs: int,
     max_trials: int | None,
-    course: '_Course',
+    progress: 'StudyProgress',
 ) -> list[int]:
-    """Lets `jobs` processes do the work, and tells how it goes.
+    """Runs `work` in `jobs` processes and reports progress.
 
     Returns:
-      The exit statuses of those that were lost, negative for a signal.
+      The exit statuses of the workers that failed, negative for a signal.
 
     Raises:
-      UsageError: what one of them found wrong; the others have been stopped.
+      UsageError: a worker raised it; the others have been stopped.
     """
     spawn = multiprocessing.get_context('spawn')
     shares: list[int | None] = [None] * jobs
@@ -328,14 +329,14 @@ def _share_out(
             worker.start()
             started.append(worker)
         while any(worker.is_alive() for worker in workers) and mistakes.empty():
-            course.update()
+            progress.update()
             time.sleep(0.5)
     finally:
         for worker in started:
-            worker.terminate()  # It saves its trial first; one that has ended does not hear it.
+            worker.terminate()  # It saves its trial first.
         for worker in started:
             worker.join()
-        course.update()
+        progress.update()
     if not mistakes.empty():
         raise UsageError(mistakes.get())
     return [worker.exitcode for worker in workers if worker.exitcode]
@@ -343,8 +344,8 @@ def _share_out(
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Makes SIGTERM a KeyboardInterrupt, as SIGINT is; training ends its step first."""
-    if threading.current_thread() is not threading.main_thread():  # Elsewhere Python forbids it.
+    """Turns SIGTERM into a KeyboardInterrupt, like SIGINT; training ends its step first."""
+    if threading.current_thread() is not threading.main_thread():  # Python forbids it elsewhere.
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -357,7 +358,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 def _worker(
     study: dict[str, Any], directory: str, mistakes: SimpleQueue, max_trials: int | None
 ) -> None:
-    """A process of `_share_out`, which passes on the signals that it gets."""
+    """Runs `work` in a process of `_run_workers`, which forwards signals."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.set_verbosity(logging.ERROR)
 
@@ -374,55 +375,54 @@ def _worker(
         sys.exit(distributed.MISTAKE)
 
 
-class _Course:
-    """Tells how a study goes: a bar on a terminal, elsewhere a line for each trial that ends.
+class StudyProgress:
+    """Reports progress: a bar on a terminal, elsewhere a line for each trial that ends.
 
     Args:
-      journal: of the study, where the trials of all workers are seen.
-      ids: of the trials that count.
-      jobs: how many workers of this call share what is left.
-      max_trials: how many trials of those that are left they begin.
+      journal: the study's journal, with the trials of all workers.
+      ids: the trials to count.
+      jobs: number of workers of this call.
+      max_trials: how many more trials they start at most.
     """
 
     def __init__(self, journal: Journal, ids: Iterable[str], jobs: int, max_trials: int | None):
         self._journal, self._ids, self._jobs = journal, set(ids), jobs
-        self._told = {record.id for record in self._records() if record.ended}
-        self._last = None if max_trials is None else len(self._told) + max_trials
-        self._begun = time.monotonic()
+        self._reported = {record.id for record in self._records() if record.ended}
+        self._last = None if max_trials is None else len(self._reported) + max_trials
         self._bar: tqdm | None = None
 
-    def begin(self, study: ConfigDict, programs: int) -> None:
-        before = f', {len(self._told)} of them done' if self._told else ''
+    def start(self, study: ConfigDict, programs: int) -> None:
+        before = f', {len(self._reported)} of them done' if self._reported else ''
         cost = f'; {study.cost}' if study.cost else ''
-        now = '' if self._last is None else f', {self._last - len(self._told)} more at most now'
+        now = '' if self._last is None else f', {self._last - len(self._reported)} more at most now'
         trials = f'{len(self._ids)} trials with {programs} compiled programs{before}{now}{cost}'
         print(f'{study.name} ({study.size}): {trials}', file=sys.stderr, flush=True)
         self._metric = study.metric
         if sys.stderr.isatty():
             form = 'trial {n_fmt}/{total_fmt} |{bar}|{desc}'
-            self._bar = tqdm(
-                total=len(self._ids), initial=len(self._told), bar_format=form, dynamic_ncols=True
-            )
+            counts = {'total': len(self._ids), 'initial': len(self._reported)}
+            self._bar = tqdm(**counts, bar_format=form, dynamic_ncols=True)
 
     def update(self) -> None:
-        """Tells of the trials that have ended since."""
+        """Reports the trials that have ended since the last call."""
         records = self._records()
-        news = [record for record in records if record.ended and record.id not in self._told]
-        for record in news:
-            self._told.add(record.id)
-            ended = record.metrics.get(self._metric) if record.state == 'complete' else None
-            outcome = record.state if ended is None else f'{self._metric} {ended:.4g}'
+        for record in records:
+            if not record.ended or record.id in self._reported:
+                continue
+            self._reported.add(record.id)
+            value = record.metrics.get(self._metric) if record.state == 'complete' else None
+            outcome = record.state if value is None else f'{self._metric} {value:.4g}'
             if record.state == 'failed':
                 outcome += f': {record.error}'
-            line = f'{len(self._told):>4}/{len(self._ids)} {record.id}: {outcome}'
-            self._say(f'{line}  ({record.seconds or 0:.1f} s)', self._left(records))
+            line = f'{len(self._reported):>4}/{len(self._ids)} {record.id}: {outcome}'
+            self._print(f'{line}  ({record.seconds or 0:.1f} s)', self._time_left(records))
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
-    def conclude(self, directory: str | os.PathLike) -> None:
-        """Tells what there is."""
+    def summarize(self, directory: str | os.PathLike) -> None:
+        """Prints the number of trials in each state, and the next command."""
         records = self._records()
         counts = collections.Counter(record.state for record in records)
         states = ', '.join(f'{count} {state}' for state, count in sorted(counts.items()))
@@ -432,32 +432,32 @@ class _Course:
         else:
             print(f'look: python -m experiments.report --workdir={directory}', file=sys.stderr)
 
-    def _records(self) -> list[Record]:
+    def _records(self) -> list[TrialRecord]:
         return [record for record in self._journal.records() if record.id in self._ids]
 
-    def _left(self, records: Iterable[Record]) -> str:
-        """Returns ', ... left', reckoned by what trials of the same program took."""
-        took: dict[str, list[float]] = collections.defaultdict(list)
+    def _time_left(self, records: Iterable[TrialRecord]) -> str:
+        """Returns ', ... left', estimated from trials with the same program."""
+        durations: dict[str, list[float]] = collections.defaultdict(list)
         for record in records:
             if record.seconds is not None:
-                took[record.program].append(record.seconds)
-        if not took:
+                durations[record.program].append(record.seconds)
+        if not durations:
             return ''
-        known = {program: statistics.median(seconds) for program, seconds in took.items()}
+        known = {program: statistics.median(seconds) for program, seconds in durations.items()}
         typical = statistics.mean(known.values())
-        coming = [record for record in in_turn(records) if not record.ended]
+        coming = [record for record in round_robin(records) if not record.ended]
         if self._last is not None:
-            coming = coming[: max(0, self._last - len(self._told))]
+            coming = coming[: max(0, self._last - len(self._reported))]
         left = sum(known.get(record.program, typical) for record in coming) / self._jobs
         return f', {tqdm.format_interval(left)} left' if left else ''
 
-    def _say(self, line: str, left: str) -> None:
+    def _print(self, line: str, left: str) -> None:
         if self._bar is None:
             print(line + left, file=sys.stderr, flush=True)
-        else:  # What came out scrolls by; the bar has room for the time left on any terminal.
+        else:  # Results scroll above the bar, which has room for the time left on any terminal.
             self._bar.write(line, file=sys.stderr)
             self._bar.set_description_str(left.replace(',', ''), refresh=False)
-            self._bar.update(len(self._told) - self._bar.n)
+            self._bar.update(len(self._reported) - self._bar.n)
 
 
 def main() -> None:
@@ -482,10 +482,10 @@ def main() -> None:
 def run() -> None:
     """Defines the flags, parses the command line and runs `main`."""
     config_flags.DEFINE_config_file('config', None, 'The study.', lock_config=True)
-    cli.define_workdir('Where everything about the study is kept.')
-    flags.DEFINE_integer('jobs', 1, 'Processes that share the trials.', lower_bound=1)
-    flags.DEFINE_integer('seeds', None, 'Use seeds 0 to this, less one.', lower_bound=1)
-    flags.DEFINE_integer('max_trials', None, 'Begin so many trials at most.', lower_bound=1)
-    flags.DEFINE_bool('retry', False, 'Do those trials once more that failed.')
+    cli.define_workdir('Directory of the study.')
+    flags.DEFINE_integer('jobs', 1, 'Number of worker processes.', lower_bound=1)
+    flags.DEFINE_integer('seeds', None, 'Number of seeds, from 0 on.', lower_bound=1)
+    flags.DEFINE_integer('max_trials', None, 'Start at most this many trials.', lower_bound=1)
+    flags.DEFINE_bool('retry', False, 'Run failed trials again.')
     flags.mark_flags_as_required(['config', 'workdir'])
     cli.run(main)

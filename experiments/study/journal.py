@@ -1,13 +1,13 @@
-"""Who does which trial of a study, and what became of it: the one module that knows Optuna.
+"""Assigns the trials of a study to workers and stores their results. Only this module uses Optuna.
 
 Optuna keeps the trials in a journal, a file that any number of processes and machines may share.
-Of its samplers none is used: its grid sampler draws the points in random order, so that a program
-would be compiled again and again, hands one point to two workers that ask at the same moment, and
-knows no grid whose learning rates differ from arm to arm. So all points are put in the journal at
-the start, and a worker takes the one that suits it best.
+Its samplers are not used: the grid sampler draws points in random order, so that a program would be
+compiled again and again, gives the same point to two workers that ask at the same moment, and does
+not support learning rates that differ from arm to arm. Instead, all points are added to the journal
+at the start, and each worker takes the one that suits it best.
 
-A worker holds a file lock on the trial it is at. A trial that is begun, not ended and not locked is
-one whose process was killed; the next worker takes it up again.
+A worker holds a file lock on its trial. A trial that has started, has not ended and is not locked
+belongs to a process that was killed; the next worker resumes it.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from experiments.run.metric_writers import METRICS_FILE
 from experiments.study.config import Trial
 from nfnets_jax.errors import UsageError
 
-# What a trial came to, in our words and in Optuna's.
+# Final states, in our words and Optuna's.
 _ENDS = {
     'complete': TrialState.COMPLETE,
     'diverged': TrialState.PRUNED,
@@ -39,11 +39,11 @@ _ENDS = {
 }
 _STATES = {state: end for end, state in _ENDS.items()}
 
-MAX_ATTEMPTS = 3  # at the same step; a trial whose process is killed once more has failed
+MAX_ATTEMPTS = 3  # at the same step; a trial whose process is killed again has failed
 
 
-class Record(NamedTuple):
-    """What the journal says of a trial."""
+class TrialRecord(NamedTuple):
+    """A trial in the journal."""
 
     number: int  # in the journal
     id: str
@@ -51,9 +51,9 @@ class Record(NamedTuple):
     program: str
     config_diff: dict[str, Any]  # from the study's base
     state: str  # 'pending', 'running', 'complete', 'diverged' or 'failed'
-    step: int  # how far its run has come
+    step: int  # last recorded step of its run
     metrics: dict[str, float]
-    seconds: float | None  # of the session that ended it
+    seconds: float | None  # duration of the session that ended it
     error: str | None
 
     @property
@@ -61,25 +61,25 @@ class Record(NamedTuple):
         return self.state in _ENDS
 
 
-def in_turn(records: Iterable[Record]) -> list[Record]:
-    """Returns trials in the order in which they share a budget, those that have ended among them.
+def round_robin(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Returns trials in the order in which they use up a budget, including those that have ended.
 
-    One of each arm, then the next of each arm; in an arm one seed before the next.
+    The first trial of each arm, then the second of each arm, ...; within an arm by seed.
     """
-    arms: dict[Any, list[Record]] = {}
+    arms: dict[Any, list[TrialRecord]] = {}
     for record in sorted(records, key=lambda r: (r.axes.get('seed', 0), r.number)):
         arms.setdefault(record.axes.get('arm'), []).append(record)
     rounds = itertools.zip_longest(*arms.values())
-    return [record for turn in rounds for record in turn if record is not None]
+    return [record for one_each in rounds for record in one_each if record is not None]
 
 
 class Journal:
     """The trials of the study in a directory.
 
     Args:
-      directory: of the study; made if it is not there.
-      name: of the study.
-      higher_is_better: of its metric.
+      directory: directory of the study, created if missing.
+      name: name of the study.
+      higher_is_better: whether its metric is to be maximized.
 
     Raises:
       UsageError: the directory cannot be written, or holds another study or a damaged journal.
@@ -93,7 +93,7 @@ class Journal:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._locks: dict[str, TextIO] = {}
             with self.exclusive():
-                # A lock that a killed process left behind is broken after half a minute.
+                # The lock of a killed process expires after half a minute.
                 lock = JournalFileOpenLock(os.fspath(file))
                 _drop_torn_line(file, lock)
                 self._storage = JournalStorage(JournalFileBackend(os.fspath(file), lock))
@@ -124,7 +124,7 @@ class Journal:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Keeps every other process out of its own `exclusive` sections meanwhile."""
+        """Enters a critical section of all processes that share the directory."""
         with open(self.directory / '.lock', 'a') as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -140,23 +140,23 @@ class Journal:
         """Adds the trials that the journal does not have.
 
         Args:
-          trials: of the study.
-          differences: of each from the base.
-          base: the study's, flat.
-          retry: whether to add those once more that failed.
+          trials: all trials of the study.
+          differences: how the config of each differs from the base.
+          base: the study's base config, flat.
+          retry: whether to add failed trials again.
 
         Raises:
-          UsageError: what is there was made with another config; nothing has been added.
+          UsageError: the journal was made with another config; nothing has been added.
         """
         trials = list(trials)
         with self.exclusive():
-            there = self.records()
+            existing = self.records()
             attributes = self._study.user_attrs
-            # A field that was added since has the value that stood for it before.
+            # Fields that newer versions added have the value that reproduces the old behavior.
             added = {key: x for key, x in schema.ADDED_FIELDS.items() if key in base}
             earlier = added | attributes.get('base', base)
             self._assert_same(earlier, base, 'config.base.')
-            known = {record.id: record for record in there}
+            known = {record.id: record for record in existing}
             new = []
             for trial, difference in zip(trials, differences, strict=True):
                 if record := known.get(trial.id):
@@ -165,7 +165,7 @@ class Journal:
                         continue
                 new.append((trial, difference))
             choices: dict[str, dict] = {}
-            for axes in [*(trial.axes for trial in trials), *(record.axes for record in there)]:
+            for axes in [*(trial.axes for trial in trials), *(record.axes for record in existing)]:
                 for axis, value in axes.items():
                     choices.setdefault(axis, {})[value] = None
             if 'base' not in attributes:
@@ -195,48 +195,48 @@ class Journal:
                 'choose another directory'
             )
 
-    def records(self) -> list[Record]:
-        """Returns the trials in the order they were added; of one tried again, the last."""
+    def records(self) -> list[TrialRecord]:
+        """Returns the trials in the order they were added; of a retried one, the last."""
         frozen = self._storage.get_all_trials(self._study_id, deepcopy=False)
         latest = {trial.user_attrs['id']: trial for trial in frozen}
         return [self._record(trial) for trial in latest.values()]
 
-    def claim(
+    def acquire(
         self, ids: Iterable[str], program: str | None, budget: int | None = None
-    ) -> Record | None:
-        """Takes a trial that nobody is at; `end` or `leave` gives it back.
+    ) -> TrialRecord | None:
+        """Locks a free trial for this worker, until `finish` or `release`.
 
-        Preferred is one that runs `program`, then one whose program nobody runs.
+        It prefers trials that run `program`, then those whose program no other worker runs.
 
         Args:
-          ids: of the trials to choose from.
-          program: what this worker has compiled.
-          budget: how many trials the worker may still take; it chooses from the first so many of
-            `in_turn`.
+          ids: the trials to choose from.
+          program: the program that this worker has compiled.
+          budget: how many trials the worker may still acquire; it chooses among as many free ones,
+            in the order of `round_robin`.
 
         Returns:
-          None if all are ended or taken.
+          The trial; None if all have ended or are taken.
         """
         ids = set(ids)
         with self.exclusive():
             while True:
                 known = [r for r in self.records() if r.id in ids]
                 busy = {r.program for r in known if r.state == 'running'}
-                free = [r for r in in_turn(known) if r.state == 'pending'][:budget]
+                free = [r for r in round_robin(known) if r.state == 'pending'][:budget]
                 if not free:
                     return None
                 record = min(
                     free, key=lambda r: (r.program != program, r.program in busy, r.number)
                 )
                 self._lock(record)
-                if self._begin(record):
+                if self._start(record):
                     return record
                 reason = f'its process was killed {MAX_ATTEMPTS} times at step {record.step:,}'
-                self.end(record, 'failed', error=f'{reason}: out of memory?', seconds=None)
+                self.finish(record, 'failed', error=f'{reason}: out of memory?', seconds=None)
 
-    def end(
+    def finish(
         self,
-        record: Record,
+        record: TrialRecord,
         state: str,
         *,
         seconds: float | None,
@@ -244,45 +244,41 @@ class Journal:
         metrics: Mapping[str, Any] | None = None,
         error: str | None = None,
     ) -> None:
-        """Writes what a trial came to: 'complete' with the value of the metric, or without."""
-        told = {
-            'metrics': dict(metrics or {}),
-            'seconds': seconds,
-            'error': error,
-            'step': self._steps_done(record.id),
-        }
-        for name, attribute in told.items():
-            self._set(record.number, name, attribute)
+        """Stores the result of a trial and unlocks it; `value` is the metric of a complete one."""
+        self._set(record.number, 'metrics', dict(metrics or {}))
+        self._set(record.number, 'seconds', seconds)
+        self._set(record.number, 'error', error)
+        self._set(record.number, 'step', self._steps_done(record.id))
         self._study.tell(record.number, value, state=_ENDS[state])
         self._unlock(record)
 
-    def leave(self, record: Record) -> None:
-        """Gives a trial back that is not ended, for the next worker to go on with."""
+    def release(self, record: TrialRecord) -> None:
+        """Unlocks a trial that has not ended, so that another worker can resume it."""
         self._set(record.number, 'attempts', {'step': record.step, 'count': 0})
         self._unlock(record)
 
     def remember(self, name: str, value: str) -> None:
-        """Adds a value to a list that is kept with the study, if it is not there."""
+        """Appends a value to a list stored with the study, unless it is in it."""
         with self.exclusive():
             values = self.remembered(name)
             if value not in values:
                 self._study.set_user_attr(name, [*values, value])
 
     def remembered(self, name: str) -> list[str]:
-        """Returns the values in such a list."""
+        """Returns the list that `remember` stored."""
         return self._study.user_attrs.get(name, [])
 
     def trial_directory(self, id: str) -> pathlib.Path:
         return self.directory / 'trials' / id
 
-    def _record(self, trial: optuna.trial.FrozenTrial) -> Record:
+    def _record(self, trial: optuna.trial.FrozenTrial) -> TrialRecord:
         attributes = trial.user_attrs
         state = _STATES.get(trial.state)
         if state is None:
             begun = trial.state == TrialState.RUNNING
             state = 'running' if begun and self._is_locked(attributes['id']) else 'pending'
         step = attributes.get('step')
-        return Record(
+        return TrialRecord(
             trial.number,
             attributes['id'],
             {axis: trial.params[axis] for axis in trial.params},
@@ -295,8 +291,8 @@ class Journal:
             attributes.get('error'),
         )
 
-    def _begin(self, record: Record) -> bool:
-        """Marks a trial as begun, once more perhaps; False if that was in vain too often."""
+    def _start(self, record: TrialRecord) -> bool:
+        """Counts an attempt and marks a trial as running; False after too many attempts."""
         trial_id = self._trial_id(record.number)
         before = self._storage.get_trial(trial_id).user_attrs.get('attempts', {})
         count = before['count'] + 1 if before.get('step') == record.step else 1
@@ -313,14 +309,14 @@ class Journal:
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
-    def _lock(self, record: Record) -> None:
+    def _lock(self, record: TrialRecord) -> None:
         path = self.trial_directory(record.id)
         path.mkdir(parents=True, exist_ok=True)
         file = open(path / '.claim', 'a')  # noqa: SIM115, _unlock closes it
-        fcntl.flock(file, fcntl.LOCK_EX)  # Somebody may be looking whether it is locked.
+        fcntl.flock(file, fcntl.LOCK_EX)  # Waits for a process that is testing the lock.
         self._locks[record.id] = file
 
-    def _unlock(self, record: Record) -> None:
+    def _unlock(self, record: TrialRecord) -> None:
         self._locks.pop(record.id).close()
 
     def _is_locked(self, id: str) -> bool:
@@ -334,7 +330,7 @@ class Journal:
             return True
 
     def _steps_done(self, id: str) -> int:
-        """Returns the step of the last whole line of a run's metrics."""
+        """Returns the step of the last complete line of a run's metrics."""
         try:
             lines = (self.trial_directory(id) / METRICS_FILE).read_bytes().split(b'\n')
             return json.loads(lines[-2])['step']
@@ -343,7 +339,7 @@ class Journal:
 
 
 def _damaged_line(file: pathlib.Path) -> int | None:
-    """Returns the number of the first line that Optuna has not written, from 1."""
+    """Returns the number, from 1, of the first line that is not an Optuna record."""
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             json.loads(line)['op_code']
@@ -353,7 +349,7 @@ def _damaged_line(file: pathlib.Path) -> int | None:
 
 
 def _drop_torn_line(file: pathlib.Path, lock: JournalFileOpenLock) -> None:
-    """Drops what a machine that went down left unfinished at the end, which Optuna cannot read."""
+    """Drops an incomplete last line, left by a crash, which Optuna cannot read."""
     if not file.exists():
         return
     lock.acquire()

@@ -1,7 +1,7 @@
-"""What a trial of a study may do, each a function of its config and its directory.
+"""The measurements of a trial: functions of its config and its directory.
 
-Training is one of them. The others measure: they leave the same files as a training run
-(config.json, metrics.jsonl), so that whoever reads runs reads them too.
+One of them trains. The others write the same files as a training run (config.json, metrics.jsonl),
+so that whatever reads runs can read them too.
 """
 
 import dataclasses
@@ -22,25 +22,25 @@ from experiments.train import train
 from experiments.train_step import Programs, make_train_step, program_key
 from nfnets_jax import augment
 from nfnets_jax.data.sources import Source
-from nfnets_jax.weights.checkpoints import Checkpoints
+from nfnets_jax.weights.checkpoints import CheckpointReader
 
 
 @dataclasses.dataclass
 class Compiled:
-    """What is compiled once for several trials, by what the programs depend on."""
+    """Compiled programs that trials share, by a key of what they depend on."""
 
     training: dict[str, Programs] = dataclasses.field(default_factory=dict)
     logits: dict[str, Callable] = dataclasses.field(default_factory=dict)
-    memory: dict[str, float] = dataclasses.field(default_factory=dict)  # what one program takes
+    memory: dict[str, float] = dataclasses.field(default_factory=dict)  # MiB of one program
 
 
-# (config, directory, compiled) -> metrics by name, or None if it was told to stop and will go on
-# from where it was when called again.
+# (config, directory, compiled) -> metrics by name, or None if it was stopped; called again, it
+# resumes.
 Measurement = Callable[[ConfigDict, str | os.PathLike, Compiled], dict[str, Any] | None]
 
-PROBES = 8  # pictures whose logits are looked at
-DRAWS = 4  # sets of neighbours for each
-_DISCREPANCY_PICTURES = 512
+PROBES = 8  # images whose logits are compared
+DRAWS = 4  # batches for each of them
+_DISCREPANCY_IMAGES = 512
 
 
 def training(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any] | None:
@@ -48,22 +48,22 @@ def training(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any
     summary = train(config, directory, programs=compiled.training, quiet=True)
     if 'final' not in summary:
         return None
-    told = ('images_per_second', 'training_seconds', 'compile_seconds', 'parameters')
+    kept = ('images_per_second', 'training_seconds', 'compile_seconds', 'parameters')
     last = [line for line in metric_writers.read_metrics(directory) if 'train/loss' in line][-1]
     in_training = {name: value for name, value in last.items() if name.startswith('train/')}
-    return in_training | summary['final'] | {name: summary[name] for name in told}
+    return in_training | summary['final'] | {name: summary[name] for name in kept}
 
 
 def signal_propagation(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any]:
-    """Measures the signal at initialisation, block by block (arXiv 2101.08692, section 3).
+    """Measures the signal at initialization, block by block (arXiv 2101.08692, section 3).
 
-    Noise of `config.batch_size` examples goes through the network with freshly drawn weights and
-    gains of 1. The lines of metrics.jsonl are blocks, `step` their number.
+    A batch of noise passes through the network with initial weights and gains of 1. Each line of
+    metrics.jsonl is a block; `step` is its number.
 
     Returns:
-      For each metric of `layers.signal_metrics` the value at the last block, 'signal/avg_var', and
-      how many powers of ten lie between the largest and the least, 'signal/avg_var_decades': 0 if
-      the signal stays as it is. (What grows exponentially has no mean over seeds to speak of.)
+      For each metric of `layers.signal_metrics`: the value at the last block, 'signal/avg_var', and
+      the powers of ten between the largest and the smallest, 'signal/avg_var_decades', which is 0
+      for a constant signal. (The mean over seeds of exponential growth says little.)
     """
     del compiled
     options = config.model.to_dict()
@@ -77,7 +77,7 @@ def signal_propagation(config: ConfigDict, directory, compiled: Compiled) -> dic
     with workdir.claimed(directory, config) as path:
         writer = metric_writers.open_writer(path, config=config)
         for block in range(len(signal['avg_var'])):
-            # Branches belong to blocks 1, 2, ...; activations begin with the stem, at 0.
+            # Branches belong to blocks 1, 2, ...; activations start with the stem, at 0.
             writer.write(
                 block,
                 {
@@ -96,25 +96,23 @@ def signal_propagation(config: ConfigDict, directory, compiled: Compiled) -> dic
 
 
 def batch_dependence(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any]:
-    """Measures how far what a trained network says of a picture depends on the batch it is in.
+    """Measures how much a trained network's logits of an image depend on the rest of the batch.
 
-    The network is in training mode, as its loss sees it. Test pictures are put one by one into a
-    batch of `config.batch_size`, whose other places are taken by training pictures, drawn anew
-    `DRAWS` times.
+    The network is in training mode, as for its loss. Each test image is put into a batch of
+    `config.batch_size` with training images, which are drawn `DRAWS` times.
 
     Returns:
-      'dependence/logit_change': standard deviation of a logit over the draws, by its standard
-        deviation over the pictures: root mean squares over classes, pictures.
-      'dependence/prediction_change': share of the draws whose most likely class is not that of the
-        first draw.
-      'discrepancy/loss', 'discrepancy/top1': on the same training pictures, not augmented, in
-        evaluation mode what is worse than in training mode with batches of `config.batch_size`:
-        loss minus loss, top-1 minus top-1.
+      'dependence/logit_change': standard deviation of a logit over the draws, divided by its
+        standard deviation over the images: root mean squares over classes and images.
+      'dependence/prediction_change': share of the draws whose most likely class differs from that
+        of the first draw.
+      'discrepancy/loss', 'discrepancy/top1': evaluation mode minus training mode, with batches of
+        `config.batch_size`, on the same training images without augmentation.
     """
     setting = experiment.prepare(config)
     state = _final_state(setting, directory)
     rng = np.random.default_rng(config.seed)
-    # Of everything in a config these alone are in the program, besides the sizes of arrays.
+    # Besides the sizes of arrays, the program depends only on these parts of the config.
     key = f'{config.model.to_json(sort_keys=True)} in {config.precision}'
     program = compiled.logits.setdefault(key, _make_logits(setting))
 
@@ -129,21 +127,21 @@ def batch_dependence(config: ConfigDict, directory, compiled: Compiled) -> dict[
             'dependence/prediction_change': float((predictions[1:] != predictions[0]).mean()),
         }
 
-    probes = _pictures(setting.test_source, rng.choice(len(setting.test_source), PROBES))
+    probes = _load_images(setting.test_source, rng.choice(len(setting.test_source), PROBES))
     draws = []
     for _ in range(DRAWS):
         chosen = rng.choice(len(setting.train_source), config.batch_size - 1, replace=False)
-        neighbours = _pictures(setting.train_source, chosen)[0]
+        neighbors = _load_images(setting.train_source, chosen)[0]
         draws.append(
-            [logits(np.concatenate([image[None], neighbours]), True)[0] for image in probes[0]]
+            [logits(np.concatenate([image[None], neighbors]), True)[0] for image in probes[0]]
         )
 
     chosen = rng.permutation(len(setting.train_source))
-    count = max(1, _DISCREPANCY_PICTURES // config.batch_size) * config.batch_size
+    count = max(1, _DISCREPANCY_IMAGES // config.batch_size) * config.batch_size
     chosen = chosen[: min(count, len(chosen) // config.batch_size * config.batch_size)]
     found: dict[bool, list] = {True: [], False: []}
     for part in chosen.reshape(-1, config.batch_size):
-        images, labels = _pictures(setting.train_source, part)
+        images, labels = _load_images(setting.train_source, part)
         for is_training, values in found.items():
             out = logits(images, is_training)
             losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
@@ -156,13 +154,12 @@ def batch_dependence(config: ConfigDict, directory, compiled: Compiled) -> dict[
 
 
 def step_memory(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any]:
-    """Measures the memory of a training step, which does not hang on what else the process did.
+    """Measures the memory of a training step, independent of what else the process did.
 
     Returns:
       'memory/step_mib': MiB on each device, as XLA lays out the compiled program: parameters,
-        optimizer state and batch, and what comes and goes between them, activations most of all.
-        A training set that lives on the devices is not counted, nor what libraries that the
-        program calls take for themselves.
+        optimizer state, batch and temporaries, which are mostly activations. It counts neither a
+        training set on the devices nor the workspace of libraries that the program calls.
     """
     del directory
     key = program_key(config)
@@ -180,13 +177,9 @@ MEASUREMENTS: dict[str, Measurement] = {
 
 
 def _final_state(setting: experiment.Task, directory) -> experiment.TrainState:
-    checkpoints = Checkpoints(os.path.join(directory, 'checkpoints'), read_only=True)
-    try:
-        return checkpoints.restore(
-            setting.total_steps, jax.eval_shape(lambda: experiment.init_state(setting))
-        )
-    finally:
-        checkpoints.close()
+    template = jax.eval_shape(lambda: experiment.init_state(setting))
+    checkpoints = CheckpointReader(os.path.join(directory, 'checkpoints'))
+    return checkpoints.restore(setting.total_steps, template)
 
 
 def _step_mib(setting: experiment.Task) -> float:
@@ -201,12 +194,12 @@ def _step_mib(setting: experiment.Task) -> float:
     state = jax.eval_shape(lambda: experiment.init_state(setting))
     plan = make_train_step(setting).lower(state, batch).compile().memory_analysis()
     assert plan is not None
-    # What is updated in place is an argument and an output at once.
+    # Buffers updated in place are both argument and output.
     outputs = plan.output_size_in_bytes - plan.alias_size_in_bytes
     return (plan.argument_size_in_bytes + plan.temp_size_in_bytes + outputs) / 2**20
 
 
-def _pictures(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _load_images(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     examples = [source[int(i)] for i in indices]
     return (
         np.stack([example['image'] for example in examples]),
@@ -221,7 +214,7 @@ def _make_logits(setting: experiment.Task) -> Callable:
     def logits(params, state, images, is_training):
         mean, std = setting.pictures.mean, setting.pictures.std
         images = augment.normalize(images, mean, std, setting.config.precision)
-        # A device axis of one: networks that average statistics over devices ask for its name.
+        # A device axis of size one: networks that average statistics over devices need its name.
         apply = jax.vmap(
             lambda x: setting.model.apply(params, state, jax.random.key(0), x, is_training),
             axis_name=parallel.AXIS,

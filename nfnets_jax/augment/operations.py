@@ -1,11 +1,10 @@
-"""Pillow's operations on the device: on batches of uint8, a different one for each image.
+"""Pillow's image operations on the device, on batches of uint8, a different one for each image.
 
-What an operation does to an image is what its counterpart in Pillow does, to the last bit but for
-the nearest pixel of a warp where two are equally near. There are two forms of them with the same
-results, chosen by the platform that a program is lowered for. For TPUs: see
-`nfnets_jax.augment.packed_images`. For CPUs and GPUs, here, they reduce to four primitives - an
-affine warp, a table of 256 values for each channel, a blend, a mask - each of which runs over only
-those images whose operation needs it.
+Results equal Pillow's bit for bit, except where a warp has two equally near source pixels. There
+are two implementations with the same results, chosen by the platform that a program is lowered for.
+`nfnets_jax.augment.packed_images` is for TPUs. This module is for CPUs and GPUs: it reduces the
+operations to four primitives (an affine warp, a table of 256 values for each channel, a blend, a
+mask) and runs each primitive only on the images that need it.
 """
 
 import functools
@@ -41,53 +40,48 @@ def apply_operations(
     operations: Sequence[Operation],
     choice: jax.Array,
     sign: jax.Array,
-    centre: jax.Array,
+    center: jax.Array,
 ) -> jax.Array:
-    """Applies to each image the operations that were chosen for it, one after the other.
+    """Applies the chosen operations to each image in sequence.
 
     Args:
         images: uint8 [N, H, W, 3].
-        operations: what there is to choose from.
-        choice: int32 [N, L] or [N], places in `operations`; -1 leaves the image as it is.
-        sign: float32 like `choice`, 1 or -1, which turns a warp's argument round.
-        centre: int32 [..., 2], like `choice` in front; the row and column of Cutout's middle.
+        operations: the operations to choose from.
+        choice: int32 [N, L] or [N], indices into `operations`; -1 is the identity.
+        sign: float32, shape of `choice`: 1, or -1 to negate a warp's argument.
+        center: int32, shape of `choice` + [2]: row and column of Cutout's center.
 
     Returns:
         uint8 [N, H, W, 3].
     """
-    images, choice, sign, centre = map(jnp.asarray, (images, choice, sign, centre))
+    images, choice, sign, center = map(jnp.asarray, (images, choice, sign, center))
     if choice.ndim == 1:
-        choice, sign, centre = choice[:, None], sign[:, None], centre[:, None]
+        choice, sign, center = choice[:, None], sign[:, None], center[:, None]
     return jax.lax.platform_dependent(
         images,
         choice,
         sign,
-        centre,
-        tpu=functools.partial(one_by_one, operations),
-        default=functools.partial(in_groups, operations),
+        center,
+        tpu=functools.partial(packed_images.apply_operations, operations),
+        default=functools.partial(grouped, operations),
     )
 
 
-def one_by_one(operations, images, choice, sign, centre) -> jax.Array:
-    """The form for TPUs of `apply_operations`."""
-    return packed_images.apply_operations(images, operations, choice, sign, centre)
+def grouped(operations, images, choice, sign, center) -> jax.Array:
+    """Implements `apply_operations` for CPUs and GPUs."""
+
+    def apply(images, layer):
+        return _apply_one_layer(images, operations, *layer), None
+
+    return jax.lax.scan(apply, images, [jnp.moveaxis(x, 1, 0) for x in (choice, sign, center)])[0]
 
 
-def in_groups(operations, images, choice, sign, centre) -> jax.Array:
-    """The form for CPUs and GPUs of `apply_operations`."""
-
-    def apply(images, one):
-        return _apply_in_groups(images, operations, *one), None
-
-    return jax.lax.scan(apply, images, [jnp.moveaxis(x, 1, 0) for x in (choice, sign, centre)])[0]
-
-
-def _apply_in_groups(images, operations, choice, sign, centre) -> jax.Array:
-    """Applies to each image one operation; the arguments are those of `apply_operations`, [N]."""
+def _apply_one_layer(images, operations, choice, sign, center) -> jax.Array:
+    """Applies one operation to each image; arguments as in `apply_operations`, [N]."""
 
     def needs(names):
-        concerned = jnp.asarray([operation.name in names for operation in operations])
-        return (choice >= 0) & concerned[choice]
+        affected = jnp.asarray([operation.name in names for operation in operations])
+        return (choice >= 0) & affected[choice]
 
     tables = _apply_where(
         needs(ADAPTIVE_TABLES),
@@ -101,7 +95,7 @@ def _apply_in_groups(images, operations, choice, sign, centre) -> jax.Array:
         needs(WARPS), _make_warp(operations, images.shape[1:3]), images, choice, sign
     )
     images = _apply_where(needs(BLENDS), _make_blend(operations), images, choice)
-    return _apply_where(needs(MASKS), _make_cutout(operations), images, choice, centre)
+    return _apply_where(needs(MASKS), _make_cutout(operations), images, choice, center)
 
 
 def _named(operations: Sequence[Operation], name: str) -> jax.Array:
@@ -109,28 +103,28 @@ def _named(operations: Sequence[Operation], name: str) -> jax.Array:
 
 
 def _apply_where(needed: jax.Array, function: Callable, values: jax.Array, *arguments) -> jax.Array:
-    """Returns [function(value, ...) for each value], or the value as it is where not `needed`.
+    """Returns function(value, ...) for each value where `needed`, else the value unchanged.
 
-    Few need it, so a few are gathered at a time and computed together, in as many turns as that
-    takes.
+    Few values need it, so a loop gathers and computes an eighth of the batch at a time.
     """
     count = len(values)
-    some = -(-count // 8)  # the fewer at a time, the less is computed in vain, but the more turns
-    order = jnp.argsort(~needed)  # stable: those that need it come first
-    order = jnp.pad(order, (0, some))
+    size = -(-count // 8)  # smaller groups waste less computation, but take more iterations
+    order = jnp.argsort(~needed)  # stable: the needed ones come first
+    order = jnp.pad(order, (0, size))
     total = needed.sum()
 
-    def turn(number, values):
-        places = number * some + jnp.arange(some)
-        rows = jnp.where(places < total, order[places], count)  # one too far: reads anything,
+    def apply_to_group(i, values):
+        indices = i * size + jnp.arange(size)
+        # `count` is out of bounds: it reads some image and writes nothing.
+        rows = jnp.where(indices < total, order[indices], count)
         chosen = [jnp.take(x, rows, axis=0, mode='clip') for x in (values, *arguments)]
-        return values.at[rows].set(jax.vmap(function)(*chosen), mode='drop')  # ... writes nothing
+        return values.at[rows].set(jax.vmap(function)(*chosen), mode='drop')
 
-    return jax.lax.fori_loop(0, -(-total // some), turn, values)
+    return jax.lax.fori_loop(0, -(-total // size), apply_to_group, values)
 
 
 def _make_warp(operations: Sequence[Operation], size: tuple[int, int]) -> Callable:
-    """Returns warp(image, choice, sign), by nearest pixels."""
+    """Returns warp(image, choice, sign) with nearest-pixel sampling."""
     height, width = size
     warps = [jnp.asarray(x) for x in affine(operations, size)]
     y, x = jnp.mgrid[:height, :width].astype(jnp.float32) + 0.5
@@ -146,7 +140,7 @@ def _make_warp(operations: Sequence[Operation], size: tuple[int, int]) -> Callab
 
 
 def _fixed_tables(operations: Sequence[Operation]) -> jax.Array:
-    """Returns what each of `FIXED_TABLES` makes of 0..255, uint8 [operations, 3, 256]."""
+    """Returns the lookup tables of `FIXED_TABLES`, uint8 [operations, 3, 256]."""
     value = np.arange(256)
     tables = np.zeros((len(operations), 256), np.uint8)
     for i, (name, argument) in enumerate(operations):
@@ -164,7 +158,7 @@ def _fixed_tables(operations: Sequence[Operation]) -> jax.Array:
 
 
 def _make_adaptive_table(operations: Sequence[Operation]) -> Callable:
-    """Returns table(_, image, choice) -> uint8 [3, 256], of one of `ADAPTIVE_TABLES`."""
+    """Returns table(_, image, choice) -> uint8 [3, 256], for `ADAPTIVE_TABLES`."""
     is_autocontrast, is_equalize = (
         _named(operations, name) for name in ('AutoContrast', 'Equalize')
     )
@@ -185,22 +179,22 @@ def _make_adaptive_table(operations: Sequence[Operation]) -> Callable:
 
 
 def _look_up(image: jax.Array, table: jax.Array) -> jax.Array:
-    """Returns an image [H, W, 3] whose values are replaced by those of `table` [3, 256]."""
-    return table.ravel()[_table_places(image)]
+    """Maps the values of an image [H, W, 3] through `table` [3, 256]."""
+    return table.ravel()[_table_indices(image)]
 
 
 def _histogram(image: jax.Array) -> jax.Array:
-    """Returns how often each value occurs in each channel of an image [H, W, 3], int32 [3, 256]."""
-    return jnp.zeros(3 * 256, int).at[_table_places(image)].add(1).reshape(3, 256)
+    """Returns the histogram of each channel of an image [H, W, 3], int32 [3, 256]."""
+    return jnp.zeros(3 * 256, int).at[_table_indices(image)].add(1).reshape(3, 256)
 
 
-def _table_places(image: jax.Array) -> jax.Array:
-    """Where [channel, value] lies in a flattened table; one index is thrice as fast as two."""
+def _table_indices(image: jax.Array) -> jax.Array:
+    """Returns indices into a flattened table [3, 256]: three times as fast as two indices."""
     return image.astype(int) + 256 * jnp.arange(3)
 
 
 def _autocontrast_table(counts: jax.Array) -> jax.Array:
-    """Stretches the values that occur in a channel to [0, 255]; counts are int32 [3, 256]."""
+    """Returns the table that stretches each channel to [0, 255]; counts are int32 [3, 256]."""
     low = jnp.argmax(counts > 0, axis=1, keepdims=True)
     high = 255 - jnp.argmax(counts[:, ::-1] > 0, axis=1, keepdims=True)
     value = jnp.arange(256)
@@ -213,13 +207,13 @@ def _autocontrast_table(counts: jax.Array) -> jax.Array:
 
 
 def _make_blend(operations: Sequence[Operation]) -> Callable:
-    """Returns blend(image, choice), with grey (Color) or with a blur (Sharpness)."""
+    """Returns blend(image, choice): with gray for Color, with a blur for Sharpness."""
     is_color = _named(operations, 'Color')
     products = _products(operations)
 
     def blend(image, choice):
-        grey = _luma(image)[..., None]
-        degenerate = jnp.where(is_color[choice], grey, _smooth(image))
+        gray = _luma(image)[..., None]
+        degenerate = jnp.where(is_color[choice], gray, _smooth(image))
         return _blend(degenerate, image.astype(int), products[choice])
 
     return blend
@@ -228,8 +222,8 @@ def _make_blend(operations: Sequence[Operation]) -> Callable:
 def _products(operations: Sequence[Operation]) -> jax.Array:
     """Returns the blending factor of each operation times -255..255, float32 [operations, 511].
 
-    Looked up rather than computed, because a compiler that fuses the product with the sum that
-    follows does not round it; Pillow does, and one in some thousand pixels depends on it.
+    A table, because a compiler that fuses the product with the following sum does not round the
+    product. Pillow does, and about one in a thousand pixels depends on it.
     """
     factors = np.array([operation.argument for operation in operations], np.float32)
     return jnp.asarray(factors[:, None] * np.arange(-255, 256, dtype=np.float32))
@@ -247,9 +241,9 @@ def _luma(image: jax.Array) -> jax.Array:
 
 
 def _smooth(image: jax.Array) -> jax.Array:
-    """Returns an image [H, W, 3] blurred by 3x3 weights, 5 in the middle and 1 around; int32.
+    """Returns an image [H, W, 3] blurred by 3x3 weights, 5 in the center and 1 around it; int32.
 
-    Its border stays as it is.
+    The border is unchanged.
     """
     image = image.astype(int)
     height, width, _ = image.shape
@@ -261,16 +255,16 @@ def _smooth(image: jax.Array) -> jax.Array:
 
 
 def _make_cutout(operations: Sequence[Operation]) -> Callable:
-    """Returns cutout(image, choice, centre): a square becomes grey."""
+    """Returns cutout(image, choice, center), which fills a square with gray."""
     half = jnp.asarray([int(operation.argument) for operation in operations])
 
-    def cutout(image, choice, centre):
+    def cutout(image, choice, center):
         y, x = jnp.ogrid[: image.shape[0], : image.shape[1]]
 
-        def covered(coordinate, centre):
-            return (coordinate >= centre - half[choice]) & (coordinate < centre + half[choice])
+        def covered(coordinate, center):
+            return (coordinate >= center - half[choice]) & (coordinate < center + half[choice])
 
-        inside = covered(y, centre[0]) & covered(x, centre[1])
+        inside = covered(y, center[0]) & covered(x, center[1])
         return jnp.where(inside[..., None], np.uint8(FILL), image)
 
     return cutout

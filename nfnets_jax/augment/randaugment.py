@@ -1,7 +1,7 @@
 """RandAugment and AutoAugment on the device.
 
-The operations, their magnitudes and the policy are those of the papers (AutoAugment, arXiv
-1805.09501; RandAugment, 1909.13719) in the form that the NFNets were trained with.
+Operations, magnitudes and policy are those of the papers (AutoAugment, arXiv 1805.09501;
+RandAugment, 1909.13719), as used to train the NFNets.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,11 @@ import jax.numpy as jnp
 
 from nfnets_jax.augment.operations import OPERATIONS, Operation, apply_operations
 
-# The published reach of the operations that count pixels, and the smallest picture it was published
-# for; in smaller ones it shrinks in proportion (at 32 pixels, Cutout would leave nothing).
+# Published limits in pixels, and the smallest image size they were published for. They shrink in
+# proportion for smaller images (at 32 pixels, Cutout would leave nothing).
 _RANDAUGMENT_REACH = {'translate': 100, 'cutout': 40}
 _AUTOAUGMENT_REACH = {'translate': 250, 'cutout': 100}
 _FULL_REACH_SIZE = 192
-
 
 # AutoAugment's policy for ImageNet: pairs of (operation, probability, level).
 _POLICY_V0 = (
@@ -49,11 +48,11 @@ _POLICY_V0 = (
 
 
 def published_operation(name: str, level: float, *, translate: float, cutout: float) -> Operation:
-    """Returns an operation at a magnitude as AutoAugment, RandAugment and the NFNets count it.
+    """Returns an operation at a magnitude on the scale of AutoAugment, RandAugment and the NFNets.
 
     Args:
         name: one of `OPERATIONS`.
-        level: magnitude, at least 0; at 10 a picture turns by 30 degrees.
+        level: magnitude, at least 0; level 10 rotates by 30 degrees.
         translate, cutout: pixels that those operations reach at level 10.
     """
     strength = level / 10
@@ -64,7 +63,7 @@ def published_operation(name: str, level: float, *, translate: float, cutout: fl
         return Operation(name, strength * at_ten[name])
     if name in whole_at_ten:
         return Operation(name, int(strength * whole_at_ten[name]))
-    if name == 'Posterize':  # one bit and eight are the limits of TensorFlow's shift, too
+    if name == 'Posterize':  # 1 and 8 bits are also the limits of TensorFlow's shift
         return Operation(name, min(max(int(strength * 4), 1), 8))
     if name in ('Brightness', 'Color', 'Contrast', 'Sharpness'):
         return Operation(name, strength * 1.8 + 0.1)
@@ -72,13 +71,13 @@ def published_operation(name: str, level: float, *, translate: float, cutout: fl
 
 
 def randaugment(keys: jax.Array, images: jax.Array, layers: int, magnitude: float) -> jax.Array:
-    """Applies `layers` operations to each picture, every one drawn from all sixteen.
+    """Applies `layers` operations to each image, each drawn from all sixteen.
 
     Args:
-        keys: [N], one for each picture.
+        keys: [N], one for each image.
         images: uint8 [N, H, W, 3].
-        layers: operations in a row.
-        magnitude: of all of them; see `published_operation`.
+        layers: number of operations, applied in sequence.
+        magnitude: level of all operations; see `published_operation`.
 
     Returns:
         uint8 [N, H, W, 3].
@@ -90,10 +89,10 @@ def randaugment(keys: jax.Array, images: jax.Array, layers: int, magnitude: floa
 
 
 def autoaugment(keys: jax.Array, images: jax.Array) -> jax.Array:
-    """Applies AutoAugment's ImageNet policy v0: to each picture a random one of 25 pairs.
+    """Applies AutoAugment's ImageNet policy v0: a random one of 25 pairs to each image.
 
     Args:
-        keys: [N], one for each picture.
+        keys: [N], one for each image.
         images: uint8 [N, H, W, 3].
 
     Returns:
@@ -105,28 +104,28 @@ def autoaugment(keys: jax.Array, images: jax.Array) -> jax.Array:
     probabilities = jnp.asarray([probability for _, probability, _ in flat])
     choice = 2 * _draw(keys, len(_POLICY_V0))[:, None] + jnp.arange(2)
     keys = _fold(keys[:, None], jnp.arange(1, 3))
-    # By comparison: a TPU gathers single numbers one by one.
+    # Compare instead of indexing: a TPU gathers elements one by one.
     chosen = choice[..., None] == jnp.arange(len(flat))
     happens = _each(jax.random.bernoulli, keys, jnp.where(chosen, probabilities, 0).sum(-1))
     return _apply(keys, images, operations, jnp.where(happens, choice, -1))
 
 
 def _apply(keys: jax.Array, images: jax.Array, operations, choice: jax.Array) -> jax.Array:
-    """Applies the chosen operations in order: warps either way, Cutout anywhere in the image.
+    """Applies the chosen operations in order, with random signs of warps and centers of Cutout.
 
     Args:
         keys: [N, L], for the draws of L operations on each image.
         images, operations, choice: as in `apply_operations`.
     """
-    turned = _each(jax.random.bernoulli, _fold(keys, 0))
-    sign = 1 - 2 * turned.astype(jnp.float32)
+    negative = _each(jax.random.bernoulli, _fold(keys, 0))
+    sign = 1 - 2 * negative.astype(jnp.float32)
     height, width = images.shape[1:3]
-    centre = jnp.stack([_draw(_fold(keys, 1), height), _draw(_fold(keys, 2), width)], axis=-1)
-    return apply_operations(images, operations, choice, sign, centre)
+    center = jnp.stack([_draw(_fold(keys, 1), height), _draw(_fold(keys, 2), width)], axis=-1)
+    return apply_operations(images, operations, choice, sign, center)
 
 
 def _draw(keys: jax.Array, count: int) -> jax.Array:
-    """Returns for each key an integer in [0, count), int32 of the same shape."""
+    """Returns an integer in [0, count) for each key, int32 of the same shape."""
     return _each(lambda key: jax.random.randint(key, (), 0, count), keys)
 
 
@@ -135,10 +134,9 @@ def _fold(keys: jax.Array, number) -> jax.Array:
 
 
 def _each(function, *arrays) -> jax.Array:
-    """Returns function(...) of every element of arrays, which are broadcast."""
-    alike = jnp.broadcast_arrays(*arrays)
-    out = jax.vmap(function)(*(x.ravel() for x in alike))
-    return out.reshape(alike[0].shape)
+    """Applies a function to every element of the broadcast arrays."""
+    same_shape = jnp.broadcast_arrays(*arrays)
+    return jax.vmap(function)(*(x.ravel() for x in same_shape)).reshape(same_shape[0].shape)
 
 
 def _reach(published: Mapping[str, float], images: jax.Array) -> dict[str, float]:

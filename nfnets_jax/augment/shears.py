@@ -1,10 +1,10 @@
-"""Warps by nearest pixels as moves of whole rows and columns: the form for TPUs.
+"""Nearest-pixel warps as moves of whole rows and columns, for TPUs.
 
-A rotation is three shears: rows move, then columns, then rows (Paeth, Graphics Interface 1986).
-Moved by whole pixels they only permute the image, and leave each pixel next to where a warp by
-nearest pixels wants it. So each pixel of the result then picks one of its neighbors; which one, is
-known when the program is made, since the arguments of the operations are. The other warps are one
-such move. The result equals the warp pixel by pixel, whatever its rounding.
+A rotation is three shears: of rows, then columns, then rows (Paeth, Graphics Interface 1986). Moved
+by whole pixels, they permute the image and leave each pixel next to where a nearest-pixel warp puts
+it. Each pixel of the result then picks one of its neighbors; which one is a constant of the
+program, as are the arguments of the operations. The other warps are a single move. The result
+equals the warp pixel by pixel, whatever its rounding.
 """
 
 import itertools
@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Distances of lines: numbers of rows or columns [lines] -> int [lines]. Line i shows at place q
-# what was at q + distance.
+# Indices of rows or columns [lines] -> int [lines]: line i shows at position q what was at
+# q + distance.
 Distances = Callable[[np.ndarray], np.ndarray]
 
 
 class Digit(NamedTuple):
-    """A part of the distances that one instruction moves lines by: `unit` times 0, ..., base - 1.
+    """One mixed-radix digit of the distances: it moves line i by unit * of_line[i].
 
     Attributes:
-      unit, base: of the digit.
+      unit, base: of_line is in [0, base).
       of_line: int [lines].
     """
 
@@ -42,10 +42,10 @@ class Step(NamedTuple):
     """Moves rows (axis 1) or columns (axis 0).
 
     Attributes:
-      axis: along which they move.
-      padding: pixels before and after, along `axis`, before the move; negative ones are cut off.
-      length: of the result along `axis`.
-      digits: of the distances, which are their sum.
+      axis: the axis that they move along.
+      padding: pixels added before and after along `axis` before the move; negative: cut off.
+      length: size of the result along `axis`.
+      digits: their sum is the distance.
     """
 
     axis: int
@@ -58,14 +58,14 @@ class Plan(NamedTuple):
     """A warp of images [H, W].
 
     Attributes:
-      turned: whether the image is turned by 180 degrees first.
-      steps: what comes next, in order.
+      half_turn: whether to rotate the image by 180 degrees first.
+      steps: the moves that follow, in order.
       offsets: (rows, columns) from a pixel to the neighbors that it may pick.
-      codes: uint8 [H, W], which of them it picks; their number: none, but the fill. None where
-        every pixel already is where it belongs.
+      codes: uint8 [H, W], index of the neighbor in `offsets`; len(offsets): the fill. None if
+        every pixel is already in position.
     """
 
-    turned: bool
+    half_turn: bool
     steps: tuple[Step, ...]
     offsets: tuple[tuple[int, int], ...]
     codes: np.ndarray | None
@@ -76,20 +76,19 @@ def plan_axis(axis: int, sources: np.ndarray) -> Plan:
 
     Args:
       axis: 0 or 1.
-      sources: int [2, H, W], the row and column that each pixel shows; outside of the image: the
-        fill.
+      sources: int [2, H, W], the row and column that each pixel shows; the fill if outside.
     """
     moved = sources[axis] - np.indices(sources.shape[1:])[axis]
-    by_line = np.median(moved, axis).astype(int)  # Rounding may leave some pixels behind.
+    by_line = np.median(moved, axis).astype(int)  # The median, as rounding moves some by one more.
     return _plan(False, [(axis, lambda lines: by_line[lines.clip(0, len(by_line) - 1)])], sources)
 
 
 def plan_rotation(degrees: float, sources: np.ndarray) -> Plan:
-    """Returns the plan of a rotation around the middle, counterclockwise; see `plan_axis`."""
+    """Returns the plan of a counterclockwise rotation around the center; see `plan_axis`."""
     height, width = sources.shape[1:]
     angle = math.radians((degrees + 180) % 360 - 180)
-    turned = abs(angle) > math.pi / 2  # Beyond, shears would be steep.
-    if turned:
+    half_turn = abs(angle) > math.pi / 2  # The shears of a larger angle would be steep.
+    if half_turn:
         angle -= math.copysign(math.pi, angle)
         sources = np.reshape([height - 1, width - 1], (2, 1, 1)) - sources
 
@@ -99,13 +98,13 @@ def plan_rotation(degrees: float, sources: np.ndarray) -> Plan:
     def columns(lines):
         return np.rint(math.sin(angle) * (lines + 0.5 - width / 2)).astype(int)
 
-    return _plan(turned, [(1, rows), (0, columns), (1, rows)], sources)
+    return _plan(half_turn, [(1, rows), (0, columns), (1, rows)], sources)
 
 
-def _plan(turned: bool, moves: list[tuple[int, Distances]], sources: np.ndarray) -> Plan:
+def _plan(half_turn: bool, moves: list[tuple[int, Distances]], sources: np.ndarray) -> Plan:
     size = sources.shape[1:]
     inside = ((sources >= 0) & (sources < np.reshape(size, (2, 1, 1)))).all(0)
-    landed = list(sources)  # Where the moves take what each pixel shows.
+    landed = list(sources)  # Where the moves take the source of each pixel.
     for axis, distances in moves:
         landed[axis] = landed[axis] - distances(landed[1 - axis])
     apart = np.subtract(landed, np.indices(size))
@@ -114,12 +113,12 @@ def _plan(turned: bool, moves: list[tuple[int, Distances]], sources: np.ndarray)
     codes[inside] = places.ravel()
 
     reach = [int(axis) for axis in np.abs(offsets).max(axis=0, initial=0)]
-    # Of the result; then of each input.
+    # The range along each axis that is needed: of the result, then of the input of each move.
     window = [(-ends, length + ends) for ends, length in zip(reach, size, strict=True)]
     steps = []
     for i, (axis, distances) in reversed(list(enumerate(moves))):
         earlier = {axis for axis, _ in moves[:i]}
-        # Before their first move, there are no other lines than those of the image.
+        # Before the first move along the other axis, the lines are those of the image.
         lines = window[1 - axis] if 1 - axis in earlier else (0, size[1 - axis])
         by_line = distances(np.arange(*lines))
         nearest = int(by_line.min())
@@ -130,7 +129,7 @@ def _plan(turned: bool, moves: list[tuple[int, Distances]], sources: np.ndarray)
         steps.append(Step(axis, padding, end - first, digits))
         window[axis] = (start, stop)
     return Plan(
-        turned,
+        half_turn,
         tuple(reversed(steps)),
         tuple((int(row) + reach[0], int(column) + reach[1]) for row, column in offsets),
         codes if apart.any() else None,
@@ -138,11 +137,11 @@ def _plan(turned: bool, moves: list[tuple[int, Distances]], sources: np.ndarray)
 
 
 def _digits(axis: int, distances: np.ndarray) -> tuple[Digit, ...]:
-    """Returns distances >= 0 as digits, of the bases that a TPU is fastest with."""
+    """Returns distances >= 0 as digits, with the bases that are fastest on a TPU."""
     count = int(distances.max()) + 1
     if count == 1:
         return ()
-    # Cycles of one digit by its base, as compiled for a v5e: columns move at half the cost.
+    # Cycles of a digit on a v5e, fixed and per unit of its base: columns cost half as much.
     fixed, each = (1800, 470) if axis == 0 else (1430, 830)
     bases = min(
         (
@@ -157,13 +156,13 @@ def _digits(axis: int, distances: np.ndarray) -> tuple[Digit, ...]:
     for base in bases:
         digits.append(Digit(unit, base, distances // unit % base))
         unit *= base
-    return tuple(reversed(digits))  # The greatest first, which leaves the least to move.
+    return tuple(reversed(digits))  # The largest first leaves the least to move.
 
 
 def warp(plan: Plan, image: jax.Array, fill: int) -> jax.Array:
-    """Returns the warp of an image, int32 [H, W], with `fill` where it shows nothing."""
+    """Returns the warped image, int32 [H, W], with `fill` where the source is outside."""
     size = image.shape
-    if plan.turned:
+    if plan.half_turn:
         image = image[::-1, ::-1]
     for step in plan.steps:
         image = _move(step, image, fill)

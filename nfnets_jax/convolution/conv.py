@@ -274,32 +274,6 @@ def im2col(options: ConvOptions, x: Array, w: Array) -> Array:
     return out.transpose(1, 0, 2).reshape(x.shape[1], height, width, outputs)
 
 
-def space_to_depth(options: ConvOptions, x: Array, w: Array) -> Array:
-    """Computes a strided convolution of one group with stride 1 over stride^2 times the channels.
-
-    Meant for stems: three channels do not fill a matrix unit.
-    """
-    kernel, _, channels, outputs = w.shape
-    stride = options.stride
-    reach = -(-kernel // stride)  # of the new kernel
-    w = jnp.pad(w, ((0, reach * stride - kernel),) * 2 + ((0, 0),) * 2)
-    w = w.reshape(reach, stride, reach, stride, channels, outputs).transpose(0, 2, 1, 3, 4, 5)
-
-    ends = []
-    for length in x.shape[1:3]:
-        low, high = _pads(options, kernel, length)
-        blocks = (length + low + high - kernel) // stride + reach
-        ends.append((low, blocks * stride - low - length, 0))
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
-    batch, height, width = (n // d for n, d in zip(x.shape[:3], (1, stride, stride), strict=True))
-    x = x.reshape(batch, height, stride, width, stride, channels).transpose(0, 1, 3, 2, 4, 5)
-    return xla(
-        ConvOptions(1, 1, 'VALID'),
-        x.reshape(batch, height, width, -1),
-        w.reshape(reach, reach, -1, outputs),
-    )
-
-
 def _pads(options: ConvOptions, kernel: int, length: int) -> tuple[int, int]:
     """Returns the number of zeros before and after a row of `length` pixels."""
     if options.padding == 'SYMMETRIC':
@@ -313,7 +287,6 @@ IMPLS: Mapping[str, Callable[[ConvOptions, Array, Array], Array]] = {
     'pointwise': pointwise,
     'per_group': per_group,
     'im2col': im2col,
-    'space_to_depth': space_to_depth,
 }
 
 
@@ -323,4 +296,4 @@ def candidates(signature: ConvSignature) -> list[str]:
         return ['xla', 'per_group', 'im2col']
     if signature.kernel == 1:
         return ['xla', 'pointwise']
-    return ['xla', 'nhwc_grads', 'im2col'] + (['space_to_depth'] if signature.stride > 1 else [])
+    return ['xla', 'nhwc_grads', 'im2col']

@@ -17,6 +17,5 @@ TABLE: dict[str, dict[tuple[int, ...], tuple[str, str, str]]] = {
         (3, 1, 2, 128, 128, 1152): ('per_group', 'per_group', 'per_group'),
         (3, 1, 10, 8, 8, 6272): ('per_group', 'im2col', 'per_group'),
         (3, 1, 43, 8, 8, 288): ('xla', 'im2col', 'im2col'),
-        (3, 2, 1, 64, 128, 4608): ('nhwc_grads', 'nhwc_grads', 'nhwc_grads'),
     },
 }

@@ -1,1 +1,1 @@
-"""Pictures on their way to the device: sources, preprocessing and the input pipeline."""
+"""Input on the host: sources, preprocessing and the pipeline."""

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from nfnets_jax.data.preprocessing import SUFFIXES, PictureError, is_image
+from nfnets_jax.data.preprocessing import SUFFIXES, ImageError, is_image
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingData, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.files import expand
 
-# What file managers leave behind, besides names that begin with a dot.
+# Files that file managers create, besides names that begin with a dot.
 _HIDDEN = frozenset(('Thumbs.db', 'desktop.ini', '__MACOSX', '@eaDir'))
 
 
@@ -23,16 +23,16 @@ class ImageFolder:
 
     Labels number the class directories in the order of their names. The layout is one of
 
-        path/train/CLASS/IMAGE, path/test/CLASS/IMAGE, and perhaps path/val/CLASS/IMAGE, where
-            `SPLIT_NAMES` are the names that a split may have. Where there is val but no test,
-            'test' is val, and there is no 'validation'.
-        path/CLASS/IMAGE, of which a fixed share of every class, drawn by `split_seed`, is held out
-            as 'test'.
+        path/train/CLASS/IMAGE, path/test/CLASS/IMAGE, and optionally path/val/CLASS/IMAGE;
+            `SPLIT_NAMES` lists other names of the splits. If there is val but no test, 'test' is
+            val, and there is no 'validation'.
+        path/CLASS/IMAGE. A fixed share of every class, drawn by `split_seed`, is held out as
+            'test'.
 
-    The images of a class lie at any depth in its directory. Files count whose suffix is one of
-    `SUFFIXES`, in upper or lower case, and files without a suffix that begin like an image;
-    `left_out` counts the others, hidden ones excepted. Links are followed, but never to a directory
-    that they lie in; a file that is reached twice in a class counts once.
+    A class directory holds its images at any depth: files with a suffix of `SUFFIXES`, in upper or
+    lower case, and files without a suffix that begin like an image. `left_out` counts other files
+    that are not hidden. Links are followed, except to a directory that contains them; a file that
+    is reached twice in a class counts once.
 
     Args:
         split: 'train', 'validation' or 'test'.
@@ -44,9 +44,9 @@ class ImageFolder:
         split_seed: draws it; default 0.
 
     Raises:
-        MissingSplit: 'validation' where there is none.
-        UsageError: anything but such a layout, a single class, a class without images, one file in
-            two classes, or a directory that cannot be read.
+        MissingSplit: 'validation' if there is none.
+        UsageError: another layout, a single class, a class without images, one file in two classes,
+            or a directory that cannot be read.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class ImageFolder:
         try:
             encoded = self._paths[index].read_bytes()
         except OSError as error:
-            raise PictureError(f'cannot be read: {error.strerror}') from error
+            raise ImageError(f'cannot be read: {error.strerror}') from error
         return {'image': encoded, 'label': self._labels[index]}
 
     def where(self, index: int) -> str:
@@ -131,17 +131,17 @@ class ImageFolder:
             (path.relative_to(self._directory).as_posix(), self.class_names[label])
             for path, label in zip(self._paths, self._labels, strict=True)
         ]
-        return hashlib.sha256(json.dumps(files).encode()).hexdigest()  # JSON of ASCII: any name
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()  # ASCII JSON: takes any name
 
 
 def _find_splits(root: pathlib.Path, given: dict[str, str]) -> dict[str, pathlib.Path] | None:
-    """Returns the directory of every split, 'train' at least; None if there are none.
+    """Returns the directory of every split, at least 'train'; None if there are no splits.
 
     Args:
-        given: the directory that is named for each split, or ''.
+        given: the directory that the user named for each split, or ''.
 
     Raises:
-        UsageError: splits that are named but not there, or that are there but do not suffice.
+        UsageError: a named split does not exist, or the splits found are incomplete.
     """
     if given['train'] == '.':
         for split in ('validation', 'test'):
@@ -199,7 +199,7 @@ def _check_classes(
     found: dict[str, pathlib.Path],
     given: dict[str, str],
 ) -> None:
-    """Raises a UsageError where `directories`, of which none is called train, are no classes."""
+    """Raises a UsageError unless `directories`, none of them called train, can be the classes."""
     splits = [found[split] for split in found]
     name_it = "name what to train on by data.train_split (data.train_split='.': these are classes)"
     if any(given.values()) or (splits and len(splits) == len(directories)):
@@ -224,7 +224,7 @@ def _check_classes(
 
 
 def _one_class(root: pathlib.Path, train: pathlib.Path) -> str:
-    """Returns what to say about a directory with a single class: which way the path is off."""
+    """Returns the error for a single class, with the level where the path should be."""
     (only,) = _class_directories(train)
     found = f'{train}: one class only, {only.name!r}'
     if len(inner := list(_directories(only))) > 1:
@@ -264,7 +264,7 @@ def _class_directories(
 
 
 def _directories(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields the subdirectories of `root` by name; no hidden ones, nor links to where it lies."""
+    """Yields the subdirectories of `root` by name, without hidden ones and links to its parents."""
     real = root.resolve()
     for entry in _entries(root):
         path = pathlib.Path(entry.path)
@@ -276,16 +276,16 @@ def _directories(root: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _images(directory: pathlib.Path, left_out: collections.Counter) -> dict[str, pathlib.Path]:
-    """Returns the images of one class at any depth, by their real paths: each file once.
+    """Returns the images of one class at any depth, keyed by real path: each file once.
 
-    A file that lies in the class and is linked there, too, goes by its own name.
+    A file that is in the class and also linked there keeps its own name.
 
     Args:
-        left_out: counts the files that are not taken, by their suffix.
+        left_out: counts the ignored files by their suffix.
     """
     found: dict[str, pathlib.Path] = {}
     links: list[os.DirEntry] = []
-    # (directory, its real path, those of the directories that it was reached through)
+    # (directory, its real path, the real paths of the directories above it)
     queue: collections.deque[tuple[str, str, tuple[str, ...]]] = collections.deque()
     queue.append((str(directory), os.path.realpath(directory), ()))
     visited = set()
@@ -320,7 +320,7 @@ def _images(directory: pathlib.Path, left_out: collections.Counter) -> dict[str,
 
 
 def _kind_left_out(entry: os.DirEntry) -> str:
-    """Returns '' for a file that is an example, else what to count it as."""
+    """Returns '' for an image file, else the kind to count it as."""
     is_file = os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
     suffix = _suffix(entry)
     if not is_file and os.path.exists(entry.path):
@@ -333,10 +333,7 @@ def _kind_left_out(entry: os.DirEntry) -> str:
 
 
 def find_images(directory: str | os.PathLike) -> list[pathlib.Path]:
-    """Returns the images in a directory at any depth, each file once, in the order of their paths.
-
-    Which files are images is decided as for a class of `ImageFolder`.
-    """
+    """Returns the images in a directory at any depth, as in a class of `ImageFolder`, sorted."""
     try:
         return sorted(_images(pathlib.Path(directory), collections.Counter()).values())
     except UsageError:
@@ -349,7 +346,7 @@ def _holds_only_directories(directory: pathlib.Path) -> bool:
 
 
 def _entries(directory: str | pathlib.Path) -> list[os.DirEntry]:
-    """Returns what a directory holds, by name, except hidden things."""
+    """Returns the entries of a directory by name, without hidden ones."""
     try:
         with os.scandir(directory) as entries:
             seen = [e for e in entries if not e.name.startswith('.') and e.name not in _HIDDEN]
@@ -359,7 +356,7 @@ def _entries(directory: str | pathlib.Path) -> list[os.DirEntry]:
 
 
 def _is_dir(entry: os.DirEntry) -> bool:
-    # A link may lead in a circle, for which os.path.isdir, unlike DirEntry.is_dir, does not raise.
+    # os.path.isdir, unlike DirEntry.is_dir, does not raise for a circular link.
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
@@ -381,7 +378,7 @@ def _check_hold_out(test_fraction: float | None, split_seed: int | None) -> None
 def _hold_out(
     paths: list, split: str, test_fraction: float | None, seed: tuple[int, int]
 ) -> list[pathlib.Path]:
-    """Returns the train or test part of one class's paths, in their order; neither is empty."""
+    """Returns the train or test part of one class's paths, in order; neither part is empty."""
     if len(paths) < 2:
         raise UsageError(f'{paths[0].parent}: one image cannot be split in train and test')
     fraction = 0.2 if test_fraction is None else test_fraction

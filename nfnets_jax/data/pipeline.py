@@ -1,13 +1,13 @@
-"""From a source to host batches, in an order that is a pure function of (seed, position).
+"""Host batches of a source, in an order that is a pure function of (seed, position).
 
-Position p of the endless training stream is an example of epoch p // n: the one at p % n of that
-epoch's shuffle. Training step s takes the positions [s * batch_size, (s + 1) * batch_size), and of
-these process k the k-th share. Nothing else decides what a batch holds - not the number of threads,
-nor the steps already taken - so a run resumes from its step alone and no iterator state is saved.
+Position p of the endless training stream is element p % n of the shuffle of epoch p // n, where the
+source has n examples. Training step s takes positions [s * batch_size, (s + 1) * batch_size), and
+process k takes the k-th share of them. The batch depends on nothing else, neither on the number of
+threads nor on earlier steps, so a run resumes from its step alone and no iterator state is saved.
 
 Grain reads ahead in threads and keeps the order. Its elements are chunks of consecutive positions,
-because its cost is per element: 65 microseconds of CPU without threads, 175 with two, more than it
-takes to read a small picture. A chunk shares it out.
+because it costs 65 microseconds of CPU per element without threads and 175 with two, which is more
+than reading a small image takes.
 """
 
 import concurrent.futures
@@ -22,56 +22,55 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from nfnets_jax import extras
-from nfnets_jax.data.preprocessing import PictureError
+from nfnets_jax.data.preprocessing import ImageError
 from nfnets_jax.data.sources import Source
 from nfnets_jax.errors import UsageError
 
 with extras.optional():
     import grain
-CHUNK = 32  # examples one thread reads at a time: enough to hide Grain, few enough to start soon
+CHUNK = 32  # examples a thread reads at a time: many enough to hide Grain, few enough to start soon
 _ORDER, _TRANSFORM = range(2)  # independent streams of random numbers
 
 
 def random_bits(stream: int, seed: int, index: int) -> np.random.Philox:
-    """Returns the bit generator that belongs to `index` of a stream; no two share a number."""
+    """Returns the bit generator of `index` in a stream; no two generators share a number."""
     return np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream])
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the shuffle of an epoch: a permutation of range(size), int64.
 
-    It rests on nothing but the raw Philox stream, which NumPy promises never to change.
+    It uses only the raw Philox stream, which NumPy promises never to change.
     """
     return np.argsort(random_bits(_ORDER, seed, epoch).random_raw(size))
 
 
-class BadPictures:
-    """The examples that could not be read so far, and how many of them may be skipped.
+class UnreadableExamples:
+    """The examples that could not be read so far, and the limit on their number.
+
+    `len()` counts them. Threads that read ahead may count an example some steps early.
 
     Args:
-        limit: `config.data.skip_bad`: different examples to skip; one more is an error. With 0 the
-            first is.
-
-    `len(bad)` counts them, for the log. Threads that read ahead may count one some steps early.
+        limit: how many different examples may be skipped; one more is an error.
     """
 
     def __init__(self, limit: int = 0):
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
-            raise UsageError(f'data.skip_bad={limit!r}: must be an integer >= 0')
+            raise UsageError(f'limit={limit!r}: must be an integer >= 0')
         self._limit, self._lock = limit, threading.Lock()
         self._indices: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def add(self, index: int, error: PictureError) -> None:
-        """Counts an example; raises `error` if it is one too many."""
+    def add(self, index: int, error: ImageError) -> None:
+        """Counts an example; raises `error` beyond the limit."""
         with self._lock:
             if index not in self._indices and len(self._indices) >= self._limit:
                 if not self._limit:
                     raise error
-                raise PictureError(
-                    f'{error}; {self._limit} others were skipped, as data.skip_bad allows'
+                raise ImageError(
+                    f'{error}; {self._limit} others were skipped, which is the limit'
                 ) from error
             self._indices.add(index)
 
@@ -86,26 +85,25 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int | None = None,
-    bad: BadPictures | None = None,
+    bad: UnreadableExamples | None = None,
 ) -> Iterator[dict]:
-    """Returns the endless iterator of this process's training batches.
+    """Returns an endless iterator over this process's training batches.
 
     Every epoch is a new shuffle of all examples and holds each of them once; a batch may straddle
-    two epochs. Where an example is skipped because it cannot be read, the one that follows in that
-    epoch's order stands in its place, transformed by the random numbers of the place: nothing else
-    in the stream changes.
+    two epochs. An unreadable example is replaced by the next one in that epoch's order, transformed
+    with the random numbers of the original position: the rest of the stream does not change.
 
     Args:
         source: see `nfnets_jax.data.sources`.
-        batch_size: examples in a batch, all processes together.
+        batch_size: examples in a batch, over all processes.
         seed: of the shuffle and of the transform's random numbers, not negative.
-        start_step: the step whose batch comes first.
+        start_step: the step of the first batch.
         transform: (image, rng) -> uint8 [H, W, 3], where rng is the position's numpy Generator;
-            None where the source's images are used as they are.
+            None to use the source's images unchanged.
         process_index: this process.
         process_count: processes that share every batch.
-        num_threads: threads that read and transform; by default one for each core, or none where
-            there is no transform (copying memory gains nothing from them).
+        num_threads: threads that read and transform; by default one per core, or none without a
+            transform (threads do not speed up copying memory).
         bad: counts and limits the examples that are skipped; by default none may be.
 
     Returns:
@@ -113,7 +111,7 @@ def train_batches(
         b = batch_size / process_count.
 
     Raises:
-        UsageError: sizes that do not fit; later, at its batch, a picture that cannot be read.
+        UsageError: invalid sizes; later, at its batch, an image that cannot be read.
     """
     size = len(source)
     if batch_size > size:
@@ -124,19 +122,18 @@ def train_batches(
     if seed < 0:
         raise UsageError(f'seed={seed}: must not be negative')
     order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, size, seed))
-
-    bad = BadPictures() if bad is None else bad
+    bad = UnreadableExamples() if bad is None else bad
 
     def example(position: int) -> dict:
-        epoch, place = divmod(position, size)
-        for following in range(size):
-            index = int(order(epoch)[(place + following) % size])
+        epoch, first = divmod(position, size)
+        for offset in range(size):
+            index = int(order(epoch)[(first + offset) % size])
             rng = transform and np.random.Generator(random_bits(_TRANSFORM, seed, position))
             try:
                 return _read(source, index, transform, rng)
-            except PictureError as error:
+            except ImageError as error:
                 bad.add(index, error)
-        raise UsageError(f'{source.name}: not one example can be read')
+        raise UsageError(f'{source.name}: none of the examples can be read')
 
     steps = range(start_step, sys.maxsize // max(batch_size, 1))
     return _batches(
@@ -152,12 +149,12 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int | None = None,
-    bad: BadPictures | None = None,
+    bad: UnreadableExamples | None = None,
 ) -> Iterator[dict]:
-    """Returns the iterator of this process's evaluation batches: every example exactly once.
+    """Returns an iterator over this process's evaluation batches: every example exactly once.
 
-    Every process gets the same number of batches, all of one shape, and together they are the whole
-    source in its order. Where examples run out, or one is skipped, another stands in with mask 0.
+    Every process gets the same number of batches, all of one shape; together they are the whole
+    source in its order. Padding and replacements of skipped examples have mask 0.
 
     Args:
         transform: (image, None) -> [H, W, 3], or None.
@@ -167,23 +164,22 @@ def eval_batches(
         Iterator of {'image': [b, H, W, 3], 'label': int32 [b], 'mask': float32 [b], 1 where real}.
 
     Raises:
-        UsageError: as `train_batches`; a batch larger than the source is none.
+        UsageError: as `train_batches`, except that `batch_size` may exceed the source.
     """
     size = len(source)
     if not size:
         raise UsageError(f'{source.name} has no examples to evaluate')
-
-    bad = BadPictures() if bad is None else bad
+    bad = UnreadableExamples() if bad is None else bad
 
     def example(position: int) -> dict:
         for other in range(position, position + size):
             try:
                 read = _read(source, other % size, transform)
-            except PictureError as error:
+            except ImageError as error:
                 bad.add(other % size, error)
             else:
                 return read | {'mask': np.float32(other == position < size)}
-        raise UsageError(f'{source.name}: not one example can be read')
+        raise UsageError(f'{source.name}: none of the examples can be read')
 
     steps = range(-(-size // max(batch_size, 1)))
     return _batches(
@@ -192,19 +188,19 @@ def eval_batches(
 
 
 class Prefetch:
-    """Iterates over `put(batch)` of the coming batches, which a background thread prepares.
+    """Iterates over `put(batch)`, prepared ahead in a background thread.
 
-    An exception of the iterator or of `put` is raised where its batch was due. Close it, or use it
-    in a `with` statement, to stop early; a program that ends without that ends all the same.
+    An exception of the iterator or of `put` is raised in place of its batch. To stop early, close
+    it or use it in a `with` statement; otherwise it does not keep the program from ending.
 
     Args:
         iterator: host batches; closed with this one.
-        put: host batch -> what the consumer wants, usually device arrays.
+        put: host batch -> the item to return, usually device arrays.
         size: batches prepared ahead of the consumer.
 
     Attributes:
-        wait_seconds: how long the consumer has waited so far in all: zero growth means that data
-            is not the bottleneck.
+        wait_seconds: total time the consumer has waited: while it does not grow, input is not the
+            bottleneck.
     """
 
     def __init__(self, iterator: Iterator, put: Callable, size: int = 2):
@@ -241,17 +237,17 @@ class Prefetch:
 
 
 def _read(source: Source, index: int, transform: Callable | None, rng=None) -> dict:
-    """Returns one example, its image transformed; a bad picture is named in the error."""
+    """Returns one example, its image transformed; errors name the example."""
     try:
         example = source[index]
         if not 0 <= example['label'] < len(source.class_names):
-            raise PictureError(
+            raise ImageError(
                 f'its label, {example["label"]}, is not one of {len(source.class_names)} classes'
             )
         image = transform(example['image'], rng) if transform else example['image']
-    except PictureError as error:
-        raise PictureError(f'{source.where(index)}: {error} (example {index})') from error
-    except BaseException as error:  # not the picture's fault, as far as we know; but where was it?
+    except ImageError as error:
+        raise ImageError(f'{source.where(index)}: {error} (example {index})') from error
+    except BaseException as error:  # perhaps not the image's fault, but say where it happened
         error.add_note(f'while reading {source.where(index)} (example {index})')
         raise
     return {'image': image, 'label': np.int32(example['label'])}
@@ -265,14 +261,14 @@ def _batches(
     process_count: int,
     num_threads: int,
 ) -> Iterator[dict]:
-    """Returns the batches of `steps`, made of this process's share of the positions of each."""
+    """Returns this process's share of the batches of `steps`."""
     if batch_size < 1 or batch_size % process_count:
         raise UsageError(
             f'batch_size={batch_size}: must be positive and a multiple of the number of processes, '
             f'{process_count}'
         )
     rows = batch_size // process_count
-    chunks = -(-rows // CHUNK)  # in a batch, as even as can be
+    chunks = -(-rows // CHUNK)  # in a batch, of nearly equal size
 
     def read_chunk(index: int) -> list[dict]:
         step, chunk = divmod(index, chunks)

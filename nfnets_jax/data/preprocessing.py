@@ -1,8 +1,8 @@
-"""Decoding, cropping and resizing on the host: one picture in, one array out.
+"""Decoding, cropping and resizing on the host.
 
 A transform is a function (image, rng) -> array [size, size, 3] of uint8 or float32, 0..255, where
-`image` is the bytes of an encoded picture or a uint8 array [H, W, 3], and `rng` a numpy Generator
-that only the random crop uses. `make_transform` returns the one of a name.
+`image` is the bytes of an encoded image or a uint8 array [H, W, 3], and `rng` is a numpy Generator
+that only the random crop uses. `make_transform` looks one up by name.
 """
 
 import functools
@@ -19,38 +19,38 @@ with extras.optional():
     import cv2
     import simplejpeg
     from PIL import Image, ImageOps
-MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; where Pillow, too, suspects a decompression bomb
+MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; Pillow's own limit for decompression bombs
 
-# No format that runs another program (EPS) or is not a picture of pixels.
+# Raster formats only, and none that runs another program (EPS).
 Image.init()
 _PILLOW_FORMATS = tuple(
     format
     for format in ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'AVIF')
-    if format in Image.OPEN  # AVIF is, from Pillow 11.3 on
+    if format in Image.OPEN  # AVIF since Pillow 11.3
 )
 SUFFIXES = frozenset(
     suffix
     for suffix, format in Image.registered_extensions().items()
-    if format in _PILLOW_FORMATS and suffix != '.pfm'  # of floating-point numbers
+    if format in _PILLOW_FORMATS and suffix != '.pfm'  # floating-point
 )
 _ORIENTATION = 0x0112  # EXIF tag
 
 
-class PictureError(UsageError):
-    """A picture that cannot be read. Who knows its file adds the name."""
+class ImageError(UsageError):
+    """An image cannot be read. The pipeline adds the name of its file."""
 
 
 def make_transform(mode: str, image_size: int) -> Callable:
-    """Returns the transform called `mode`, to square pictures of `image_size` pixels.
+    """Returns the transform called `mode`, to square images.
 
     Args:
         mode: 'random_crop' for training. For evaluation the authors' 'crop_resize',
             'resize_crop_32' (any number of pixels) or 'resize_crop_0.875' (any fraction), or
             timm's 'timm_squash_0.9' and 'timm_center_0.9' (any fraction).
-        image_size: pixels.
+        image_size: side of the result in pixels.
 
     Raises:
-        UsageError: no such mode or size.
+        UsageError: unknown mode, or a size below 1.
     """
     if image_size < 1:
         raise UsageError(f'image_size={image_size}: must be positive')
@@ -82,31 +82,31 @@ def random_crop(
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
     min_covered: float = 0.1,
 ) -> np.ndarray:
-    """Returns a random part of an image at `size`, uint8 [size, size, 3]: the training crop.
+    """Returns a random crop resized to `size`, uint8 [size, size, 3], for training.
 
-    The published one but for three things. It is resized bicubically as OpenCV does, with a = -3/4
-    instead of the -1/2 of TensorFlow and `resize`: that differs by 0.69 grey levels in the mean (of
-    600 crops of ImageNet at 224 pixels; at an edge by up to 24) and is not biased. The published
-    kernel as products of small matrices takes 0.39 ms an image more, of 1.09 in all. Where the part
-    of a JPEG is more than 2, 4 or 8 times too large, libjpeg decodes the image at that fraction of
-    its size, which is both faster and free of aliasing. And the result is rounded to uint8.
+    It differs from the published crop in three ways. OpenCV's bicubic resize has a = -3/4 instead
+    of the -1/2 of TensorFlow and `resize`: the mean difference is 0.69 gray levels (600 crops of
+    ImageNet at 224 pixels; at an edge up to 24), without bias. The published kernel, as products of
+    small matrices, takes 0.39 ms more per image, of 1.09 in all. If the crop of a JPEG is more than
+    2, 4 or 8 times too large, libjpeg decodes the image at that fraction of its size, which is
+    faster and free of aliasing. The result is rounded to uint8.
 
     Args:
-        area: range of the part's share of the image.
-        aspect: range of the part's width / height.
-        min_covered: share of the image that has to be covered.
+        area: range of the crop's share of the image.
+        aspect: range of the crop's width / height.
+        min_covered: least share of the image that the crop covers.
     """
 
     def draw_box(height, width):
         box = random_box(rng, height, width, area, aspect, min_covered)
-        # As published: the whole image means that none was found, even where it was drawn.
-        return box if box and box[2:] != (height, width) else centre_box(height, width, size)
+        # As published: the whole image means that no box was found, even if it was drawn.
+        return box if box and box[2:] != (height, width) else center_box(height, width, size)
 
     if isinstance(image, np.ndarray) or not _has_rgb_jpeg(image):
         pixels = decode(image)
         return _resized_part(pixels, draw_box(*pixels.shape[:2]), size)
-    # The part is chosen in the image as stored: it tells how finely to decode, and only the small
-    # result has to be turned upright.
+    # The box is drawn in the image as stored: its size gives the reduction to decode at, and only
+    # the small result is turned upright.
     box = draw_box(*simplejpeg.decode_jpeg_header(image)[:2])
     reduction = next((r for r in (8, 4, 2) if min(box[2:]) >= r * size), 1)
     pixels = _decode_rgb_jpeg(image, reduction)
@@ -129,13 +129,13 @@ def random_box(
     min_covered: float = 0.1,
     attempts: int = 10,
 ) -> tuple[int, int, int, int] | None:
-    """Returns (top, left, rows, columns) of a random part of an image, or None if none is found.
+    """Returns (top, left, rows, columns) of a random crop, or None if all attempts fail.
 
-    The distribution is that of TensorFlow's sample_distorted_bounding_box for a box that is the
-    whole image, which the published networks were trained with. The aspect is uniform, then the
-    height is uniform among those that fit and have an area in range, so that small parts are
-    likelier than with a uniform area. Parts that cover less than `min_covered` of the image are
-    drawn again. The last row and the last column where a part could begin are never drawn.
+    The published networks were trained with TensorFlow's sample_distorted_bounding_box for a box
+    that is the whole image; this has its distribution. The aspect is uniform, then the height is
+    uniform among those that fit and have an area in range, so that small crops are likelier than
+    with a uniform area. Crops that cover less than `min_covered` of the image are drawn again. The
+    last row and column where a crop could begin are never drawn.
     """
     for _ in range(attempts):
         ratio = rng.uniform(*aspect)
@@ -144,7 +144,7 @@ def random_box(
         if round(highest * ratio) > width:
             highest -= 1
         rows = int(rng.integers(min(lowest, highest), highest + 1))
-        # Rounding may have led out of the range by one row.
+        # Rounding may leave the range by one row.
         if rows * round(rows * ratio) < area[0] * height * width:
             rows += 1
         if rows * round(rows * ratio) > area[1] * height * width:
@@ -159,27 +159,27 @@ def random_box(
     return None
 
 
-def centre_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """Returns (top, left, rows, columns) of the central square: size / (size + 32) of what fits."""
+def center_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """Returns the central square (top, left, rows, columns): size / (size + 32) of the side."""
     side = max(1, int(np.float32(size / (size + 32)) * np.float32(min(height, width))))
     return (height - side + 1) // 2, (width - side + 1) // 2, side, side
 
 
 def crop_resize(image: bytes | np.ndarray, size: int) -> np.ndarray:
-    """Returns the central square of a picture at `size`, float32 [size, size, 3], not clamped.
+    """Returns the central square resized to `size`, float32 [size, size, 3], not clamped.
 
-    The published evaluation preprocessing, equal to it within rounding (see `resize`).
+    This is the published evaluation preprocessing, within rounding (see `resize`).
     """
     pixels = decode(image)
     height, width = pixels.shape[:2]
-    top, left, rows, columns = centre_box(height, width, size)
+    top, left, rows, columns = center_box(height, width, size)
     return resize(pixels[top : top + rows, left : left + columns], (size, size))
 
 
 def resize_crop(image: bytes | np.ndarray, size: int, resized: int) -> np.ndarray:
-    """Returns the centre of a picture resized to a square of `resized` pixels, as `crop_resize`.
+    """Returns the center of an image resized to a square of `resized` pixels, as `crop_resize`.
 
-    As published, the aspect is not kept.
+    As published, it does not keep the aspect.
     """
     start = (resized - size + 1) // 2
     large = resize(decode(image), (resized, resized))
@@ -198,31 +198,31 @@ def timm_resize_crop(
         image: bytes of an encoded image, or uint8 [H, W, 3].
         size: pixels of the result.
         resized: pixels before the crop, at least `size`.
-        squash: whether both sides become `resized`. Otherwise the shorter side does and the aspect
-            is kept.
+        squash: whether both sides become `resized`; otherwise the shorter side does, with the
+            aspect kept.
     """
     pixels = image if isinstance(image, np.ndarray) else _decode_with_pillow(image)
-    picture = Image.fromarray(pixels)
-    shorter = min(picture.size)
-    width, height = (resized if squash else resized * side // shorter for side in picture.size)
+    pil_image = Image.fromarray(pixels)
+    shorter = min(pil_image.size)
+    width, height = (resized if squash else resized * side // shorter for side in pil_image.size)
     _check_size(height, width)
-    large = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+    large = np.asarray(pil_image.resize((width, height), Image.Resampling.BICUBIC))
     top, left = round((height - size) / 2), round((width - size) / 2)
     return large[top : top + size, left : left + size]
 
 
 def _resized_size(size: int, margin: float) -> int:
-    """Returns what to resize to before cropping: `margin` is pixels to add, or a share to keep."""
+    """Returns the size before cropping: `margin` is pixels to add, or a share to keep."""
     if not 0 < margin < float('inf'):
         raise ValueError
     return int(size + margin) if margin > 1 else int(size / margin)
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns `image` [H, W, C] at `size`, float32 and not clamped, as TensorFlow's bicubic does.
+    """Returns `image` [H, W, C] resized to `size`, float32, not clamped, as TensorFlow's bicubic.
 
-    Keys' cubic convolution (a = -1/2) at half-pixel centres without antialiasing: every pixel is a
-    weighted sum of 4 x 4, and so the resize one of four rows, then one of four columns.
+    Keys' cubic convolution (a = -1/2) at half-pixel centers without antialiasing. It is separable:
+    weighted sums of four rows, then of four columns.
     """
     taps, weights = _bicubic(image.shape[0], size[0])
     rows = np.einsum('ok,okwc->owc', weights, image[taps].astype(np.float32))
@@ -232,15 +232,15 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1024)
 def _bicubic(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, for every output pixel of an axis, the four inputs it is made of and their weights.
+    """Returns the four input indices and their weights for every output pixel of an axis.
 
-    Inputs outside the picture weigh nothing and the others sum to 1. Fractions are rounded to
+    Inputs outside the image have weight 0; the other weights sum to 1. Fractions are rounded to
     1/1024, because TensorFlow looks its weights up in a table of that length.
     """
-    centres = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
-    first = np.floor(centres)
+    centers = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+    first = np.floor(centers)
     taps = first.astype(int)[:, None] + np.arange(-1, 3)
-    fraction = np.rint((centres - first) * 1024) / 1024
+    fraction = np.rint((centers - first) * 1024) / 1024
     x = np.abs(fraction[:, None] - np.arange(-1, 3))
     near = (1.5 * x - 2.5) * x**2 + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -250,15 +250,15 @@ def _bicubic(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
-    """Returns a picture's pixels, uint8 [H, W, 3]; an array is returned as it is.
+    """Returns the pixels of an encoded image, uint8 [H, W, 3]; arrays are returned unchanged.
 
-    What the bytes are is read from themselves. JPEG is decoded as TensorFlow does (libjpeg-turbo
-    with the fast DCT), all else by Pillow: grey and palette colours, CMYK and 16 bits become
-    RGB of 8 bits, transparent parts white, of an animation the first frame counts. The picture is
-    turned as its EXIF data say, which the authors' code does not.
+    The format is detected from the content, not the suffix. JPEG is decoded as TensorFlow does
+    (libjpeg-turbo with the fast DCT), everything else by Pillow: gray, palette, CMYK and 16-bit
+    images become 8-bit RGB, transparency becomes white, and an animation gives its first frame.
+    EXIF orientation is applied, which the authors' code does not do.
 
     Raises:
-        PictureError: not a picture, a damaged or truncated one, or one of more than MAX_PIXELS.
+        ImageError: not an image, damaged, truncated, or more than MAX_PIXELS.
     """
     if isinstance(image, np.ndarray):
         return image
@@ -268,24 +268,24 @@ def decode(image: bytes | np.ndarray) -> np.ndarray:
 
 
 def is_image(path: str | os.PathLike) -> bool:
-    """Whether a file begins like an image of a format that `decode` reads."""
+    """Returns whether a file begins like an image that `decode` reads."""
     try:
         with Image.open(path, formats=_PILLOW_FORMATS):
             return True
     except Image.DecompressionBombError:
-        return True  # `decode` says that it is too large
+        return True  # `decode` reports that it is too large
     except Exception:  # Pillow raises nearly anything on files that are not images
         return False
 
 
 def _has_rgb_jpeg(encoded: bytes) -> bool:
-    """Says whether libjpeg-turbo can decode the picture to RGB, as a look at its header tells."""
+    """Returns whether libjpeg-turbo can decode the image to RGB, according to its header."""
     if not encoded.startswith(b'\xff\xd8'):
         return False
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:
-        return False  # Pillow shall say what is wrong
+        return False  # Pillow reports what is wrong
     _check_size(height, width)
     return colorspace in ('YCbCr', 'Gray', 'RGB')
 
@@ -302,66 +302,66 @@ def _decode_rgb_jpeg(encoded: bytes, reduction: int = 1) -> np.ndarray:
             min_factor=reduction,
         )
     except ValueError:
-        # Strict: it also refuses what can be read in spite of, say, stray bytes. Pillow knows the
-        # difference to a truncated picture.
+        # simplejpeg is strict and also refuses, say, stray bytes. Pillow reads those, and still
+        # refuses truncated images.
         return _decode_with_pillow(encoded, upright=False)[::reduction, ::reduction]
 
 
 def _decode_with_pillow(encoded: bytes, upright: bool = True) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as picture:
-            _check_size(picture.height, picture.width)
-            picture.load()
-            return np.asarray(_to_rgb(_upright(picture) if upright else picture))
-    except PictureError:
+        with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as image:
+            _check_size(image.height, image.width)
+            image.load()
+            return np.asarray(_to_rgb(_upright(image) if upright else image))
+    except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError(f'more than {MAX_PIXELS:,} pixels; make the picture smaller') from error
+        raise ImageError(f'more than {MAX_PIXELS:,} pixels; make the image smaller') from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        reason = 'not a picture' if isinstance(error, Image.UnidentifiedImageError) else error
-        raise PictureError(f'cannot be decoded: {reason}') from error
+        reason = 'not an image' if isinstance(error, Image.UnidentifiedImageError) else error
+        raise ImageError(f'cannot be decoded: {reason}') from error
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # damaged EXIF data do not make a damaged picture
-        return picture
+        return ImageOps.exif_transpose(image)
+    except Exception:  # an image with damaged EXIF data is still readable
+        return image
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith('I'):  # 16 bits, sometimes held in 32
-        grey = np.asarray(picture).clip(0, 2**16 - 1) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
-    if picture.mode == 'F':
-        raise PictureError('pictures of floating-point numbers have no known range')
-    if picture.has_transparency_data:
-        picture = picture.convert('RGBA')
-        white = Image.new('RGBA', picture.size, 'white')
-        return Image.alpha_composite(white, picture).convert('RGB')
-    return picture.convert('RGB')
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith('I'):  # 16 bits, sometimes stored in 32
+        gray = np.asarray(image).clip(0, 2**16 - 1) >> 8
+        return Image.fromarray(gray.astype(np.uint8)).convert('RGB')
+    if image.mode == 'F':
+        raise ImageError('floating-point images have no known range')
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        white = Image.new('RGBA', image.size, 'white')
+        return Image.alpha_composite(white, image).convert('RGB')
+    return image.convert('RGB')
 
 
 def _check_size(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
-        raise PictureError(
-            f'{width}x{height} pixels are more than {MAX_PIXELS:,}; make the picture smaller'
+        raise ImageError(
+            f'{width}x{height} pixels are more than {MAX_PIXELS:,}; make the image smaller'
         )
 
 
 def _jpeg_orientation(encoded: bytes) -> int:
-    """Returns how the EXIF data say the picture is stored, 1 to 8; 1 (upright) if they do not."""
+    """Returns the EXIF orientation, 1 to 8; 1 (upright) if there is none."""
     if b'Exif\0\0' not in encoded[: 2**16]:
         return 1
     try:
-        with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as picture:
-            return picture.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF data do not make a damaged picture
+        with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as image:
+            return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # an image with damaged EXIF data is still readable
         return 1
 
 
 def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Returns a picture stored in an EXIF `orientation` upright."""
+    """Returns the upright image, given the EXIF `orientation` it is stored in."""
     if orientation in (5, 6, 7, 8):
         image = image.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):

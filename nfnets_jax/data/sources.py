@@ -6,11 +6,11 @@ A source is any object with
     source[i]             {'image': array or bytes, 'label': int}, for 0 <= i < len(source); the
                           image is uint8 [H, W, 3], or the bytes of an encoded picture (JPEG, PNG,
                           ...), which a transform of `nfnets_jax.data.preprocessing` decodes
-    source.where(i)       what to call example i in an error: its file, or its place in the arrays
+    source.where(i)       the file or index of example i, for errors
     source.class_names    tuple of str, label -> name
     source.name           str
-    source.origin         str, the directory or file it was found in, or what makes it
-    source.left_out       dict, kind of file -> how many lie beside the examples and are not taken
+    source.origin         str, the directory, file or package that the examples come from
+    source.left_out       dict, kind of file -> how many were ignored beside the examples
     source.checksum()     str, see `identify`
 
 Reading is thread-safe and has no order: shuffling, sharding and batching belong to the pipeline.
@@ -65,7 +65,7 @@ class Identity(NamedTuple):
 
     Attributes:
         class_names: label -> name.
-        num_examples: how many there are.
+        num_examples: number of examples.
         checksum: 64 hexadecimal digits.
     """
 
@@ -75,17 +75,17 @@ class Identity(NamedTuple):
 
 
 def identify(source: Source) -> Identity:
-    """Returns the identity of a source, to be compared with that of an earlier day.
+    """Returns the identity of a source, to be compared with that of another day.
 
     The checksum is SHA-256 over
         folder: the name of every file relative to the directory of its split, with its class, in
             the order of the examples;
         arrays, digits, synthetic images: dtype, shape and bytes of the images, and the labels;
-        tfds: the data set with its version, and which examples of which record files are taken.
+        tfds: the data set with its version, and the chosen examples of each record file.
 
-    It sees an example or class that is added, removed, renamed or moved to another split, and
-    another order of the examples. It does not see where the data are (a directory may be moved as a
-    whole), nor, for files, contents that change under the same name: files are not read.
+    It changes if an example or class is added, removed, renamed or moved to another split, or if
+    the order changes. It does not change if the directory is moved as a whole, nor if a file's
+    content changes under the same name: files are not read.
     """
     return Identity(source.class_names, len(source), source.checksum())
 
@@ -97,8 +97,8 @@ class ArraySource:
         images: uint8 [N, H, W, 3].
         labels: integers [N], each in [0, len(class_names)).
         class_names: names of the classes; by default '0', '1', ... up to the largest label.
-        name: what to call the source in messages.
-        origin: the file they come from, or what makes them.
+        name: the source's name in messages.
+        origin: the file or package that they come from.
     """
 
     left_out: Mapping[str, int] = MappingProxyType({})
@@ -207,8 +207,9 @@ class Digits(ArraySource):
 class ArrayFile(ArraySource):
     """The arrays of an .npz file: train_images, train_labels, test_images and test_labels.
 
-    There may be validation_images and validation_labels, too. `SPLIT_NAMES` are the names that a
-    split may have; where there is val but no test, 'test' is val, and there is no 'validation'.
+    The file may also hold validation_images, validation_labels and class_names. `SPLIT_NAMES`
+    lists other names of the splits. If there is val but no test, 'test' is val, and there is no
+    'validation'.
 
     Args:
         split: 'train', 'validation' or 'test'.
@@ -216,8 +217,8 @@ class ArrayFile(ArraySource):
             class_names, too. `left_out` names the arrays that are none of these.
 
     Raises:
-        MissingSplit: 'validation' where there is none.
-        UsageError: anything but such a file.
+        MissingSplit: 'validation' if there is none.
+        UsageError: not such a file.
     """
 
     def __init__(self, split: str, path: str):
@@ -248,10 +249,10 @@ class ArrayFile(ArraySource):
 
 
 def _find_arrays(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Returns the names of the images and the labels of every split, 'train' and 'test' at least.
+    """Returns the names of the image and label arrays of every split, at least 'train' and 'test'.
 
     Raises:
-        KeyError: arrays are missing, or there are two of one kind.
+        KeyError: arrays are missing, or one split has two names.
     """
     held = f'it holds {", ".join(names) or "nothing"}'
     found = {}
@@ -274,7 +275,7 @@ def _find_arrays(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-class Noise(ArraySource):
+class Synthetic(ArraySource):
     """Made pictures: of each class the same coarse pattern of colours under noise of their own.
 
     Easy to learn, equal everywhere, and there without any files: for trying a recipe out.
@@ -313,7 +314,7 @@ class Noise(ArraySource):
 
 SOURCES: dict[str, Callable[..., Source]] = {
     'digits': Digits,
-    'noise': Noise,
+    'noise': Synthetic,
     'arrays': ArrayFile,
     'folder': ImageFolder,
     'tfds': TfdsSource,
@@ -324,7 +325,7 @@ def source_options(name: str) -> dict[str, inspect.Parameter]:
     """Returns the options of a source, by name.
 
     Raises:
-        UsageError: there is no such source.
+        UsageError: unknown source.
     """
     if name not in SOURCES:
         raise UsageError(f'data.name={name!r}: no such data{nearest(name, SOURCES)}')
@@ -339,13 +340,13 @@ def open_source(name: str, split: str, **options: Any) -> Source:
     Args:
         name: a key of `SOURCES`.
         split: 'train', 'validation' or 'test'.
-        **options: what that source takes, e.g. image_size for digits, path for a folder,
+        **options: arguments of that source, e.g. image_size for digits, path for a folder,
             dataset for tfds.
 
     Raises:
-        MissingSplit: a split that this source does not have; 'train' and 'test' every one has.
-        UsageError: unknown name or option, a value of the wrong type, data that are not there, or
-            examples of a single class.
+        MissingSplit: the source does not have this split; all have 'train' and 'test'.
+        UsageError: unknown name or option, a value of the wrong type, missing data, or examples of
+            a single class.
     """
     parameters = source_options(name)
     for option, value in options.items():

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from nfnets_jax.errors import UsageError, nearest
 
-# What the directory or the arrays of a split may be called, in upper or lower case.
+# Names of the directory or the arrays of a split, in upper or lower case.
 SPLIT_NAMES = {
     'train': ('train', 'training'),
     'validation': ('val', 'valid', 'validation'),
@@ -14,7 +14,7 @@ SPLITS = tuple(SPLIT_NAMES)
 
 
 class MissingSplit(UsageError):
-    """A split that a source does not have; most have no 'validation'."""
+    """The source does not have this split; most have no 'validation'."""
 
 
 class MissingData(UsageError):
@@ -22,10 +22,6 @@ class MissingData(UsageError):
 
 
 def check_split(source: str, split: str, splits: Collection[str] = ('train', 'test')) -> None:
-    """Raises `MissingSplit` if `split` is none of the `splits` that a source has.
-
-    Args:
-        source: what to call the source in the error.
-    """
+    """Raises `MissingSplit` unless `split` is one of `splits`; the error names `source`."""
     if split not in splits:
         raise MissingSplit(f'{source} has no split {split!r}{nearest(split, splits)}')

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets without TensorFlow: ArrayRecord files, read at random."""
+"""TensorFlow Datasets without TensorFlow: random access to ArrayRecord files."""
 
 import hashlib
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from nfnets_jax import files
-from nfnets_jax.data.preprocessing import PictureError, decode
+from nfnets_jax.data.preprocessing import ImageError, decode
 from nfnets_jax.data.splits import SPLITS, MissingData, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 
@@ -23,7 +23,7 @@ DEFAULT_DATA_DIR = '~/tensorflow_datasets'
 
 
 class TfdsSource:
-    """A data set of tensorflow_datasets that `experiments.prepare_data` has put in place.
+    """A data set of tensorflow_datasets, prepared as ArrayRecord files.
 
     Where all pictures have one size, as in CIFAR, images are pixels, uint8 [H, W, 3]; else they are
     encoded files.
@@ -74,7 +74,7 @@ class TfdsSource:
                 builder, f'data.{split}_split', expression, self._image, data_dir
             )
             self[0], self[len(self) - 1]
-        except PictureError as error:
+        except ImageError as error:
             raise UsageError(
                 f'data.dataset={dataset!r}: files are missing or damaged in {builder.data_dir} '
                 f'({str(error)[:200]}); remove it and run {_prepare_command(builder, data_dir)}'
@@ -89,7 +89,7 @@ class TfdsSource:
             if not example[self._image]:
                 raise ValueError('an empty record')
         except (OSError, ValueError, RuntimeError) as error:  # the reader raises any of them
-            raise PictureError(f'cannot be read: {" ".join(str(error).split())}') from error
+            raise ImageError(f'cannot be read: {" ".join(str(error).split())}') from error
         image: bytes | np.ndarray = bytes(example[self._image])
         if self._one_size:
             image = decode(image)
@@ -103,12 +103,12 @@ class TfdsSource:
 
 
 def open_builder(dataset: str, data_dir: str):
-    """Returns TFDS's builder of a data set, which may be prepared or not.
+    """Returns TFDS's builder of a data set, prepared or not.
 
-    A data set whose code is not part of TFDS is found if it is prepared.
+    A data set whose code is not part of TFDS is found only if it is prepared.
 
     Raises:
-        UsageError: there is none of this name.
+        UsageError: unknown name.
     """
     import tensorflow_datasets as tfds  # here: a slow import that only such data need
 
@@ -151,11 +151,11 @@ def _open_records(builder, key: str, expression: str, image: str, data_dir: str)
     """Opens the records of a split, and says which they are, or why not and what to do.
 
     Returns:
-        The records, and of each file that has some: its name, the first one's number, how many.
+        The records, and a list of (file name, number of the first record, number of records).
 
     Raises:
-        UsageError: they are not there.
-        PictureError: their files are missing or damaged.
+        UsageError: the data set is not prepared, or has no such split.
+        ImageError: files are missing or damaged.
     """
     import tensorflow_datasets as tfds
 
@@ -182,8 +182,8 @@ def _open_records(builder, key: str, expression: str, image: str, data_dir: str)
             f'{key}={expression!r}: no examples in {name}{nearest(expression, known)}'
         ) from error
     except (OSError, RuntimeError) as error:
-        raise PictureError(f'cannot be opened: {" ".join(str(error).split())}') from error
-    # Asked for now, when they are those of the ArrayRecord files.
+        raise ImageError(f'cannot be opened: {" ".join(str(error).split())}') from error
+    # Only after as_data_source are these the instructions of the ArrayRecord files.
     parts = info.splits[split].file_instructions
     return records, [(pathlib.PurePath(p.filename).name, p.skip, p.take) for p in parts]
 

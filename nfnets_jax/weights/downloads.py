@@ -220,20 +220,20 @@ def _receive_rest(url: str, part: pathlib.Path) -> None:
         if total is None:  # The response is not a continuation.
             start, total = 0, int(response.headers.get('Content-Length') or 0)
         if not total:
-            raise UsageError(f'{url} does not tell its size')
+            raise UsageError(f'{url} does not have a size')
         if (free := shutil.disk_usage(part.parent).free) < total - start:
             raise UsageError(
                 f'{part.parent} is full: {(total - start) / 1e6:.1f} MB are needed and '
                 f'{free / 1e6:.1f} MB free'
             )
-        with open(part, 'r+b' if start else 'wb') as file, _progress(part, start, total) as told:
+        with open(part, 'r+b' if start else 'wb') as file, _progress(part, start, total) as report:
             file.seek(start)
             while start < total:
                 if not (chunk := response.read(min(_CHUNK, total - start))):
                     raise ConnectionError(f'it ended after {start} of {total} bytes')
                 file.write(chunk)
                 start += len(chunk)
-                told(len(chunk))
+                report(len(chunk))
             file.truncate()
             file.flush()
             os.fsync(file.fileno())

@@ -1,10 +1,10 @@
 """Weights as programs that run without this package: StableHLO, and ONNX.
 
-Both fold the scaled weight standardisation: the standardised weight of a convolution does not
+Both fold the scaled weight standardization: the standardized weight of a convolution does not
 depend on the image, so it is computed once and the network has plain convolutions. Programs map
 pixels, float32 [batch, size, size, channels] on a scale of 0..255 as `make_transform` returns them,
 to logits, float32 [batch, classes] (to 'pool', [batch, features], where the network has no
-classifier). The normalisation is part of the program, and the batch size is symbolic.
+classifier). The normalization is part of the program, and the batch size is symbolic.
 """
 
 import functools
@@ -71,7 +71,7 @@ def to_stablehlo(weights: pretrained.Weights) -> bytes:
     Raises:
       UsageError: the metadata lack the model or the size.
     """
-    size = picture_size(weights)
+    size = image_size(weights)
     channels = weights.metadata.channels
     shape = jax.export.symbolic_shape(f'batch, {size}, {size}, {channels}')
     pixels = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -80,7 +80,7 @@ def to_stablehlo(weights: pretrained.Weights) -> bytes:
 
 
 def to_onnx(weights: pretrained.Weights) -> bytes:
-    """Returns a serialised ONNX ModelProto with input 'pixels' and output 'logits' or 'pool'.
+    """Returns a serialized ONNX ModelProto with input 'pixels' and output 'logits' or 'pool'.
 
     Raises:
       UsageError: jax2onnx is not installed, or the metadata lack the model or the size.
@@ -89,7 +89,7 @@ def to_onnx(weights: pretrained.Weights) -> bytes:
         import jax2onnx
     except ImportError as error:
         raise UsageError(f'ONNX needs jax2onnx: pip install "nfnets_jax[onnx]" ({error})') from None
-    size = picture_size(weights)
+    size = image_size(weights)
     classify = make_classifier(weights, _conv2d_as_onnx_knows_it)
     model = jax2onnx.to_onnx(
         classify,
@@ -124,12 +124,12 @@ def output_name(metadata: pretrained.Metadata) -> str:
     return 'pool' if metadata.num_classes == 0 else 'logits'
 
 
-def picture_size(weights: pretrained.Weights) -> int:
+def image_size(weights: pretrained.Weights) -> int:
     """Returns the side of the test images of the weights in pixels.
 
     Raises:
       UsageError: the metadata lack the size.
     """
     if weights.metadata.test_size is None:
-        raise UsageError('the weights do not say for which size of pictures they are')
+        raise UsageError('the weights do not say the size of their images')
     return weights.metadata.test_size

@@ -36,7 +36,7 @@ class Metadata:
       train_size, test_size: side of the images in pixels.
       eval_mode: how an image becomes `test_size` pixels, a mode of `make_transform`; by default
         that of the model's authors, `Variant.eval_mode`.
-      mean, std: normalisation, one value per channel on a scale of 0..255.
+      mean, std: normalization, one value per channel on a scale of 0..255.
     """
 
     model: str | None = None
@@ -292,8 +292,8 @@ def fit_stem(weights: Weights, channels: int) -> Weights:
     For one channel the weight of the first convolution is summed over the three channels. For N
     channels it is repeated in order and scaled by 3 / N. This is timm's rule. It preserves the
     output of the convolution for images with equal channels (N a multiple of 3, or 1), up to a
-    scale for each output channel if its weight is standardised. One channel gets the average of
-    the normalisation; N channels repeat the three.
+    scale for each output channel if its weight is standardized. One channel gets the average of
+    the normalization; N channels repeat the three.
 
     Raises:
       UsageError: the weights are for other than three channels, or no first convolution is known.
@@ -475,17 +475,15 @@ def _load_file(path: str | os.PathLike) -> Weights:
 
 
 def _load_run(directory: pathlib.Path, checkpoint: str, ema: bool) -> Weights:
-    from nfnets_jax.weights.checkpoints import Checkpoints, DamagedCheckpointError  # needs Orbax
+    from nfnets_jax.weights.checkpoints import CheckpointReader, DamagedCheckpointError  # Orbax
 
     metadata = _run_metadata(directory)
-    checkpoints = Checkpoints(directory / 'checkpoints', read_only=True)
+    checkpoints = CheckpointReader(directory / 'checkpoints')
+    step = checkpoints.choose(checkpoint)
     try:
-        step = checkpoints.choose(checkpoint)
         tree = checkpoints.restore(step)
     except DamagedCheckpointError as error:
         raise UsageError(f'checkpoint {step} of {directory} is damaged: {error}') from error
-    finally:
-        checkpoints.close()
     prefix = 'ema_' if ema and tree['ema_params'] else ''
     params, state = tree[f'{prefix}params'], tree[f'{prefix}state']
     return Weights(params, state, metadata)

@@ -192,7 +192,7 @@ def _array(data: Any, dtype: Any, shape: Any, order: Literal['C', 'F']) -> np.nd
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_) -> _Tensor:
     numbers = (offset, *shape, *strides)
     if not isinstance(storage, _Storage) or any(not isinstance(n, int) or n < 0 for n in numbers):
-        raise RefusedError('it holds a tensor that is not one')
+        raise RefusedError('it holds an invalid tensor')
     if len(shape) != len(strides):
         raise RefusedError(f'it holds a tensor of shape {shape} with strides {strides}')
     return _Tensor(storage, offset, tuple(shape), tuple(strides))

@@ -12,17 +12,16 @@ from nfnets_jax.augment.operations import (
     WARPS,
     Operation,
     apply_operations,
-    in_groups,
-    one_by_one,
+    grouped,
 )
 from nfnets_jax.augment.randaugment import published_operation
 
 LEVELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 30)
-CENTRE = (7, 40)
+CENTER = (7, 40)
 
 
 @pytest.fixture(scope='module')
-def pictures():
+def originals():
     """Two photographs, in full and in half contrast, and what tables and histograms stumble on."""
     photographs = [
         np.asarray(Image.fromarray(image).resize((61, 48))) for image in load_sample_images().images
@@ -36,53 +35,53 @@ def pictures():
 
 def with_pillow(operation, image, sign):
     name, argument = operation
-    picture = Image.fromarray(image)
+    image = Image.fromarray(image)
     if name == 'Rotate':
-        return picture.rotate(sign * argument, fillcolor=(128,) * 3)
+        return image.rotate(sign * argument, fillcolor=(128,) * 3)
     if name in WARPS:
         matrix = [1, 0, 0, 0, 1, 0]
         matrix[{'ShearX': 1, 'TranslateX': 2, 'ShearY': 3, 'TranslateY': 5}[name]] = sign * argument
-        return picture.transform(picture.size, Image.Transform.AFFINE, matrix, fillcolor=(128,) * 3)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=(128,) * 3)
     if name == 'SolarizeAdd':
-        return picture.point([min(v + argument, 255) if v < 128 else v for v in range(256)] * 3)
+        return image.point([min(v + argument, 255) if v < 128 else v for v in range(256)] * 3)
     if name == 'Cutout':
-        box = [c + s * argument for s in (-1, 1) for c in reversed(CENTRE)]
-        box = [min(max(x, 0), limit) for x, limit in zip(box, 2 * picture.size, strict=True)]
+        box = [c + s * argument for s in (-1, 1) for c in reversed(CENTER)]
+        box = [min(max(x, 0), limit) for x, limit in zip(box, 2 * image.size, strict=True)]
         if box[0] < box[2] and box[1] < box[3]:
-            picture.paste((128,) * 3, box)
-        return picture
+            image.paste((128,) * 3, box)
+        return image
     if name in ('Posterize', 'Solarize'):
-        return getattr(ImageOps, name.lower())(picture, argument)
+        return getattr(ImageOps, name.lower())(image, argument)
     if name in ('AutoContrast', 'Equalize', 'Invert'):
-        return getattr(ImageOps, name.lower())(picture)
-    return getattr(ImageEnhance, name)(picture).enhance(argument)
+        return getattr(ImageOps, name.lower())(image)
+    return getattr(ImageEnhance, name)(image).enhance(argument)
 
 
 def is_tie(shear, size):
     return np.isclose((np.arange(size) + 0.5) * shear % 1, 0.5)
 
 
-# Every level of one form, a few of the other, which compiles a program for each of them.
+# Every level of one implementation, a few of the other, which compiles a program for each of them.
 @pytest.fixture(
     scope='module',
-    params=[(in_groups, LEVELS), (one_by_one, (5, 10, 30))],
-    ids=['in groups', 'one by one'],
+    params=[(grouped, LEVELS), (packed_images.apply_operations, (5, 10, 30))],
+    ids=['grouped', 'packed'],
 )
-def distorted(pictures, request):
-    """(levels, cases): operation, sign, pictures of every operation, all from one batch."""
+def distorted(originals, request):
+    """(levels, cases): operation, sign, images of every operation, all from one batch."""
     form, levels = request.param
     operations = [
         published_operation(name, level, translate=40, cutout=16)
         for name in OPERATIONS
         for level in levels
     ]
-    choice = np.repeat(np.arange(len(operations)), 2 * len(pictures))
-    sign = np.tile(np.repeat([1.0, -1.0], len(pictures)), len(operations)).astype(np.float32)
-    images = np.tile(pictures, (2 * len(operations), 1, 1, 1))
-    centre = np.tile(CENTRE, (len(images), 1))
+    choice = np.repeat(np.arange(len(operations)), 2 * len(originals))
+    sign = np.tile(np.repeat([1.0, -1.0], len(originals)), len(operations)).astype(np.float32)
+    images = np.tile(originals, (2 * len(operations), 1, 1, 1))
+    center = np.tile(CENTER, (len(images), 1))
     apply = jax.jit(lambda images, *drawn: form(operations, images, *drawn))
-    out = apply(images, choice[:, None], sign[:, None], centre[:, None])
-    out = np.asarray(out).reshape(len(operations), 2, *pictures.shape)
+    out = apply(images, choice[:, None], sign[:, None], center[:, None])
+    out = np.asarray(out).reshape(len(operations), 2, *originals.shape)
     return levels, [
         (operation, sign, signed)
         for operation, both in zip(operations, out, strict=True)
@@ -91,12 +90,12 @@ def distorted(pictures, request):
 
 
 @pytest.mark.parametrize('name', OPERATIONS)
-def test_operations_agree_with_pillow_at_every_magnitude(pictures, distorted, name):
+def test_operations_agree_with_pillow_at_every_magnitude(originals, distorted, name):
     levels, cases = distorted
     chosen = [case for case in cases if case[0].name == name]
     assert len(chosen) == 2 * len(levels)
     for operation, sign, found in chosen:
-        expected = np.stack([with_pillow(operation, image, sign) for image in pictures])
+        expected = np.stack([with_pillow(operation, image, sign) for image in originals])
         if name not in WARPS:
             np.testing.assert_array_equal(found, expected, str(operation))
             continue
@@ -109,7 +108,7 @@ def test_operations_agree_with_pillow_at_every_magnitude(pictures, distorted, na
 
 
 @pytest.mark.parametrize('size', [(192, 192), (48, 61), (2, 9)])
-def test_both_forms_are_equal(size):
+def test_both_implementations_are_equal(size):
     """To the last bit, warps too, several operations in a row, more than one number holds."""
     rng = np.random.default_rng(2)
     levels = (5, 15) if size == (48, 61) else (10,)
@@ -123,18 +122,18 @@ def test_both_forms_are_equal(size):
     images[::3] = images[::3] // 2 + 40
     choice = rng.integers(-1, len(operations), (count, layers))
     sign = rng.choice([-1.0, 1.0], (count, layers)).astype(np.float32)
-    centre = rng.integers(-3, 70, (count, layers, 2))
+    center = rng.integers(-3, 70, (count, layers, 2))
     expected, found = (
-        jax.jit(lambda *a, form=form: form(operations, *a))(images, choice, sign, centre)
-        for form in (in_groups, one_by_one)
+        jax.jit(lambda *a, form=form: form(operations, *a))(images, choice, sign, center)
+        for form in (grouped, packed_images.apply_operations)
     )
     np.testing.assert_array_equal(found, expected)
 
 
-def test_operations_in_a_row(pictures):
+def test_operations_in_a_row(originals):
     operations = [published_operation(name, 7, translate=40, cutout=16) for name in OPERATIONS]
     rng = np.random.default_rng(3)
-    images = pictures[rng.integers(len(pictures), size=8)]
+    images = originals[rng.integers(len(originals), size=8)]
     drawn = rng.integers(-1, 16, (8, 3)), np.ones((8, 3)), rng.integers(0, 48, (8, 3, 2))
     apply = jax.jit(lambda *a: apply_operations(a[0], operations, *a[1:]))
     together = apply(images, *drawn)
@@ -143,20 +142,20 @@ def test_operations_in_a_row(pictures):
     np.testing.assert_array_equal(together, images)
 
 
-def test_every_picture_gets_its_own_operation(pictures):
+def test_every_image_gets_its_own_operation(originals):
     """Any mixture of them, in any number, is what each would be alone."""
     operations = [published_operation(name, 7, translate=40, cutout=16) for name in OPERATIONS]
     rng = np.random.default_rng(1)
-    images = pictures[rng.integers(len(pictures), size=41)]
+    images = originals[rng.integers(len(originals), size=41)]
     choice = rng.integers(-1, len(operations), size=41)
-    sign, centre = rng.choice([-1.0, 1.0], 41).astype(np.float32), rng.integers(0, 48, (41, 2))
+    sign, center = rng.choice([-1.0, 1.0], 41).astype(np.float32), rng.integers(0, 48, (41, 2))
     together = jax.jit(lambda *a: apply_operations(a[0], operations, *a[1:]))
-    whole = together(images, choice, sign, centre)
+    whole = together(images, choice, sign, center)
     for i in range(0, 41, 6):
         alone = together(
             *(
                 np.tile(x[i : i + 1], (41, *[1] * (x.ndim - 1)))
-                for x in (images, choice, sign, centre)
+                for x in (images, choice, sign, center)
             )
         )
         np.testing.assert_array_equal(whole[i], alone[0])
@@ -164,8 +163,8 @@ def test_every_picture_gets_its_own_operation(pictures):
 
 
 @pytest.mark.parametrize('count', [0, 1, 5])
-def test_where_few_or_none_need_it(pictures, count):
-    images = pictures[:5]
+def test_where_few_or_none_need_it(originals, count):
+    images = originals[:5]
     choice = np.full(5, -1)
     choice[:count] = 0
     out = apply_operations(images, [Operation('Invert')], choice, np.ones(5), np.zeros((5, 2), int))
@@ -174,10 +173,10 @@ def test_where_few_or_none_need_it(pictures, count):
 
 
 @pytest.mark.parametrize('size', [(1, 1), (2, 9)])
-def test_tiny_pictures(size):
+def test_tiny_images(size):
     images = np.random.default_rng(0).integers(0, 256, (16, *size, 3), dtype=np.uint8)
     operations = [published_operation(name, 3, translate=2, cutout=4) for name in OPERATIONS]
-    out = apply_operations(images, operations, np.arange(16), np.ones(16), np.tile(CENTRE, (16, 1)))
+    out = apply_operations(images, operations, np.arange(16), np.ones(16), np.tile(CENTER, (16, 1)))
     chex.assert_shape(out, images.shape)
     assert out.dtype == jnp.uint8
     for image, operation, found in zip(images, operations, out, strict=True):
@@ -185,16 +184,16 @@ def test_tiny_pictures(size):
             np.testing.assert_array_equal(found, with_pillow(operation, image, 1), str(operation))
 
 
-def test_no_dtype_is_promoted_implicitly(pictures):
+def test_no_dtype_is_promoted_implicitly(originals):
     operations = [published_operation(name, 7, translate=40, cutout=16) for name in OPERATIONS]
     drawn = (
         jax.ShapeDtypeStruct((2, 3), np.int32),
         jax.ShapeDtypeStruct((2, 3), np.float32),
         jax.ShapeDtypeStruct((2, 3, 2), np.int32),
     )
-    images = jax.ShapeDtypeStruct((2, *pictures.shape[1:]), np.uint8)
+    images = jax.ShapeDtypeStruct((2, *originals.shape[1:]), np.uint8)
     with jax.numpy_dtype_promotion('strict'):
-        for form in (in_groups, one_by_one):
+        for form in (grouped, packed_images.apply_operations):
             out = jax.eval_shape(lambda *a, form=form: form(operations, *a), images, *drawn)
             assert (out.shape, out.dtype) == (images.shape, np.uint8)
 

@@ -5,24 +5,24 @@ import pytest
 from PIL import Image
 
 from nfnets_jax.data.folder import ImageFolder
-from nfnets_jax.data.preprocessing import SUFFIXES, PictureError, decode
+from nfnets_jax.data.preprocessing import SUFFIXES, ImageError, decode
 from nfnets_jax.data.sources import identify
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 
 
-def make_folder(root, classes, pictures=5):
-    """Writes `pictures` files into every class directory; each holds its own path."""
+def make_folder(root, classes, images=5):
+    """Writes `images` files into every class directory; each holds its own path."""
     for name in classes:
         (root / name).mkdir(parents=True)
-        for i in range(pictures):
+        for i in range(images):
             (root / name / f'{i}.jpg').write_text(f'{name}/{i}')
 
 
 def test_with_split_directories(tmp_path):
-    make_folder(tmp_path / 'train', ['dog', 'cat', '.cache'], pictures=3)
-    make_folder(tmp_path / 'val', ['dog'], pictures=2)
-    (tmp_path / 'train' / 'cat' / 'notes.txt').write_text('not a picture')
+    make_folder(tmp_path / 'train', ['dog', 'cat', '.cache'], images=3)
+    make_folder(tmp_path / 'val', ['dog'], images=2)
+    (tmp_path / 'train' / 'cat' / 'notes.txt').write_text('not an image')
     train, test = ImageFolder('train', tmp_path), ImageFolder('test', tmp_path)
     assert train.class_names == test.class_names == ('cat', 'dog')
     assert [train[i]['image'] for i in range(len(train))] == [
@@ -33,7 +33,7 @@ def test_with_split_directories(tmp_path):
 
 
 def test_draws_its_own_split(tmp_path):
-    make_folder(tmp_path, ['a', 'b', 'c'], pictures=10)
+    make_folder(tmp_path, ['a', 'b', 'c'], images=10)
 
     def files(split, seed):
         source = ImageFolder(split, tmp_path, test_fraction=0.3, split_seed=seed)
@@ -74,11 +74,11 @@ def test_cannot_split_one_image(tmp_path):
         ImageFolder('train', tmp_path)
 
 
-def test_a_file_that_disappears_is_a_picture_error(tmp_path):
+def test_a_file_that_disappears_is_an_image_error(tmp_path):
     make_folder(tmp_path / 'train', ['cat', 'dog'])
     source = ImageFolder('train', tmp_path)
     (tmp_path / 'train' / 'cat' / '2.jpg').unlink()
-    with pytest.raises(PictureError, match='cannot be read: No such file'):
+    with pytest.raises(ImageError, match='cannot be read: No such file'):
         source[2]
 
 
@@ -185,7 +185,7 @@ def test_a_single_class_is_refused(tmp_path, path):
 
 
 def test_a_link_to_a_parent_shows_no_file_twice(tmp_path):
-    make_folder(tmp_path, ['a', 'b'], pictures=8)
+    make_folder(tmp_path, ['a', 'b'], images=8)
     expected = names(opened(tmp_path)), names(opened(tmp_path, 'test'))
     (tmp_path / 'a' / 'up').symlink_to('..')
     (tmp_path / 'a' / 'deep').mkdir()
@@ -199,10 +199,10 @@ def test_a_link_to_a_parent_shows_no_file_twice(tmp_path):
 
 
 def test_links_are_followed_to_every_file_once(tmp_path):
-    make_folder(tmp_path / 'elsewhere', ['dog', 'more', 'other'], pictures=3)
+    make_folder(tmp_path / 'elsewhere', ['dog', 'more', 'other'], images=3)
     root = tmp_path / 'data'
     make_folder(root / 'test', ['cat', 'dog'])
-    make_folder(root / 'train', ['cat'], pictures=3)
+    make_folder(root / 'train', ['cat'], images=3)
     (root / 'train' / 'dog').symlink_to(tmp_path / 'elsewhere' / 'dog')
     cat = root / 'train' / 'cat'
     (cat / '00.jpg').symlink_to('2.jpg')  # itself in the class
@@ -214,7 +214,7 @@ def test_links_are_followed_to_every_file_once(tmp_path):
     files = ('0.jpg', '1.jpg', '2.jpg', '9.jpg', 'a/0.jpg', 'a/1.jpg', 'a/2.jpg', 'lost.jpg')
     source = opened(root)
     assert names(source) == [f'cat/{f}' for f in files] + [f'dog/{i}.jpg' for i in range(3)]
-    with pytest.raises(PictureError, match='No such file'):  # told when it is read
+    with pytest.raises(ImageError, match='No such file'):  # told when it is read
         source[7]
 
 

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from nfnets_jax.data.pipeline import (
-    BadPictures,
     Prefetch,
+    UnreadableExamples,
     epoch_order,
     eval_batches,
     train_batches,
 )
-from nfnets_jax.data.preprocessing import PictureError, make_transform
+from nfnets_jax.data.preprocessing import ImageError, make_transform
 from nfnets_jax.data.sources import ArraySource, ImageFolder
 from nfnets_jax.errors import UsageError
 
@@ -132,30 +132,30 @@ def test_evaluation_sees_every_example_once(source, batch_size, process_count):
     assert sorted(seen) == list(range(SIZE))
 
 
-def test_a_bad_picture_stops_the_run_with_its_name(source):
+def test_a_bad_image_stops_the_run_with_its_name(source):
     def fail_on_50(image, rng):
         if image[0, 0, 0] == 50:
-            raise PictureError('not a picture')
+            raise ImageError('not an image')
         return image
 
-    with pytest.raises(UsageError, match=r'arrays\[50\]: not a picture \(example 50\)'):
+    with pytest.raises(UsageError, match=r'arrays\[50\]: not an image \(example 50\)'):
         list(eval_batches(source, batch_size=8, transform=fail_on_50))
 
 
 def fail_on(*bad):
     def transform(image, rng):
         if image[0, 0, 0] in bad:
-            raise PictureError('not a picture')
+            raise ImageError('not an image')
         return image if rng is None else add_noise(image, rng)
 
     return transform
 
 
 @pytest.mark.parametrize('num_threads', [0, 3])
-def test_a_skipped_picture_changes_nothing_else(source, num_threads):
+def test_a_skipped_image_changes_nothing_else(source, num_threads):
     arguments = {'batch_size': 40, 'seed': 1, 'num_threads': num_threads}
     whole = take(train_batches(source, **arguments, transform=add_noise), 8)
-    bad = BadPictures(3)
+    bad = UnreadableExamples(3)
     skipped = take(train_batches(source, **arguments, transform=fail_on(5, 6), bad=bad), 8)
     assert len(bad) == 2
     stream, expected = labels(skipped), labels(whole)
@@ -170,23 +170,23 @@ def test_a_skipped_picture_changes_nothing_else(source, num_threads):
         assert stream[place] == following[0]
     resumed = take(
         train_batches(
-            source, **arguments, transform=fail_on(5, 6), bad=BadPictures(2), start_step=4
+            source, **arguments, transform=fail_on(5, 6), bad=UnreadableExamples(2), start_step=4
         ),
         4,
     )
     chex.assert_trees_all_equal(resumed, skipped[4:])
 
 
-def test_one_bad_picture_too_many_stops_the_run(source):
-    bad = BadPictures(2)
+def test_one_bad_image_too_many_stops_the_run(source):
+    bad = UnreadableExamples(2)
     batches = train_batches(source, batch_size=100, seed=0, transform=fail_on(5, 6, 7), bad=bad)
-    with pytest.raises(UsageError, match=r'arrays\[\d\]: not a picture .*; 2 others were skipped'):
+    with pytest.raises(UsageError, match=r'arrays\[\d\]: not an image .*; 2 others were skipped'):
         next(batches)
     assert len(bad) == 2
 
 
 def test_evaluation_leaves_out_what_is_skipped(source):
-    bad = BadPictures(9)
+    bad = UnreadableExamples(9)
     batches = list(eval_batches(source, batch_size=40, transform=fail_on(0, 50, 100), bad=bad))
     assert len(bad) == 3
     seen = np.concatenate([batch['label'][batch['mask'] == 1] for batch in batches])
@@ -215,12 +215,10 @@ def test_a_file_that_disappears_in_an_epoch(folder, num_threads):
         return [first, *take(batches, 20)]  # further than any buffer reaches
 
     whole = take(train_batches(ImageFolder('train', folder), **arguments), 21)
-    with pytest.raises(
-        PictureError, match=r'cat/3\.png: cannot be read: No such file .*\(example 3'
-    ):
+    with pytest.raises(ImageError, match=r'cat/3\.png: cannot be read: No such file .*\(example 3'):
         batches_with_loss()
     Image.new('RGB', (8, 8), (3, 3, 3)).save(folder / 'train' / 'cat' / '3.png')
-    bad = BadPictures(1)
+    bad = UnreadableExamples(1)
     found = batches_with_loss(bad=bad)
     assert len(bad) == 1
     same = [np.array_equal(a['image'], b['image']) for a, b in zip(whole, found, strict=True)]
@@ -250,25 +248,31 @@ def test_a_worker_that_dies_ends_the_run_and_says_where(source, fault, num_threa
 def test_nothing_readable_is_an_error_not_a_hang(source):
     for batches in (
         train_batches(
-            source, batch_size=8, seed=0, transform=fail_on(*range(SIZE)), bad=BadPictures(SIZE)
+            source,
+            batch_size=8,
+            seed=0,
+            transform=fail_on(*range(SIZE)),
+            bad=UnreadableExamples(SIZE),
         ),
-        eval_batches(source, batch_size=8, transform=fail_on(*range(SIZE)), bad=BadPictures(SIZE)),
+        eval_batches(
+            source, batch_size=8, transform=fail_on(*range(SIZE)), bad=UnreadableExamples(SIZE)
+        ),
     ):
-        with pytest.raises(UsageError, match='not one example'):
+        with pytest.raises(UsageError, match='none of the examples'):
             next(batches)
 
 
 def test_a_label_out_of_range_is_a_bad_example():
     source = ArraySource(np.zeros((4, 2, 2, 3), np.uint8), np.arange(4))
     source.labels[2] = -1
-    with pytest.raises(PictureError, match=r'arrays\[2\]: its label, -1, is not one of 4 classes'):
+    with pytest.raises(ImageError, match=r'arrays\[2\]: its label, -1, is not one of 4 classes'):
         next(eval_batches(source, batch_size=4))
 
 
 @pytest.mark.parametrize('limit', [-1, 1.5, True])
 def test_bad_limits(limit):
-    with pytest.raises(UsageError, match='data.skip_bad='):
-        BadPictures(limit)
+    with pytest.raises(UsageError, match='limit='):
+        UnreadableExamples(limit)
 
 
 def test_images_of_different_sizes_are_refused(source):

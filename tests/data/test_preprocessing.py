@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from nfnets_jax.data import preprocessing
 from nfnets_jax.data.pipeline import eval_batches, train_batches
-from nfnets_jax.data.preprocessing import SUFFIXES, PictureError, decode, make_transform
+from nfnets_jax.data.preprocessing import SUFFIXES, ImageError, decode, make_transform
 from nfnets_jax.data.sources import ImageFolder
 from nfnets_jax.errors import UsageError
 
@@ -28,14 +28,14 @@ def flower():
 
 @pytest.fixture(scope='module')
 def smooth():
-    """A picture without detail, which every codec keeps: RGB, 24 x 32 pixels."""
+    """An image without detail, which every codec keeps: RGB, 24 x 32 pixels."""
     y, x = np.mgrid[:24, :32]
     return Image.fromarray(np.stack([8 * x, 10 * y, 255 - 4 * x - 4 * y], axis=-1).astype(np.uint8))
 
 
-def encode(picture, format, **options):
+def encode(image, format, **options):
     stream = io.BytesIO()
-    picture.save(stream, format, **options)
+    image.save(stream, format, **options)
     return stream.getvalue()
 
 
@@ -81,7 +81,7 @@ def test_an_unknown_mode_is_refused(mode):
 def test_timms_resize_of_a_line_is_refused():
     """Its shorter side of one pixel would become 71, and the other 14 million."""
     line = np.zeros((1, 200_000, 3), np.uint8)
-    with pytest.raises(PictureError, match='pixels are more than'):
+    with pytest.raises(ImageError, match='pixels are more than'):
         make_transform('timm_center_0.9', 64)(line, None)
 
 
@@ -117,7 +117,7 @@ def test_random_crop_is_uint8_of_its_size_and_follows_the_generator(flower, size
     assert (first != transform(flower, rng(1))).any()
 
 
-def test_random_crop_shows_a_part_of_the_picture(flower):
+def test_random_crop_shows_a_part_of_the_image(flower):
     pixels = decode(flower)
     top, left, rows, columns = preprocessing.random_box(
         rng(3), *pixels.shape[:2], (0.08, 1), (3 / 4, 4 / 3)
@@ -208,17 +208,17 @@ def test_random_crop_falls_back_to_the_centre():
     stripe = rng().integers(0, 256, (2, 500, 3), dtype=np.uint8)
     assert preprocessing.random_box(rng(), 2, 500, (0.08, 1), (3 / 4, 4 / 3)) is None
     crop = preprocessing.random_crop(stripe, rng(), 8)
-    top, left, rows, columns = preprocessing.centre_box(2, 500, 8)
+    top, left, rows, columns = preprocessing.center_box(2, 500, 8)
     assert (rows, columns) == (1, 1)
     assert (crop == stripe[top, left]).all()
 
 
 @pytest.mark.parametrize('mode', ['random_crop', 'crop_resize', 'resize_crop_32'])
 @pytest.mark.parametrize('height_width', [(1, 1), (1, 40), (40, 1), (3, 2)])
-def test_tiny_pictures(mode, height_width):
-    picture = Image.new('RGB', height_width[::-1], (10, 200, 30))
+def test_tiny_images(mode, height_width):
+    image = Image.new('RGB', height_width[::-1], (10, 200, 30))
     for format in ('PNG', 'JPEG'):
-        out = make_transform(mode, 32)(encode(picture, format), rng())
+        out = make_transform(mode, 32)(encode(image, format), rng())
         np.testing.assert_allclose(out - np.array([10.0, 200, 30]), 0, atol=4)
 
 
@@ -229,10 +229,10 @@ AVIF = pytest.param('AVIF', marks=needs_avif)
 @pytest.mark.parametrize('format', ['PNG', 'BMP', 'TIFF', 'PPM', 'GIF', 'WEBP', 'JPEG', AVIF])
 @pytest.mark.parametrize('mode', ['RGB', 'L'])
 def test_formats(smooth, format, mode):
-    picture = smooth.convert(mode)
-    pixels = decode(encode(picture, format))
+    image = smooth.convert(mode)
+    pixels = decode(encode(image, format))
     assert pixels.dtype == np.uint8
-    difference = pixels.astype(float) - np.asarray(picture.convert('RGB'))
+    difference = pixels.astype(float) - np.asarray(image.convert('RGB'))
     assert np.abs(difference).mean() < (10 if format == 'GIF' and mode == 'RGB' else 3)
 
 
@@ -249,9 +249,9 @@ def test_sixteen_bits():
 
 
 def test_transparent_parts_become_white():
-    picture = Image.new('RGBA', (4, 2), (200, 100, 0, 255))
-    picture.putpixel((0, 0), (0, 0, 0, 0))
-    for variant in (picture, picture.quantize()):
+    image = Image.new('RGBA', (4, 2), (200, 100, 0, 255))
+    image.putpixel((0, 0), (0, 0, 0, 0))
+    for variant in (image, image.quantize()):
         pixels = decode(encode(variant, 'PNG'))
         assert pixels[0, 0].tolist() == [255, 255, 255]
         assert pixels[1, 3].tolist() == [200, 100, 0]
@@ -279,7 +279,7 @@ def test_exif_orientation(smooth, format, orientation):
 
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_random_crop_turns_the_part_of_a_jpeg(smooth, orientation):
-    """Equal to the crop of the picture as stored, turned by Pillow."""
+    """Equal to the crop of the image as stored, turned by Pillow."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(preprocessing.random_crop(encode(smooth, 'JPEG'), rng(), 8))
@@ -307,7 +307,7 @@ def test_a_png_in_jpegs_clothes_is_read(tmp_path, smooth):
     'damage',
     [
         lambda encoded: b'',
-        lambda encoded: b'not a picture',
+        lambda encoded: b'not an image',
         lambda encoded: encoded[:4],
         lambda encoded: encoded[:200],
         lambda encoded: encoded[: len(encoded) // 2],
@@ -315,10 +315,10 @@ def test_a_png_in_jpegs_clothes_is_read(tmp_path, smooth):
     ],
 )
 @pytest.mark.parametrize('format', ['JPEG', 'PNG', 'GIF', 'WEBP', 'TIFF', 'BMP'])
-def test_damaged_pictures_are_picture_errors(smooth, damage, format):
+def test_damaged_images_are_image_errors(smooth, damage, format):
     encoded = encode(smooth.resize((320, 240)), format)
     for mode in ('crop_resize', 'random_crop'):
-        with pytest.raises(PictureError, match='cannot be decoded'):
+        with pytest.raises(ImageError, match='cannot be decoded'):
             make_transform(mode, 16)(damage(encoded), rng())
 
 
@@ -341,10 +341,10 @@ def mutations(encoded, rng, count):
 
 
 def read_or_refuse(encoded, rng):
-    """Returns whether the picture was read; anything but that and a PictureError is a failure."""
+    """Returns whether the image was read; anything but that and an ImageError is a failure."""
     try:
         pixels = make_transform('random_crop', 16)(encoded, rng)
-    except PictureError:
+    except ImageError:
         return False
     assert (pixels.shape, pixels.dtype) == ((16, 16, 3), np.uint8)
     return True
@@ -355,7 +355,7 @@ FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'PPM', 'TIFF', AVIF)
 
 @pytest.mark.filterwarnings('ignore')  # Pillow's, about the damage
 @pytest.mark.parametrize('format', FORMATS)
-def test_mutated_pictures_never_do_worse_than_a_picture_error(smooth, format):
+def test_mutated_images_never_do_worse_than_an_image_error(smooth, format):
     random = rng()
     read = [read_or_refuse(x, random) for x in mutations(encode(smooth, format), random, 100)]
     assert 0 < sum(read) < 100
@@ -365,11 +365,11 @@ def test_mutated_pictures_never_do_worse_than_a_picture_error(smooth, format):
 @pytest.mark.filterwarnings('ignore')  # Pillow's, about the damage
 @pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK', 'P', 'RGBA'])
 @pytest.mark.parametrize('format', ['JPEG', 'PNG', 'GIF', 'WEBP', 'TIFF'])
-def test_ten_thousand_mutated_pictures(format, mode):
+def test_ten_thousand_mutated_images(format, mode):
     """No crash, no hang: one that takes 10 seconds of processor time would end the tests."""
-    picture = Image.open(PICTURES / 'flower.jpg').resize((160, 120)).convert(mode)
+    image = Image.open(PICTURES / 'flower.jpg').resize((160, 120)).convert(mode)
     try:
-        encoded = encode(picture, format)
+        encoded = encode(image, format)
     except (OSError, ValueError):
         pytest.skip(f'{format} has no {mode}')
     random = rng(1)
@@ -382,7 +382,7 @@ def test_ten_thousand_mutated_pictures(format, mode):
 
 
 @pytest.mark.parametrize('format', ['JPEG', 'PNG'])
-def test_a_huge_picture_is_refused_by_its_header(format):
+def test_a_huge_image_is_refused_by_its_header(format):
     encoded = bytearray(encode(Image.new('RGB', (16, 16)), format))
     if format == 'PNG':
         encoded[16:24] = (20_000).to_bytes(4) * 2
@@ -391,14 +391,14 @@ def test_a_huge_picture_is_refused_by_its_header(format):
         size = encoded.index(b'\xff\xc0') + 5
         encoded[size : size + 4] = (20_000).to_bytes(2) * 2
     for mode in ('crop_resize', 'random_crop'):
-        with pytest.raises(PictureError, match='pixels'):
+        with pytest.raises(ImageError, match='pixels'):
             make_transform(mode, 16)(bytes(encoded), rng())
 
 
-def test_floating_point_pictures_are_refused():
-    picture = Image.fromarray(np.zeros((4, 4), np.float32))
-    with pytest.raises(PictureError, match='floating-point'):
-        decode(encode(picture, 'TIFF'))
+def test_floating_point_images_are_refused():
+    image = Image.fromarray(np.zeros((4, 4), np.float32))
+    with pytest.raises(ImageError, match='floating-point'):
+        decode(encode(image, 'TIFF'))
 
 
 def test_the_pipeline_names_the_bad_file(tmp_path, smooth):
@@ -413,7 +413,7 @@ def test_the_pipeline_names_the_bad_file(tmp_path, smooth):
     assert batch['image'].shape == (3, 8, 8, 3)
     (directory / 'b.jpg').write_bytes(b'text')
     batches = eval_batches(source, batch_size=3, transform=make_transform('crop_resize', 8))
-    with pytest.raises(PictureError, match=r'cat/b\.jpg: cannot be decoded: not a picture'):
+    with pytest.raises(ImageError, match=r'cat/b\.jpg: cannot be decoded: not an image'):
         next(batches)
 
 

@@ -1,4 +1,4 @@
-"""A training run small enough for a test: two seconds once it is compiled."""
+"""A training run small enough for a test: two seconds after compilation."""
 
 import os
 import pathlib
@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 from experiments.config import default_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Compiling takes most of the time of a small run, and grows with the network's depth.
+# Compilation dominates a small run, and grows with the network's depth.
 ONE_BLOCK = {'widths': (8,), 'depths': (1,)}
 
 
 def tiny_config(**changes) -> ConfigDict:
-    """Six steps of one block on 8x8 digits; `changes` are dotted keys, `a__b=1`."""
+    """Returns six steps of one block on 8x8 digits; `changes` are dotted keys, `a__b=1`."""
     config = default_config()
     config.model = {'name': 'NF-ResNet-8', **ONE_BLOCK}
     config.data.image_size = 8
@@ -52,7 +52,7 @@ def get_config():
 
 @pytest.fixture(scope='session')
 def command(tmp_path_factory):
-    """A function that starts `python -m experiments.NAME`, by default for the tiny run."""
+    """Returns a function that starts `python -m experiments.NAME`, by default for the tiny run."""
     file = tmp_path_factory.mktemp('config') / 'tiny.py'
     file.write_text(CONFIG_FILE)
 

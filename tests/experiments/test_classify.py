@@ -97,8 +97,8 @@ def test_good_odd_and_bad_pictures_each_get_what_they_deserve(weights, odd_pictu
         assert result[0].probability >= result[1].probability
         assert result[0].name == METADATA.class_names[result[0].label]
     problems = dict(results)
-    assert 'not a picture' in problems[bad_pictures[0]]
-    assert 'pixels; make the picture smaller' in problems[bad_pictures[3]]
+    assert 'not an image' in problems[bad_pictures[0]]
+    assert 'pixels; make the image smaller' in problems[bad_pictures[3]]
     assert 'No such file' in problems[bad_pictures[4]]
 
 
@@ -149,5 +149,5 @@ def test_the_command(command, weights, tmp_path):
     assert line['classes'][0]['label'] == label
     assert line['classes'][0]['name'] == name
     assert line['classes'][0]['probability'] == pytest.approx(probability, rel=1e-4)
-    assert f'{bad}: cannot be decoded: not a picture' in err
+    assert f'{bad}: cannot be decoded: not an image' in err
     assert err.splitlines()[-1] == 'error: 1 of 2 pictures could not be read'

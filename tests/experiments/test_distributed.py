@@ -141,7 +141,7 @@ def test_where_one_dies_the_other_ends_and_the_restart_continues(command, tmp_pa
 # Checkpoints take longer than the others would wait for a process that is silent.
 SLOW_DISK = """
 import time
-from nfnets_jax.weights.checkpoints import Checkpoints
+from experiments.run.checkpoints import Checkpoints
 from tests.experiments.conftest import tiny_config
 wait = Checkpoints.wait
 def wait_long(checkpoints):

@@ -14,7 +14,7 @@ import pytest
 from configs.finetune import head_only
 from experiments.evaluate import evaluate
 from experiments.train import train
-from nfnets_jax.weights.checkpoints import Checkpoints
+from nfnets_jax.weights.checkpoints import CheckpointReader
 from tests.experiments.conftest import tiny_config
 
 ARCHIVES = pathlib.Path(__file__).with_name('runs_of_0.1.0')
@@ -39,10 +39,9 @@ def test_a_run_of_an_earlier_version_resumes_and_ends_where_it_did(name, tmp_pat
     train(tiny_config(checkpoint__keep=2, **CHANGES[name]), directory)
 
     assert 'at step 3 of 6' in capsys.readouterr().err
-    checkpoints = Checkpoints(directory / 'checkpoints', read_only=True)
+    checkpoints = CheckpointReader(directory / 'checkpoints')
     assert checkpoints.steps() == [3, 6]
     state = checkpoints.restore(6)
-    checkpoints.close()
     ended = {
         jax.tree_util.keystr(path, simple=True, separator='|'): leaf
         for path, leaf in jax.tree.leaves_with_path(state)

@@ -14,7 +14,7 @@ from experiments.run import metric_writers, parallel, workdir
 from experiments.train import train
 from nfnets_jax import augment
 from nfnets_jax.errors import UsageError
-from nfnets_jax.weights.checkpoints import Checkpoints
+from nfnets_jax.weights.checkpoints import CheckpointReader
 from tests.experiments.conftest import tiny_config
 
 
@@ -42,7 +42,7 @@ def test_the_figures_are_right(run):
     directory, final = run
     setting = experiment.prepare(workdir.load_config(directory))
     like = jax.eval_shape(lambda: experiment.init_state(setting))
-    state = Checkpoints(directory / 'checkpoints', read_only=True).restore(6, like)
+    state = CheckpointReader(directory / 'checkpoints').restore(6, like)
     source = setting.test_source
     images = augment.normalize(np.stack([source[i]['image'] for i in range(len(source))]))
     labels = np.array([source[i]['label'] for i in range(len(source))])
@@ -157,7 +157,7 @@ def test_evaluation_computes_in_its_own_precision(tmp_path):
     trained = train(config, tmp_path / 'run')['final']
     assert evaluate(tmp_path / 'run')['test/loss'] == trained['test/loss']
     setting = experiment.prepare(workdir.load_config(tmp_path / 'run'))
-    state = Checkpoints(tmp_path / 'run' / 'checkpoints', read_only=True).restore(
+    state = CheckpointReader(tmp_path / 'run' / 'checkpoints').restore(
         6, jax.eval_shape(lambda: experiment.init_state(setting))
     )
 

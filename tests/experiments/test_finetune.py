@@ -259,7 +259,7 @@ def test_metadata_that_are_written_down_are_read_without_an_array(
         raise AssertionError('an array was read')
 
     monkeypatch.setattr(pretrained.weight_files, 'read', refuse)
-    monkeypatch.setattr('nfnets_jax.weights.checkpoints.Checkpoints', refuse)
+    monkeypatch.setattr('nfnets_jax.weights.checkpoints.CheckpointReader', refuse)
     assert pretrained.load_metadata(path) == expected
     with pytest.raises(UsageError, match='weights of NFNet-F0: they are those of NF-ResNet-8'):
         pretrained.load_metadata(path, 'NFNet-F0')

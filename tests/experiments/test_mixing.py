@@ -33,7 +33,7 @@ def test_every_image_of_an_epoch_is_read_once():
     """A step of 64 examples reads 128 images; epochs count examples, as the authors' do."""
     setting = prepare(tiny_config(data=NOISE, duration='1 epochs', **MIXED))
     assert (setting.total_steps, setting.images_per_step) == (4, 128)
-    with _open_batches(setting, 0, pipeline.BadPictures()) as batches:
+    with _open_batches(setting, 0, pipeline.UnreadableExamples()) as batches:
         for _ in range(2):
             read = [np.asarray(next(batches)['image']).reshape(128, -1) for _ in range(2)]
             found = sorted(image.tobytes() for image in np.concatenate(read))
@@ -77,7 +77,7 @@ def test_pairs_of_the_batch_are_another_experiment(whole, tmp_path):
 def test_parts_of_a_batch_add_up_to_the_whole():
     def step(**changes):
         setting = prepare(tiny_config(**MIXED, **changes))
-        with _open_batches(setting, 0, pipeline.BadPictures()) as batches:
+        with _open_batches(setting, 0, pipeline.UnreadableExamples()) as batches:
             stop = parallel.shard(np.zeros(jax.device_count(), np.float32))
             state = parallel.replicate(experiment.init_state(setting))
             state, _ = make_train_step(setting)(state, next(batches) | {'stop': stop})

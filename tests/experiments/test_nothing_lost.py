@@ -11,7 +11,7 @@ from experiments.run import curves, metric_writers, workdir
 from experiments.train import train
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError
-from nfnets_jax.weights.checkpoints import Checkpoints
+from nfnets_jax.weights.checkpoints import CheckpointReader
 from tests.experiments.run.test_data_record import config_of, write_images
 from tests.experiments.test_train import assert_same_run, timeless
 
@@ -42,11 +42,8 @@ def go(data, tmp_path, programs):
 
 
 def saved(tmp_path, name='run'):
-    checkpoints = Checkpoints(tmp_path / name / 'checkpoints', read_only=True)
-    try:
-        return checkpoints.steps(), checkpoints.best()
-    finally:
-        checkpoints.close()
+    checkpoints = CheckpointReader(tmp_path / name / 'checkpoints')
+    return checkpoints.steps(), checkpoints.best()
 
 
 def truncate(path):

@@ -15,7 +15,7 @@ from experiments import experiment
 from experiments.run import metric_writers, workdir
 from experiments.train import DivergedError, train
 from nfnets_jax.errors import UsageError
-from nfnets_jax.weights.checkpoints import Checkpoints
+from nfnets_jax.weights.checkpoints import CheckpointReader
 from tests.experiments.conftest import ONE_BLOCK, tiny_config
 from tests.test_files import files_no_larger_than
 
@@ -24,11 +24,8 @@ def final_state(directory):
     """The training state that a run ended with."""
     setting = experiment.prepare(workdir.load_config(directory))
     like = jax.eval_shape(lambda: experiment.init_state(setting))
-    checkpoints = Checkpoints(f'{directory}/checkpoints', read_only=True)
-    try:
-        return checkpoints.restore(setting.total_steps, like)
-    finally:
-        checkpoints.close()
+    checkpoints = CheckpointReader(f'{directory}/checkpoints')
+    return checkpoints.restore(setting.total_steps, like)
 
 
 def timeless(directory):

@@ -7,8 +7,8 @@ import pytest
 def random_variables():
     """Fills a network's parameters and state from a fixed seed, in numpy.
 
-    Compiling hk's init takes longer than all that most tests do, and its zeros (skip gains,
-    classifiers) hide what is behind them.
+    Compiling Haiku's init takes longer than most tests, and its zeros (skip gains, classifiers)
+    hide the layers behind them.
     """
 
     def fill(network, *args):
@@ -20,7 +20,7 @@ def random_variables():
             if leaf.dtype == np.int32:
                 return np.ones(leaf.shape, np.int32)
             noise = 0.1 * rng.standard_normal(leaf.shape).astype(np.float32)
-            if name in ('hidden', 'average'):  # of a normalisation
+            if name in ('hidden', 'average'):  # batch norm's running statistics
                 return 1 + np.abs(noise) if module.endswith('var_ema') else noise
             if name in ('gain', 'scale', 'skip_gain'):
                 return 1 + noise

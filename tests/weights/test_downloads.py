@@ -162,7 +162,7 @@ def test_what_was_put_there_by_hand_is_checked_and_taken(server, path):
 
 
 @pytest.mark.parametrize(
-    ('fault', 'message'), [(404, '404 Not Found'), ('no size', 'does not tell its size')]
+    ('fault', 'message'), [(404, '404 Not Found'), ('no size', 'does not have a size')]
 )
 def test_what_a_server_refuses_is_told(fault, message, server, path):
     server.faults = [fault]

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.run.checkpoints import Checkpoints
 from nfnets_jax import from_pretrained, load_pretrained, models
 from nfnets_jax.convolution import conv
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import pretrained
-from nfnets_jax.weights.checkpoints import Checkpoints
 from nfnets_jax.weights.pretrained import Metadata, Weights, fit_weights, save_weights
 
 EVAL_MODES = {'NFNet-F0': 'resize_crop_32'}

@@ -1,4 +1,4 @@
-"""A study of three arms, small enough to know every figure of it."""
+"""A study of three arms, small enough to know all its numbers."""
 
 import itertools
 import json

@@ -40,7 +40,7 @@ def test_a_diverged_curve_ends_in_a_mark(build):
 
 def test_what_is_open_and_not_tuned_is_kept_apart_by_dashes(build):
     (found,) = build(chart('curves', 'step'))
-    styles = {s.name: (s.colour, s.dash) for s in found.series}
+    styles = {s.name: (s.color, s.dash) for s in found.series}
     assert styles['NF, batch size 32'] == (1, 0)
     assert styles['NF, batch size 256'] == (1, 1)
     assert len(styles) == 6
@@ -63,9 +63,9 @@ def test_categories_are_written(build):
     assert found.table().rows[1][0] == 'NF'
 
 
-def test_each_bar_has_its_colour_where_the_series_is_the_axis(build):
+def test_each_bar_has_its_color_where_the_series_is_the_axis(build):
     (found,) = build(chart('bars', 'arm', where={'batch_size': 32}))
-    assert [(s.name, s.colour, len(s.marks)) for s in found.series] == [
+    assert [(s.name, s.color, len(s.marks)) for s in found.series] == [
         ('batch norm', 0, 1),
         ('NF', 1, 1),
         ('NF with AGC', 2, 1),
@@ -81,8 +81,8 @@ def test_heat_map(build):
         pytest.approx([86.0, 91.0]),
         pytest.approx([81.0, 86.0]),
     ]
-    assert 'highest 91.00' in found.describe()
-    assert 'at clipping 0.01, batch size 256' in found.describe()
+    assert 'highest 91.00' in found.alt_text()
+    assert 'at clipping 0.01, batch size 256' in found.alt_text()
 
 
 def test_a_heat_map_has_no_place_for_the_values_of_other_arms(build, study_fields):
@@ -93,7 +93,7 @@ def test_a_heat_map_has_no_place_for_the_values_of_other_arms(build, study_field
     assert found.rows == ['0.01', '0.16']
 
 
-def test_divergence_does_not_stretch_the_colours(build):
+def test_divergence_does_not_stretch_the_colors(build):
     spec = chart('heatmap', 'learning_rate', series='batch_size', where={'arm': 'nf'})
     (found,) = build(spec)
     assert (found.low, found.high) == pytest.approx((61.0, 86.0))

@@ -15,8 +15,8 @@ def drawn(study):
     return {spec.kind: charts.build(study, spec)[0] for spec in study.charts}
 
 
-def _coloured(figure):
-    """A figure with the names of colours replaced, as the page's script does it."""
+def _colored(figure):
+    """A figure with the names of colors replaced, as the page's script does it."""
     palette = interactive.palette('light')
 
     def paint(pairs):
@@ -31,7 +31,7 @@ def _coloured(figure):
 
 @pytest.mark.parametrize('kind', [kind for kind in schema.KINDS if kind != 'table'])
 def test_plotly_knows_every_field(drawn, kind):
-    painted, _ = _coloured(interactive.figure(drawn[kind]))
+    painted, _ = _colored(interactive.figure(drawn[kind]))
     go.Figure(painted)  # It refuses what it does not know.
     assert '@' not in json.dumps(painted)
 
@@ -69,8 +69,8 @@ def test_texts_are_no_markup(write_study, study_fields):
         assert '<a' not in text
 
 
-def _luminance(colour):
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def _luminance(color):
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
@@ -81,9 +81,9 @@ def _contrast(first, second):
 
 
 @pytest.mark.parametrize('theme', ['light', 'dark'])
-def test_colours_can_be_seen(theme):
+def test_colors_can_be_seen(theme):
     palette = interactive.palette(theme)
-    for i in range(charts.NUM_COLOURS):
+    for i in range(charts.NUM_COLORS):
         assert _contrast(palette[f'c{i}'], palette['paper']) >= 3.0, i
     assert _contrast(palette['ink'], palette['paper']) >= 7.0
     assert _contrast(palette['muted'], palette['paper']) >= 4.5
@@ -99,15 +99,15 @@ def test_figures_in_a_heat_map_can_be_read():
         assert _contrast(ink, ground) >= 4.5, shade
 
 
-def test_many_series_are_told_apart_by_colour_and_dash(write_study, study_fields):
+def test_many_series_are_told_apart_by_color_and_dash(write_study, study_fields):
     study = reading.load(write_study(study_fields | {'charts': [chart('curves', 'step')]}))
     (found,) = charts.build(study, study.charts[0])
     styles = [entry[1:] for entry in interactive.legend(found)]
     assert all(a != b for a, b in itertools.combinations(styles, 2))
 
 
-def test_more_arms_than_colours_are_told_apart(write_study, study_fields):
-    names = [f'arm{i}' for i in range(charts.NUM_COLOURS + 1)]
+def test_more_arms_than_colors_are_told_apart(write_study, study_fields):
+    names = [f'arm{i}' for i in range(charts.NUM_COLORS + 1)]
     study_fields |= {'axes': study_fields['axes'] | {'arm': names}, 'claims': []}
     study_fields['charts'] = [chart('line', 'learning_rate')]
     template = next(t for t in study_fields['trials'] if t['axes']['arm'] == 'bn')
@@ -120,8 +120,8 @@ def test_more_arms_than_colours_are_told_apart(write_study, study_fields):
     assert len(set(styles)) == len(names)
 
 
-def _lab(colour):
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def _lab(color):
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     x, y, z = (
         t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116
@@ -135,7 +135,7 @@ def _lab(colour):
 
 
 @pytest.mark.parametrize('theme', ['light', 'dark'])
-def test_no_two_colours_look_alike(theme):
+def test_no_two_colors_look_alike(theme):
     palette = interactive.palette(theme)
-    colours = [_lab(palette[f'c{i}']) for i in range(charts.NUM_COLOURS)]
-    assert min(math.dist(a, b) for a, b in itertools.combinations(colours, 2)) > 30
+    colors = [_lab(palette[f'c{i}']) for i in range(charts.NUM_COLORS)]
+    assert min(math.dist(a, b) for a, b in itertools.combinations(colors, 2)) > 30

@@ -6,8 +6,8 @@ import pytest
 
 from experiments.run import device_cached, parallel
 from experiments.run.device_cached import ResidentBatches, take
-from nfnets_jax.data.pipeline import BadPictures, train_batches
-from nfnets_jax.data.preprocessing import PictureError
+from nfnets_jax.data.pipeline import UnreadableExamples, train_batches
+from nfnets_jax.data.preprocessing import ImageError
 from nfnets_jax.data.sources import ArraySource
 from nfnets_jax.errors import UsageError
 
@@ -61,14 +61,14 @@ def test_a_run_may_see_more_than_four_billion_examples(source):
 def test_skipped_examples_are_replaced_as_on_the_host(source):
     def fail(image, rng):
         if any((image == source.images[i]).all() for i in (7, 20, 21)):
-            raise PictureError('bad')
+            raise ImageError('bad')
         return image
 
-    bad = BadPictures(3)
+    bad = UnreadableExamples(3)
     found = batches_of(source, range(10), seed=3, transform=fail, bad=bad)
     assert len(bad) == 3
     assert not set(np.concatenate([batch['label'] for batch in found])) & {7, 20, 21}
-    assert_same(found, source, range(10), seed=3, transform=fail, bad=BadPictures(3))
+    assert_same(found, source, range(10), seed=3, transform=fail, bad=UnreadableExamples(3))
     with pytest.raises(UsageError, match='bad'):
         ResidentBatches(source, batch_size=12, seed=3, transform=fail)
 

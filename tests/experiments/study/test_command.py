@@ -19,7 +19,7 @@ from experiments.run import metric_writers, workdir
 from experiments.study import command as study
 from experiments.study import config as study_config
 from experiments.study.config import default_study, make_trials
-from experiments.study.journal import MAX_ATTEMPTS, Journal, in_turn
+from experiments.study.journal import MAX_ATTEMPTS, Journal, round_robin
 from nfnets_jax.errors import UsageError
 from tests.experiments.conftest import ONE_BLOCK, ROOT, tiny_config
 
@@ -233,7 +233,7 @@ from experiments.study import command as study
 from tests.experiments.study.test_command import tiny_study
 tiny = tiny_study()
 journal = study.open_journal(tiny, sys.argv[1])
-print(journal.claim([r.id for r in journal.records()], None).id, flush=True)
+print(journal.acquire([r.id for r in journal.records()], None).id, flush=True)
 time.sleep(60)
 """
 
@@ -258,10 +258,10 @@ def test_a_killed_process_gives_its_trial_back(tmp_path):
     taken = next(process)
     assert taken == trials[0].id
     assert {r.id: r.state for r in journal.records()}[taken] == 'running'
-    assert journal.claim([taken], None) is None, 'somebody is at it'
+    assert journal.acquire([taken], None) is None, 'somebody is at it'
     next(process)
     assert {r.id: r.state for r in journal.records()}[taken] == 'pending'
-    assert journal.claim([t.id for t in trials], None).id == taken
+    assert journal.acquire([t.id for t in trials], None).id == taken
 
 
 @pytest.fixture
@@ -281,21 +281,21 @@ def test_a_worker_keeps_to_its_program_and_out_of_others(journal):
     journal, trials = journal
     journal.add(trials, [{}] * 4, {})
     ids = [trial.id for trial in trials]
-    first = journal.claim(ids, None)
+    first = journal.acquire(ids, None)
     assert first.id == 'a0'
-    assert journal.claim(ids, None).id == 'b0', 'a new worker takes a program that nobody runs'
-    journal.end(first, 'complete', seconds=1.0, value=0.5)
-    assert journal.claim(ids, 'a').id == 'a1'
-    assert journal.claim(ids, 'a').id == 'b1', 'and helps where there is nothing else'
-    assert journal.claim(ids, 'a') is None
+    assert journal.acquire(ids, None).id == 'b0', 'a new worker takes a program that nobody runs'
+    journal.finish(first, 'complete', seconds=1.0, value=0.5)
+    assert journal.acquire(ids, 'a').id == 'a1'
+    assert journal.acquire(ids, 'a').id == 'b1', 'and helps where there is nothing else'
+    assert journal.acquire(ids, 'a') is None
 
 
 def test_a_trial_that_kills_every_process_has_failed(journal):
     journal, trials = journal
     journal.add(trials[:1], [{}], {})
     for _ in range(MAX_ATTEMPTS):
-        journal._unlock(journal.claim(['a0'], None))  # as when the process is killed
-    assert journal.claim(['a0'], None) is None
+        journal._unlock(journal.acquire(['a0'], None))  # as when the process is killed
+    assert journal.acquire(['a0'], None) is None
     (record,) = journal.records()
     assert record.state == 'failed'
     assert record.error == 'its process was killed 3 times at step 0: out of memory?'
@@ -536,12 +536,12 @@ def test_arms_share_a_budget(journal):
     ids = [trial.id for trial in trials]
     taken = []
     for done in range(3):
-        record = journal.claim(ids, 'a', budget=3 - done)
-        journal.end(record, 'complete', seconds=1.0, value=0.5)
+        record = journal.acquire(ids, 'a', budget=3 - done)
+        journal.finish(record, 'complete', seconds=1.0, value=0.5)
         taken.append(record.id)
     assert sorted(taken) == ['a0', 'a1', 'b0'], 'not a0, a1 and then b0 only if there is time'
-    assert [r.id for r in in_turn(journal.records())] == ['a0', 'b0', 'a1', 'b1']
-    assert journal.claim(ids, 'a', budget=1).id == 'b1', 'the next of the turn'
+    assert [r.id for r in round_robin(journal.records())] == ['a0', 'b0', 'a1', 'b1']
+    assert journal.acquire(ids, 'a', budget=1).id == 'b1', 'the next of the turn'
 
 
 def test_a_budget_goes_to_one_seed_of_each_arm_first(tmp_path):
@@ -549,7 +549,7 @@ def test_a_budget_goes_to_one_seed_of_each_arm_first(tmp_path):
     trials = make_trials(config)
     journal = study.open_journal(config, tmp_path)
     journal.add(trials, [{}] * len(trials), {})
-    first = in_turn(journal.records())[:15]
+    first = round_robin(journal.records())[:15]
     assert {r.axes['seed'] for r in first} == {0}
     for n in (5, 10, 15):
         arms = collections.Counter(r.axes['arm'] for r in first[:n])
@@ -560,13 +560,13 @@ def test_a_budget_goes_to_one_seed_of_each_arm_first(tmp_path):
 def test_the_time_left_is_that_of_the_trials_that_will_run(journal, capsys):
     journal, trials = journal
     journal.add(trials, [{}] * 4, {})
-    course = study._Course(journal, [trial.id for trial in trials], 1, max_trials=2)
-    course.begin(ConfigDict({'name': 'n', 'size': 's', 'cost': '', 'metric': 'm'}), 2)
+    progress = study.StudyProgress(journal, [trial.id for trial in trials], 1, max_trials=2)
+    progress.start(ConfigDict({'name': 'n', 'size': 's', 'cost': '', 'metric': 'm'}), 2)
     assert '4 trials with 2 compiled programs, 2 more at most now' in capsys.readouterr().err
     for i in range(2):
-        record = journal.claim([t.id for t in trials], None, budget=2 - i)
-        journal.end(record, 'complete', seconds=100.0, value=0.5, metrics={'m': 0.5})
-        course.update()
+        record = journal.acquire([t.id for t in trials], None, budget=2 - i)
+        journal.finish(record, 'complete', seconds=100.0, value=0.5, metrics={'m': 0.5})
+        progress.update()
     told = capsys.readouterr().err.splitlines()
     assert told[0].endswith('(100.0 s), 01:40 left'), 'of one trial, not of three'
     assert told[1].endswith('(100.0 s)')

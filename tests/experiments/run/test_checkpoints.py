@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.run.checkpoints import Checkpoints
 from nfnets_jax.errors import UsageError
-from nfnets_jax.weights.checkpoints import Checkpoints, DamagedCheckpointError
+from nfnets_jax.weights.checkpoints import CheckpointReader, DamagedCheckpointError
 from tests.test_files import files_no_larger_than
 
 
@@ -62,7 +63,7 @@ def test_a_state_comes_back_bit_for_bit_in_its_own_structure(directory):
 
 def test_a_state_can_be_read_without_knowing_its_structure(directory):
     save_all(directory, {7: None})
-    state = Checkpoints(directory).restore(7)
+    state = CheckpointReader(directory).restore(7)
     assert sorted(state) == ['ema', 'opt_state', 'params', 'step']
     chex.assert_trees_all_equal(state['params'], make_state(7).params)
 
@@ -84,13 +85,16 @@ def test_a_state_of_an_earlier_version_is_read(directory):
     checkpoints = Checkpoints(directory)
     checkpoints.save(3, state({'head': np.float32(0.25), 'stem': np.float32(0.75)}))
     checkpoints.wait()
-    like = state(np.zeros(2, np.float32))
-    chex.assert_trees_all_equal(checkpoints.restore(3, like), like)
+    template = state(np.zeros(2, np.float32))
+    chex.assert_trees_all_equal(checkpoints.restore(3, template), template)
     # Only that: anything else that differs is an error as before.
-    for other in ({'params': like['params']}, like | {'opt_state': like['opt_state'][:1]}):
+    for other in (
+        {'params': template['params']},
+        template | {'opt_state': template['opt_state'][:1]},
+    ):
         with pytest.raises(DamagedCheckpointError):
             checkpoints.restore(3, other)
-    wider = like | {'params': {'Net/~/stem': {'w': np.arange(7.0)}}}
+    wider = template | {'params': {'Net/~/stem': {'w': np.arange(7.0)}}}
     with pytest.raises(DamagedCheckpointError):
         checkpoints.restore(3, wider)
 
@@ -155,13 +159,13 @@ def test_any_damaged_file_is_noticed_or_harmless(directory, damage, capfd):
     shutil.copytree(newest, whole)
     fell_back = 0
     for file in sorted(path for path in whole.rglob('*') if path.is_file()):
-        shutil.rmtree(newest)
+        shutil.rmtree(newest, ignore_errors=True)  # It was renamed if it was damaged.
         shutil.copytree(whole, newest)
         if not file.stat().st_size:
             continue
         damage(newest / file.relative_to(whole))
         said = []
-        checkpoints = Checkpoints(directory, read_only=True)
+        checkpoints = Checkpoints(directory)
         step, state = checkpoints.latest(make_state(), on_damage=said.append)
         checkpoints.close()
         chex.assert_trees_all_equal(state, make_state(step))
@@ -176,7 +180,7 @@ def test_values_that_were_not_written_are_noticed(directory):
     values = max((directory / '1' / 'state').rglob('*'), key=lambda path: path.stat().st_size)
     flip(values)
     with pytest.raises(DamagedCheckpointError):
-        Checkpoints(directory).restore(1, make_state())
+        CheckpointReader(directory).restore(1, make_state())
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_its_step_written_anew(directory):
@@ -214,7 +218,7 @@ def test_a_state_of_another_model_is_an_error(directory):
 def test_reading_beside_a_running_job_changes_nothing(directory):
     save_all(directory, {1: None})
     before = sorted(directory.rglob('*'))
-    reader = Checkpoints(directory, read_only=True)
+    reader = CheckpointReader(directory)
     assert reader.steps() == [1]
     save_all(directory, {2: None})
     assert reader.steps() == [1, 2]
@@ -263,14 +267,14 @@ def test_a_name_is_chosen(directory):
     with pytest.raises(UsageError, match='holds no checkpoint yet'):
         Checkpoints(directory).choose('latest')
     save_all(directory, {1: 0.5, 2: 0.4})
-    checkpoints = Checkpoints(directory, read_only=True)
+    checkpoints = CheckpointReader(directory)
     assert [checkpoints.choose(name) for name in ('latest', 'best', '2')] == [2, 1, 2]
     with pytest.raises(UsageError, match=r"checkpoint '3': .* has latest, best, 1, 2"):
         checkpoints.choose('3')
 
 
-def test_to_a_process_that_does_not_write_there_is_nothing(directory):
-    checkpoints = Checkpoints(directory, active=False)
+def test_every_method_is_a_no_op_in_a_process_that_does_not_write(directory):
+    checkpoints = Checkpoints(directory, enabled=False)
     checkpoints.save(1, make_state())
     checkpoints.wait()
     checkpoints.close()
