@@ -21,10 +21,10 @@ import numpy as np
 from benchmarks import timing
 from configs.finetune import head_only
 from experiments.config import default_config
-from experiments.experiment import init_state, prepare
+from experiments.experiment import build
 from experiments.launch import cli
 from experiments.run import parallel
-from experiments.train_step import make_train_step
+from experiments.train_step import init_state, make_train_step
 from nfnets_jax import optimizers
 
 GROUPS = {'everything': optimizers.PUBLISHED_GROUPS, 'head only': head_only()}
@@ -46,8 +46,8 @@ def prepare_step(groups: tuple, args: argparse.Namespace):
     config.batch_size, config.accumulate = args.batch, args.accumulate
     config.duration = '1000 steps'
     config.sam.rho = args.rho
-    task = prepare(config)
-    images = np.stack([task.train_source[i]['image'] for i in range(args.batch)])
+    experiment = build(config)
+    images = np.stack([experiment.train_source[i]['image'] for i in range(args.batch)])
     batch = parallel.shard(
         {
             'image': images,
@@ -56,14 +56,14 @@ def prepare_step(groups: tuple, args: argparse.Namespace):
             'stop': np.zeros(jax.device_count(), np.float32),
         }
     )
-    state = parallel.replicate(init_state(task))
-    compiled = make_train_step(task).lower(state, batch).compile()
+    state = parallel.replicate(init_state(experiment))
+    compiled = make_train_step(experiment).lower(state, batch).compile()
     memory = compiled.memory_analysis()
 
     def run():
         nonlocal state
-        state, stop = compiled(state, batch)
-        return state, stop
+        state, metrics = compiled(state, batch)
+        return state, metrics
 
     return run, (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e6
 

@@ -1,10 +1,9 @@
-"""Says what is on pictures.
+"""Classifies images.
 
-    python -m experiments.classify --weights=W.safetensors --top=5 PICTURE_OR_DIRECTORY...
+    python -m experiments.classify --weights=W.safetensors --top=5 IMAGE_OR_DIRECTORY...
 
-Of directories all pictures are taken, at any depth. Pictures are prepared as those were that the
-weights were evaluated on. One that cannot be read is named, the rest is still classified, and the
-exit status is 2.
+Directories are searched for images at any depth. Images are prepared as in the evaluation of the
+weights. An unreadable image is named, the others are still classified, and the exit status is 2.
 """
 
 import json
@@ -26,28 +25,27 @@ from nfnets_jax.weights import export, pretrained
 
 
 class Guess(NamedTuple):
-    label: int  # the class's place in the logits
-    name: str  # what it is called; its number where the weights do not say
+    label: int  # index of the class in the logits
+    name: str  # name of the class; its number if the weights name none
     probability: float
 
 
-def find_pictures(paths: Iterable[str]) -> Iterator[pathlib.Path]:
-    """Yields files as they are given, and the pictures in directories in the order of their paths.
+def expand_directories(paths: Iterable[str]) -> Iterator[pathlib.Path]:
+    """Yields the given files, and the images in the given directories in the order of their paths.
 
-    A directory without pictures is yielded itself.
+    A directory without images is yielded itself.
     """
     for path in map(pathlib.Path, map(files.expand, paths)):
         if not path.is_dir():
             yield path
             continue
-        # A directory without images cannot be read as one, and is named so.
         yield from find_images(path) or [path]
 
 
 def classify(
     weights: pretrained.Weights, paths: Iterable[pathlib.Path], top: int = 5, batch_size: int = 16
 ) -> Iterator[tuple[pathlib.Path, list[Guess] | str]]:
-    """Yields for each picture its `top` classes, the likeliest first, or why it cannot be read."""
+    """Yields for each image its `top` classes, most likely first, or why it cannot be read."""
     metadata = weights.metadata
     transform = make_transform(metadata.eval_mode, export.image_size(weights))
     logits = export.make_classifier(weights)
@@ -56,7 +54,7 @@ def classify(
 
     def read(path: pathlib.Path) -> np.ndarray | str:
         if path.is_dir():
-            return 'there are no pictures in this directory'
+            return 'there are no images in this directory'
         try:
             return np.asarray(transform(path.read_bytes(), None), np.float32)
         except OSError as error:
@@ -68,22 +66,22 @@ def classify(
     for first in range(0, len(paths), batch_size):
         batch = paths[first : first + batch_size]
         read_batch = [read(path) for path in batch]
-        pictures = [picture for picture in read_batch if not isinstance(picture, str)]
-        if pictures:
-            # Always whole batches, for one compilation: the last picture fills them up.
-            filled = np.stack(pictures + pictures[-1:] * (batch_size - len(pictures)))
+        images = [image for image in read_batch if not isinstance(image, str)]
+        if images:
+            # Whole batches compile once: the last image fills them up.
+            filled = np.stack(images + images[-1:] * (batch_size - len(images)))
             probabilities = iter(np.asarray(predict(filled)))
-        for path, picture in zip(batch, read_batch, strict=True):
-            if isinstance(picture, str):
-                yield path, picture
+        for path, image in zip(batch, read_batch, strict=True):
+            if isinstance(image, str):
+                yield path, image
                 continue
             found = next(probabilities)
             ranked = np.argsort(-found, kind='stable')[:top]
             yield path, [Guess(int(i), names[i], float(found[i])) for i in ranked]
 
 
-def describe(path: pathlib.Path, guesses: list[Guess]) -> str:
-    """Returns a line with the picture's name and one for each class."""
+def describe_guesses(path: pathlib.Path, guesses: list[Guess]) -> str:
+    """Returns a line with the name of the image and one line for each class."""
     lines = [f'  {guess.probability:7.2%}  {guess.name}' for guess in guesses]
     return '\n'.join([f'{path}', *lines])
 
@@ -91,15 +89,15 @@ def describe(path: pathlib.Path, guesses: list[Guess]) -> str:
 def main(paths: list[str]) -> None:
     args = flags.FLAGS
     if not paths:
-        raise UsageError('name pictures, or directories of pictures')
+        raise UsageError('name images, or directories of images')
     weights = pretrained.load_pretrained(args.weights)
     if weights.metadata.model is None:
-        raise UsageError(f'{args.weights}: these are the parameters of no known model')
-    pictures = list(find_pictures(paths))
-    told = f'{args.weights}: {pretrained.describe(weights)}; {len(pictures):,} images; compiling'
-    print(told, file=sys.stderr, flush=True)
+        raise UsageError(f'{args.weights}: the parameters are not those of a known model')
+    images = list(expand_directories(paths))
+    line = f'{args.weights}: {pretrained.describe(weights)}; {len(images):,} images; compiling'
+    print(line, file=sys.stderr, flush=True)
     unreadable = 0
-    for path, result in classify(weights, pictures, args.top, args.batch_size):
+    for path, result in classify(weights, images, args.top, args.batch_size):
         if isinstance(result, str):
             unreadable += 1
             print(f'{path}: {result}', file=sys.stderr)
@@ -107,14 +105,14 @@ def main(paths: list[str]) -> None:
             guesses = [guess._asdict() for guess in result]
             print(json.dumps({'picture': str(path), 'classes': guesses}), flush=True)
         else:
-            print(describe(path, result), flush=True)
+            print(describe_guesses(path, result), flush=True)
     if unreadable:
-        raise UsageError(f'{unreadable} of {len(pictures)} pictures could not be read')
+        raise UsageError(f'{unreadable} of {len(images)} images could not be read')
 
 
 if __name__ == '__main__':
     cli.define_path('weights', None, 'A file of weights, or the directory of a run.', required=True)
-    flags.DEFINE_integer('top', 5, 'How many classes to name.', lower_bound=1)
-    flags.DEFINE_bool('json', False, 'Print one JSON object a line for each picture.')
-    flags.DEFINE_integer('batch_size', 16, 'Pictures at a time.', lower_bound=1)
+    flags.DEFINE_integer('top', 5, 'How many classes to print.', lower_bound=1)
+    flags.DEFINE_bool('json', False, 'Print one JSON object a line for each image.')
+    flags.DEFINE_integer('batch_size', 16, 'Images at a time.', lower_bound=1)
     cli.run(main, positional=True)

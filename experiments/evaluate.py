@@ -3,12 +3,11 @@
     python -m experiments.evaluate --workdir=runs/digits [--checkpoint=best] [--split=validation]
 
 It prints the figures that training printed for the same checkpoint, whatever the batch size and
-the number of devices and processes. With --watch it follows a job that is training: it evaluates
-each checkpoint as it appears, keeps the figures in evaluations.jsonl, and ends with the run.
+the number of devices and processes. With --watch it follows a running job: it evaluates each
+checkpoint as it appears, keeps the figures in evaluations.jsonl, and ends with the run.
 
-The data must be those that the run was trained on. If they lie in another place now, say where:
---config.data.path=... or --config.data.data_dir=...; --config.data.skip_bad=1 leaves out an image
-that cannot be read.
+The data must be those that the run was trained on. If they have moved, give --config.data.path=...
+or --config.data.data_dir=...; --config.data.skip_bad=1 skips an unreadable image.
 """
 
 import json
@@ -17,16 +16,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import experiment
-from experiments.experiment import describe
+from experiments.experiment import build, describe_data, describe_devices, describe_network
 from experiments.launch import cli
-from experiments.run import data_record, parallel, workdir
+from experiments.run import data_record, evaluation, parallel, workdir
+from experiments.run.summary import SUMMARY_FILE
+from experiments.train_step import TrainState, init_state, make_eval_step
 from nfnets_jax import files
 from nfnets_jax.data.splits import SPLITS
 from nfnets_jax.errors import UsageError, nearest
@@ -35,154 +35,140 @@ from nfnets_jax.weights.checkpoints import CheckpointReader, DamagedCheckpointEr
 EVALUATIONS_FILE = 'evaluations.jsonl'
 
 
-class Options(NamedTuple):
-    """How to evaluate, where it is not as in training.
-
-    Attributes:
-      batch_size: examples at a time; None: as in training.
-      split: 'test', 'validation' or 'train'; None: 'test', and where a job is watched the split
-        that it chooses its best checkpoint on.
-      data: options of config.data that may differ, see `DATA_OPTIONS`.
-    """
-
-    batch_size: int | None = None
-    split: str | None = None
-    data: Mapping[str, Any] = MappingProxyType({})
-
-
-# Options of config.data with which the data are still the same, and their types.
+# Options of config.data that do not change the data, and their types.
 DATA_OPTIONS: Mapping[str, type] = MappingProxyType({'path': str, 'data_dir': str, 'skip_bad': int})
 
 
 def evaluate(
     directory: str,
     checkpoint: str = 'latest',
-    batch_size: int | None = None,
     *,
-    split: str | None = None,
-    data: Mapping[str, Any] = MappingProxyType({}),
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> dict:
     """Returns {'step', 'test/top1', 'test/top5', 'test/loss'} of a run, and 'test_ema/...'.
 
-    Of several processes process 0 alone needs to see the directory.
+    Only process 0 needs to see the directory.
 
     Args:
-      directory: of the run.
+      directory: directory of the run.
       checkpoint: 'latest', 'best' or a step.
-      batch_size, split, data: see `Options`.
-      say: told what is evaluated on what, a line each, before anything is compiled.
+      log: receives lines about network, data and checkpoint before anything is compiled.
+      **options: batch_size, split (by default 'test') and data of `_Evaluator`.
 
     Raises:
-      UsageError: there is no run, or not that checkpoint, or it is damaged, or its data have
-        changed.
+      UsageError: there is no such run or checkpoint, it is damaged, or its data have changed.
     """
-    fields = _fields(directory) if parallel.is_primary() else None
-    evaluate_state, like, lines = _evaluator(
-        parallel.broadcast_json(fields), Options(batch_size, split or 'test', data), directory
-    )
-    step, state = None, like
+    fields = parallel.from_primary(_read_fields, directory)
+    evaluator = _Evaluator(fields, directory, **{'split': 'test'} | options)
+    step, state = None, evaluator.template
     if parallel.is_primary():
-        step, state = _restore(directory, checkpoint, like)
-        for line in (*lines, f'run: {directory}, step {step:,}', 'compiling'):
-            say(line)
-    return {'step': parallel.broadcast_json(step)} | evaluate_state(state)
+        step, state = _restore(directory, checkpoint, evaluator.template)
+        for line in (*evaluator.lines, f'run: {directory}, step {step:,}', 'compiling'):
+            log(line)
+    return {'step': parallel.broadcast_json(step)} | evaluator(state)
 
 
 def watch(
     directory: str,
-    batch_size: int | None = None,
     *,
     seconds: float = 10.0,
-    split: str | None = None,
-    data: Mapping[str, Any] = MappingProxyType({}),
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> Iterator[dict]:
-    """Yields what `evaluate` returns for each checkpoint of a run, once, until that is complete.
+    """Yields the result of `evaluate` for each checkpoint of a run until the run is complete.
 
-    Each is appended to the run's EVALUATIONS_FILE; what is there already is not evaluated again.
-    A checkpoint that the run has removed before its turn is passed over, a damaged one is told.
+    Each result is appended to the run's EVALUATIONS_FILE; those in it are not computed again. A
+    checkpoint that the run has removed is skipped, and a damaged one is reported.
 
     Args:
-      directory: of the run; where there is none yet, it is waited for.
-      batch_size, split, data, say: as in `evaluate`.
-      seconds: between two looks at the directory.
+      directory: directory of the run; if there is no run yet, `watch` waits for it.
+      seconds: seconds between two looks at the directory.
+      log: as in `evaluate`.
+      **options: batch_size, split and data of `_Evaluator`.
     """
     config_file = pathlib.Path(directory) / 'config.json'
     if parallel.is_primary() and not config_file.exists():
         print(f'waiting for a run in {directory}', file=sys.stderr)
-    fields = _wait_for(lambda: _fields(directory) if config_file.exists() else None, seconds)
-    evaluate_state, like, lines = _evaluator(fields, Options(batch_size, split, data), directory)
-    follow = None
+    fields = _wait_for(lambda: _read_fields(directory) if config_file.exists() else None, seconds)
+    evaluator, follow = _Evaluator(fields, directory, **options), None
     if parallel.is_primary():
-        for line in (*lines, f'run: {directory}, every checkpoint'):
-            say(line)
-        follow = _Follower(directory, like, evaluate_state.split)
+        for line in (*evaluator.lines, f'run: {directory}, every checkpoint'):
+            log(line)
+        follow = _Follower(directory, evaluator)
     while (step := _wait_for(lambda: follow and follow.next_step(), seconds)) != 'complete':
-        results = {'step': step} | evaluate_state(follow.state if follow else like)
+        results = {'step': step} | evaluator(follow.state if follow else evaluator.template)
         if follow:
             follow.record(results)
         yield results
 
 
-def _fields(directory: str) -> dict:
-    """Returns what process 0 alone can read of a run: its config, and the record of its data."""
+def _read_fields(directory: str) -> dict:
+    """Returns the config of a run and the record of its data."""
     config = workdir.as_json(workdir.load_config(directory))
     return {'config': config, 'data': data_record.read(directory)}
 
 
-class _Evaluate:
-    """A function (process 0's state) -> metrics of a split."""
+class _Evaluator:
+    """Evaluates states of a run on a split: a function of process 0's state.
 
-    def __init__(self, setting: experiment.Task, split: str):
-        self.split = split
-        self._setting, self._step = setting, experiment.make_eval_step(setting)
+    Args:
+      fields: from `_read_fields`.
+      directory: directory of the run.
+      batch_size: examples at a time; None: as in training.
+      split: 'test', 'validation' or 'train'; None: the one that chooses the best checkpoint.
+      data: options of config.data that differ, see `DATA_OPTIONS`.
 
-    def __call__(self, state: experiment.TrainState) -> dict[str, float]:
-        variables = experiment.TrainState(*state).variables()
+    Attributes: the `split`, the `template` of a state, and `lines` that describe network and data.
+    """
+
+    def __init__(
+        self,
+        fields: dict,
+        directory: str,
+        *,
+        batch_size: int | None = None,
+        split: str | None = None,
+        data: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        config = ConfigDict(fields['config'])
+        if batch_size is not None:
+            config.eval.batch_size = batch_size
+        with config.data.ignore_type():
+            for name, value in data.items():
+                if name != 'skip_bad' and name not in config.data:
+                    raise UsageError(f'config.data.{name}: not an option of {config.data.name!r}')
+                config.data[name] = value
+        self._experiment = experiment = build(config, training=False)
+        self.split = split = split or experiment.watched
+        if split not in experiment.splits:
+            raise UsageError(f'--split={split}: no such split{nearest(split, experiment.splits)}')
+        if fields['data']:
+            found = data_record.make_record(experiment.splits)
+            if changed := data_record.changes(fields['data'], found, (split,)):
+                raise UsageError(
+                    f'--workdir={directory} holds a run on other data: '
+                    f'{data_record.in_words(changed, "give --config.data.path of the same data")}'
+                )
+        self.lines = [
+            describe_network(experiment),
+            *describe_data(experiment),
+            f'evaluation: the {split} images, on {describe_devices()}',
+        ]
+        self.template = jax.eval_shape(lambda: init_state(experiment))
+        self._step = make_eval_step(experiment)
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        variables = TrainState(*state).variables()
         placed = parallel.replicate(parallel.broadcast(variables))
-        return experiment.evaluate(self._setting, self._step, placed, self.split)
+        return evaluation.evaluate(self._experiment, self._step, placed, self.split)
 
 
-def _evaluator(
-    fields: dict, options: Options, directory: str
-) -> tuple[_Evaluate, experiment.TrainState, list[str]]:
-    """Returns what evaluates, the shapes of a state, and what to say of both."""
-    config = ConfigDict(fields['config'])
-    if options.batch_size is not None:
-        config.eval.batch_size = options.batch_size
-    with config.data.ignore_type():
-        for name, value in options.data.items():
-            if name != 'skip_bad' and name not in config.data:
-                raise UsageError(f'config.data.{name}: not an option of {config.data.name!r}')
-            config.data[name] = value
-    setting = experiment.prepare(config, training=False)
-    split = options.split or setting.watched
-    if split not in setting.splits:
-        raise UsageError(f'--split={split}: no such split{nearest(split, setting.splits)}')
-    if fields['data']:
-        found = data_record.describe(setting.splits)
-        if changed := data_record.changes(fields['data'], found, (split,)):
-            raise UsageError(
-                f'--workdir={directory} holds a run on other data: '
-                f'{data_record.in_words(changed, "give --config.data.path of the same data")}'
-            )
-    lines = [
-        experiment.describe_network(setting),
-        *experiment.describe_data(setting),
-        f'evaluation: the {split} images, on {experiment.describe_devices()}',
-    ]
-    like = jax.eval_shape(lambda: experiment.init_state(setting))
-    return _Evaluate(setting, split), like, lines
-
-
-def _restore(
-    directory: str, checkpoint: str, like: experiment.TrainState
-) -> tuple[int, experiment.TrainState]:
+def _restore(directory: str, checkpoint: str, template: TrainState) -> tuple[int, TrainState]:
     checkpoints = CheckpointReader(f'{directory}/checkpoints')
     step = checkpoints.choose(checkpoint)
     try:
-        return step, checkpoints.restore(step, like)
+        return step, checkpoints.restore(step, template)
     except DamagedCheckpointError as error:
         raise UsageError(
             f'checkpoint {step} of {directory} is damaged ({error}); '
@@ -191,45 +177,48 @@ def _restore(
 
 
 def _wait_for(look: Callable[[], Any], seconds: float) -> Any:
-    """Returns what process 0 sees as soon as that is not None; the others do not look."""
+    """Returns the first result of look() on process 0 that is not None; others do not look."""
     while True:
-        seen = parallel.broadcast_json(look() if parallel.is_primary() else None)
+        seen = parallel.from_primary(look)
         if seen is not None:
             return seen
-        # The others wait in the next broadcast, never longer than a collective operation may.
+        # The others wait in the next broadcast, not longer than a collective operation may.
         time.sleep(seconds if parallel.is_primary() else 0)
 
 
 class _Follower:
-    """The checkpoints of a running job one after the other, and what was found of each."""
+    """Restores the checkpoints of a running job one by one, and records their evaluations."""
 
-    def __init__(self, directory: str, like: experiment.TrainState, split: str):
-        self._directory, self._like = pathlib.Path(directory), like
+    def __init__(self, directory: str, evaluator: _Evaluator):
+        self._directory, self._template = pathlib.Path(directory), evaluator.template
         self._checkpoints = CheckpointReader(self._directory / 'checkpoints')
         self._file = self._directory / EVALUATIONS_FILE
         self._lines = self._file.read_text().splitlines() if self._file.exists() else []
         try:
             found = [json.loads(line) for line in self._lines]
-            self._seen = {one['step'] for one in found if f'{split}/top1' in one}
+            self._seen = {one['step'] for one in found if f'{evaluator.split}/top1' in one}
         except (ValueError, TypeError, KeyError):
             raise UsageError(
-                f'{self._file} holds a line that is no evaluation: remove it'
+                f'{self._file} holds a line that is not an evaluation: remove it'
             ) from None
-        self.state = like
+        self.state = evaluator.template
 
     def next_step(self) -> int | str | None:
-        """Restores the oldest that is new into `state`; 'complete' at the end, None for not yet."""
-        # First: what a run has saved before it was complete is there now.
-        complete = (self._directory / 'summary.json').exists()
+        """Restores the oldest new checkpoint into `state` and returns its step.
+
+        Returns 'complete' after the last one, and None if there is no new one yet.
+        """
+        # Looked up first: a complete run has all its checkpoints.
+        complete = (self._directory / SUMMARY_FILE).exists()
         for step in self._checkpoints.steps():
             if step in self._seen:
                 continue
             self._seen.add(step)
             try:
-                self.state = self._checkpoints.restore(step, self._like)
+                self.state = self._checkpoints.restore(step, self._template)
                 return step
             except DamagedCheckpointError as error:
-                if step in self._checkpoints.steps():  # Else the run has removed it meanwhile.
+                if step in self._checkpoints.steps():  # Else the run has removed it.
                     print(f'checkpoint {step} is damaged ({error})', file=sys.stderr)
         return 'complete' if complete else None
 
@@ -243,10 +232,10 @@ def main() -> None:
     given = {name: args[f'config.data.{name}'].value for name in DATA_OPTIONS}
     options = {
         'batch_size': args.batch_size,
-        'split': args.split,
         'data': {name: value for name, value in given.items() if value is not None},
-        'say': lambda line: print(line, file=sys.stderr, flush=True),
+        'log': lambda line: print(line, file=sys.stderr, flush=True),
     }
+    options |= {'split': args.split} if args.split else {}
     if args.watch:
         if args.checkpoint != 'latest':
             raise UsageError('--watch evaluates all checkpoints: leave --checkpoint out')
@@ -255,28 +244,28 @@ def main() -> None:
         found = iter([evaluate(args.workdir, args.checkpoint, **options)])
     for results in found:
         if parallel.is_primary():
-            line = f'step {results["step"]:,}: {describe(results)}'
+            line = f'step {results["step"]:,}: {evaluation.describe_accuracy(results)}'
             print(json.dumps(results) if args.json else line, flush=True)
 
 
 if __name__ == '__main__':
-    cli.define_workdir('The directory of the run.', required=True)
+    cli.define_workdir('Directory of the run.', required=True)
     flags.DEFINE_string(
-        'checkpoint', 'latest', "Which one: 'latest', 'best', or the step of one that is kept."
+        'checkpoint', 'latest', "Checkpoint to evaluate: 'latest', 'best', or a step."
     )
     flags.DEFINE_enum(
         'split',
         None,
         SPLITS,
-        "Which images: 'test', 'validation' or 'train'. By default 'test'; with --watch those that "
-        'the run chooses its best checkpoint on.',
+        "Images: 'test', 'validation' or 'train'. By default 'test', with --watch those that the "
+        'run chooses its best checkpoint on.',
     )
     flags.DEFINE_integer(
         'batch_size', None, 'Examples at a time; by default as in training.', lower_bound=1
     )
-    cli.define_path('config.data.path', None, 'Where the same data lie now.')
-    cli.define_path('config.data.data_dir', None, 'Where the same data sets of TFDS lie now.')
-    flags.DEFINE_integer('config.data.skip_bad', None, 'Unreadable images to leave out.')
-    flags.DEFINE_bool('json', False, 'Print one JSON object, all metrics in it.')
+    cli.define_path('config.data.path', None, 'Where the same data are now.')
+    cli.define_path('config.data.data_dir', None, 'Where the same TFDS data sets are now.')
+    flags.DEFINE_integer('config.data.skip_bad', None, 'How many unreadable images to skip.')
+    flags.DEFINE_bool('json', False, 'Print all metrics as one JSON object.')
     flags.DEFINE_bool('watch', False, 'Evaluate each checkpoint of a running job as it appears.')
     cli.run(main, distributed=True)

@@ -1,11 +1,11 @@
-"""Writes weights to be used elsewhere; the suffix of --out says as what.
+"""Writes weights for use elsewhere; the suffix of --out selects the format.
 
     python -m experiments.export --workdir=runs/digits --out=digits.safetensors
     python -m experiments.export --weights=F0_haiku.npz --out=F0.stablehlo
 
-.safetensors: parameters with all that classify and fine-tuning need to know. .stablehlo: a program
-for `jax.export.deserialize(...).call(pixels)`, runnable without this package. .onnx: the same for
-ONNX runtimes; needs jax2onnx. See docs/pretrained.md.
+.safetensors: parameters, with the metadata that classify and fine-tuning need. .stablehlo: a
+program for `jax.export.deserialize(...).call(pixels)`, which runs without this package. .onnx: the
+same for ONNX runtimes; needs jax2onnx. See docs/pretrained.md.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ FORMATS = ('.safetensors', '.stablehlo', '.onnx')
 
 
 def export_weights(weights: pretrained.Weights, out: pathlib.Path) -> None:
-    """Writes weights as the suffix of `out` says.
+    """Writes weights in the format that the suffix of `out` names.
 
     Raises:
-      UsageError: no such format, no known model, or the file cannot be written.
+      UsageError: the format or the model is unknown, or the file cannot be written.
     """
-    check(weights, out)
+    check_export(weights, out)
     if out.suffix == '.safetensors':
         pretrained.save_weights(out, weights)
     else:
@@ -38,18 +38,18 @@ def export_weights(weights: pretrained.Weights, out: pathlib.Path) -> None:
         files.atomic_write(out, convert(weights))
 
 
-def check(weights: pretrained.Weights, out: pathlib.Path) -> None:
-    """Raises the UsageErrors of `export_weights` that can be known before anything is converted."""
+def check_export(weights: pretrained.Weights, out: pathlib.Path) -> None:
+    """Raises the UsageErrors of `export_weights` that are known before anything is converted."""
     if out.suffix not in FORMATS:
         raise UsageError(f'--out={out}: unknown suffix{nearest(out.suffix, FORMATS)}')
     if not out.parent.is_dir():
         raise UsageError(f'--out={out}: there is no directory {out.parent}')
     if weights.metadata.model is None:
-        raise UsageError('these are the parameters of no known model: see --model')
+        raise UsageError('the parameters are not those of a known model: see --model')
 
 
 def override(metadata: pretrained.Metadata, **values: Any) -> pretrained.Metadata:
-    """Returns metadata with the values that are not None put in; they are checked."""
+    """Returns metadata with the values that are not None replaced and checked."""
     given = {name: value for name, value in values.items() if value is not None}
     metadata = dataclasses.replace(metadata, **given)
     if metadata.test_size:
@@ -63,7 +63,7 @@ def override(metadata: pretrained.Metadata, **values: Any) -> pretrained.Metadat
 
 
 def read_class_names(path: str) -> tuple[str, ...]:
-    """Returns the lines of a file, the empty ones at its end left out."""
+    """Returns the lines of a file without the empty ones at its end."""
     try:
         return tuple(pathlib.Path(path).read_text(encoding='utf-8').rstrip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
@@ -87,7 +87,7 @@ def main() -> None:
         class_names=read_class_names(args.classes) if args.classes else None,
     )
     out, weights = pathlib.Path(args.out), weights._replace(metadata=metadata)
-    check(weights, out)
+    check_export(weights, out)
     source = args.workdir or args.weights
     print(f'{source}: {pretrained.describe(weights)}; writing {out}', file=sys.stderr, flush=True)
     export_weights(weights, out)
@@ -95,13 +95,13 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    cli.define_workdir('A run to take the weights from.')
+    cli.define_workdir('Directory of a run with the weights.')
     cli.define_path('weights', None, 'Or a file: see nfnets_jax.load_pretrained.')
-    flags.DEFINE_string('checkpoint', 'latest', "Of a run: 'latest', 'best', a step.")
-    flags.DEFINE_bool('ema', True, 'Of a run: the moving average, where there is one.')
-    flags.DEFINE_string('model', None, 'To be told if it is another.')
+    flags.DEFINE_string('checkpoint', 'latest', "Of the run: 'latest', 'best', or a step.")
+    flags.DEFINE_bool('ema', True, 'Export the moving average of the run, if there is one.')
+    flags.DEFINE_string('model', None, 'Fail unless the weights are of this model.')
     cli.define_path('out', None, f'The file to write: {", ".join(FORMATS)}.', required=True)
-    flags.DEFINE_integer('test_size', None, 'Pixels, instead of the published.', lower_bound=1)
-    flags.DEFINE_string('eval_mode', None, 'Preprocessing, instead of the published.')
-    cli.define_path('classes', None, 'A file with the name of each class, one a line.')
+    flags.DEFINE_integer('test_size', None, 'Another side in pixels of test images.', lower_bound=1)
+    flags.DEFINE_string('eval_mode', None, 'Another evaluation preprocessing.')
+    cli.define_path('classes', None, 'File with the names of the classes, one a line.')
     cli.run(main)

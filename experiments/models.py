@@ -1,11 +1,10 @@
-"""Prints every model: what it costs, at which sizes it is trained and tested, what it reached.
+"""Prints every model: its cost, its training and test size, its accuracy.
 
     python -m experiments.models [--models=NFNet] [--num_classes=1000]
 
-GMACs are billions of multiply-accumulates for one picture of the test size. Top-1 and top-5 are
-the published ImageNet accuracies in percent at the test size, with the paper they stand in, or of
-timm's own networks its table of results; a dash means that none is known to this table, not that
-there is none.
+GMACs are billions of multiply-accumulates for one image of the test size. Top-1 and top-5 are the
+published ImageNet accuracies in percent at the test size, with their paper, or timm's table of
+results for timm's own networks. A dash means that this table has none.
 """
 
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ HEADER = (
 
 
 def row(name: str, num_classes: int) -> str:
-    """Returns the line of one model."""
+    """Returns the line of a model."""
     info = models.variant_info(name)
     cost = models.model_cost(name, num_classes)
     top1, top5 = ('-' if top is None else f'{top:.1f}' for top in (info.top1, info.top5))
@@ -34,10 +33,10 @@ def row(name: str, num_classes: int) -> str:
 
 
 def table(contains: str, num_classes: int) -> Iterator[str]:
-    """Yields the lines of the table, for models whose name contains a text."""
+    """Yields the lines of the table for the models whose name contains a text."""
     names = [name for name in models.list_models() if contains in name]
     if not names:
-        raise UsageError(f'--models={contains}: no model has that in its name')
+        raise UsageError(f'--models={contains}: no model has this in its name')
     yield HEADER
     for name in names:
         yield row(name, num_classes)

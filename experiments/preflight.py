@@ -25,12 +25,14 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import experiment, scaling, smoke, train_step
-from experiments.experiment import Task, prepare
+from experiments import scaling, smoke, train_step
+from experiments.experiment import Experiment, build
 from experiments.launch import cli
 from experiments.run import compiled_text, parallel, planned_data, step_parts, targets
 from experiments.run.compiled_text import Instruction, Program
+from experiments.run.evaluation import eval_batch_size
 from experiments.run.targets import Compiled, Target, compile_program
+from experiments.run.throughput import flops_per_image
 from nfnets_jax import files, models
 from nfnets_jax.errors import UsageError
 
@@ -62,17 +64,17 @@ def preflight(config: ConfigDict, target: Target, plan: Mapping, waiting: Waitin
     with parallel.compiling_for(target.devices):
         if config.get('smoke'):
             config = smoke.shrink(config)
-        task = prepare(config, open_source=open_source)
-        report = _examine(task, target, waiting)
-        state = _nbytes(_state(task))
+        experiment = build(config, open_source=open_source)
+        report = _examine(experiment, target, waiting)
+        state = _nbytes(_state(experiment))
         # Bytes besides the state, of all examples at once, by kind of step; as far as is known.
         known = {'': (_needed(report) - state) * config.accumulate}
-        for changes in [] if report['fits'] else _cheaper(task):
+        for changes in [] if report['fits'] else _cheaper(experiment):
             kind = ' '.join(key for key in changes if key != 'accumulate')
             parts = changes.get('accumulate', config.accumulate)
             if state + known.get(kind, 0) / parts > target.memory:
                 continue
-            changed = prepare(_with(config, changes), open_source=open_source)
+            changed = build(_with(config, changes), open_source=open_source)
             found = _examine(changed, target, waiting)
             if found['fits']:
                 flags = [f'--config.{key}={str(value).lower()}' for key, value in changes.items()]
@@ -81,9 +83,9 @@ def preflight(config: ConfigDict, target: Target, plan: Mapping, waiting: Waitin
     return report
 
 
-def _cheaper(task: Task) -> Iterator[dict[str, Any]]:
+def _cheaper(experiment: Experiment) -> Iterator[dict[str, Any]]:
     """Yields changes to a config that save memory, from what costs the least time."""
-    config = task.config
+    config = experiment.config
     rows = config.batch_size // parallel.device_count()
     parts = [n for n in range(config.accumulate + 1, rows + 1) if rows % n == 0]
     few = [n for n in parts if rows // n >= LEAST_ROWS]
@@ -109,17 +111,17 @@ def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def _examine(task: Task, target: Target, waiting: Waiting) -> dict:
-    """Returns the report of a task as it is; the evaluation only if the training step fits."""
-    programs = train_step.compile_programs(task, {})
-    state, evaluated = _state(task), _eval_batch(task)
-    lowered = programs.train_step.lower(state, _train_batch(task))
+def _examine(experiment: Experiment, target: Target, waiting: Waiting) -> dict:
+    """Returns the report; that of the evaluation only if the training step fits."""
+    programs = train_step.compile_programs(experiment, {})
+    state, evaluated = _state(experiment), _eval_batch(experiment)
+    lowered = programs.train_step.lower(state, _train_batch(experiment))
     train = compile_program(lowered, target, functools.partial(waiting, 'the training step'))
     report = {
         'target': target.name,
         'devices': len(target.devices),
         'processes': parallel.process_count(),
-        'examples_per_device': task.config.batch_size // len(target.devices),
+        'examples_per_device': experiment.config.batch_size // len(target.devices),
         **_memory(train, target),
         'compile_seconds': train.seconds,
         'versions': target.versions,
@@ -130,15 +132,18 @@ def _examine(task: Task, target: Target, waiting: Waiting) -> dict:
     report['collectives'] = [
         {'kind': kind, 'bytes': size} for kind, size in compiled_text.collectives(program)
     ]
-    depths = task.config.model.get('depths') or models.variant_info(task.config.model.name).depths
+    depths = (
+        experiment.config.model.get('depths')
+        or models.variant_info(experiment.config.model.name).depths
+    )
     report['loops_of_unknown_length'] = len(compiled_text.unknown_loops(program))
     exchanged = sum(x['bytes'] for x in report['collectives'])
     report['exchange_seconds'] = scaling.all_reduce_seconds(
         exchanged, target.device, len(target.devices)
     )
     report['arithmetic_seconds'] = (
-        experiment.flops_per_image(task)
-        * (task.config.batch_size / len(target.devices))
+        flops_per_image(experiment)
+        * (experiment.config.batch_size / len(target.devices))
         / target.device.peak_flops
     )
     report |= _on_tpu(program, target, depths) if target.clock else _on_gpu(program, target, depths)
@@ -153,9 +158,9 @@ def _examine(task: Task, target: Target, waiting: Waiting) -> dict:
             seconds = step_parts.cycles(compiled_text.parse(compiled.text)) / target.clock
             report['evaluation'] |= {
                 'step_seconds': seconds,
-                'images_per_second': experiment.eval_batch_size(task) / seconds,
+                'images_per_second': eval_batch_size(experiment) / seconds,
             }
-        report |= _run(task, target, report['step_seconds'], seconds)
+        report |= _run(experiment, target, report['step_seconds'], seconds)
         report['share_of_peak'] = report['arithmetic_seconds'] / report['step_seconds']
     return report
 
@@ -209,13 +214,13 @@ def _where(amounts: Sequence[tuple[Instruction, float]], depths: tuple[int, ...]
     return {'parts': parts, 'dearest': dict(list(layers.items())[:DEAREST])}
 
 
-def _run(task: Task, target: Target, train_seconds: float, eval_seconds: float) -> dict:
+def _run(experiment: Experiment, target: Target, train_seconds: float, eval_seconds: float) -> dict:
     """Returns how fast the run is, and how long it takes with its evaluations."""
-    batches = -(-len(task.splits[task.watched]) // experiment.eval_batch_size(task))
-    evaluations = -(-task.total_steps // task.eval_every)
-    hours = (task.total_steps * train_seconds + evaluations * batches * eval_seconds) / 3600
+    batches = -(-len(experiment.splits[experiment.watched]) // eval_batch_size(experiment))
+    evaluations = -(-experiment.total_steps // experiment.eval_every)
+    hours = (experiment.total_steps * train_seconds + evaluations * batches * eval_seconds) / 3600
     return {
-        'images_per_second': task.config.batch_size / train_seconds,
+        'images_per_second': experiment.config.batch_size / train_seconds,
         'hours': hours,
         'chip_hours': hours * target.chips,
     }
@@ -224,26 +229,29 @@ def _run(task: Task, target: Target, train_seconds: float, eval_seconds: float) 
 # What the programs take, of the shapes that the runner gives them.
 
 
-def _state(task: Task) -> experiment.TrainState:
-    return jax.eval_shape(lambda: experiment.init_state(task))
+def _state(experiment: Experiment) -> train_step.TrainState:
+    return jax.eval_shape(lambda: train_step.init_state(experiment))
 
 
-def _train_batch(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
-    rows = task.images_per_step // parallel.device_count()
+def _train_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = experiment.images_per_step // parallel.device_count()
     batch = {'position': _split(jnp.int32, rows), 'stop': _split(jnp.float32, 1)}
     held: tuple[int, ...] = (rows,)
-    if task.on_device:  # All images, and the order of two epochs.
-        held = (1, len(task.train_source))
+    if experiment.on_device:  # All images, and the order of two epochs.
+        held = (1, len(experiment.train_source))
         batch |= {'order': _split(jnp.int32, 1, 2 * held[1]), 'first': _split(jnp.uint32, 1)}
-    images, labels = _split(jnp.uint8, *held, *task.pictures.shape), _split(jnp.int32, *held)
+    images, labels = (
+        _split(jnp.uint8, *held, *experiment.image_spec.shape),
+        _split(jnp.int32, *held),
+    )
     return batch | {'image': images, 'label': labels}
 
 
-def _eval_batch(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
-    rows = experiment.eval_batch_size(task) // parallel.device_count()
-    height, width, channels = task.pictures.shape
-    if task.pictures.test_transform is not None:
-        height = width = task.pictures.test_size
+def _eval_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = eval_batch_size(experiment) // parallel.device_count()
+    height, width, channels = experiment.image_spec.shape
+    if experiment.image_spec.test_transform is not None:
+        height = width = experiment.image_spec.test_size
     return {
         'image': _split(jnp.uint8, rows, height, width, channels),
         'label': _split(jnp.int32, rows),

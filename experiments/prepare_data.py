@@ -1,11 +1,11 @@
-"""Prepares a data set of tensorflow_datasets, so that training can read it at random.
+"""Prepares a data set of tensorflow_datasets for random access.
 
     python -m experiments.prepare_data --dataset=cifar10 --data_dir=~/tensorflow_datasets
 
-It downloads what can be downloaded and writes ArrayRecord files; TensorFlow is not needed. A data
-set that is there as TFRecords is converted, beside them. Stopped half-way, run it again: finished
-downloads and converted files are kept, and nothing unfinished is ever taken for whole, because a
-data set counts as prepared only once its dataset_info.json says so, which is written last.
+It downloads the data set and writes ArrayRecord files; TensorFlow is not needed. A data set that
+exists as TFRecords is converted beside them. If it was stopped, run it again: finished downloads
+and files are kept, and nothing unfinished is used, because a data set counts as prepared only when
+its dataset_info.json says so, which is written last.
 """
 
 import io
@@ -27,15 +27,15 @@ from nfnets_jax.errors import UsageError
 _IMAGENET_ARCHIVES = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 
 
-def prepare(dataset: str, data_dir: str) -> pathlib.Path:
-    """Puts a data set in place as ArrayRecord files, unless it is there.
+def prepare_dataset(dataset: str, data_dir: str) -> pathlib.Path:
+    """Prepares a data set as ArrayRecord files, unless it is prepared already.
 
     Args:
         dataset: its name in tensorflow_datasets, e.g. 'cifar10'.
-        data_dir: where the prepared data sets are.
+        data_dir: directory of the prepared data sets.
 
     Returns:
-        The directory that holds it.
+        The directory of the data set.
 
     Raises:
         UsageError: no such data set; archives, disk space or a network connection are missing.
@@ -52,7 +52,7 @@ def prepare(dataset: str, data_dir: str) -> pathlib.Path:
             _download_and_prepare(builder)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, 'strerror', None) or str(error).partition(';')[0]
-        # ArrayRecord's writer tells of a full disk by a RuntimeError.
+        # ArrayRecord's writer reports a full disk by a RuntimeError.
         if isinstance(error, RuntimeError) and 'write() failed' not in reason:
             raise
         raise UsageError(
@@ -80,7 +80,7 @@ def _download_and_prepare(builder) -> None:
         builder.download_and_prepare(file_format='array_record', download_config=config)
     except OSError:
         raise
-    except AssertionError as error:  # how builders ask for files that are to be fetched by hand
+    except AssertionError as error:  # how builders ask for files that must be downloaded by hand
         raise UsageError(f'{builder.name}: {" ".join(str(error).split())[:400]}') from error
     except Exception as error:
         if 'download' in type(error).__name__.lower() or 'request' in type(error).__module__:
@@ -92,7 +92,7 @@ def _download_and_prepare(builder) -> None:
 
 
 def _check_space(builder, root: pathlib.Path) -> None:
-    """Raises a UsageError where the disk is clearly too small; TFDS knows the size of most sets."""
+    """Raises a UsageError if the disk is too small; TFDS knows the size of most data sets."""
     needed = int(builder.info.download_size or 0) + int(builder.info.dataset_size or 0)
     there = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(there).free
@@ -104,10 +104,10 @@ def _check_space(builder, root: pathlib.Path) -> None:
 
 
 def _without_tensorflow(builder) -> None:
-    """Makes a builder hand TFDS encoded pictures, for which it needs no TensorFlow.
+    """Makes a builder pass encoded images to TFDS, for which TFDS needs no TensorFlow.
 
-    TFDS encodes arrays by TensorFlow, and by it turns ImageNet's 22 CMYK pictures and its PNG into
-    RGB JPEGs. We encode arrays as PNG ourselves, and our decoder reads CMYK and PNG.
+    TFDS uses TensorFlow to encode arrays, and to convert ImageNet's 22 CMYK images and its PNG to
+    RGB JPEGs. Here arrays are encoded as PNG, and our decoder reads CMYK and PNG.
     """
     if not hasattr(builder, '_generate_examples'):
         return
@@ -123,7 +123,7 @@ def _encoded(examples: Iterable[tuple]) -> Iterator[tuple]:
 
 
 def _encode(value):
-    """Returns an image array as a PNG file, anything else as it is."""
+    """Returns an image array as a PNG file, anything else unchanged."""
     if not (isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3):
         return value
     stream = io.BytesIO()
@@ -145,10 +145,12 @@ def _convert(builder) -> None:
     ]
     for path, count in tqdm.tqdm(files, unit='file', desc=f'converting {builder.info.full_name}'):
         target = path.with_name(path.name.replace('.tfrecord-', '.array_record-'))
-        if target.exists():  # it has its name only since it is whole
+        if target.exists():  # Only a whole file has this name.
             continue
         beside = target.with_name(f'.{target.name}.tmp')
-        writer = ArrayRecordWriter(str(beside), 'group_size:1')  # one: read at random
+        writer = ArrayRecordWriter(
+            str(beside), 'group_size:1'
+        )  # one record each, for random access
         written = 0
         for record in read_tfrecords(path):
             writer.write(record)
@@ -167,7 +169,7 @@ def _convert(builder) -> None:
 
 
 def read_tfrecords(path: str | os.PathLike) -> Iterator[bytes]:
-    """Yields the records of a TFRecord file: each lies between its length and checksums.
+    """Yields the records of a TFRecord file, in which lengths and checksums surround each.
 
     The checksums are not compared. A truncated file raises a UsageError.
     """
@@ -180,15 +182,17 @@ def read_tfrecords(path: str | os.PathLike) -> Iterator[bytes]:
             yield record
 
 
-def _main() -> None:
-    directory = prepare(_DATASET.value, _DATA_DIR.value)
+def main() -> None:
+    directory = prepare_dataset(_DATASET.value, _DATA_DIR.value)
     print(
         f'{_DATASET.value} is prepared in {directory}; train with --config.data.name=tfds '
         f'--config.data.dataset={_DATASET.value} --config.data.data_dir={_DATA_DIR.value}'
     )
 
 
-if __name__ == '__main__':
-    _DATASET = flags.DEFINE_string('dataset', None, 'Its name in TFDS.', required=True)
-    _DATA_DIR = cli.define_path('data_dir', DEFAULT_DATA_DIR, 'Where prepared data sets are.')
-    cli.run(_main)
+if __name__ == '_main__':
+    _DATASET = flags.DEFINE_string('dataset', None, 'Name of the data set in TFDS.', required=True)
+    _DATA_DIR = cli.define_path(
+        'data_dir', DEFAULT_DATA_DIR, 'Directory of the prepared data sets.'
+    )
+    cli.run(main)

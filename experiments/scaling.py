@@ -1,18 +1,19 @@
-"""Computes step time, memory and cost of training on accelerators: nothing here is measured.
+"""Computes step time, memory and cost of training on accelerators. Nothing is measured.
 
     python -m experiments.scaling [--models=NFNet-F0,NFNet-F5] [--devices=v4:128,H100:64]
     python -m experiments.scaling --calibrate
 
 A step is 3 x 2 operations for each multiply-accumulate of the batch (a backward pass is two forward
 passes), at a share of the chip's peak (--utilisation); one all-reduce of the float32 gradients, not
-hidden behind the computation, at the published bandwidth; and the update, which reads and writes
-all parameters, momenta and averages, at that of the memory. --calibrate shows how far that is from
-the step times which the NFNets paper measured, and where the assumed shares come from.
+overlapped with the computation, at the published bandwidth; and the update, which reads and writes
+all parameters, momenta and averages, at the bandwidth of the memory. --calibrate compares this with
+the step times that the NFNets paper measured, from which the assumed shares come.
 
 Memory is parameters, gradients, momenta and moving average in float32, and activations in bfloat16
-(nfnets_jax.models.activation_bytes, twice what the costly operations return: see docs/scaling.md).
-Where a device's examples do not fit they are split in --config.accumulate parts of 8 at least, and
-where that does not do, blocks are computed anew in the backward pass (remat), a third more work.
+(nfnets_jax.models.activation_bytes, twice the outputs of the costly operations: see
+docs/scaling.md). If the examples of a device do not fit, they are split in --config.accumulate
+parts of at least 8; if that is not enough, blocks are recomputed in the backward pass (remat), a
+third more work.
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ from nfnets_jax import models
 from nfnets_jax.errors import UsageError, nearest
 
 IMAGES = 1_281_167  # in ImageNet's training set
-# Milliseconds of a training step with 32 examples on a device, on a TPU v3 core and a V100, as the
-# NFNets paper (2102.06171) measured them.
+# Milliseconds of a training step with 32 examples on a TPU v3 core and on a V100, measured in the
+# NFNets paper (2102.06171).
 PUBLISHED_MS = {
     'F0': (73.3, 56.7),
     'F1': (158.5, 133.9),
@@ -38,7 +39,7 @@ PUBLISHED_MS = {
     'F5': (1398.5, 2177.1),
     'F6': (2774.1, None),
 }
-# Of the peak, what they reached in the median: see --calibrate.
+# Median shares of the peak that these reached: see --calibrate.
 TPU_SHARE, GPU_SHARE = 0.35, 0.19
 DEFAULT_MODELS = ','.join(f'NFNet-F{level}' for level in range(8))
 DEFAULT_DEVICES = 'v4:128,v5e:128,v5p:128,v6e:128,H100:128,H200:128,H100:8,H200:8'
@@ -46,13 +47,13 @@ DEFAULT_DEVICES = 'v4:128,v5e:128,v5p:128,v6e:128,H100:128,H200:128,H100:8,H200:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What one training step on each of several devices comes to.
+    """Cost of one training step on each of several devices.
 
     Attributes:
-      accumulate: parts in which a device's examples are taken.
-      remat: whether blocks are computed anew in the backward pass.
+      accumulate: gradient-accumulation steps.
+      remat: whether blocks are recomputed in the backward pass.
       memory: bytes on a device.
-      fits: whether it has them.
+      fits: whether the device has that memory.
       compute, all_reduce, update: seconds.
     """
 
@@ -73,10 +74,11 @@ class Estimate:
 def estimate(
     name: str, device: accelerators.Device, count: int, batch: int, utilisation: float | None = None
 ) -> Estimate:
-    """Returns what a step of `batch` examples costs on `count` devices.
+    """Returns the cost of a step of `batch` examples on `count` devices.
 
     Args:
-      utilisation: of the peak; None: TPU_SHARE or GPU_SHARE.
+      name, device, count, batch: model, kind and number of devices, examples over all of them.
+      utilisation: share of the peak; None: TPU_SHARE or GPU_SHARE.
 
     Raises:
       UsageError: the batch does not split evenly over the devices.
@@ -87,9 +89,9 @@ def estimate(
     share = utilisation or default_share(device)
     parameters = 4 * _cost(name).parameters  # bytes
     for accumulate, remat in _splits(rows):
-        # The parameters, the gradient, the momentum, the average; and the sum over parts so far.
+        # Parameters, gradient, momentum, average; and the sum over the parts so far.
         copies = 4 if accumulate == 1 else 5
-        memory = copies * parameters + rows / accumulate * _bytes_of_a_picture(name, remat)
+        memory = copies * parameters + rows / accumulate * _bytes_per_image(name, remat)
         if fits := memory <= device.memory:
             break
     return Estimate(
@@ -99,18 +101,18 @@ def estimate(
         fits=fits,
         compute=rows * operations(name, remat) / (share * device.peak_flops),
         all_reduce=all_reduce_seconds(parameters, device, count),
-        # Reads gradient, parameter, momentum and average, writes the latter three; AGC reads two.
+        # Reads gradient, parameter, momentum and average, writes the last three; AGC reads two.
         update=9 * parameters / device.memory_bandwidth,
     )
 
 
 def default_share(device: accelerators.Device) -> float:
-    """Returns the part of the peak that the paper's figures give for a device of this kind."""
+    """Returns the share of the peak that the paper reached on devices of this kind."""
     return TPU_SHARE if device.kinds[0].startswith('TPU') else GPU_SHARE
 
 
 def _splits(rows: int) -> Iterator[tuple[int, bool]]:
-    """Yields (accumulate, remat) from what costs least to what needs least memory."""
+    """Yields (accumulate, remat) from the cheapest to the one that needs the least memory."""
     for remat, least in ((False, 8), (True, 1)):
         parts = 1
         while parts == 1 or (rows % parts == 0 and rows // parts >= least):
@@ -119,7 +121,7 @@ def _splits(rows: int) -> Iterator[tuple[int, bool]]:
 
 
 def operations(name: str, remat: bool = False) -> float:
-    """Returns the operations that training takes for one picture of the training size."""
+    """Returns the operations of training on one image of the training size."""
     passes = 4 if remat else 3
     return passes * 2 * _cost(name).macs(models.variant_info(name).train_size)
 
@@ -127,8 +129,8 @@ def operations(name: str, remat: bool = False) -> float:
 def all_reduce_seconds(size: float, device: accelerators.Device, count: int) -> float:
     """Returns the time to sum `size` bytes over all devices, at the bandwidth of their links.
 
-    Every device sends its data twice, but for a part of its own: once in adding up, once in handing
-    out. Where boxes are joined by a network each device sums its share of the box's data over it.
+    Every device sends its data twice, except its own part: to be summed, and to be distributed.
+    Between boxes, each device sums its share of the box's data over the network.
     """
     linked = min(count, device.linked)
     seconds = 2 * size * (linked - 1) / linked / device.link_bytes
@@ -145,7 +147,7 @@ def _cost(name: str) -> models.Cost:
 
 
 @functools.cache
-def _bytes_of_a_picture(name: str, remat: bool) -> float:
+def _bytes_per_image(name: str, remat: bool) -> float:
     size = models.variant_info(name).train_size
     if not remat:
         return 2 * models.activation_bytes(name, size, 'convolutions', scan=True)
@@ -153,7 +155,7 @@ def _bytes_of_a_picture(name: str, remat: bool) -> float:
 
 
 def _largest_block(name: str, size: int) -> float:
-    """Returns the bytes of the residual block that keeps the most of one picture."""
+    """Returns the bytes that the largest residual block keeps for one image."""
     stages = len(models.variant_info(name).depths)
     ones = (1,) * stages
 
@@ -166,7 +168,7 @@ def _largest_block(name: str, size: int) -> float:
 
 
 def parse_devices(text: str) -> list[tuple[accelerators.Device, int]]:
-    """Reads 'v4:128,H100:8': names as in experiments.run.accelerators, and how many."""
+    """Parses 'v4:128,H100:8': names in experiments.run.accelerators and numbers of devices."""
     known = {device.name: device for device in accelerators.DEVICES}
     parsed = []
     for item in text.split(','):
@@ -194,7 +196,7 @@ def row(
     utilisation: float | None,
     price: float | None,
 ) -> str:
-    """Returns the line of one network on so many devices."""
+    """Returns the line of a network on `count` devices."""
     result = estimate(name, device, count, batch, utilisation)
     steps = epochs * IMAGES / batch
     hours = steps * result.step / 3600
@@ -209,7 +211,7 @@ def row(
 
 
 def calibrate() -> Iterator[str]:
-    """Yields, for the paper's measured steps, the share of the peak that the formula implies."""
+    """Yields lines that compare the measured steps of the paper with the computed ones."""
     v3, v100 = (accelerators.find_device(kind) for kind in ('TPU v3', 'Tesla V100-SXM2-16GB'))
     assert v3 is not None
     assert v100 is not None
@@ -229,11 +231,11 @@ def calibrate() -> Iterator[str]:
 
 
 def table() -> Iterator[str]:
-    """Yields the lines that the flags ask for."""
+    """Yields the lines of the table that the flags describe."""
     values = flags.FLAGS
     names, machines = values.models.split(','), parse_devices(values.devices)
     for name in names:
-        models.variant_info(name)  # Told before the first line of the table, if there is none.
+        models.variant_info(name)  # Raises its error before the first line of the table.
     share = (
         f'{values.utilisation:.0%}'
         if values.utilisation
@@ -255,14 +257,14 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('models', DEFAULT_MODELS, 'Networks, separated by commas.')
+    flags.DEFINE_string('models', DEFAULT_MODELS, 'Models, separated by commas.')
     flags.DEFINE_string('devices', DEFAULT_DEVICES, 'KIND:COUNT, separated by commas.')
     flags.DEFINE_integer('batch', 4096, 'Examples a step, over all devices.', lower_bound=1)
-    flags.DEFINE_integer('epochs', 360, 'Of ImageNet.', lower_bound=1)
+    flags.DEFINE_integer('epochs', 360, 'Epochs of ImageNet.', lower_bound=1)
     flags.DEFINE_float(
         'utilisation',
         None,
-        'Part of the peak that is reached; by default what the NFNets paper reached.',
+        'Share of the peak; by default the share that the NFNets paper reached.',
         lower_bound=0.01,
         upper_bound=1,
     )

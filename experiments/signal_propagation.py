@@ -1,13 +1,13 @@
-"""Draws how the signal travels through a network at initialisation, block by block.
+"""Plots the signal through a network at initialisation, block by block.
 
     python -m experiments.signal_propagation --model=NF-ResNet-50
         [--against=ResNet-50] [--size=224] [--batch_size=4] [--seed=0] [--gain=1]
         [--out=signal_propagation.png]
 
 Three panels, as in the signal propagation plots of arXiv 2101.08692 (section 3): the squared mean
-of a channel, averaged over channels; the variance of a channel, averaged likewise; the variance of
-each residual branch before it is scaled and added. Input: Gaussian noise. Learned gains on
-residual branches, which start at zero and would leave nothing to see, are set to --gain.
+of the channels and their variance, averaged over the channels, and the variance of each residual
+branch before it is scaled and added. The input is Gaussian noise. Learned gains on residual
+branches, which start at zero and would hide the branches, are set to --gain.
 """
 
 import pathlib
@@ -36,23 +36,23 @@ _COLOURS = ('#0072B2', '#D55E00')
 
 
 def counterpart(name: str) -> str:
-    """Returns the batch-normalised ResNet to compare a model with: as deep, or ResNet-50."""
-    row = models.variant_info(name)
-    resnet = f'ResNet-{row.variant}'
+    """Returns the batch-normalised ResNet of the depth of a model, or ResNet-50."""
+    resnet = f'ResNet-{models.variant_info(name).variant}'
     return resnet if resnet in models.list_models() else 'ResNet-50'
 
 
-def measure(
+def measure_signal(
     name: str, *, size: int, batch_size: int, seed: int = 0, gain: float = 1.0, **options: Any
 ) -> dict[str, np.ndarray]:
-    """Returns `layers.signal_metrics` of a model in training mode with freshly drawn weights.
+    """Returns `layers.signal_metrics` of a model in training mode with random weights.
 
     Args:
-      name: of the model; `options` are its own, as for `models.create_model`.
-      size: of the pictures, which are noise, in pixels.
-      batch_size: of them.
-      seed: of the weights and the noise.
+      name: name of the model.
+      size: side of the images of noise, in pixels.
+      batch_size: number of images.
+      seed: seed of the weights and the noise.
       gain: value of the gains on residual branches.
+      **options: options of the model, see `models.create_model`.
     """
     if models.variant_info(name).family == 'SmallCNN':
         raise UsageError(f'model: {name} has no residual blocks to measure')
@@ -68,7 +68,7 @@ def measure(
         lambda module, leaf, value: jnp.full_like(value, gain) if leaf == 'skip_gain' else value,
         params,
     )
-    # A device axis of one: networks that average statistics over devices ask for its name.
+    # A device axis of one, for networks that average statistics over devices.
     apply = jax.jit(jax.vmap(network.apply, (None, None, None, 0), axis_name=parallel.AXIS))
     out, _ = apply(params, state, None, images[None])
     return jax.tree.map(lambda x: x[0], jax.device_get(out['signal']))
@@ -79,7 +79,7 @@ def draw(signals: dict[str, dict[str, np.ndarray]]) -> Figure:
     figure = Figure(figsize=(13, 4), layout='constrained')
     for axes, (metric, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for (name, signal), colour in zip(signals.items(), _COLOURS, strict=False):
-            # Branches belong to blocks 1, 2, ...; activations begin with the stem, at 0.
+            # Branches start at block 1, activations at the stem, 0.
             first = int(metric == 'res_avg_var')
             blocks = np.arange(len(signal[metric])) + first
             axes.plot(blocks, signal[metric], color=colour, marker='o', markersize=3, label=name)
@@ -107,8 +107,9 @@ def main() -> None:
     if out.suffix[1:] not in known:
         raise UsageError(f'--out={out}: unknown suffix{nearest(out.suffix[1:], known)}')
     size = args.size or models.variant_info(args.model).train_size
+    options = {'batch_size': args.batch_size, 'seed': args.seed, 'gain': args.gain}
     signals = {
-        name: measure(name, size=size, batch_size=args.batch_size, seed=args.seed, gain=args.gain)
+        name: measure_signal(name, size=size, **options)
         for name in dict.fromkeys([args.model, args.against or counterpart(args.model)])
     }
     draw(signals).savefig(out, dpi=120)
@@ -118,11 +119,11 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('model', 'NF-ResNet-50', 'Model to draw.')
-    flags.DEFINE_string('against', None, 'Model to compare with, instead of a ResNet as deep.')
-    flags.DEFINE_integer('size', None, 'Pixels, instead of what it is trained on.', lower_bound=1)
-    flags.DEFINE_integer('batch_size', 4, 'Samples the statistics are over.', lower_bound=1)
+    flags.DEFINE_string('model', 'NF-ResNet-50', 'Model to plot.')
+    flags.DEFINE_string('against', None, 'Model to compare with; by default a similar ResNet.')
+    flags.DEFINE_integer('size', None, 'Pixels; by default the training size.', lower_bound=1)
+    flags.DEFINE_integer('batch_size', 4, 'Images for the statistics.', lower_bound=1)
     flags.DEFINE_integer('seed', 0, 'Seed of the weights and the input.')
     flags.DEFINE_float('gain', 1.0, 'Value of the gains on residual branches.')
-    cli.define_path('out', 'signal_propagation.png', 'The picture to write.')
+    cli.define_path('out', 'signal_propagation.png', 'Image file to write.')
     cli.run(main)

@@ -1,13 +1,13 @@
-"""What one training step computes, on every device: from a batch of images to new parameters.
+"""The compiled programs of an experiment: initial state, training step and evaluation step.
 
-Augmentation, forward and backward pass on each device -> mean gradient -> clip, decay, momentum ->
-parameters -> their moving average. Frozen parameters go into the forward pass and nowhere else.
-All randomness is a function of (seed, step, position in the batch).
+A training step, on every device: augmentation, forward and backward pass -> mean gradient over the
+devices -> clipping, decay, momentum -> parameters -> their moving average. Frozen parameters enter
+the forward pass only. All randomness is a function of (seed, step, position in the batch).
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -15,133 +15,173 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from experiments.experiment import Task, TrainState, make_eval_step, make_init
+from experiments import config as schema
+from experiments.experiment import Experiment, init_variables
 from experiments.run import device_cached, parallel, step_metrics
-from nfnets_jax import augment, models, optimizers
+from nfnets_jax import augment, optimizers
 from nfnets_jax.sam import sam_value_and_grad
 
-# Keeps the randomness of dropout and stochastic depth apart from that of the augmentations, which
-# are numbered from 0. It is the device's own: these masks do depend on the number of devices.
+# Separates the randomness of dropout and stochastic depth from that of the augmentations, which
+# count from 0. Each device has its own, so these masks depend on the number of devices.
 _MODEL_STREAM = 1 << 16
 # Names of parts of the step, in profiles and compiled programs.
 AUGMENTATION, EXCHANGE, UPDATE, EMA = 'augmentation', 'exchange', 'update', 'moving_average'
 
 
-def make_train_step(task: Task) -> jax.stages.Wrapped:
-    """Returns the parallel update: (state, batch of images, labels, positions) -> (state, stop).
+class TrainState(NamedTuple):
+    """The state of a run: everything but its config. The content of a checkpoint.
 
-    The batch is of `task.images_per_step` images, from which the augmentation makes the examples.
-    The batch also holds `stop`, float32 [devices, 1], and its mean is returned: see `preemption`.
+    Checkpoints store the fields by name. Renaming one would need a conversion of earlier runs.
     """
-    config = task.config
-    rows = config.batch_size // (parallel.device_count() * config.accumulate)
-    value_and_grad = (
-        functools.partial(_accumulated_value_and_grad, rows)
-        if config.accumulate > 1
-        else jax.value_and_grad
-    )
+
+    seed: jax.Array  # int32 scalar, as data: runs that differ only in the seed share a program
+    numbers: optimizers.Hyperparameters  # float32 scalars, as data for the same reason
+    step: jax.Array  # int32 scalar, steps done
+    params: hk.Params
+    state: hk.State  # statistics of batch norm; empty without
+    opt_state: Any
+    ema_params: hk.Params
+    ema_state: hk.State
+    window: step_metrics.StepMetrics  # sums since the last line of metrics
+
+    def variables(self) -> dict[str, tuple[hk.Params, hk.State]]:
+        """Returns the variables to evaluate: '' trained ones, '_ema' the average if there is one.
+
+        The key follows the name of the split in the names of metrics: 'test_ema/top1'.
+        """
+        raw = {'': (self.params, self.state)}
+        return raw | ({'_ema': (self.ema_params, self.ema_state)} if self.ema_params else {})
+
+
+class Programs(NamedTuple):
+    """The compiled functions of an experiment."""
+
+    init: Callable[..., TrainState]
+    train_step: jax.stages.Wrapped
+    eval_step: jax.stages.Wrapped
+
+
+def compile_programs(experiment: Experiment, cache: dict[str, Programs]) -> Programs:
+    """Returns the programs of an experiment, from the cache if an earlier one had the same.
+
+    They are compiled when they are first called.
+    """
+    key = program_key(experiment.config)
+    if key not in cache:
+        cache[key] = Programs(
+            make_init(experiment), make_train_step(experiment), make_eval_step(experiment)
+        )
+    return cache[key]
+
+
+def program_key(config: ConfigDict) -> str:
+    """Returns the cache key of the programs: equal if and only if the compiled programs are.
+
+    The seed and `optimizers.Hyperparameters` are data, so they are not part of it.
+    """
+    config = config.copy_and_resolve_references().unlock()
+    for key in ('init', 'checkpoint', 'profile', 'wandb'):
+        del config[key]
+    config.seed = config.optimizer.learning_rate = config.optimizer.weight_decay = 0
+    config.optimizer.clip.clipping = 0
+    return config.to_json_best_effort(sort_keys=True)
+
+
+# ------------------------------------------------------------------------------------------- init
+
+
+def make_init(experiment: Experiment) -> Callable[..., TrainState]:
+    """Returns a compiled function (seed, hyperparameters, weights or None) -> initial state."""
+
+    @jax.jit  # One program instead of one for each kind of leaf.
+    def init(seed: jax.Array, numbers: optimizers.Hyperparameters, weights) -> TrainState:
+        params, state = weights or init_variables(
+            experiment.model, seed, experiment.image_spec.shape
+        )
+        ema_params, ema_state = (params, state) if experiment.config.ema else ({}, {})
+        return TrainState(
+            seed=seed,
+            numbers=numbers,
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            state=state,
+            opt_state=experiment.optimizer.transformation.init(params),
+            ema_params=ema_params,
+            ema_state=ema_state,
+            window=step_metrics.zeros(),
+        )
+
+    return init
+
+
+def init_state(
+    experiment: Experiment,
+    weights: tuple[hk.Params, hk.State] | None = None,
+    init: Callable[..., TrainState] | None = None,
+) -> TrainState:
+    """Returns the state before the first step, with random parameters or the given weights.
+
+    `init` is from `make_init` of this experiment or one that differs in hyperparameters only.
+    """
+    numbers = jax.tree.map(jnp.float32, experiment.optimizer.hyperparameters)
+    return (init or make_init(experiment))(jnp.int32(experiment.config.seed), numbers, weights)
+
+
+# ------------------------------------------------------------------------------------------- loss
+
+
+def _make_loss_and_gradient(experiment: Experiment) -> Callable:
+    """Returns (trained, batch, frozen, state, key) -> (loss, (state, logits)), gradient.
+
+    All are of this device's examples. The gradient is that of the trained parameters.
+    """
+    config = experiment.config
 
     def loss_fn(trained, batch, frozen, state, key):
         params = optimizers.combine(trained, frozen)
-        outputs, state = task.model.apply(params, state, key, batch['image'], True)
+        outputs, state = experiment.model.apply(params, state, key, batch['image'], True)
         losses = optax.softmax_cross_entropy(outputs['logits'], batch['target'])
         return jnp.mean(losses), (state, outputs['logits'])
 
-    def loss_and_gradient(trained, batch, frozen, state, key):
-        """Returns (loss, (state, logits)), gradient; of this device's examples."""
-        if not config.sam.rho:
-            return value_and_grad(loss_fn, has_aux=True)(trained, batch, frozen, state, key)
-        sam = sam_value_and_grad(
-            loss_fn,
-            config.sam.rho,
-            ascent_fraction=config.sam.ascent_fraction,
-            has_aux=True,
-            both_aux=True,
-            value_and_grad=value_and_grad,
-        )
-        # Statistics are those of the parameters that are kept, so of the first of the two passes.
-        (loss, ((state, _), (_, logits))), gradient = sam(trained, batch, frozen, state, key)
+    value_and_grad: Callable = jax.value_and_grad
+    if config.accumulate > 1:
+        rows = config.batch_size // (parallel.device_count() * config.accumulate)
+        value_and_grad = functools.partial(_accumulated_value_and_grad, rows)
+    if not config.sam.rho:
+        return value_and_grad(loss_fn, has_aux=True)
+    sam = sam_value_and_grad(
+        loss_fn,
+        config.sam.rho,
+        ascent_fraction=config.sam.ascent_fraction,
+        has_aux=True,
+        both_aux=True,
+        value_and_grad=value_and_grad,
+    )
+
+    def loss_and_gradient(*args):
+        # The statistics of batch norm are those of the first pass, with the parameters themselves.
+        (loss, ((state, _), (_, logits))), gradient = sam(*args)
         return (loss, (state, logits)), gradient
 
-    def train_step(s: TrainState, batch: dict) -> tuple[TrainState, jax.Array]:
-        stop = batch['stop'][0]
-        if task.on_device:
-            batch = device_cached.take(batch, s.step, task.images_per_step)
-        with jax.named_scope(AUGMENTATION):
-            keys = augment.example_keys(s.seed, s.step, batch['position'])
-            images, targets = task.augmentation(keys, batch['image'], batch['label'])
-        key = jax.random.fold_in(keys[0], _MODEL_STREAM)
-
-        # Whatever follows sees the trained parameters alone.
-        trained, frozen = optimizers.partition(s.params, task.optimizer.groups)
-        (loss, (state, logits)), gradients = loss_and_gradient(
-            trained, {'image': images, 'target': targets}, frozen, s.state, key
-        )
-        hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
-        gradients, state, metrics = _mean_over_devices(
-            gradients,
-            state,
-            {'loss': loss, 'top1': jnp.mean(hits), 'stop': stop},
-            config.gradient_dtype,
-        )
-        stop = metrics.pop('stop')
-
-        optimizer = task.optimizer.with_hyperparameters(s.numbers)
-        with jax.named_scope(UPDATE):
-            updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
-            trained = optax.apply_updates(trained, updates)
-        params = optimizers.combine(trained, frozen)
-
-        ema_params, ema_state = s.ema_params, s.ema_state
-        if config.ema:
-            decay = optimizers.ema_decay(s.step, config.ema)
-            average, constant = optimizers.partition(ema_params, task.optimizer.groups)
-            with jax.named_scope(EMA):
-                average, ema_state = optimizers.ema_update(
-                    (average, ema_state), (trained, state), decay
-                )
-            ema_params = optimizers.combine(average, constant)
-
-        metrics |= {
-            'gradient_norm': optax.tree.norm(gradients),
-            'clipped_fraction': optax.tree.get(opt_state, 'clipped_fraction', jnp.zeros(())),
-        }
-        new = s._replace(
-            step=s.step + 1,
-            params=params,
-            state=state,
-            opt_state=opt_state,
-            ema_params=ema_params,
-            ema_state=ema_state,
-            window=step_metrics.add(
-                s.window, metrics, s.step, task.log_every, config.skip_nonfinite
-            ),
-        )
-        if not config.skip_nonfinite:
-            return new, stop
-        left_out = s._replace(step=new.step, window=new.window)
-        finite = step_metrics.is_finite(metrics)
-        return jax.tree.map(functools.partial(jnp.where, finite), new, left_out), stop
-
-    return parallel.parallelize(train_step, donate_replicated=True)
+    return loss_and_gradient
 
 
 def _accumulated_value_and_grad(rows: int, loss_fn: Callable, *, has_aux: bool) -> Callable:
-    """`jax.value_and_grad`, computed in parts of `rows` examples that are taken in turn.
+    """Returns `jax.value_and_grad`, computed in parts of `rows` examples, one after the other.
 
-    The last part is smaller where `rows` does not divide the batch: that of SAM's ascent is a share
-    of the whole. Each part sees the state that the one before has left, and has randomness of its
-    own.
+    The last part is smaller if `rows` does not divide the batch, as in SAM's ascent, which takes a
+    share of the batch. Each part starts from the state that the part before left, and has its own
+    randomness.
 
     Args:
       rows: examples in a part.
-      loss_fn: (params, batch, frozen, state, key) -> (mean loss over the batch, (state, output for
+      loss_fn: (params, batch, frozen, state, key) -> (mean loss over the batch, (state, output of
         each example)).
-      has_aux: must be True, as `loss_fn` has it.
+      has_aux: must be True.
 
     Returns:
-      A function with the arguments of `loss_fn` -> ((loss, (state, outputs)), gradient), all of the
-      whole batch.
+      A function of the arguments of `loss_fn` -> ((loss, (state, outputs)), gradient) of the whole
+      batch.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
 
@@ -176,71 +216,123 @@ def _accumulated_value_and_grad(rows: int, loss_fn: Callable, *, has_aux: bool) 
     return accumulated
 
 
+# ----------------------------------------------------------------------------------------- update
+
+
+def make_train_step(experiment: Experiment) -> jax.stages.Wrapped:
+    """Returns the parallel update: (state, batch) -> (state, metrics of this step).
+
+    The batch holds `experiment.images_per_step` images, labels and positions, and 'stop', float32
+    [devices, 1]. The metrics are the means over all devices of `step_metrics.METRICS` and 'stop'.
+    """
+    config = experiment.config
+    loss_and_gradient = _make_loss_and_gradient(experiment)
+
+    def train_step(s: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+        stop = batch['stop'][0]
+        if experiment.on_device:
+            batch = device_cached.take(batch, s.step, experiment.images_per_step)
+        with jax.named_scope(AUGMENTATION):
+            keys = augment.example_keys(s.seed, s.step, batch['position'])
+            images, targets = experiment.augmentation(keys, batch['image'], batch['label'])
+        key = jax.random.fold_in(keys[0], _MODEL_STREAM)
+
+        trained, frozen = optimizers.partition(s.params, experiment.optimizer.groups)
+        (loss, (state, logits)), gradients = loss_and_gradient(
+            trained, {'image': images, 'target': targets}, frozen, s.state, key
+        )
+        hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
+        gradients, state, metrics = _mean_over_devices(
+            gradients,
+            state,
+            {'loss': loss, 'top1': jnp.mean(hits), 'stop': stop},
+            config.gradient_dtype,
+        )
+
+        optimizer = experiment.optimizer.with_hyperparameters(s.numbers)
+        with jax.named_scope(UPDATE):
+            updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
+            trained = optax.apply_updates(trained, updates)
+
+        ema_params, ema_state = s.ema_params, s.ema_state
+        if config.ema:
+            decay = optimizers.ema_decay(s.step, config.ema)
+            average, constant = optimizers.partition(ema_params, experiment.optimizer.groups)
+            with jax.named_scope(EMA):
+                average, ema_state = optimizers.ema_update(
+                    (average, ema_state), (trained, state), decay
+                )
+            ema_params = optimizers.combine(average, constant)
+
+        metrics |= {
+            'gradient_norm': optax.tree.norm(gradients),
+            'clipped_fraction': optax.tree.get(opt_state, 'clipped_fraction', jnp.zeros(())),
+        }
+        new = s._replace(
+            step=s.step + 1,
+            params=optimizers.combine(trained, frozen),
+            state=state,
+            opt_state=opt_state,
+            ema_params=ema_params,
+            ema_state=ema_state,
+            window=step_metrics.add(
+                s.window, metrics, s.step, experiment.log_every, config.skip_nonfinite
+            ),
+        )
+        if config.skip_nonfinite:
+            skipped = s._replace(step=new.step, window=new.window)
+            finite = step_metrics.is_finite(metrics)
+            new = jax.tree.map(functools.partial(jnp.where, finite), new, skipped)
+        return new, metrics
+
+    return parallel.parallelize(train_step, donate_replicated=True)
+
+
 @jax.named_scope(EXCHANGE)
 def _mean_over_devices(gradients, state: hk.State, metrics: dict, dtype: str):
     """Returns the means of all three, in one all-reduce if `dtype` is float32.
 
-    Batch norm's running statistics differ where each device has its own; its counters do not.
+    The running statistics of batch norm differ between devices unless they are synchronized; its
+    counters do not.
     """
     low = jax.tree.map(lambda x: x.astype(dtype), gradients)
     floats, counters = hk.data_structures.partition(
         lambda _module, _name, x: jnp.issubdtype(x.dtype, jnp.floating), state
     )
     low, floats, metrics = jax.lax.pmean((low, floats, metrics), parallel.AXIS)
-    gradients = jax.tree.map(lambda x, like: x.astype(like.dtype), low, gradients)
+    gradients = jax.tree.map(lambda x, full: x.astype(full.dtype), low, gradients)
     return gradients, hk.data_structures.merge(floats, counters), metrics
 
 
-def computed_per_device(task: Task, model_state: hk.State) -> list[str]:
-    """Names what depends on which examples share a device, and so on the number of devices.
+# --------------------------------------------------------------------------------------- evaluate
 
-    Args:
-      task: what is trained.
-      model_state: of the network, or its shapes; empty without batch norm.
+
+def make_eval_step(experiment: Experiment) -> jax.stages.Wrapped:
+    """Returns a parallel function (variables by name, batch) -> sums of metrics by name.
+
+    The batch holds 'image', 'label' and 'mask', which is 0 for examples that do not count.
     """
-    options = task.config.model
-    published = models.variant_info(options.name)
+    precision = schema.eval_precision(experiment.config)
+    mean, std = experiment.image_spec.mean, experiment.image_spec.std
 
-    def rate(option: str) -> float:
-        given = options.get(option)
-        return getattr(published, option) if given is None else given
+    def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:
+        images = augment.normalize(batch['image'], mean, std, precision)
+        labels, mask = batch['label'], batch['mask']
 
-    holds = {
-        'the ascent of SAM': task.config.sam.rho > 0,
-        'the statistics of batch norm': model_state and not options.get('cross_replica_axis'),
-        'dropout': rate('drop_rate') > 0,
-        'stochastic depth': rate('stochdepth_rate') > 0,
-    }
-    return [name for name, held in holds.items() if held]
+        def sums(params, state):
+            outputs, _ = experiment.model.apply(params, state, None, images, False)
+            logits = outputs['logits']
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            _, ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+            hits = ranked == labels[:, None]
+            return {
+                'loss': jnp.sum(losses * mask),
+                'top1': jnp.sum(jnp.where(hits[:, 0], mask, 0)),
+                'top5': jnp.sum(jnp.where(hits.any(axis=1), mask, 0)),
+                'count': jnp.sum(mask),
+            }
 
+        totals = {name: sums(*pair) for name, pair in variables.items()}
+        return jax.lax.psum(totals, parallel.AXIS)
 
-class Programs(NamedTuple):
-    """What of a task is compiled."""
-
-    init_state: Callable[..., TrainState]
-    train_step: jax.stages.Wrapped  # (state, batch) -> (state, stop)
-    eval_step: jax.stages.Wrapped  # (variables by name, batch) -> sums of metrics by name
-
-
-def program_key(config: ConfigDict) -> str:
-    """Returns what configs that need the same programs have in common, and no others.
-
-    The numbers that are data make no difference: the seed and `optimizers.Hyperparameters`.
-    """
-    config = config.copy_and_resolve_references().unlock()
-    for key in ('init', 'checkpoint', 'profile', 'wandb'):
-        del config[key]
-    config.seed = config.optimizer.learning_rate = config.optimizer.weight_decay = 0
-    config.optimizer.clip.clipping = 0
-    return config.to_json_best_effort(sort_keys=True)
-
-
-def compile_programs(task: Task, cache: dict[str, Programs]) -> Programs:
-    """Returns the programs of a task, those of an earlier one from the cache if they are the same.
-
-    They are compiled where they are first called.
-    """
-    key = program_key(task.config)
-    if key not in cache:
-        cache[key] = Programs(make_init(task), make_train_step(task), make_eval_step(task))
-    return cache[key]
+    return parallel.parallelize(eval_step)

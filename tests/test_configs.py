@@ -8,7 +8,8 @@ import pytest
 
 from configs.imagenet import fixup_resnet, nf_regnet, nf_resnet, nfnet, resnet, sam, skipinit_resnet
 from experiments import config as schema
-from experiments import experiment, smoke
+from experiments import smoke
+from experiments.experiment import build
 from experiments.run import workdir
 from experiments.train import train
 from nfnets_jax import models
@@ -62,10 +63,10 @@ def some(quick):
 
 @some(FIRST)
 def test_data_model_optimizer_and_augmentation_of_a_tiny_likeness_fit(file, variant):
-    setting = experiment.prepare(smoke.shrink(file.get_config(variant)))
-    assert setting.total_steps == 3
-    assert setting.pictures.shape == (32, 32, 3)
-    clipped = [group.clip for group in setting.optimizer.groups.values()]
+    experiment = build(smoke.shrink(file.get_config(variant)))
+    assert experiment.total_steps == 3
+    assert experiment.image_spec.shape == (32, 32, 3)
+    clipped = [group.clip for group in experiment.optimizer.groups.values()]
     assert clipped.count(False) == 1  # the classifier's weight
 
 
@@ -111,7 +112,7 @@ def test_the_likeness_of_a_changed_recipe_is_one_that_trains():
     config.optimizer.groups = (late, *config.optimizer.groups)
     config.wandb.project = 'mine'
     tiny = smoke.shrink(config)
-    assert experiment.prepare(tiny).total_steps == 3
+    assert build(tiny).total_steps == 3
     assert [rule['match'] for rule in tiny.optimizer.groups] == [
         rule['match'] for rule in nf_resnet.get_config('50').optimizer.groups
     ]
@@ -239,10 +240,10 @@ def test_the_decay_of_the_largest_nf_regnets_goes_on():
 
 
 def test_a_step_reads_two_images_for_each_example_of_the_mixed_recipes():
-    setting = experiment.prepare(smoke.shrink(nf_regnet.get_config('B0')))
-    assert setting.images_per_step == 2 * setting.config.batch_size
-    setting = experiment.prepare(smoke.shrink(resnet.get_config('50')))
-    assert setting.images_per_step == setting.config.batch_size
+    experiment = build(smoke.shrink(nf_regnet.get_config('B0')))
+    assert experiment.images_per_step == 2 * experiment.config.batch_size
+    experiment = build(smoke.shrink(resnet.get_config('50')))
+    assert experiment.images_per_step == experiment.config.batch_size
 
 
 def test_a_wrong_variant_is_told():

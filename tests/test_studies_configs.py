@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 
-from experiments import experiment
+from experiments.experiment import build
 from experiments.study import config as study_config
 from nfnets_jax.errors import UsageError
 
@@ -81,7 +81,7 @@ def test_every_program_of_the_digits_size_can_be_run(key):
     trials = study_config.make_trials(STUDIES[key])
     assert len(trials) <= 300
     for trial in {trial.program: trial for trial in trials}.values():
-        experiment.prepare(trial.config)
+        build(trial.config)
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_every_program_of_the_larger_sizes_can_be_run(key):
     for trial in {t.axes['arm']: t for t in study_config.make_trials(STUDIES[key])}.values():
         pixels = trial.config.data.get('image_size', 32)
         trial.config.data = {'name': 'noise', 'image_size': pixels, 'examples': 4096}
-        experiment.prepare(trial.config)
+        build(trial.config)
 
 
 def test_the_commands_in_the_docstrings_are_those_of_the_files():

@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from experiments.launch import output
-from experiments.launch.distributed import INTERRUPTED, Peers, joined
+from experiments.launch.distributed import INTERRUPTED, Options, session
 from nfnets_jax import extras, files
 from nfnets_jax.errors import UsageError, first_line
 
@@ -46,7 +46,7 @@ def run(main: Callable[..., None], *, positional: bool = False, distributed: boo
             _fail(f'unexpected argument {argv[1]!r}: flags are written --name=value')
         logging.set_verbosity(logging.ERROR)  # Libraries narrate their work; we say what matters.
         warnings.filterwarnings('ignore', module='PIL')
-        with joined(_peers()) if distributed else contextlib.nullcontext():
+        with session(_distributed_options()) if distributed else contextlib.nullcontext():
             main(argv[1:]) if positional else main()
 
     with guarded():
@@ -155,9 +155,9 @@ def _define_distributed_flags() -> None:
     )
 
 
-def _peers() -> Peers:
-    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in Peers._fields}
-    return Peers(**values)
+def _distributed_options() -> Options:
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in Options._fields}
+    return Options(**values)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -1,10 +1,10 @@
-"""The processes of one run: they start together, they end together, and none waits for the dead.
+"""Start-up, failure detection and shutdown of a multi-process run.
 
-`jax.distributed` lets the devices of several processes compute together. What it does where a
-process dies is not enough for a run that nobody watches: the others hang in a collective operation
-until the heartbeats have been missed, and are then aborted with a stack trace of C++. Therefore
-every process holds a connection to process 0, the lifeline. On it go signs of life, and the last
-words of a process that fails: then all of them end with its exit status, and one line says why.
+`jax.distributed` lets the devices of several processes compute together. If a process dies, the
+others hang in a collective operation until its heartbeats time out, and then abort with a stack
+trace of C++. That is not enough for an unattended run. So every process also holds a connection to
+process 0, for heartbeats and for the error of a process that fails: then all processes end with its
+exit status, and one line says why.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ from experiments.run import parallel
 from nfnets_jax.errors import UsageError, first_line
 
 MISTAKE, PEER_LOST, INTERRUPTED = 2, 3, 130  # exit statuses
-_GRACE = 5.0  # seconds that a failing process is given to hear of it, and the others to end
+_GRACE = 5.0  # seconds that a failing process and the others have to end
 
 
-class Peers(NamedTuple):
-    """How the processes of a run find one another; as the flags of the same names say."""
+class Options(NamedTuple):
+    """The flags of the same names: how the processes of a run find one another."""
 
     coordinator: str | None
     num_processes: int | None
@@ -46,101 +46,102 @@ class Peers(NamedTuple):
 
 
 @contextlib.contextmanager
-def joined(peers: Peers) -> Iterator[None]:
-    """Makes this process one of several, where the flags or the cluster's environment say so.
+def session(options: Options) -> Iterator[None]:
+    """Joins the processes of a run if the flags or the environment of the cluster name several.
 
-    What is done inside may use all devices. An exception or an exit status that leaves it ends all
-    processes. To be called before anything else of JAX.
+    The block may use the devices of all. An exception or exit status that leaves the block ends all
+    processes. Enter it before any other use of JAX.
 
     Raises:
       UsageError: the flags do not fit together.
     """
-    with _bounded(peers):
-        lifeline = _tie(peers) if _start(peers) else None
-    if not lifeline:
+    with _startup_deadline(options):
+        detector = _connect(options) if _start(options) else None
+    if not detector:
         yield
         return
     try:
         yield
     except UsageError as error:
-        lifeline.fail(MISTAKE, f'error: {error}')
+        detector.fail(MISTAKE, f'error: {error}')
     except SystemExit as ending:
         if ending.code:
-            lifeline.fail(ending.code if isinstance(ending.code, int) else 1, '')
+            detector.fail(ending.code if isinstance(ending.code, int) else 1, '')
         raise
     except KeyboardInterrupt:
-        lifeline.fail(INTERRUPTED, 'interrupted')
+        detector.fail(INTERRUPTED, 'interrupted')
     except BaseException as error:
-        # Where a peer has died a collective operation may fail before the lifeline tells.
-        lifeline.wait_for_news(_GRACE)
+        # If another process has died, a collective operation may fail before it is detected.
+        detector.wait_for_end(_GRACE)
         sys.excepthook(type(error), error, error.__traceback__)
-        lifeline.fail(1, f'stopped by {type(error).__name__}')
+        detector.fail(1, f'stopped by {type(error).__name__}')
     finally:
-        lifeline.leave()
+        detector.leave()
         jax.distributed.shutdown()
 
 
-def _start(peers: Peers) -> bool:
+def _start(options: Options) -> bool:
     """Starts jax.distributed; returns whether there are several processes."""
     given = {
-        f'--{name}': getattr(peers, name) for name in ('coordinator', 'num_processes', 'process_id')
+        f'--{name}': getattr(options, name)
+        for name in ('coordinator', 'num_processes', 'process_id')
     }
     missing = [name for name, value in given.items() if value is None]
     explicit = len(missing) < len(given)
-    if _alone(peers) or not explicit and _launched_alone():
+    if _is_single(options) or not explicit and _is_launched_singly():
         return False
     if explicit:
-        coordinator, num_processes, process_id = peers[:3]
+        coordinator, num_processes, process_id = options[:3]
         if coordinator is None or num_processes is None or process_id is None:
             raise UsageError(
                 f'{" and ".join(missing)} missing: give --coordinator, --num_processes and '
                 '--process_id, or none of them where the cluster is recognised'
             )
-        _check(coordinator, num_processes, process_id)
+        _check_flags(coordinator, num_processes, process_id)
         if num_processes > 1:
-            _check_own_name(_host(coordinator))
-    # Its handler would swallow SIGTERM; how a run is stopped is said in `train`.
+            _check_host_name(_host(coordinator))
+    # Its handler would swallow SIGTERM, which experiments.launch.preemption handles.
     jax.config.update('jax_enable_preemption_service', False)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of clusters that are looked for and not there
+        warnings.simplefilter('ignore')  # JAX warns about clusters that it does not find.
         try:
             jax.distributed.initialize(
-                peers.coordinator,
-                peers.num_processes,
-                peers.process_id,
-                # Later than ours, which end in an abort of C++.
-                initialization_timeout=int(peers.start_timeout + 30),
-                heartbeat_timeout_seconds=int(peers.peer_timeout + 30),
-                shutdown_timeout_seconds=int(peers.peer_timeout),
+                options.coordinator,
+                options.num_processes,
+                options.process_id,
+                # Longer than ours, because these end in an abort of C++.
+                initialization_timeout=int(options.start_timeout + 30),
+                heartbeat_timeout_seconds=int(options.peer_timeout + 30),
+                shutdown_timeout_seconds=int(options.peer_timeout),
             )
         except ValueError as error:
             if not explicit and 'coordinator_address' in str(error):
                 return False  # No cluster was recognised.
             raise UsageError(f'the processes cannot be joined: {first_line(error)}') from error
-        except Exception as error:  # Of JAX, gRPC or the client of Kubernetes.
+        except Exception as error:  # From JAX, gRPC or the client of Kubernetes.
             hint = '' if explicit else '; to train with this process alone give --num_processes=1'
             raise UsageError(
                 f'the processes cannot be joined: {first_line(error)}{hint}'
             ) from error
-        _keep_stdout()
-        jax.devices()  # Waits for the others as well.
+        _redirect_stdout()
+        jax.devices()  # Waits for the other processes, too.
     return jax.process_count() > 1
 
 
-def _alone(peers: Peers) -> bool:
-    return peers.num_processes == 1 and peers.coordinator is None and not peers.process_id
+def _is_single(options: Options) -> bool:
+    return options.num_processes == 1 and options.coordinator is None and not options.process_id
 
 
-def _launched_alone() -> bool:
-    """Whether SLURM or Open MPI says that this process is the only one.
+def _is_launched_singly() -> bool:
+    """Returns whether SLURM or Open MPI started this process alone.
 
-    JAX would then take them at their word and use one GPU only, for it expects a process for each.
+    JAX would then use one GPU only, because it expects one process for each.
     """
     counts = [os.environ.get(name) for name in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')]
     return '1' in counts
 
 
-def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+def _check_flags(coordinator: str, num_processes: int, process_id: int) -> None:
     if num_processes < 1:
         raise UsageError(f'--num_processes={num_processes}: must be at least 1')
     if not 0 <= process_id < num_processes:
@@ -156,11 +157,11 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
         )
 
 
-def _check_own_name(coordinator: str) -> None:
-    """Raises a UsageError where this host's name keeps CPUs of several hosts from talking.
+def _check_host_name(coordinator: str) -> None:
+    """Raises a UsageError if this host's name prevents CPUs of several hosts from communicating.
 
-    By Gloo each process gives the others the first address of its host's name, which Debian sets to
-    127.0.1.1: a process on another host then reaches itself, and that only after both have met.
+    With Gloo each process sends the others the first address of its host's name, which Debian sets
+    to 127.0.1.1. A process on another host then connects to itself, after both have met.
     """
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # JAX adds it
     if platforms != 'cpu' and (platforms or _has_accelerator_plugins()):
@@ -176,7 +177,7 @@ def _has_accelerator_plugins() -> bool:
 
 
 def _name_problem() -> str | None:
-    """Says what this host's name resolves to, where no other host can reach that."""
+    """Describes what this host's name resolves to, if no other host can reach that."""
     name = socket.gethostname()
     addresses = _addresses(name)
     if addresses and not _is_loopback(addresses[0]):
@@ -189,7 +190,7 @@ def _name_problem() -> str | None:
 
 
 def _addresses(host: str) -> list[str]:
-    """Returns what a name or an address resolves to, in the order in which Gloo tries them."""
+    """Returns the addresses of a name or an address, in the order in which Gloo tries them."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -202,19 +203,19 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextlib.contextmanager
-def _bounded(peers: Peers) -> Iterator[None]:
-    """Ends this process with one line if what is inside takes longer than the start may."""
+def _startup_deadline(options: Options) -> Iterator[None]:
+    """Ends this process with one line if the block takes longer than --start_timeout."""
 
     def give_up():
         who = (
-            f'process {peers.process_id} has not met all {peers.num_processes} processes at '
-            f'{peers.coordinator}'
-            if peers.coordinator
+            f'process {options.process_id} has not met all {options.num_processes} processes at '
+            f'{options.coordinator}'
+            if options.coordinator
             else 'this process has not met all those that the cluster names'
         )
-        _end(MISTAKE, f'error: {who} within --start_timeout={peers.start_timeout:g} seconds')
+        _end(MISTAKE, f'error: {who} within --start_timeout={options.start_timeout:g} seconds')
 
-    timer = threading.Timer(peers.start_timeout, give_up)
+    timer = threading.Timer(options.start_timeout, give_up)
     timer.daemon = True
     timer.start()
     try:
@@ -223,18 +224,18 @@ def _bounded(peers: Peers) -> Iterator[None]:
         timer.cancel()
 
 
-def _keep_stdout() -> None:
-    """Sends what libraries of C++ print there, like Gloo's greetings, to the standard error."""
+def _redirect_stdout() -> None:
+    """Redirects the standard output of C++ libraries, like Gloo's messages, to standard error."""
     sys.stdout.flush()
-    sys.stdout = output.open_stream(os.dup(1), like=sys.stdout)
+    sys.stdout = output.open_stream(os.dup(1), template=sys.stdout)
     os.dup2(2, 1)
 
 
-def _tie(peers: Peers) -> 'Lifeline':
-    """Connects every process with process 0; ends this one if another dies meanwhile."""
+def _connect(options: Options) -> 'FailureDetector':
+    """Connects every process to process 0; ends this one if another dies meanwhile."""
     try:
-        return Lifeline(_connections(peers), peers.peer_timeout)
-    except Exception as error:  # Of a collective operation that one has left.
+        return FailureDetector(_connections(options), options.peer_timeout)
+    except Exception as error:  # From a collective operation without one of the processes.
         if jax.default_backend() == 'cpu' and (problem := _name_problem()):
             _end(MISTAKE, f'error: {problem}')
         _end(
@@ -243,17 +244,17 @@ def _tie(peers: Peers) -> 'Lifeline':
         )
 
 
-def _connections(peers: Peers) -> dict[int, '_Connection']:
-    """Returns what `Lifeline` takes; nothing, in all processes, if one cannot reach process 0."""
+def _connections(options: Options) -> dict[int, '_Connection']:
+    """Returns the connections of `FailureDetector`; none anywhere if one process has none."""
     listener = socket.create_server(('', 0)) if parallel.is_primary() else None
     port = listener.getsockname()[1] if listener else None
-    hosts, port, token = parallel.broadcast_json([_hosts(peers), port, secrets.token_hex(16)])
+    hosts, port, token = parallel.broadcast_json([_hosts(options), port, secrets.token_hex(16)])
     if listener:
         with listener:
             connections = _accept(listener, token)
         complete = len(connections) == jax.process_count() - 1
     else:
-        connections = _connect(hosts, port, token)
+        connections = _reach(hosts, port, token)
         complete = bool(connections)
     if not parallel.gather(np.array([complete], np.uint32)).all():
         if parallel.is_primary():
@@ -270,13 +271,13 @@ def _host(coordinator: str) -> str:
     return coordinator.rpartition(':')[0].strip('[]')
 
 
-def _hosts(peers: Peers) -> list[str]:
-    """Returns the names and addresses at which other processes may reach this one."""
-    if peers.coordinator:
-        return [_host(peers.coordinator)]
+def _hosts(options: Options) -> list[str]:
+    """Returns names and addresses at which other processes may reach this one."""
+    if options.coordinator:
+        return [_host(options.coordinator)]
     hosts = []
     with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
-        probe.connect(('192.0.2.1', 9))  # Sends nothing: it asks which interface leads outside.
+        probe.connect(('192.0.2.1', 9))  # Sends nothing; selects the interface that leads outside.
         hosts.append(probe.getsockname()[0])
     with contextlib.suppress(OSError):
         hosts.append(socket.gethostbyname(socket.gethostname()))
@@ -284,12 +285,12 @@ def _hosts(peers: Peers) -> list[str]:
 
 
 def _accept(listener: socket.socket, token: str) -> dict[int, '_Connection']:
-    """Returns the connections of all others by their process index, or what has come in time."""
+    """Returns the connections of the other processes that came in time, by process index."""
     connections: dict[int, _Connection] = {}
     deadline = time.monotonic() + _CONNECT_SECONDS
     while len(connections) < jax.process_count() - 1 and time.monotonic() < deadline:
         listener.settimeout(max(deadline - time.monotonic(), 0.1))
-        # Whoever else may have found the port can say anything.
+        # Another program that found the port can send anything.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             connection = _Connection(listener.accept()[0])
             greeting = connection.read_greeting()
@@ -299,8 +300,8 @@ def _accept(listener: socket.socket, token: str) -> dict[int, '_Connection']:
     return connections
 
 
-def _connect(hosts: Iterable[str], port: int, token: str) -> dict[int, '_Connection']:
-    """Returns the connection to process 0, by that index; nothing if it cannot be reached."""
+def _reach(hosts: Iterable[str], port: int, token: str) -> dict[int, '_Connection']:
+    """Returns {0: the connection to process 0}; {} if it cannot be reached."""
     for host in hosts:
         with contextlib.suppress(OSError):
             connection = _Connection(socket.create_connection((host, port), timeout=5))
@@ -316,26 +317,26 @@ _CONNECT_SECONDS = 20.0
 
 
 class _Connection:
-    """One end of a lifeline: messages are JSON objects, one a line."""
+    """One end of a connection; messages are JSON objects, one a line."""
 
     host = ''
 
     def __init__(self, end: socket.socket):
         self.socket = end
-        self.heard = time.monotonic()
+        self.last_message = time.monotonic()
         self._received, self._sending = b'', threading.Lock()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Sends a message; where the other end is gone that is for `receive` to find out."""
+        """Sends a message; `receive` reports if the other end is gone."""
         with contextlib.suppress(OSError), self._sending:
             self.socket.sendall(json.dumps(message).encode() + b'\n')
 
     def receive(self) -> list[dict]:
-        """Returns the messages that have come; raises OSError once the other end is gone."""
+        """Returns the messages received; raises OSError if the other end is gone."""
         data = self.socket.recv(1 << 16)
         if not data:
             raise ConnectionResetError
-        self.heard = time.monotonic()
+        self.last_message = time.monotonic()
         *lines, self._received = (self._received + data).split(b'\n')
         return [json.loads(line) for line in lines]
 
@@ -346,36 +347,36 @@ class _Connection:
                 return messages[0]
 
 
-class Lifeline:
-    """Ends this process when another has failed or died.
+class FailureDetector:
+    """Ends this process when another one has failed or died.
 
     Args:
-      connections: to process 0, or of process 0 to all others, by process index.
+      connections: connections to process 0, or from it to all others, by process index.
       timeout: seconds of silence after which a process counts as dead.
     """
 
     def __init__(self, connections: dict[int, _Connection], timeout: float):
         self._connections, self._timeout = connections, timeout
-        self._failure: tuple[int, str] | None = None  # exit status and line, of this process
-        self._ended: set[int] = set()  # those that took their leave
+        self._failure: tuple[int, str] | None = None  # exit status and line of this process
+        self._ended: set[int] = set()  # processes that have left
         self._left = False
-        self._thread = threading.Thread(target=self._watch, name='lifeline', daemon=True)
+        self._thread = threading.Thread(target=self._watch, name='failures', daemon=True)
         if connections:
             self._thread.start()
 
     def fail(self, status: int, line: str) -> NoReturn:
-        """Ends all processes with this status; one of them tells the line."""
+        """Ends all processes with this status; one of them prints the line."""
         self._failure = status, line
-        self.wait_for_news(2 * _GRACE)
+        self.wait_for_end(2 * _GRACE)
         _end(status, line)
 
-    def wait_for_news(self, seconds: float) -> None:
-        """Gives another process time to end this one too."""
+    def wait_for_end(self, seconds: float) -> None:
+        """Gives another process time to end this one, too."""
         if self._connections:
             self._thread.join(seconds)
 
     def leave(self) -> None:
-        """Tells the others that this process has done its part."""
+        """Tells the other processes that this one is done."""
         self._left = True
         for connection in self._connections.values():
             connection.send({'left': True})
@@ -390,8 +391,8 @@ class Lifeline:
                 connection.send({})
             for index, connection in self._connections.items():
                 if index in self._ended:
-                    continue  # What has taken its leave may be silent.
-                if time.monotonic() - connection.heard > self._timeout:
+                    continue  # A process that has left may be silent.
+                if time.monotonic() - connection.last_message > self._timeout:
                     self._end_all(
                         PEER_LOST, _lost(index, connection, f'is silent for {self._timeout:g} s')
                     )
@@ -410,21 +411,21 @@ class Lifeline:
                 if 'left' in message:
                     self._ended.add(index)
                 elif 'status' in message:
-                    self._hear_last_words(index, message)
+                    self._end_after(index, message)
 
-    def _hear_last_words(self, index: int, message: Mapping[str, Any]) -> NoReturn:
+    def _end_after(self, index: int, message: Mapping[str, Any]) -> NoReturn:
         if not parallel.is_primary():
-            _end(message['status'], '')  # Process 0 has told why.
-        # Often all have the same to say; then it is not that process's own.
+            _end(message['status'], '')  # Process 0 has printed why.
+        # Often all processes fail alike; then this process reports its own failure.
         time.sleep(1)
         line = f'{message["line"]} (process {index})' if message['line'] else ''
         self._end_all(*(self._failure or (message['status'], line)))
 
     def _end_all(self, status: int, line: str) -> NoReturn:
-        """Tells the line, or has process 0 tell it, and sees to it that the others end first."""
-        told = parallel.is_primary()
-        if told:
-            _tell(line)
+        """Prints the line on process 0, and ends this process after the others."""
+        printed = parallel.is_primary()
+        if printed:
+            _print(line)
         for connection in self._connections.values():
             connection.send({'status': status, 'line': line})
         deadline = time.monotonic() + _GRACE
@@ -433,9 +434,9 @@ class Lifeline:
             with contextlib.suppress(OSError, ValueError):
                 while not any('status' in message for message in connection.receive()):
                     pass
-                if not told:
+                if not printed:
                     _end(status, '')
-        _end(status, '' if told else line)
+        _end(status, '' if printed else line)
 
 
 def _lost(index: int, connection: _Connection, what: str) -> str:
@@ -445,16 +446,16 @@ def _lost(index: int, connection: _Connection, what: str) -> str:
     )
 
 
-def _tell(line: str) -> None:
+def _print(line: str) -> None:
     if line:
         # Below the progress bar, where there is one.
         print(f'\n{line}' if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
 
 def _end(status: int, line: str) -> NoReturn:
-    """Ends this process at once: its main thread may be waiting for the dead, and never return."""
+    """Ends this process at once, because its main thread may wait for a dead process forever."""
     try:
-        _tell(line)
+        _print(line)
         sys.stdout.flush()
     finally:
         os._exit(status)

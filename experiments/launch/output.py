@@ -1,12 +1,12 @@
-"""The standard output and error of a command: what can be written there, and who still reads it.
+"""The standard output and error of a command: any text, closed readers and full disks.
 
-All text of a command goes through `session`, whoever writes it: print, a progress bar, a library's
-warning, a stack trace.
+All text of a command goes through `session`: print, a progress bar, a library's warning, a stack
+trace.
 
-* Any text can be written. File names may hold bytes that are no text, and a terminal may know ASCII
-  only: such bytes are written as they are, and characters that the terminal lacks as escapes.
-* Output that nobody reads any more (`| head -1`, a terminal that was closed) ends the command
-  without a word. Output that cannot be written (a full disk) ends it with one line.
+* Any text can be written. File names may hold bytes that are not text, and a terminal may know only
+  ASCII: such bytes are written unchanged, and characters that the terminal lacks as escapes.
+* A reader that has closed the output (`| head -1`, a closed terminal) ends the command silently. A
+  write that fails (a full disk) ends it with one line.
 """
 
 import codecs
@@ -24,7 +24,7 @@ CANNOT_WRITE = 2
 
 _ERRORS = 'bytes-or-escapes'
 
-_exit_status: int | None = None  # once output was lost
+_exit_status: int | None = None  # set when output is lost
 _on_loss: list[Callable[[], None]] = []
 
 
@@ -33,11 +33,11 @@ def session() -> Iterator[None]:
     """Replaces sys.stdout and sys.stderr for the rest of the process.
 
     Raises:
-      SystemExit: with READER_GONE or CANNOT_WRITE as its code, from the write that failed, or at
-        the end where `on_loss` put it off.
+      SystemExit: with code READER_GONE or CANNOT_WRITE, from the failed write, or at the end if
+        `on_loss` has deferred it.
     """
     sys.stdout, sys.stderr = (
-        open(os.devnull, 'w') if stream is None else open_stream(descriptor, like=stream)  # noqa: SIM115
+        open(os.devnull, 'w') if stream is None else open_stream(descriptor, template=stream)  # noqa: SIM115
         for descriptor, stream in ((1, sys.stdout), (2, sys.stderr))
     )
     try:
@@ -52,9 +52,9 @@ def session() -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_loss(action: Callable[[], None]) -> Iterator[None]:
-    """Calls `action` when output is lost; the command does not end before the block does.
+    """Calls `action` when output is lost; the command ends after the block, not at the write.
 
-    For a block that must end in its own way, such as by saving first.
+    For a block that must end in its own way, for example by saving first.
     """
     _on_loss.append(action)
     try:
@@ -63,15 +63,15 @@ def on_loss(action: Callable[[], None]) -> Iterator[None]:
         _on_loss.remove(action)
 
 
-def open_stream(descriptor: int, *, like: TextIO) -> TextIO:
+def open_stream(descriptor: int, *, template: TextIO) -> TextIO:
     """Returns a text stream on a file descriptor, with the encoding and buffering of another."""
     raw = _Descriptor(descriptor)
-    write_through = like.write_through  # type: ignore[attr-defined]  # of a TextIOWrapper
+    write_through = template.write_through  # type: ignore[attr-defined]  # of a TextIOWrapper
     return io.TextIOWrapper(
-        raw if write_through else io.BufferedWriter(raw),  # With PYTHONUNBUFFERED no buffer.
-        encoding=like.encoding,
+        raw if write_through else io.BufferedWriter(raw),  # PYTHONUNBUFFERED: no buffer
+        encoding=template.encoding,
         errors=_ERRORS,
-        line_buffering=bool(like.line_buffering),
+        line_buffering=bool(template.line_buffering),
         write_through=write_through,
     )
 
@@ -87,7 +87,7 @@ class _Descriptor(io.FileIO):
         try:
             while rest:
                 written = super().write(rest)
-                if written is None:  # It does not block: somebody who shares it has set so.
+                if written is None:  # Another program has made the descriptor non-blocking.
                     select.select([], [self], [])
                 else:
                     rest = rest[written:]
@@ -97,17 +97,17 @@ class _Descriptor(io.FileIO):
 
 
 def _lose(descriptor: int, error: OSError) -> None:
-    """Ends the command, now or later, as one of its streams cannot be written."""
+    """Ends the command, now or later, because one of its streams cannot be written."""
     global _exit_status
-    # What is still in buffers, and what libraries write there, goes nowhere from now on.
+    # Buffers and writes of libraries go nowhere from now on.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
-    if error.errno in (errno.EPIPE, errno.EIO):  # EIO: of a terminal that was closed.
+    if error.errno in (errno.EPIPE, errno.EIO):  # EIO: a closed terminal
         _exit_status = _exit_status or READER_GONE
     else:
         _exit_status = _exit_status or CANNOT_WRITE
-        if descriptor != 2:  # Else there is nowhere to say it.
+        if descriptor != 2:  # Else there is nowhere to print it.
             print(f'error: the output cannot be written: {error.strerror}', file=sys.stderr)
     for action in _on_loss:
         action()
@@ -116,13 +116,13 @@ def _lose(descriptor: int, error: OSError) -> None:
 
 
 def _flush() -> None:
-    with contextlib.suppress(SystemExit):  # _exit_status has it.
+    with contextlib.suppress(SystemExit):  # _exit_status holds its code.
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
 
 
 def _encode(error: UnicodeError) -> tuple[bytes, int]:
-    """Encodes what an encoding lacks: a byte of a file name as it is, a character as an escape."""
+    """Encodes text that an encoding lacks: bytes of file names unchanged, characters as escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     encoded = b''.join(

@@ -1,14 +1,14 @@
-"""What accelerators can do at best, for MFU and for planning.
+"""Peak figures of accelerators, for MFU and for planning.
 
-`DEVICES` is the one table of hardware figures. Peak operations are dense bfloat16 ones (float16 on
-a V100, which has no bfloat16). Where the figures come from:
+`DEVICES` is the only table of hardware figures. Peak operations are dense bfloat16 (float16 on a
+V100, which has no bfloat16). Sources:
 
-  TPUs    docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p and v6e. What a chip sends over its links
+  TPUs    docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p and v6e. The bandwidth of a chip's links
           is the published all-reduce bandwidth of a pod divided by its chips; v5p: 4,800 Gbit/s.
           Another version of the page on v6e says 1,600 GB/s of memory.
-  GPUs    V100 and the SXM forms of A100, H100 and H200 as pages of others repeat them from NVIDIA's
-          data sheets. What is said of PCIe and NVL cards, and of the V100's links, is from memory
-          and UNVERIFIED. Links are in one direction.
+  GPUs    V100 and the SXM forms of A100, H100 and H200 from pages that repeat NVIDIA's data sheets.
+          Figures of PCIe and NVL cards, and of the V100's links, are from memory and UNVERIFIED.
+          Links are in one direction.
   network ASSUMED: one card for each GPU, of 100, 200 or 400 Gbit/s (V100, A100, Hopper).
 """
 
@@ -17,17 +17,17 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """A chip; where JAX makes two devices of one (TPU v2 and v3: a core each), half of it.
+    """A chip, or half of it where JAX makes a device of each core (TPU v2 and v3).
 
     Attributes:
       name: short, 'v5e' or 'H100'.
-      kinds: how `jax.Device.device_kind` begins.
+      kinds: prefixes of `jax.Device.device_kind`.
       peak_flops: dense bfloat16 operations a second, a multiply-accumulate counting two.
       memory: bytes.
       memory_bandwidth: bytes a second.
-      link_bytes: what it can send to its neighbours, bytes a second in all directions together.
-      linked: how many are joined by those links at most: a pod, a box.
-      network_bytes: what it can send to other boxes, bytes a second; None within pods only.
+      link_bytes: bandwidth to its neighbours, bytes a second in all directions together.
+      linked: the most devices that these links connect: a pod, a box.
+      network_bytes: bandwidth to other boxes, bytes a second; None: pods only.
     """
 
     name: str
@@ -53,8 +53,8 @@ def _device(name, kinds, tflops, memory_gb, memory_gbps, link_gbps, linked, netw
     )
 
 
-# TFLOP/s, GB, GB/s, GB/s over links, linked, GB/s over the network. The first that fits is taken: a
-# longer kind stands before its own beginning.
+# TFLOP/s, GB, GB/s, GB/s over links, linked, GB/s over the network. The first match counts, so a
+# longer kind comes before its own prefix.
 DEVICES = (
     _device('v3', ('TPU v3',), 61.5, 17.2, 450, 166, 2048, None),
     _device('v4', ('TPU v4',), 275, 34.4, 1200, 268, 4096, None),
@@ -74,14 +74,14 @@ DEVICES = (
 
 
 def find_device(device_kind: str) -> Device | None:
-    """Returns the device that JAX calls so ('TPU v5 lite', 'NVIDIA H100 80GB HBM3'), if known."""
+    """Returns the device of a JAX device kind ('NVIDIA H100 80GB HBM3'), or None if unknown."""
     return next((device for device in DEVICES if device_kind.startswith(device.kinds)), None)
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Returns the peak dense bfloat16 operations a second of a device, by JAX's name of its kind.
+    """Returns the peak dense bfloat16 operations a second of a JAX device kind.
 
-    None where it is not known: on a CPU, say.
+    None if it is unknown, as on a CPU.
     """
     device = find_device(device_kind)
     return device.peak_flops if device else None

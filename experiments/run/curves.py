@@ -1,4 +1,4 @@
-"""curves.png: what happened in a run, at a glance."""
+"""Draws curves.png: loss, accuracy, learning rate and clipping over the steps of a run."""
 
 import io
 import math
@@ -14,26 +14,26 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from nfnets_jax import files
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9'
 _GREY = '#666666'
 
-_FEW_POINTS = 30  # up to here every point is marked, and nothing smoothed
+_FEW_POINTS = 30  # Up to this many points, each is marked and none is smoothed.
 
 
 class _Series(NamedTuple):
     metric: str
     label: str
     colour: str
-    noisy: bool = False  # a mean over few examples: smoothed, with the raw values faint
+    noisy: bool = False  # a mean over few examples: smoothed, on faint raw values
 
 
 class _Panel(NamedTuple):
     title: str
     series: tuple[_Series, ...]
-    value: str  # the format of a value in a label
+    value: str  # format of a value in a label
     percent: bool = False
-    log: bool = False  # where the values span more than a decade
+    log: bool = False  # logarithmic if the values span more than a decade
 
 
 def _of_splits(metric: str) -> tuple[_Series, ...]:
@@ -73,9 +73,8 @@ def curves(metrics: Sequence[Mapping[str, float]], *, title: str = '') -> Figure
     """Draws loss, top-1, learning rate and clipped fraction over the steps of a run.
 
     Args:
-        metrics: as from `metric_writers.read_metrics`: each with `step` and some of the metrics;
-            what is missing or not finite is left out.
-        title: stands above the panels.
+        metrics: lines of `metric_writers.read_metrics`; missing and non-finite values are left out.
+        title: title above the panels.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
     figure = Figure(figsize=(12, 7.5), dpi=120, layout=layout)
@@ -120,7 +119,7 @@ def _draw_panel(axes: Axes, panel: _Panel, metrics: Sequence[Mapping[str, float]
 def _points(
     metrics: Sequence[Mapping[str, float]], name: str, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the steps at which a metric was recorded as a finite number, and its values."""
+    """Returns the steps at which a metric was recorded and is finite, and its values."""
     points = [
         (record['step'], scale * record[name])
         for record in metrics
@@ -134,8 +133,8 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     """Returns the mean over a moving window of about a twentieth of the points."""
     half = max(1, len(values) // 40)
     centres = np.arange(len(values))
-    # As far back as ahead at the beginning, where curves are steep; but at the end only back,
-    # so that the last value, which is written out, is a mean as well.
+    # Symmetric at the start, where curves are steep. At the end only backwards, so that the last
+    # value, which the label shows, is a mean as well.
     back = np.minimum(centres, half)
     ahead = np.minimum(back, centres[::-1])
     sums = np.concatenate([[0], np.cumsum(values)])
@@ -158,7 +157,7 @@ def _scale_values(axes: Axes, panel: _Panel, values: np.ndarray) -> None:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Writes each name and last value beside the end of its line, apart where they would touch."""
+    """Writes name and last value beside the end of each line, without overlap."""
     to_axes = axes.transData + axes.transAxes.inverted()
     left = axes.get_xlim()[0]
     heights = np.array([to_axes.transform((left, value))[1] for value, _, _ in ends])

@@ -1,14 +1,14 @@
-"""The data of a run: its splits, and how their images come to one size.
+"""The data of a run: its splits, and the sizes, transforms and normalization of their images.
 
-Sources that hold encoded images of any size take three more options in `config.data`: image_size
-and test_image_size, in pixels, and test_mode, the evaluation preprocessing. By default they are
-those the model is published with, see `models.Variant`. Training images are cropped at random.
-Where a source's images have one size (digits, arrays, CIFAR) they are left as they are, unless both
-sizes are given; one of these options alone has to be the images' own size.
+Sources of encoded images of any size have three more options in `config.data`: image_size and
+test_image_size, in pixels, and test_mode, the evaluation preprocessing. By default they are those
+that the model was published with, see `models.Variant`. Training images are cropped at random. If
+the images of a source have one size (digits, arrays, CIFAR) they are not resized unless both sizes
+are given; one of these options alone must be the size of the images.
 
-Two more, of every source: mean and std, three values on a scale of 0..255, by which images are
-normalized in training and in evaluation; by default ImageNet's. Weights that are fine-tuned want
-those they were trained with.
+Every source has two more: mean and std, three values on a scale of 0..255, which normalize images
+in training and in evaluation; by default ImageNet's. Fine-tuning needs those that the weights were
+trained with.
 """
 
 import math
@@ -25,48 +25,31 @@ from nfnets_jax.data.sources import Source
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 
-RUNNER_OPTIONS = ('skip_bad', 'on_device')  # of config.data, for any source: see experiment.Task
+RUNNER_OPTIONS = ('skip_bad', 'on_device')  # of config.data, for any source: see Experiment
 _OPTIONS = ('image_size', 'test_image_size', 'test_mode')
 _NORMALIZATION = {'mean': augment.IMAGENET_MEAN, 'std': augment.IMAGENET_STD}
-_AS_IT_IS = 'resize_crop_1.0'  # the whole picture: what evaluation on equal pictures amounts to
+_AS_IT_IS = 'resize_crop_1.0'  # The whole image, which equals no transform for images of one size.
 
 
-class Pictures(NamedTuple):
-    """How pictures come to one size.
+class ImageSpec(NamedTuple):
+    """Sizes, transforms and normalization of the images."""
 
-    Attributes:
-      shape: height, width and channels in training.
-      test_size: side in evaluation, in pixels.
-      test_mode: preprocessing for evaluation, a mode of `make_transform`.
-      train_transform, test_transform: (image, rng) -> [H, W, 3]; None where nothing is to be done.
-      mean, std: to normalize by, a value for each channel on a scale of 0..255.
-    """
-
-    shape: tuple[int, int, int]
-    test_size: int
-    test_mode: str
-    train_transform: Callable | None = None
+    shape: tuple[int, int, int]  # height, width and channels in training
+    test_size: int  # side in evaluation, in pixels
+    test_mode: str  # evaluation preprocessing, a mode of `make_transform`
+    train_transform: Callable | None = None  # (image, rng) -> [H, W, 3]
     test_transform: Callable | None = None
-    mean: tuple[float, ...] = augment.IMAGENET_MEAN
+    mean: tuple[float, ...] = augment.IMAGENET_MEAN  # for each channel, on a scale of 0..255
     std: tuple[float, ...] = augment.IMAGENET_STD
 
 
 class Data(NamedTuple):
-    """The sources of a run (see `nfnets_jax.data.sources`) and how their images come to one size.
-
-    Attributes:
-      train: what to train on.
-      validation: what to choose the best checkpoint on; None where the data have no split besides
-        the one to test on.
-      test: what to test on. Where the only labeled split besides `train` is called validation, it
-        is this one.
-      pictures: transforms and sizes.
-    """
+    """The sources of a run, see `nfnets_jax.data.sources`, and the spec of their images."""
 
     train: Source
-    validation: Source | None
-    test: Source
-    pictures: Pictures
+    validation: Source | None  # chooses the best checkpoint; None if there are only two splits
+    test: Source  # the labeled split besides `train`, if there is only one, whatever its name
+    image_spec: ImageSpec
 
 
 def open_data(config: ConfigDict, open_source: Callable[..., Source] = sources.open_source) -> Data:
@@ -83,10 +66,10 @@ def open_data(config: ConfigDict, open_source: Callable[..., Source] = sources.o
     name = options.pop('name')
     for key in RUNNER_OPTIONS:
         options.pop(key, None)
-    normalization = {
-        key: _per_channel(key, options.pop(key, default)) for key, default in _NORMALIZATION.items()
-    }
-    # A source that makes its pictures itself (digits) has an image_size of its own.
+    mean, std = (
+        _per_channel(key, options.pop(key, default)) for key, default in _NORMALIZATION.items()
+    )
+    # A source that makes its images itself (digits) has its own image_size.
     own = sources.source_options(name)
     given = {key: options.pop(key) for key in _OPTIONS if key in options and key not in own}
     train, test = (open_source(name, split, **options) for split in ('train', 'test'))
@@ -95,23 +78,22 @@ def open_data(config: ConfigDict, open_source: Callable[..., Source] = sources.o
     except MissingSplit:
         validation = None
     images = [s[0]['image'] for s in (train, validation, test) if s is not None]
-    pictures = _pictures(images, given, name, config.model.name)
-    pictures = pictures._replace(mean=normalization['mean'], std=normalization['std'])
-    return Data(train, validation, test, pictures)
+    spec = _image_spec(images, given, name, config.model.name)
+    return Data(train, validation, test, spec._replace(mean=mean, std=std))
 
 
-def _pictures(
+def _image_spec(
     images: list[bytes] | list[np.ndarray], given: dict[str, Any], source: str, model: str
-) -> Pictures:
-    """Returns how images come to the sizes that are given, or else to the model's.
+) -> ImageSpec:
+    """Returns the spec with the given sizes, or else those of the model.
 
     Args:
-      images: the first of each split, that of training before the others.
+      images: the first image of each split, that of training first.
       given: options of `_OPTIONS`.
       source, model: their names.
 
     Raises:
-      UsageError: sizes that are none, or that would crop images of one size without being meant to.
+      UsageError: a size is invalid, or would crop images of one size unintentionally.
     """
     image, *others = images
     if not isinstance(image, bytes) and not {'image_size', 'test_image_size'} <= set(given):
@@ -130,13 +112,13 @@ def _pictures(
                     f'{other.shape[1]}x{other.shape[0]} in another split; make them one size, or '
                     'give config.data.image_size and config.data.test_image_size'
                 )
-        return Pictures(image.shape, image.shape[0], _AS_IT_IS)
+        return ImageSpec(image.shape, image.shape[0], _AS_IT_IS)
     published = models.variant_info(model)
     train_size = _pixels('image_size', given.get('image_size', published.train_size))
     test_size = _pixels('test_image_size', given.get('test_image_size', published.test_size))
     test_mode = given.get('test_mode', published.eval_mode)
     transforms = make_transform('random_crop', train_size), make_transform(test_mode, test_size)
-    return Pictures((train_size, train_size, 3), test_size, test_mode, *transforms)
+    return ImageSpec((train_size, train_size, 3), test_size, test_mode, *transforms)
 
 
 def options(name: str) -> list[str]:

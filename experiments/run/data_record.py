@@ -1,8 +1,7 @@
-"""Which data a run was started on: kept beside its config, and compared whenever it goes on.
+"""data.json: identifies the data of a run, and is compared whenever the run is used again.
 
-A config names a place. What lies there may have changed since: a class renamed, images added.
-Labels would then swap in silence, and a resumed run would no longer be bit for bit the one that
-never stopped. So a run keeps the identity of its data in data.json, and all who use it compare.
+A config names a place. The data there may have changed since: a class renamed, images added. Labels
+would then swap silently, and a resumed run would no longer equal the uninterrupted one bit for bit.
 """
 
 import json
@@ -19,7 +18,7 @@ from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import pretrained
 
 DATA_FILE = 'data.json'
-# Keys of a config that say where the data lie, and how they are read: the data are the same.
+# Config keys that name the place of the data, and how to read them. They do not change the data.
 PLACES = ('data.path', 'data.data_dir')
 HANDLING = ('data.skip_bad', 'data.on_device')
 
@@ -27,12 +26,8 @@ HANDLING = ('data.skip_bad', 'data.on_device')
 Record = Mapping[str, Any]
 
 
-def describe(splits: Mapping[str, sources.Source]) -> Record:
-    """Returns the record of some data, as JSON holds it.
-
-    Args:
-      splits: 'train' and others -> source, see `nfnets_jax.data.sources`.
-    """
+def make_record(splits: Mapping[str, sources.Source]) -> Record:
+    """Returns the record of the sources of some splits, 'train' among them."""
     identities = {split: sources.identify(source) for split, source in splits.items()}
     return {
         'class_names': list(identities['train'].class_names),
@@ -44,7 +39,7 @@ def describe(splits: Mapping[str, sources.Source]) -> Record:
 
 
 def key(config: ConfigDict) -> str:
-    """Returns what data a config asks for, wherever they lie."""
+    """Returns a key that is equal for configs with the same data, wherever these are."""
     options = {
         name: x for name, x in config.data.items() if f'data.{name}' not in PLACES + HANDLING
     }
@@ -52,11 +47,11 @@ def key(config: ConfigDict) -> str:
 
 
 def check_study(directory: str | os.PathLike, data: Mapping[str, Record]) -> None:
-    """Raises a UsageError if data of a study are no longer those that it was started on.
+    """Raises a UsageError if data of a study have changed since it was started.
 
     Args:
-      directory: of the study; where it has no record yet nothing is compared.
-      data: the records of today, by `key`.
+      directory: directory of the study; without a record nothing is compared.
+      data: the records of the data now, by `key`.
     """
     for name, then in _of_study(directory).items():
         if name in data and (changed := changes(then, data[name])):
@@ -66,7 +61,7 @@ def check_study(directory: str | os.PathLike, data: Mapping[str, Record]) -> Non
 
 
 def add_to_study(directory: str | os.PathLike, data: Mapping[str, Record]) -> None:
-    """Adds records to those of a study, but for data that have one already."""
+    """Adds records to those of a study, except for data that have one already."""
     known = _of_study(directory)
     if new := {name: record for name, record in data.items() if name not in known}:
         text = json.dumps(known | new, indent=1)
@@ -84,9 +79,9 @@ def _of_study(directory: str | os.PathLike) -> dict[str, Record]:
 
 
 def read(directory: str | os.PathLike) -> Record | None:
-    """Returns the record of a run; None if there is no run, or one that says nothing of its data.
+    """Returns the record of a run; None if there is none.
 
-    Runs of version 0.1.0 have no data.json. Their model.json names the classes.
+    Runs of version 0.1.0 have no data.json, but their model.json names the classes.
 
     Raises:
       UsageError: the file cannot be read.
@@ -99,7 +94,7 @@ def read(directory: str | os.PathLike) -> Record | None:
             isinstance(split['num_examples'], int) and isinstance(split['checksum'], str)
             for split in splits
         ):
-            raise ValueError('it is no record of data')
+            raise ValueError('it is not a record of data')
         return record
     except FileNotFoundError:
         pass
@@ -112,28 +107,20 @@ def read(directory: str | os.PathLike) -> Record | None:
     return {'class_names': list(names), 'splits': {}} if names else None
 
 
-def write_once(directory: str | os.PathLike, record: Record) -> None:
-    """Writes the record of a run if it has none."""
-    path = pathlib.Path(directory) / DATA_FILE
-    if not path.exists():
-        files.atomic_write(path, json.dumps(record, indent=2) + '\n')
-
-
-def check(directory: str | os.PathLike, now: Record, splits: Collection[str] | None = None) -> None:
-    """Raises a UsageError if the data are no longer those that a run was started on.
+def assert_unchanged(directory: str | os.PathLike, now: Record) -> None:
+    """Raises a UsageError if the data of a run have changed; without a record nothing is compared.
 
     Args:
-      directory: of the run; nothing is compared where it has no record.
-      now: what `describe` says of the data today.
-      splits: those that matter; None: all.
+      directory: directory of the run.
+      now: the record of the data now.
     """
     then = read(directory)
-    if then is not None and (changed := changes(then, now, splits)):
+    if then is not None and (changed := changes(then, now)):
         raise UsageError(f'--workdir={directory} holds a run on other data: {in_words(changed)}')
 
 
 def in_words(changed: Sequence[str], else_do: str = 'choose another directory') -> str:
-    """Returns what `changes` found, the first few of it, and what to do about it."""
+    """Returns the first three changes and what to do about them."""
     more = f' (and {len(changed) - 3} more changes)' if len(changed) > 3 else ''
     return (
         f'{"; ".join(changed[:3])}{more}, since it was started: bring the data back as they were, '
@@ -142,11 +129,11 @@ def in_words(changed: Sequence[str], else_do: str = 'choose another directory') 
 
 
 def changes(then: Record, now: Record, splits: Collection[str] | None = None) -> list[str]:
-    """Says how two records differ: ["class 'b' is now 'z'", '12 images were added to train'].
+    """Describes how two records differ: ["class 'b' is now 'z'", '12 images were added to train'].
 
     Args:
-      then, now: records; a split is compared where both sides know of splits.
-      splits: those to compare; None: all.
+      then, now: records; splits are compared if both records have some.
+      splits: the splits to compare; None: all.
     """
     found = _class_changes(then['class_names'], now['class_names'])
     before, after = then['splits'], now['splits']
@@ -166,7 +153,7 @@ def changes(then: Record, now: Record, splits: Collection[str] | None = None) ->
                 else f'{_count(-more)} removed from {split}'
             )
         elif before[split]['checksum'] != after[split]['checksum'] and not found:
-            # A renamed class changes the names of all images in it: that has been said.
+            # A renamed class changes the names of all its images, and is reported already.
             found.append(f'the {after[split]["num_examples"]} images of {split} are others')
     return found
 

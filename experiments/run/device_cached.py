@@ -1,7 +1,7 @@
-"""A small data set that lives on the devices whole: no host work per step at all.
+"""A small data set cached on the devices, so that a step needs no host work.
 
-Every device holds all pictures and the order of two epochs; which of them a step takes follows from
-its number, inside the training step. Batches are those of `train_batches`, to the last bit.
+Every device holds all images and the order of two epochs. The training step computes from its
+number which images it takes. Batches are bit for bit those of `train_batches`.
 """
 
 from collections.abc import Callable
@@ -15,29 +15,28 @@ from nfnets_jax.data.pipeline import UnreadableExamples, epoch_order, eval_batch
 from nfnets_jax.data.sources import Source
 from nfnets_jax.errors import UsageError
 
-MAX_BYTES = 2**32  # of pictures; a data set that needs more is not small
+MAX_BYTES = 2**32  # of images
 
 
-class ResidentBatches:
-    """Stands in for `Prefetch(train_batches(...))`, for training steps that begin with `take`.
+class DeviceCachedBatches:
+    """Replaces `Prefetch(train_batches(...))` for training steps that begin with `take`.
 
-    Iterates over dicts on the devices; they are one and the same object for all steps of an epoch.
+    Iterates over dicts on the devices. All steps of an epoch get the same object.
 
     Args:
         source: see `nfnets_jax.data.sources`.
-        batch_size: examples in a batch, all processes together.
-        seed: of the shuffle.
-        start_step: the step whose batch comes first.
-        transform: (image, None) -> uint8 [H, W, 3], without randomness; None where the source's
-            images are used as they are.
+        batch_size: examples in a batch, over all processes.
+        seed: seed of the shuffle.
+        start_step: the step of the first batch.
+        transform: (image, None) -> uint8 [H, W, 3], without randomness; None: no transform.
         process_index, process_count: as in `train_batches`.
-        bad: as in `train_batches`; counted once and for all, when the pictures are read.
+        bad: as in `train_batches`; all examples are counted when the images are read.
 
     Raises:
-        UsageError: pictures of different sizes, or more than `MAX_BYTES` of them.
+        UsageError: the images differ in size, or are more than `MAX_BYTES`.
     """
 
-    wait_seconds = 0.0  # there is nothing to wait for
+    wait_seconds = 0.0  # It never waits.
 
     def __init__(
         self,
@@ -75,7 +74,7 @@ class ResidentBatches:
         return self._batch
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Returns the order of an epoch, each unreadable example replaced by the one after it."""
+        """Returns the order of an epoch; the next readable example replaces an unreadable one."""
         order = epoch_order(self._size, self._seed, epoch)
         places = np.flatnonzero(self._readable[order])
         return order[places[np.searchsorted(places, np.arange(self._size)) % len(places)]]
@@ -91,17 +90,17 @@ class ResidentBatches:
 
 
 def take(batch: dict, step: jax.Array, batch_size: int) -> dict:
-    """Returns a device's share of the batch of a step; to be called inside the training step.
+    """Returns a device's share of the batch of a step. Call it inside the training step.
 
     Args:
-        batch: this device's part of what `ResidentBatches` yields.
+        batch: this device's part of a batch of `DeviceCachedBatches`.
         step: int32 scalar.
-        batch_size: examples in a batch, all devices of all processes together.
+        batch_size: examples in a batch, over all devices of all processes.
 
     Returns:
         {'image': uint8 [b, H, W, 3], 'label': int32 [b], 'position': int32 [b]}.
     """
-    # Modulo 2 ** 32, so that it does not matter how many examples the run has seen.
+    # Modulo 2 ** 32, so that the number of examples seen so far may overflow.
     before = step.astype(jnp.uint32) * jnp.uint32(batch_size) - batch['first'][0]
     index = batch['order'][0][before + batch['position'].astype(jnp.uint32)]
     return {
@@ -112,7 +111,7 @@ def take(batch: dict, step: jax.Array, batch_size: int) -> dict:
 
 
 def _read_all(source: Source, transform: Callable | None, bad: UnreadableExamples | None) -> dict:
-    """Returns all images, labels and masks (0: could not be read) of a source, in its order."""
+    """Returns all images, labels and masks (0: unreadable) of a source, in its order."""
     batch_size = min(len(source), 1024)
     batches = eval_batches(source, batch_size=batch_size, transform=transform, bad=bad)
     read, size = [], 0
@@ -122,12 +121,12 @@ def _read_all(source: Source, transform: Callable | None, bad: UnreadableExample
         if size > MAX_BYTES:
             raise UsageError(
                 f'data.on_device=True: {source.name} has more than {MAX_BYTES / 2**30:.0f} GiB of '
-                'pictures; leave it False'
+                'images; leave it False'
             )
     return {key: np.concatenate([b[key] for b in read])[: len(source)] for key in read[0]}
 
 
 def _everywhere(tree):
-    """Places a copy on every device of this process: leaves [devices, 1, ...], split by device."""
+    """Copies a tree to every device of this process: leaves [devices, 1, ...], split by device."""
     devices = jax.local_device_count()
     return parallel.shard(jax.tree.map(lambda x: np.broadcast_to(x, (devices, *x.shape)), tree))

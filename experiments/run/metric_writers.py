@@ -1,8 +1,7 @@
-"""Where the metrics of a run go: metrics.jsonl, TensorBoard and, when asked for, Weights & Biases.
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and, on demand, Weights & Biases.
 
-A run that was killed and resumed leaves the same record as one that never stopped: what was
-written after the checkpoint it resumes from is dropped, for it will be written again. Hence a
-run writes what belongs to a step before it saves the checkpoint of that step.
+A run that was killed and resumed leaves the same record as an uninterrupted one: metrics after the
+checkpoint that it resumes from are dropped, because they will be written again.
 """
 
 import contextlib
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.run import parallel
 from nfnets_jax import files
 from nfnets_jax.errors import UsageError, first_line, nearest
 
@@ -30,7 +30,7 @@ Scalars = Mapping[str, float | int]
 
 
 class _Sink(Protocol):
-    """One place that scalars go to; every write is on its way to disk when it returns."""
+    """A destination of scalars; a write is flushed when it returns."""
 
     def write(self, step: int, scalars: Scalars) -> None: ...
 
@@ -44,14 +44,14 @@ class Writer:
         self._sinks = sinks
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Records scalars at a step.
+        """Writes the scalars of a step.
 
         Args:
-            step: updates done so far.
+            step: steps done so far.
             scalars: name -> a number, or a NumPy or JAX array of one number.
 
         Raises:
-            UsageError: they cannot be written any more.
+            UsageError: they cannot be written.
         """
         if not self._sinks:
             return
@@ -65,15 +65,17 @@ class Writer:
                 ) from error
 
     def close(self) -> None:
-        """Ends the record; what is written later is lost."""
+        """Closes all destinations; later writes are lost."""
         while self._sinks:
-            # Every write has been flushed: only what has failed already can fail again.
+            # Every write has been flushed: only a failed one can fail again.
             with contextlib.suppress(OSError):
                 self._sinks.pop().close()
 
 
-def check(workdir: str | os.PathLike, config: ConfigDict) -> None:
-    """Raises the UsageErrors of `open_writer` that can be known before anything is written."""
+def check_destinations(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Raises the UsageErrors of `open_writer` on process 0, before anything is written."""
+    if not parallel.is_primary():
+        return
     mode = config.wandb.mode
     if mode not in _WANDB_MODES:
         raise UsageError(f'config.wandb.mode={mode!r} is unknown{nearest(mode, _WANDB_MODES)}')
@@ -100,26 +102,23 @@ def open_writer(
     *,
     config: ConfigDict,
     start_step: int = 0,
-    active: bool = True,
 ) -> Writer:
-    """Opens the record of a run, new or continued.
+    """Opens the record of a new or resumed run; in other processes than 0 it writes nothing.
 
     Args:
         workdir: the run's directory, which exists.
-        config: the whole config of the run; its field `wandb` holds project, entity, name, mode.
-        start_step: updates done so far. Later records are dropped, and at 0 all of them.
-        active: whether this process is the one that writes; any other gets a writer that
-            does nothing.
+        config: the config of the run; its field `wandb` holds project, entity, name, mode.
+        start_step: steps done so far. Later records are dropped, and at 0 all of them.
 
     Raises:
-        UsageError: Weights & Biases cannot be used, or metrics.jsonl is damaged other than at
-            its end. Nothing has been dropped then.
+        UsageError: Weights & Biases cannot be used, or metrics.jsonl is damaged elsewhere than at
+            its end. Then nothing has been dropped.
     """
-    if not active:
+    check_destinations(workdir, config)
+    if not parallel.is_primary():
         return Writer([])
-    check(workdir, config)
     workdir = pathlib.Path(workdir)
-    # What can fail comes first.
+    # First, because it can fail.
     wandb = [_Wandb(workdir, config)] if config.wandb.project else []
     return Writer([_JsonLines(workdir, start_step), _TensorBoard(workdir, start_step), *wandb])
 
@@ -130,7 +129,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | int]]:
     A last line that a killed run left unfinished is not returned.
 
     Raises:
-        UsageError: there is no such file, or it is damaged other than at its end.
+        UsageError: there is no such file, or it is damaged elsewhere than at its end.
     """
     path = pathlib.Path(workdir) / METRICS_FILE
     if not path.exists():
@@ -149,8 +148,8 @@ def _number(name: str, value: Any) -> float | int:
 
 
 def _whole_lines(path: pathlib.Path) -> list[tuple[bytes, dict]]:
-    """Returns each line as it stands with what it says, without an unfinished last one."""
-    *lines, _ = path.read_bytes().split(b'\n')  # what follows the last newline was cut off
+    """Returns each whole line as bytes and parsed."""
+    *lines, _ = path.read_bytes().split(b'\n')  # The part after the last newline is unfinished.
     parsed = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -165,9 +164,9 @@ def _whole_lines(path: pathlib.Path) -> list[tuple[bytes, dict]]:
 
 
 class _JsonLines:
-    """metrics.jsonl: one object a line, with `step`; a number that is not finite is null.
+    """metrics.jsonl: one object a line, with `step`; null stands for NaN and infinity.
 
-    JSON has no NaN and no infinity. Lines are appended and flushed one by one.
+    Lines are appended and flushed one by one.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
@@ -191,9 +190,8 @@ class _JsonLines:
 class _TensorBoard:
     """TensorBoard's event files, written without TensorFlow.
 
-    TensorBoard's own EventFileWriter imports TensorFlow where it is installed (seconds, and
-    pages of log) and loses up to two minutes of events to a kill; its record format alone
-    does not.
+    TensorBoard's own EventFileWriter imports TensorFlow if it is installed (seconds, and pages of
+    log), and a kill loses up to two minutes of events. Writing its record format does neither.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
@@ -201,8 +199,8 @@ class _TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        # TensorBoard reads the files of a directory in the order of their names, and the clock may
-        # have been set back since the last of them.
+        # TensorBoard reads the files in the order of their names, and the clock may have been set
+        # back since the last one.
         earlier = [name.suffixes[-2:] for name in workdir.glob('events.out.tfevents.*.*')]
         latest = max((int(second[1:]) for second, _ in earlier if second[1:].isdigit()), default=0)
         second = max(int(time.time()), latest)
@@ -228,8 +226,8 @@ class _TensorBoard:
 class _Wandb:
     """A Weights & Biases run, continued under the same id.
 
-    Steps up to the last one recorded before a kill are there already; wandb ignores them when
-    they come again, and since a resumed run repeats itself exactly nothing is lost by that.
+    wandb ignores steps that were recorded before a kill. Nothing is lost by that, because a resumed
+    run repeats them exactly.
     """
 
     def __init__(self, workdir: pathlib.Path, config: ConfigDict):

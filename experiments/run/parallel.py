@@ -1,10 +1,9 @@
-"""Data parallelism over devices and processes: the one module that knows `jax.pmap`.
+"""Data parallelism over devices and processes. Only this module uses `jax.pmap`.
 
-The training state carries no leading device axis. It is placed once, replicated over the
-process's own devices, and handed to a pmapped function with `in_axes=None` and
-`out_axes=None`: host cost per call then no longer grows with a stack of per-device copies,
-buffers can be donated, and checkpoints and metrics are plain arrays. Batches do carry the
-leading device axis that pmap maps over.
+The training state has no leading device axis. It is placed once, replicated over the devices of the
+process, and passed to a pmapped function with `in_axes=None` and `out_axes=None`. So the host cost
+of a call does not grow with a stack of copies, buffers can be donated, and checkpoints and metrics
+are plain arrays. Batches do have the leading device axis that pmap maps over.
 """
 
 import contextlib
@@ -15,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nfnets_jax.errors import UsageError
@@ -53,7 +53,7 @@ def _placement(spec: PartitionSpec) -> NamedSharding:
 
 
 def local_batch_size(global_batch: int, key: str = 'batch_size') -> int:
-    """Returns the examples of a global batch that fall to this process.
+    """Returns this process's number of examples of a global batch.
 
     Raises:
       UsageError: the batch does not split evenly over all devices of all processes.
@@ -86,15 +86,14 @@ def parallelize(
     """Runs `step(replicated, batch)` on every device, each on its own rows of the batch.
 
     Args:
-      step: a function of a replicated tree and the device's shard of the batch, which may
-        use collectives over `AXIS`. What it returns must be equal on all devices (that is,
-        reduced over `AXIS`), since one copy of it is kept.
-      donate_replicated: whether the first argument's buffers are given up to the result.
+      step: a function of a replicated tree and the device's shard of the batch, which may use
+        collectives over `AXIS`. Its result must be equal on all devices (that is, reduced over
+        `AXIS`), because one copy of it is kept.
+      donate_replicated: whether the result may reuse the buffers of the first argument.
 
     Returns:
-      A compiled function of a tree placed by `replicate` and a batch placed by `shard`. It
-      compiles once: a call that would compile it again, because a shape or dtype has changed
-      between steps, raises RuntimeError instead of becoming slow in silence.
+      A compiled function of a tree placed by `replicate` and a batch placed by `shard`. It compiles
+      once: a call with another shape or dtype raises RuntimeError instead of silently recompiling.
     """
     traces = 0
 
@@ -103,7 +102,7 @@ def parallelize(
         nonlocal traces
         traces += 1
         jitted = not jax.config.jax_disable_jit  # type: ignore[attr-defined]  # JAX adds it
-        if traces > 1 and jitted:  # Without jit each call comes here.
+        if traces > 1 and jitted:  # Without jit each call is traced.
             shapes = jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', batch)
             raise RuntimeError(f'{step.__name__} would be compiled again, for a batch of {shapes}')
         return step(replicated, batch)
@@ -118,40 +117,43 @@ def parallelize(
     )
 
 
+def transfer_guard() -> contextlib.AbstractContextManager:
+    """Forbids implicit transfers between host and devices inside a training step."""
+    # With jax_disable_jit each operation of a step transfers its own constants.
+    jitted = not jax.config.jax_disable_jit  # type: ignore[attr-defined]  # JAX adds it
+    return jax.transfer_guard('disallow' if jitted else 'allow')
+
+
 def is_primary() -> bool:
-    """Whether this process is the one that writes files and talks to the user."""
+    """Returns whether this is process 0, the one that writes files and talks to the user."""
     return jax.process_index() == 0
 
 
 def describe_devices() -> str:
-    """Returns what a program runs on, like '8 devices in 2 processes'."""
+    """Returns a text like '8 devices in 2 processes'."""
     devices, processes = device_count(), process_count()
     among = f' in {processes} processes' if processes > 1 else ''
     return f'{devices} device{"s" if devices > 1 else ""}{among}'
 
 
-# What follows is for the start and the end of a run: every process must call it, in the same
-# order, and waits in it for the others.
+# The functions below are for the start and the end of a run. Every process must call them in the
+# same order, and waits in them for the others.
 
 
 def gather(words: np.ndarray) -> np.ndarray:
-    """Returns what every process gives, in the order of the processes.
+    """Returns the words of every process, in the order of the processes.
 
     Args:
-      words: uint32 [n], with the same n everywhere.
+      words: uint32 [n], with the same n in every process.
 
     Returns:
       uint32 [processes, n].
     """
-    if jax.process_count() == 1:
-        return words[np.newaxis]
-    rows = np.zeros((jax.process_count(), *words.shape), np.uint32)
-    rows[jax.process_index()] = words
-    return _sum_over_processes(rows)
+    return multihost_utils.process_allgather(words).reshape(-1, *words.shape)
 
 
 def gather_text(text: str) -> list[str]:
-    """Returns what every process says, in their order; at most 400 bytes of each."""
+    """Returns the text of every process, in their order; at most 400 bytes of each."""
     words = np.zeros(100, np.uint32)
     encoded = np.frombuffer(text.encode()[: words.nbytes], np.uint8)
     words.view(np.uint8)[: len(encoded)] = encoded
@@ -162,7 +164,7 @@ def broadcast(tree: Any) -> Any:
     """Returns process 0's tree of arrays, bit for bit.
 
     Args:
-      tree: arrays; of the other processes their shapes and dtypes alone are used.
+      tree: arrays; in the other processes only their shapes and dtypes are used.
 
     Returns:
       NumPy arrays; with one process `tree` itself.
@@ -180,7 +182,8 @@ def broadcast(tree: Any) -> Any:
         for place, leaf in zip(places, leaves, strict=True):
             place[:] = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
     for start in range(0, len(words), chunk or 1):
-        words[start : start + chunk] = _sum_over_processes(words[start : start + chunk])
+        sent = words[start : start + chunk]
+        words[start : start + chunk] = multihost_utils.broadcast_one_to_all(sent)
     received = [
         place.view(leaf.dtype).reshape(leaf.shape)
         for place, leaf in zip(places, leaves, strict=True)
@@ -189,7 +192,7 @@ def broadcast(tree: Any) -> Any:
 
 
 def broadcast_json(value: Any) -> Any:
-    """Returns process 0's value, of what JSON can express; NaN and infinity included."""
+    """Returns process 0's value, which JSON can express; NaN and infinity are allowed."""
     if jax.process_count() == 1:
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -198,17 +201,9 @@ def broadcast_json(value: Any) -> Any:
     return json.loads(broadcast(sent).tobytes())
 
 
+def from_primary(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns function(*args) of process 0, a JSON value. Other processes do not call it."""
+    return broadcast_json(function(*args) if is_primary() else None)
+
+
 _BROADCAST_WORDS = 1 << 22  # 16 MiB at a time
-
-
-def _sum_over_processes(words: np.ndarray) -> np.ndarray:
-    """Adds up an array of integers, each process's own: a device's addition is exact for those."""
-    rows = np.zeros((jax.local_device_count(), *words.shape), words.dtype)
-    rows[0] = words
-    placed = jax.device_put(rows, _placement(PartitionSpec(AXIS)))
-    return np.asarray(_sum_over_devices()(placed))
-
-
-@functools.cache
-def _sum_over_devices():
-    return jax.pmap(lambda x: jax.lax.psum(x, AXIS), axis_name=AXIS, out_axes=None)

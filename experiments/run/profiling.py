@@ -1,32 +1,35 @@
-"""A trace of some steps, to see where their time goes."""
+"""A profile of some steps, to see where their time goes."""
 
 import os
 
 import jax
 
+from experiments.run import parallel
+
 
 class Trace:
-    """Records what the host and the devices do during a few steps of training.
+    """Records what the host and the devices do during a few training steps, on process 0.
 
     It is written to `directory` for TensorBoard's profile plugin (`xprof`), and as
     perfetto_trace.json.gz for https://ui.perfetto.dev.
 
     Args:
-      directory: of this process; made when there is something to write.
-      first: the step before which it begins, after those that compile and warm up.
-      steps: how many; 0: no trace.
+      directory: directory of the trace, created when the trace is written.
+      first: the step before which the trace starts; the steps before it compile and warm up.
+      steps: number of steps; 0: no trace.
     """
 
     def __init__(self, directory: str | os.PathLike, *, first: int, steps: int):
+        steps = steps if parallel.is_primary() else 0
         self._directory, self._first, self._last = os.fspath(directory), first, first + steps
         self._tracing = False
 
-    def turns(self, step: int) -> bool:
-        """Returns whether it begins or ends before a step: then call `turn`, and none under way."""
+    def should_toggle(self, step: int) -> bool:
+        """Returns whether to call `toggle` before a step, when no other step is running."""
         return step == self._first < self._last or step == self._last and self._tracing
 
-    def turn(self) -> None:
-        """Begins, or writes the trace."""
+    def toggle(self) -> None:
+        """Starts the trace, or ends and writes it."""
         if self._tracing:
             self.close()
         else:
@@ -34,7 +37,7 @@ class Trace:
             self._tracing = True
 
     def close(self) -> None:
-        """Writes the trace, if one is under way."""
+        """Writes the trace if it is being recorded."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()

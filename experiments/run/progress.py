@@ -1,4 +1,4 @@
-"""How far a run is: a bar where the output is a terminal, a line now and then where it is not."""
+"""Progress of a run: a bar if the output is a terminal, else a line from time to time."""
 
 import contextlib
 import sys
@@ -8,7 +8,9 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-# What is shown of the metrics, in this order.
+from experiments.run import parallel
+
+# The metrics that are shown, in this order.
 _SHOWN = {
     'loss': 'loss {:.3f}',
     'top1': 'top-1 {:.1%}',
@@ -17,14 +19,14 @@ _SHOWN = {
 
 
 class Progress(contextlib.AbstractContextManager):
-    """Shows step, loss, top-1, images/s and the time left.
+    """Shows step, loss, top-1, images/s and the time left, on process 0.
 
     Args:
         total_steps: steps of the whole run.
         stream: where to write; standard error by default.
-        active: False for the processes that keep silent.
+        enabled: whether to write at all.
         interval: seconds between plain lines, except the first and the last.
-        clock: seconds since some moment.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -32,12 +34,12 @@ class Progress(contextlib.AbstractContextManager):
         total_steps: int,
         *,
         stream: TextIO | None = None,
-        active: bool = True,
+        enabled: bool = True,
         interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stream = sys.stderr if stream is None else stream
-        self._active = active
+        self._enabled = enabled and parallel.is_primary()
         self._total = total_steps
         self._interval = interval
         self._clock = clock
@@ -45,20 +47,19 @@ class Progress(contextlib.AbstractContextManager):
         self._pending: tuple[int, Mapping[str, float]] | None = None  # not yet shown
         self._shown_at = -float('inf')
         self._bar: tqdm | None = None
-        self._is_terminal = active and self._stream.isatty()
+        self._is_terminal = self._enabled and self._stream.isatty()
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Tells that `step` steps are done.
+        """Shows that `step` steps are done.
 
         Args:
-            step: steps done, those of earlier sessions included.
-            metrics: new ones, if any, as numbers; of them loss, top1 (a fraction) and
-                images_per_second are shown.
+            step: steps done, including those of earlier sessions.
+            metrics: new metrics, if any; loss, top1 (a fraction) and images_per_second are shown.
         """
-        if not self._active:
+        if not self._enabled:
             return
         if self._is_terminal and self._bar is None:
-            # Only now: the time left is reckoned from the end of the first step, which compiled.
+            # Not earlier, because the first step compiles: the time left is counted from its end.
             self._bar = tqdm(
                 total=self._total,
                 initial=step,
@@ -72,27 +73,28 @@ class Progress(contextlib.AbstractContextManager):
             self._bar.update(step - self._bar.n)
             return
         now = self._clock()
-        # Time is counted from the end of the first step, for that one was compiled first.
+        # The time left is counted from the end of the first step, which compiles.
         self._begun = self._begun or (step, now)
         if metrics:
             self._pending = (step, metrics)
             if now - self._shown_at >= self._interval or step >= self._total:
                 self._show(now)
 
-    def say(self, line: str) -> None:
-        """Writes a line of its own, e.g. the result of an evaluation, above the bar."""
+    def log(self, line: str) -> None:
+        """Writes a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
-        elif self._active:
+        elif self._enabled:
             print(line, file=self._stream, flush=True)
 
     def __exit__(self, *exception) -> None:
         self.close()
 
     def close(self) -> None:
-        """Shows where the run ended and leaves it on the screen."""
+        """Shows where the run ended."""
         if self._bar is not None:
             self._bar.close()
+            self._bar, self._is_terminal = None, False
         elif self._pending:
             self._show(self._clock())
 

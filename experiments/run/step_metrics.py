@@ -1,7 +1,7 @@
-"""Sums of training metrics since the last line of the log, kept on the device.
+"""Sums of training metrics since the last line of metrics, kept on the device.
 
-No step waits for the host to read a metric, and since the sums are part of the training state a
-resumed run logs what the uninterrupted one would have.
+No step waits for the host to read a metric. The sums are part of the training state, so a resumed
+run logs what the uninterrupted one would have.
 """
 
 import math
@@ -14,70 +14,70 @@ import numpy as np
 METRICS = ('loss', 'top1', 'gradient_norm', 'clipped_fraction')
 _NEVER = np.iinfo(np.int32).max
 
-Window = dict[str, jax.Array]
+StepMetrics = dict[str, jax.Array]
 
 
-def empty() -> Window:
-    """Returns the window before the first step."""
+def zeros() -> StepMetrics:
+    """Returns the sums before the first step."""
     sums = {name: jnp.zeros((), jnp.float32) for name in (*METRICS, 'count')}
     steps = {name: jnp.zeros((), jnp.int32) for name in ('nonfinite', 'nonfinite_in_a_row')}
     return sums | steps | {'lost_at': jnp.full((), _NEVER, jnp.int32)}
 
 
 def is_finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
-    """Returns whether a step went well, a bool scalar.
+    """Returns whether a step is finite, a bool scalar.
 
-    The gradient counts too: parameters can be lost in the update of a step whose loss was finite.
+    The gradient counts too: the update of a step with a finite loss can destroy the parameters.
     """
     return jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['gradient_norm'])
 
 
 def add(
-    window: Window,
+    sums: StepMetrics,
     metrics: Mapping[str, jax.Array],
     step: jax.Array,
     every: int,
     patience: int = 0,
-) -> Window:
-    """Adds the metrics of one step, if it is finite; every `every` steps a new window begins.
+) -> StepMetrics:
+    """Adds the metrics of one step if it is finite; starts from zero every `every` steps.
 
     Args:
-      window: the sums so far.
-      metrics: float32 scalars, named as in `METRICS`.
+      sums: the sums so far.
+      metrics: float32 scalars; those named in `METRICS` are added.
       step: int32 scalar, the number of steps before this one.
-      every: steps in a window.
-      patience: how many steps in a row may not be finite before the run is lost.
+      every: steps between two lines of metrics.
+      patience: how many consecutive steps may be non-finite.
     """
     finite, fresh = is_finite(metrics), step % every == 0
-    added: dict[str, jax.typing.ArrayLike] = {**metrics, 'count': 1.0}
-    sums = {
-        name: jnp.where(fresh, 0.0, window[name]) + jnp.where(finite, value, 0.0)
+    added: dict[str, jax.typing.ArrayLike] = {name: metrics[name] for name in METRICS}
+    added['count'] = 1.0
+    new = {
+        name: jnp.where(fresh, 0.0, sums[name]) + jnp.where(finite, value, 0.0)
         for name, value in added.items()
     }
-    in_a_row = jnp.where(finite, 0, window['nonfinite_in_a_row'] + 1)
+    in_a_row = jnp.where(finite, 0, sums['nonfinite_in_a_row'] + 1)
     lost_at = jnp.where(in_a_row > patience, step + 1, _NEVER)
-    return sums | {
-        'nonfinite': window['nonfinite']
-        + (~finite).astype(jnp.int32),  # of the whole run, not of this window
+    return new | {
+        'nonfinite': sums['nonfinite'] + (~finite).astype(jnp.int32),  # of the whole run
         'nonfinite_in_a_row': in_a_row,
-        'lost_at': jnp.minimum(window['lost_at'], lost_at),
+        'lost_at': jnp.minimum(sums['lost_at'], lost_at),
     }
 
 
-def means(window: Window) -> dict[str, float]:
-    """Returns the means over the finite steps of the window; NaN if there was none."""
-    sums = jax.device_get(window)
+def means(sums: StepMetrics) -> dict[str, float]:
+    """Returns the means over the finite steps; NaN if there was none."""
+    sums = jax.device_get(sums)
     return {
         name: float(sums[name] / sums['count']) if sums['count'] else math.nan for name in METRICS
     }
 
 
-def nonfinite_steps(window: Window) -> int:
-    """Returns how many steps of the run were not finite so far."""
-    return int(jax.device_get(window['nonfinite']))
+def nonfinite_steps(sums: StepMetrics) -> int:
+    """Returns the number of non-finite steps of the run so far."""
+    return int(jax.device_get(sums['nonfinite']))
 
 
-def lost_at(window: Window) -> int | None:
-    """Returns the step of the run at which patience with non-finite steps ended; None so far."""
-    step = int(jax.device_get(window['lost_at']))
+def lost_at(sums: StepMetrics) -> int | None:
+    """Returns the step at which too many consecutive steps were non-finite, if there is one."""
+    step = int(jax.device_get(sums['lost_at']))
     return None if step == _NEVER else step

@@ -13,6 +13,7 @@ import os
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -228,7 +229,10 @@ def _digest(lowered: jax.stages.Lowered, target: Target) -> str:
 def _compile(lowered: jax.stages.Lowered, options: Mapping[str, str]) -> Compiled:
     start = time.monotonic()
     try:
-        program = lowered.compile(compiler_options=dict(options))
+        with warnings.catch_warnings():
+            # JAX's own cache cannot read programs of devices that are not here.
+            warnings.filterwarnings('ignore', 'Error reading persistent compilation cache')
+            program = lowered.compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
         if (needed := memory_needed(str(error))) is None:
             raise

@@ -1,4 +1,4 @@
-"""How fast training goes and what it takes: compilation, evaluation and saving left out."""
+"""Speed and memory of training, without compilation, evaluation and saving."""
 
 import contextlib
 import resource
@@ -8,17 +8,34 @@ from collections.abc import Iterator
 
 import jax
 
+from experiments.experiment import Experiment
 from experiments.run import accelerators
+from nfnets_jax import models
 from nfnets_jax.data.pipeline import Prefetch
 
 
-class Clock:
-    """Measures images per second, what part of the devices' peak that is, memory and waiting.
+def flops_per_image(experiment: Experiment) -> float:
+    """Returns the operations of a forward and a backward pass for one training image.
+
+    As usual, a multiply-accumulate of a convolution or linear layer counts as two. Gradients that
+    frozen parameters do not need are left out, and so is the extra work of SAM and remat.
+    """
+    options = experiment.config.model.to_dict()
+    num_classes = len(experiment.train_source.class_names)
+    cost = models.model_cost(options.pop('name'), num_classes, **options)
+    groups = experiment.optimizer.groups
+    trained = {name.rpartition('/')[0] for name, group in groups.items() if not group.freeze}
+    frozen = {module.name for module in cost.modules} - trained
+    return 2 * cost.training_macs(experiment.image_spec.shape[0], frozen)
+
+
+class Throughput:
+    """Measures images per second, their part of the devices' peak, memory and waiting for data.
 
     Args:
       batch_size: images per step, over all devices.
-      batches: whose `wait_seconds` is looked at.
-      flops_per_image: floating-point operations to train on one picture.
+      batches: the input; its `wait_seconds` is read.
+      flops_per_image: floating-point operations to train on one image.
     """
 
     def __init__(self, batch_size: int, batches: Prefetch, flops_per_image: float):
@@ -27,11 +44,11 @@ class Clock:
         self._peak = accelerators.peak_flops(jax.devices()[0].device_kind)
         self._begun = time.perf_counter()
         self.compile_seconds: float | None = None
-        self.seconds, self.images = 0.0, 0  # of training, so far
+        self.seconds, self.images = 0.0, 0  # of training so far
         self._restart()
 
     def tick(self, state) -> None:
-        """Counts one step that has been dispatched; waits for the first, which compiles."""
+        """Counts one dispatched step; waits for the first, which compiles."""
         if self.compile_seconds is None:
             jax.block_until_ready(state)
             self.compile_seconds = time.perf_counter() - self._begun
@@ -40,13 +57,12 @@ class Clock:
             self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Returns the figures since the last reading; call it when the last step has finished.
+        """Returns the figures since the last call; call it when the last step has finished.
 
         Returns:
           'images_per_second' over all devices; 'data_wait', the part of the time spent waiting for
-          batches; 'tflops' per second and device, and 'mfu', the part of the device's peak that is
-          (where that is known); 'memory_gib', see `memory_gib`; 'compile_seconds', of the first
-          step, once.
+          batches; 'tflops' per second and device, and 'mfu', its part of the device's peak (if the
+          peak is known); 'memory_gib', see `memory_gib`; 'compile_seconds' of the first step, once.
         """
         figures = {'memory_gib': memory_gib()}
         if not self.seconds and self.compile_seconds is not None:
@@ -70,7 +86,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self, state) -> Iterator[None]:
-        """Leaves out what is done inside, but no step: waits for those that `state` comes from."""
+        """Leaves out the time of the block; waits first for the steps that compute `state`."""
         jax.block_until_ready(state)
         begun = time.perf_counter()
         yield
@@ -83,9 +99,9 @@ class Clock:
 
 
 def memory_gib() -> float:
-    """Returns the most memory in use so far: of the fullest device of this process, or its own.
+    """Returns the peak memory in GiB of the fullest local device.
 
-    Devices without memory of their own (CPUs) do not count it; the process's is looked at there.
+    Devices without memory of their own (CPUs) do not count it; there it is that of the process.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peak = max(one.get('peak_bytes_in_use', 0) for one in stats)

@@ -1,4 +1,4 @@
-"""The directory of one run: claimed by one process, for one config, never overwritten."""
+"""The directory of a run: one process claims it for one config; nothing is overwritten."""
 
 import contextlib
 import fcntl
@@ -20,8 +20,8 @@ from nfnets_jax.errors import UsageError
 from nfnets_jax.schedules import canonical_duration
 from nfnets_jax.weights import pretrained
 
-# What may change when a run is continued: where it is written and how it fits into memory, as the
-# number of devices may; and what to do from a step on that would have ended it.
+# Config keys that may differ on resume: what is written when, how the run fits into memory (the
+# number of devices may differ too), and what is done at a step that would have ended the run.
 FREE_TO_CHANGE = (
     *('log_every', 'eval', 'data.test_mode', 'checkpoint', 'profile', 'wandb'),
     *('accumulate', 'model.remat', 'model.scan', 'skip_nonfinite'),
@@ -39,30 +39,29 @@ def claimed(
     workdir: str | os.PathLike,
     config: ConfigDict,
     data: data_record.Record | None = None,
-    *,
-    active: bool = True,
+    metadata: pretrained.Metadata | None = None,
 ) -> Iterator[pathlib.Path]:
-    """Creates or re-opens a run's directory, and holds it against another run.
+    """Creates or re-opens the directory of a run, and locks it against other runs.
+
+    Only process 0 does so; in the others this is a no-op.
 
     Args:
       workdir: the directory.
-      config: of the run.
-      data: the record of its data; None where it reads none.
-      active: whether this process is the one of the run that writes; any other does nothing.
+      config: config of the run.
+      data: record of its data; None if it reads none.
+      metadata: what model.json is to hold; None: no model.json.
 
     Raises:
-      UsageError: it cannot be written, another run uses it, or it holds a run of another config or
-        on other data (the message names what differs).
+      UsageError: the directory cannot be written, another run uses it, or it holds a run of another
+        config or on other data (the message names the difference).
     """
-    if not os.fspath(workdir):
-        raise UsageError('--workdir= is empty: name a directory')
     path = pathlib.Path(workdir)
-    if not active:
+    if not parallel.is_primary():
         yield path
         return
-    _check_config(path, config)
+    check_config(workdir, config)
     if data:
-        data_record.check(path, data)
+        data_record.assert_unchanged(path, data)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / '.lock', 'a')  # noqa: SIM115, it is closed below
@@ -76,13 +75,16 @@ def claimed(
                 f'--workdir={workdir} is in use by another process: wait for it, or choose another'
             ) from error
         files.atomic_write(path / 'config.json', json.dumps(as_json(config), indent=2) + '\n')
-        if data:
-            data_record.write_once(path, data)
+        # Written once: the files that exist are of this run, and its data have been compared.
+        if data and not (path / data_record.DATA_FILE).exists():
+            files.atomic_write(path / data_record.DATA_FILE, json.dumps(data, indent=2) + '\n')
+        if metadata and not (path / 'model.json').exists():
+            files.atomic_write(path / 'model.json', pretrained.encode_metadata(metadata) + '\n')
         yield path
 
 
 def assert_same(config: ConfigDict, data: data_record.Record) -> None:
-    """Raises a UsageError, in all processes, if those of a run have different configs or data."""
+    """Raises a UsageError in all processes of a run if their configs or data differ."""
     here, there = as_json(config), parallel.broadcast_json(as_json(config))
     process = f'in process {jax.process_index()}'
     differing = differences(flatten(here), flatten(there), (process, 'in process 0'))
@@ -98,12 +100,12 @@ def assert_same(config: ConfigDict, data: data_record.Record) -> None:
 
 
 def has_checkpoints(workdir: str | os.PathLike) -> bool:
-    """Whether there is a run that can be continued."""
+    """Returns whether a directory holds a run that can be resumed."""
     return any(path.name.isdigit() for path in (pathlib.Path(workdir) / 'checkpoints').glob('*'))
 
 
 def load_config(workdir: str | os.PathLike) -> ConfigDict:
-    """Reads the config of the run in a directory, of this or any earlier version.
+    """Reads the config of a run, of this or any earlier version.
 
     Raises:
       UsageError: there is no run, or its config.json cannot be read.
@@ -121,10 +123,10 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
 
 
 def _with_test_mode(fields: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
-    """Returns a run's config with the evaluation preprocessing it was evaluated with.
+    """Returns the config of a run with the evaluation preprocessing that the run used.
 
-    Earlier versions took 'crop_resize' for every network where the config named none; since then
-    the default is the network's own. The run's model.json tells which of the two it was.
+    If the config named none, earlier versions used 'crop_resize' for every network; now the default
+    is that of the network. The model.json of the run names the one that was used.
     """
     path, data = directory / 'model.json', fields.get('data')
     if not path.exists() or not isinstance(data, dict) or 'test_mode' in data:
@@ -140,11 +142,17 @@ def _with_test_mode(fields: dict[str, Any], directory: pathlib.Path) -> dict[str
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
-    """A config as JSON keeps it: dicts, lists, strings, numbers."""
+    """Returns a config as JSON values: dicts, lists, strings, numbers."""
     return json.loads(json.dumps(config.to_dict()))
 
 
-def _check_config(path: pathlib.Path, config: ConfigDict) -> None:
+def check_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Raises a UsageError on process 0 if a directory cannot hold a run of this config."""
+    if not parallel.is_primary():
+        return
+    if not os.fspath(workdir):
+        raise UsageError('--workdir= is empty: name a directory')
+    path = pathlib.Path(workdir)
     if path.exists() and not path.is_dir():
         raise UsageError(f'--workdir={path} is a file: give a directory')
     if not (path / 'config.json').exists():
@@ -161,17 +169,20 @@ def _check_config(path: pathlib.Path, config: ConfigDict) -> None:
 
 
 def free_to_change(workdir: str | os.PathLike) -> tuple[str, ...]:
-    """Returns the keys that may change when what is in a directory is continued.
+    """Returns the config keys that may differ when the run in a directory is resumed.
 
-    Where the data lie is one of them if there is a record to tell whether they are the same.
+    The place of the data is one of them if there is a record that identifies the data.
     """
     recorded = (pathlib.Path(workdir) / data_record.DATA_FILE).exists()
     return FREE_TO_CHANGE + (data_record.PLACES if recorded else ())
 
 
 def free_changes(workdir: str | os.PathLike, config: ConfigDict) -> list[str]:
-    """Tells in what a config differs from that of the run in a directory, as far as it may."""
-    if not (pathlib.Path(workdir) / 'config.json').exists():
+    """Describes the allowed differences of a config from that of the run in a directory.
+
+    There are none in other processes than 0, which do not read the directory.
+    """
+    if not parallel.is_primary() or not (pathlib.Path(workdir) / 'config.json').exists():
         return []
     before, now = flatten(as_json(load_config(workdir))), flatten(as_json(config))
     where = 'before', 'now'
@@ -187,15 +198,15 @@ def differences(
     prefix: str = 'config.',
     free: Collection[str] = (),
 ) -> list[str]:
-    """Tells how two flat configs differ: ['config.seed is 0 there and 1 here', ...].
+    """Describes how two flat configs differ: ['config.seed is 0 there and 1 here', ...].
 
-    Two spellings of one value are no difference, nor is an option of the data that has its default.
+    Two spellings of one value are equal, and a missing option of the data equals its default.
 
     Args:
-      first, second: as `flatten` returns them.
-      where: what to call each.
-      prefix: of the keys.
-      free: keys that may differ, with all that is in them.
+      first, second: configs from `flatten`.
+      where: what to call each of them.
+      prefix: prefix of the keys.
+      free: keys that may differ, with everything below them.
     """
     keys = (
         key
@@ -211,7 +222,7 @@ def differences(
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
-    """Returns a field of a flat config; an option of the data that is not there has its default."""
+    """Returns a field of a flat config; a missing option of the data has its default."""
     node, _, option = key.partition('.')
     if key in config or node != 'data' or config.get('data.name') not in sources.SOURCES:
         return config.get(key)
@@ -225,10 +236,10 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _canonical(key: str, value: Any) -> Any:
-    """Returns what is equal for two spellings of one value: '40 epoch' and '40 epochs'."""
+    """Returns the same value for two spellings of it: '40 epoch' and '40 epochs'."""
     if key in _DURATIONS and isinstance(value, list):
         return [_canonical(key, one) for one in value]
-    with contextlib.suppress(UsageError):  # What cannot be read is told where it is used.
+    with contextlib.suppress(UsageError):  # The user of the value reports what is wrong with it.
         if key in _DURATIONS:
             return canonical_duration(value)
         if key == 'model.name':
@@ -237,7 +248,7 @@ def _canonical(key: str, value: Any) -> Any:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    """Returns a nested config with dotted keys: {'a': {'b': 1}} -> {'a.b': 1}."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

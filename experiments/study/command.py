@@ -38,9 +38,9 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments import config as schema
-from experiments import experiment
+from experiments.experiment import Experiment, build
 from experiments.launch import cli, distributed
-from experiments.run import data_record, workdir
+from experiments.run import data_record, init_weights, workdir
 from experiments.study import config as study_config
 from experiments.study import measurements
 from experiments.study.journal import Journal, TrialRecord, round_robin
@@ -266,8 +266,8 @@ def _check_configs(
     data = {}
     if study.pretrain:
         with _naming_pretrain():
-            prepared = _check_config(study.pretrain)
-        data[data_record.key(study.pretrain)] = data_record.describe(prepared.splits)
+            experiment = _check_config(study.pretrain)
+        data[data_record.key(study.pretrain)] = data_record.make_record(experiment.splits)
     checked = set()
     for trial in trials:
         # Tracing the model takes time; trials with the same key only differ in a few numbers.
@@ -277,9 +277,9 @@ def _check_configs(
                 schema.check(trial.config)
                 optimizers.check(trial.config.optimizer, 'config.optimizer')
             else:
-                prepared = _check_config(trial.config, training='train' in study.measure)
+                experiment = _check_config(trial.config, training='train' in study.measure)
                 if (name := data_record.key(trial.config)) not in data:
-                    data[name] = data_record.describe(prepared.splits)
+                    data[name] = data_record.make_record(experiment.splits)
         except UsageError as error:
             message = study_config.in_study(str(error), trial, study)
             raise UsageError(f'trial {trial.id}: {message}') from error
@@ -287,11 +287,11 @@ def _check_configs(
     return data
 
 
-def _check_config(config: ConfigDict, *, training: bool = True) -> experiment.Task:
-    prepared = experiment.prepare(config, training=training)
+def _check_config(config: ConfigDict, *, training: bool = True) -> Experiment:
+    experiment = build(config, training=training)
     if config.init.weights not in ('', study_config.PRETRAINED):
-        experiment.load_weights(prepared)
-    return prepared
+        init_weights.load_weights(experiment)
+    return experiment
 
 
 def _hardware() -> str:

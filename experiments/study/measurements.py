@@ -15,11 +15,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from experiments import experiment
+from experiments.experiment import Experiment, build
 from experiments.run import metric_writers, parallel, workdir
-from experiments.signal_propagation import measure
+from experiments.signal_propagation import measure_signal
 from experiments.train import train
-from experiments.train_step import Programs, make_train_step, program_key
+from experiments.train_step import Programs, TrainState, init_state, make_train_step, program_key
 from nfnets_jax import augment
 from nfnets_jax.data.sources import Source
 from nfnets_jax.weights.checkpoints import CheckpointReader
@@ -67,7 +67,7 @@ def signal_propagation(config: ConfigDict, directory, compiled: Compiled) -> dic
     """
     del compiled
     options = config.model.to_dict()
-    signal = measure(
+    signal = measure_signal(
         options.pop('name'),
         size=config.data.image_size,
         batch_size=config.batch_size,
@@ -109,12 +109,12 @@ def batch_dependence(config: ConfigDict, directory, compiled: Compiled) -> dict[
       'discrepancy/loss', 'discrepancy/top1': evaluation mode minus training mode, with batches of
         `config.batch_size`, on the same training images without augmentation.
     """
-    setting = experiment.prepare(config)
-    state = _final_state(setting, directory)
+    experiment = build(config)
+    state = _final_state(experiment, directory)
     rng = np.random.default_rng(config.seed)
     # Besides the sizes of arrays, the program depends only on these parts of the config.
     key = f'{config.model.to_json(sort_keys=True)} in {config.precision}'
-    program = compiled.logits.setdefault(key, _make_logits(setting))
+    program = compiled.logits.setdefault(key, _make_logits(experiment))
 
     def logits(images: np.ndarray, is_training: bool) -> np.ndarray:
         return np.asarray(program(state.params, state.state, images, is_training))
@@ -127,21 +127,21 @@ def batch_dependence(config: ConfigDict, directory, compiled: Compiled) -> dict[
             'dependence/prediction_change': float((predictions[1:] != predictions[0]).mean()),
         }
 
-    probes = _load_images(setting.test_source, rng.choice(len(setting.test_source), PROBES))
+    probes = _load_images(experiment.test_source, rng.choice(len(experiment.test_source), PROBES))
     draws = []
     for _ in range(DRAWS):
-        chosen = rng.choice(len(setting.train_source), config.batch_size - 1, replace=False)
-        neighbors = _load_images(setting.train_source, chosen)[0]
+        chosen = rng.choice(len(experiment.train_source), config.batch_size - 1, replace=False)
+        neighbors = _load_images(experiment.train_source, chosen)[0]
         draws.append(
             [logits(np.concatenate([image[None], neighbors]), True)[0] for image in probes[0]]
         )
 
-    chosen = rng.permutation(len(setting.train_source))
+    chosen = rng.permutation(len(experiment.train_source))
     count = max(1, _DISCREPANCY_IMAGES // config.batch_size) * config.batch_size
     chosen = chosen[: min(count, len(chosen) // config.batch_size * config.batch_size)]
     found: dict[bool, list] = {True: [], False: []}
     for part in chosen.reshape(-1, config.batch_size):
-        images, labels = _load_images(setting.train_source, part)
+        images, labels = _load_images(experiment.train_source, part)
         for is_training, values in found.items():
             out = logits(images, is_training)
             losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
@@ -164,7 +164,7 @@ def step_memory(config: ConfigDict, directory, compiled: Compiled) -> dict[str, 
     del directory
     key = program_key(config)
     if key not in compiled.memory:
-        compiled.memory[key] = _step_mib(experiment.prepare(config)._replace(on_device=False))
+        compiled.memory[key] = _step_mib(dataclasses.replace(build(config), on_device=False))
     return {'memory/step_mib': compiled.memory[key]}
 
 
@@ -176,23 +176,23 @@ MEASUREMENTS: dict[str, Measurement] = {
 }
 
 
-def _final_state(setting: experiment.Task, directory) -> experiment.TrainState:
-    template = jax.eval_shape(lambda: experiment.init_state(setting))
+def _final_state(experiment: Experiment, directory) -> TrainState:
+    template = jax.eval_shape(lambda: init_state(experiment))
     checkpoints = CheckpointReader(os.path.join(directory, 'checkpoints'))
-    return checkpoints.restore(setting.total_steps, template)
+    return checkpoints.restore(experiment.total_steps, template)
 
 
-def _step_mib(setting: experiment.Task) -> float:
+def _step_mib(experiment: Experiment) -> float:
     devices = jax.local_device_count()
-    rows = parallel.local_batch_size(setting.images_per_step) // devices
+    rows = parallel.local_batch_size(experiment.images_per_step) // devices
     batch = {
-        'image': jax.ShapeDtypeStruct((devices, rows, *setting.pictures.shape), np.uint8),
+        'image': jax.ShapeDtypeStruct((devices, rows, *experiment.image_spec.shape), np.uint8),
         'label': jax.ShapeDtypeStruct((devices, rows), np.int32),
         'position': jax.ShapeDtypeStruct((devices, rows), np.int32),
         'stop': jax.ShapeDtypeStruct((devices, 1), np.float32),
     }
-    state = jax.eval_shape(lambda: experiment.init_state(setting))
-    plan = make_train_step(setting).lower(state, batch).compile().memory_analysis()
+    state = jax.eval_shape(lambda: init_state(experiment))
+    plan = make_train_step(experiment).lower(state, batch).compile().memory_analysis()
     assert plan is not None
     # Buffers updated in place are both argument and output.
     outputs = plan.output_size_in_bytes - plan.alias_size_in_bytes
@@ -207,16 +207,16 @@ def _load_images(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.nd
     )
 
 
-def _make_logits(setting: experiment.Task) -> Callable:
+def _make_logits(experiment: Experiment) -> Callable:
     """Returns a compiled function (params, state, uint8 images, is_training) -> logits."""
 
     @functools.partial(jax.jit, static_argnums=3)
     def logits(params, state, images, is_training):
-        mean, std = setting.pictures.mean, setting.pictures.std
-        images = augment.normalize(images, mean, std, setting.config.precision)
+        mean, std = experiment.image_spec.mean, experiment.image_spec.std
+        images = augment.normalize(images, mean, std, experiment.config.precision)
         # A device axis of size one: networks that average statistics over devices need its name.
         apply = jax.vmap(
-            lambda x: setting.model.apply(params, state, jax.random.key(0), x, is_training),
+            lambda x: experiment.model.apply(params, state, jax.random.key(0), x, is_training),
             axis_name=parallel.AXIS,
         )
         outputs, _ = apply(images[None])

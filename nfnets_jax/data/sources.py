@@ -16,9 +16,12 @@ A source is any object with
 Reading is thread-safe and has no order: shuffling, sharding and batching belong to the pipeline.
 """
 
+import functools
 import hashlib
+import importlib.util
 import inspect
 import numbers
+import os
 import types
 import typing
 import zipfile
@@ -144,6 +147,26 @@ class ArraySource:
         return digest.hexdigest()
 
 
+@functools.cache
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns scikit-learn's digits: images, float64 [1797, 8, 8] in 0..16, and labels.
+
+    The file is read directly, because importing scikit-learn takes a second.
+    """
+    package = importlib.util.find_spec('sklearn')
+    path = os.path.join(os.path.dirname(package.origin or '') if package else '', _DIGITS_FILE)
+    if not os.path.exists(path):
+        from sklearn import datasets  # Raises the usual error where it is not installed.
+
+        digits = datasets.load_digits()
+        return digits.images, digits.target
+    table = np.loadtxt(path, delimiter=',')
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
+
+
+_DIGITS_FILE = os.path.join('datasets', 'data', 'digits.csv.gz')  # in scikit-learn
+
+
 class Digits(ArraySource):
     """The 1797 handwritten digits that scikit-learn carries (UCI, 8x8 pixels, values 0..16).
 
@@ -165,8 +188,6 @@ class Digits(ArraySource):
         classes: Sequence[int] = tuple(range(10)),
         per_class: int | None = None,
     ):
-        from sklearn.datasets import load_digits  # here: a slow import that only digits need
-
         if image_size < 8:
             raise UsageError(f'data.image_size={image_size}: digits are 8x8, give 8 or more')
         classes = list(classes)
@@ -176,8 +197,7 @@ class Digits(ArraySource):
             raise UsageError(f'data.classes={classes}: give two digits or more to tell apart')
         if per_class is not None and per_class < 1:
             raise UsageError(f'data.per_class={per_class}: must be positive, or None for all')
-        digits = load_digits()
-        labels = digits.target
+        digits, labels = load_digits()
         is_test = np.zeros(len(labels), bool)
         for label in range(10):
             is_test[np.flatnonzero(labels == label)[4::5]] = True
@@ -193,7 +213,7 @@ class Digits(ArraySource):
         index = np.sort(
             np.concatenate([np.flatnonzero(chosen[split] & (labels == d))[:first] for d in classes])
         )
-        grey = digits.images[index].astype(np.float32) * (255 / 16)
+        grey = digits[index].astype(np.float32) * (255 / 16)
         large = np.stack([resize(image[..., None], (image_size, image_size)) for image in grey])
         super().__init__(
             np.repeat(np.rint(large).clip(0, 255).astype(np.uint8), 3, axis=-1),

@@ -10,7 +10,7 @@ from nfnets_jax.models.fixup_resnet import FixupResNet
 from nfnets_jax.models.nf_regnet import NFRegNet
 from nfnets_jax.models.nf_resnet import NFResNet
 from nfnets_jax.models.nfnet import NFNet
-from nfnets_jax.models.registry import build, create_model, model_options
+from nfnets_jax.models.registry import build, create_model, model_options, resolved_options
 from nfnets_jax.models.resnet import ResNet
 from nfnets_jax.models.skipinit_resnet import SkipInitResNet
 from nfnets_jax.models.small_cnn import SmallCNN
@@ -33,5 +33,6 @@ __all__ = [
     'list_models',
     'model_cost',
     'model_options',
+    'resolved_options',
     'variant_info',
 ]

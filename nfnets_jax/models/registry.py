@@ -101,6 +101,26 @@ def _arguments(variant: Variant, overrides: Mapping[str, Any]) -> dict[str, Any]
     return {'variant': variant.base, **own, **variant.options, **given}
 
 
+def resolved_options(name: str, **overrides: Any) -> dict[str, Any]:
+    """Returns every option of a network with its value: equal if and only if the networks are.
+
+    Tuples become lists, as in JSON. A name that stands for a variant with options ('nf_resnet50')
+    and the variant with these options give the same result.
+
+    Raises:
+      UsageError: no such model.
+    """
+    variant = variant_info(name)
+    parameters = inspect.signature(FAMILIES[variant.family]).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    own = {name: getattr(variant, name) for name in options.overrides_of(variant.family)}
+    given = {key: value for key, value in overrides.items() if key not in own or value is not None}
+    resolved = defaults | own | dict(variant.options) | given
+    del resolved['name']
+    resolved = {key: list(v) if isinstance(v, tuple) else v for key, v in resolved.items()}
+    return {'family': variant.family} | resolved
+
+
 def model_options(name: str) -> list[str]:
     """Returns the names of the overrides that `create_model(name, ...)` accepts."""
     family = variant_info(name).family

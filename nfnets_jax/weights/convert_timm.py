@@ -15,11 +15,12 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nfnets_jax.errors import UsageError
+from nfnets_jax.layers import get_gain
 
 _VARIANCE_EPS = 1e-5  # timm's, added to the variance
 _FLOOR = 1e-4  # ours, of the variance times the fan-in: see layers.standardize
@@ -145,3 +146,25 @@ def _adopt_variance(params: dict[str, np.ndarray]) -> None:
         ours = np.sqrt(np.maximum(variance * fan_in, _FLOOR))
         theirs = np.sqrt((variance + _VARIANCE_EPS) * fan_in)
         params[name] = params[name] * (ours / theirs)
+
+
+def to_skip_gains(
+    params: Mapping[str, Mapping[str, Any]], activation: str
+) -> dict[str, dict[str, Any]]:
+    """Returns weights of `conventions='timm_gains'` for the same network with 'timm'.
+
+    The stem and the final convolution have no activation before them, so the gain of the activation
+    is multiplied into theirs. The activation before the classifier is scaled. Skip gains are 1.
+    """
+    moved = {module: dict(leaves) for module, leaves in params.items()}
+    gain = np.float32(get_gain(activation))
+    for module in params:
+        root, _, name = module.partition('/~/')
+        if name in ('initial_conv', 'final_conv'):
+            moved[module]['gain'] = params[module]['gain'] * gain
+        elif name == 'linear':
+            moved[module]['w'] = params[module]['w'] / gain
+        elif name.endswith('/~/conv0'):
+            block = f'{root}/~/{name.partition("/")[0]}'
+            moved.setdefault(block, {})['skip_gain'] = np.ones((), np.float32)
+    return moved

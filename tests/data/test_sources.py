@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+import sklearn.datasets
 
-from nfnets_jax.data.sources import ArraySource, Digits, identify, open_source
+from nfnets_jax.data.sources import ArraySource, Digits, identify, load_digits, open_source
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 from tests.data.test_folder import make_folder
@@ -15,6 +16,13 @@ def test_digits_are_split_once_and_for_all():
     np.testing.assert_allclose(shares, 0.2, atol=0.005)
     seen = {image.tobytes() for image in train.images}
     assert not any(image.tobytes() in seen for image in test.images)
+
+
+def test_digits_are_those_of_scikit_learn():
+    images, labels = load_digits()
+    expected = sklearn.datasets.load_digits()
+    np.testing.assert_array_equal(images, expected.images)
+    np.testing.assert_array_equal(labels, expected.target)
 
 
 def test_digits_may_be_fewer():

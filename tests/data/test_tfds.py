@@ -17,9 +17,9 @@ from tests.tfds_builders import open_prepared
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
     data_dir = str(tmp_path_factory.mktemp('tfds'))
-    prepare_data.prepare('tiny_pictures', data_dir)
-    prepare_data.prepare('imagenet_like', data_dir)
-    prepare_data.prepare('three_splits', data_dir)
+    prepare_data.prepare_dataset('tiny_pictures', data_dir)
+    prepare_data.prepare_dataset('imagenet_like', data_dir)
+    prepare_data.prepare_dataset('three_splits', data_dir)
     return data_dir
 
 

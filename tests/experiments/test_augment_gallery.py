@@ -6,7 +6,7 @@ from experiments import augment_gallery
 from nfnets_jax.augment.operations import OPERATIONS
 from nfnets_jax.errors import UsageError
 
-PICTURES = augment_gallery.load_pictures('')[:, ::8, ::8]
+PICTURES = augment_gallery.load_originals('')[:, ::8, ::8]
 
 
 def test_every_operation_is_shown_and_the_picture_is_written(tmp_path):
@@ -30,8 +30,8 @@ def test_pictures_of_a_directory(tmp_path):
     for name in 'ab':
         Image.new('RGB', (300, 240), (10, 20, 30)).save(tmp_path / f'{name}.png')
     np.testing.assert_array_equal(
-        augment_gallery.load_pictures(str(tmp_path))[1, 0, 0], [10, 20, 30]
+        augment_gallery.load_originals(str(tmp_path))[1, 0, 0], [10, 20, 30]
     )
     (tmp_path / 'a.png').unlink()
-    with pytest.raises(UsageError, match='holds no two pictures'):
-        augment_gallery.load_pictures(str(tmp_path))
+    with pytest.raises(UsageError, match='holds fewer than two images'):
+        augment_gallery.load_originals(str(tmp_path))

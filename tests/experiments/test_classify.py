@@ -128,10 +128,10 @@ def test_directories_are_searched_at_any_depth(tmp_path):
     beside = save(tmp_path / 'd' / 'b.png', picture())
     (tmp_path / 'd' / 'notes.txt').write_text('no picture')
     named = tmp_path / 'anything'
-    found = list(classify.find_pictures([str(named), str(tmp_path / 'd')]))
+    found = list(classify.expand_directories([str(named), str(tmp_path / 'd')]))
     assert found == [named, beside, inside]
     (tmp_path / 'empty').mkdir()
-    assert list(classify.find_pictures([str(tmp_path / 'empty')])) == [tmp_path / 'empty']
+    assert list(classify.expand_directories([str(tmp_path / 'empty')])) == [tmp_path / 'empty']
 
 
 def test_the_command(command, weights, tmp_path):
@@ -150,4 +150,4 @@ def test_the_command(command, weights, tmp_path):
     assert line['classes'][0]['name'] == name
     assert line['classes'][0]['probability'] == pytest.approx(probability, rel=1e-4)
     assert f'{bad}: cannot be decoded: not an image' in err
-    assert err.splitlines()[-1] == 'error: 1 of 2 pictures could not be read'
+    assert err.splitlines()[-1] == 'error: 1 of 2 images could not be read'

@@ -102,7 +102,7 @@ def assert_same_up_to_rounding(directory, other):
 def test_two_processes_are_stopped_by_either_and_one_goes_on(whole, command, tmp_path, capsys):
     directory = tmp_path / 'run'
     job = Job(command, 2, directory, *as_flags(SHORT))
-    wait_for(job, (directory / 'model.json').exists)  # just before the first step
+    wait_for(job, (directory / 'metrics.jsonl').exists)  # just before the first step
     job.processes[1].send_signal(signal.SIGTERM)
     said = finish(job)
     step = int(re.search(r'stopped; step (\d+) is saved', said)[1])

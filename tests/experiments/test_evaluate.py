@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import experiment
 from experiments.evaluate import EVALUATIONS_FILE, evaluate, watch
-from experiments.run import metric_writers, parallel, workdir
+from experiments.experiment import build
+from experiments.run import evaluation, metric_writers, parallel, workdir
 from experiments.train import train
+from experiments.train_step import init_state, make_eval_step
 from nfnets_jax import augment
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights.checkpoints import CheckpointReader
@@ -40,13 +41,13 @@ def test_the_figures_are_those_of_training_whatever_the_batch_size(run, batch_si
 def test_the_figures_are_right(run):
     """Against the plain forward pass over all test pictures at once, in numpy."""
     directory, final = run
-    setting = experiment.prepare(workdir.load_config(directory))
-    like = jax.eval_shape(lambda: experiment.init_state(setting))
-    state = CheckpointReader(directory / 'checkpoints').restore(6, like)
-    source = setting.test_source
+    experiment = build(workdir.load_config(directory))
+    template = jax.eval_shape(lambda: init_state(experiment))
+    state = CheckpointReader(directory / 'checkpoints').restore(6, template)
+    source = experiment.test_source
     images = augment.normalize(np.stack([source[i]['image'] for i in range(len(source))]))
     labels = np.array([source[i]['label'] for i in range(len(source))])
-    apply = jax.jit(setting.model.apply, static_argnums=4)
+    apply = jax.jit(experiment.model.apply, static_argnums=4)
     outputs, _ = apply(state.ema_params, state.ema_state, None, images, False)
     logits = np.asarray(outputs['logits'], np.float64)
     ranked = np.argsort(-logits, axis=1)
@@ -84,6 +85,12 @@ def test_evaluation_changes_nothing(run):
     before = {path: path.stat().st_mtime_ns for path in directory.rglob('*')}
     evaluate(directory)
     assert {path: path.stat().st_mtime_ns for path in directory.rglob('*')} == before
+
+
+def test_the_training_images_can_be_evaluated(run):
+    results = evaluate(run[0], split='train')
+    assert set(results) >= {'step', 'train/loss', 'train/top1', 'train_ema/top5'}
+    assert evaluation.describe_accuracy(results).startswith('train top-1 ')
 
 
 def test_mistakes(run, tmp_path):
@@ -139,10 +146,10 @@ def test_watching_ends_with_ctrl_c_in_one_line(command, tmp_path):
 
 def test_the_sums_ignore_padding(run):
     directory, _ = run
-    setting = experiment.prepare(workdir.load_config(directory))
-    step = experiment.make_eval_step(setting)
-    variables = parallel.replicate(experiment.init_state(setting).variables())
-    example = setting.test_source[0]
+    experiment = build(workdir.load_config(directory))
+    step = make_eval_step(experiment)
+    variables = parallel.replicate(init_state(experiment).variables())
+    example = experiment.test_source[0]
     batch = {
         'image': np.stack([example['image']] * 8),
         'label': np.full(8, example['label'], np.int32),
@@ -156,15 +163,15 @@ def test_evaluation_computes_in_its_own_precision(tmp_path):
     config = tiny_config(precision='bfloat16', eval__precision='float32')
     trained = train(config, tmp_path / 'run')['final']
     assert evaluate(tmp_path / 'run')['test/loss'] == trained['test/loss']
-    setting = experiment.prepare(workdir.load_config(tmp_path / 'run'))
+    experiment = build(workdir.load_config(tmp_path / 'run'))
     state = CheckpointReader(tmp_path / 'run' / 'checkpoints').restore(
-        6, jax.eval_shape(lambda: experiment.init_state(setting))
+        6, jax.eval_shape(lambda: init_state(experiment))
     )
 
     def loss(precision):
-        setting.config.eval.precision = precision
+        experiment.config.eval.precision = precision
         placed = parallel.replicate(state.variables())
-        return experiment.evaluate(setting, experiment.make_eval_step(setting), placed)['test/loss']
+        return evaluation.evaluate(experiment, make_eval_step(experiment), placed)['test/loss']
 
     assert loss('float32') == trained['test/loss']
     assert loss('training') == loss('bfloat16') != trained['test/loss']

@@ -50,7 +50,7 @@ def test_the_suffix_says_the_format(weights, tmp_path):
     with pytest.raises(UsageError, match=r"unknown suffix \(did you mean '\.onnx'\?\)"):
         export.export_weights(weights, tmp_path / 'w.onx')
     unknown = weights._replace(metadata=pretrained.Metadata())
-    with pytest.raises(UsageError, match='no known model'):
+    with pytest.raises(UsageError, match='not those of a known model'):
         export.export_weights(unknown, tmp_path / 'w.safetensors')
     assert [path.name for path in tmp_path.iterdir()] == ['w.stablehlo']
 

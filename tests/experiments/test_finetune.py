@@ -12,7 +12,10 @@ from PIL import Image
 
 from configs import finetune
 from experiments import config as schema
-from experiments import evaluate, experiment, train
+from experiments import evaluate, train
+from experiments.experiment import build
+from experiments.run.init_weights import load_weights
+from experiments.train_step import init_state
 from nfnets_jax import augment, load_pretrained
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import pretrained
@@ -102,14 +105,17 @@ def test_wrong_arguments_are_told(arguments, problem):
 
 
 def test_training_starts_from_the_weights_and_a_new_head(weights, folder):
-    setting = experiment.prepare(small(f'weights={weights},data={folder}'))
-    assert setting.pictures.shape == (12, 12, 3)
-    assert (setting.pictures.test_size, setting.pictures.test_mode) == (16, 'resize_crop_4')
-    params, state, report = experiment.load_weights(setting)
+    experiment = build(small(f'weights={weights},data={folder}'))
+    assert experiment.image_spec.shape == (12, 12, 3)
+    assert (experiment.image_spec.test_size, experiment.image_spec.test_mode) == (
+        16,
+        'resize_crop_4',
+    )
+    params, state, report = load_weights(experiment)
     assert set(report.new_head) == {f'{HEAD}/w', f'{HEAD}/b'}
-    started = experiment.init_state(setting, (params, state))
+    started = init_state(experiment, (params, state))
     source = load_pretrained(weights).params
-    random = experiment.init_state(setting).params
+    random = init_state(experiment).params
     for module in source:
         chex.assert_trees_all_equal(started.params[module], params[module])
         expected = random[module] if module == HEAD else source[module]
@@ -138,7 +144,7 @@ def test_a_frozen_body_stays_and_the_run_knows_what_it_is(weights, folder, tmp_p
 
 def test_a_pattern_freezes_what_it_matches(weights, folder):
     config = small(f'weights={weights},data={folder},freeze=.*/initial_conv/.*')
-    groups = experiment.prepare(config).optimizer.groups
+    groups = build(config).optimizer.groups
     frozen = {name for name, group in groups.items() if group.freeze}
     assert frozen == {f'NF_ResNet/~/initial_conv/{leaf}' for leaf in ('w', 'gain', 'bias')}
 
@@ -146,7 +152,7 @@ def test_a_pattern_freezes_what_it_matches(weights, folder):
 @pytest.mark.parametrize(
     ('key', 'value', 'problem'),
     [
-        ('name', 'NF-ResNet-14', r'weights of NF-ResNet-8, but config\.model\.name'),
+        ('name', 'NF-ResNet-50', r'weights of NF-ResNet-8, but config\.model\.name'),
         ('depths', (1, 2), r'config\.model\.depths=\[1, 2\]: .* a network with \[1, 1\]'),
     ],
 )
@@ -155,7 +161,36 @@ def test_weights_of_another_network_are_refused(key, value, problem, weights, fo
     with config.model.ignore_type():
         config.model[key] = value
     with pytest.raises(UsageError, match=problem):
-        experiment.load_weights(experiment.prepare(config))
+        load_weights(build(config))
+
+
+def test_networks_are_compared_by_what_is_built(weights, folder):
+    """NF-ResNet-14 is NF-ResNet-8 but for the depths, which the config gives."""
+    config = small(f'weights={weights},data={folder}')
+    config.model.name = 'NF-ResNet-14'
+    _, _, report = load_weights(build(config))
+    assert report.fits
+
+
+def test_timms_weights_are_read_under_the_name_that_version_0_1_0_gave_them(folder, tmp_path):
+    sizes = {'widths': (16, 16), 'depths': (1, 1)}
+    metadata = pretrained.Metadata(model='nf_resnet50', options=sizes, num_classes=2)
+    rng = np.random.default_rng(0)
+    params, state = jax.tree.map(
+        lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32),
+        pretrained.variable_shapes(metadata),
+    )
+    path = tmp_path / 'w.safetensors'
+    pretrained.save_weights(path, pretrained.Weights(params, state, metadata))
+    config = small(f'weights={path},data={folder}')
+    config.model = {'name': 'NF-ResNet-50', 'conventions': 'timm', **sizes}
+    config.init.new_head = False
+    experiment = build(config)
+    *variables, _ = load_weights(experiment)
+    images = rng.normal(size=(2, 32, 32, 3)).astype(np.float32)
+    outputs, _ = experiment.model.apply(*variables, None, images, False)
+    expected, _ = pretrained.network(metadata).apply(params, state, None, images, False)
+    np.testing.assert_allclose(outputs['logits'], expected['logits'], rtol=1e-4, atol=1e-5)
 
 
 def test_a_class_without_pictures_is_named_and_nothing_written(weights, folder, tmp_path):
@@ -177,17 +212,17 @@ def test_images_are_normalized_as_the_weights_were_trained(weights, folder, tmp_
     assert (tuned.metadata.mean, tuned.metadata.std) == (half['mean'], half['std'])
 
     # Training and evaluation compute by them, not ImageNet's.
-    setting = experiment.prepare(config)
+    experiment = build(config)
     keys = augment.example_keys(0, 0, np.arange(4))
     gray = np.full((4, 12, 12, 3), 100, np.uint8)
-    images, _ = setting.augmentation(keys, gray, np.zeros(4, np.int32))
+    images, _ = experiment.augmentation(keys, gray, np.zeros(4, np.int32))
     expected = (100 - np.array(half['mean'])) / half['std']
     np.testing.assert_allclose(images, np.broadcast_to(expected, images.shape), rtol=1e-5)
-    source, transform = setting.test_source, setting.pictures.test_transform
+    source, transform = experiment.test_source, experiment.image_spec.test_transform
     rng = np.random.default_rng(0)
     pixels = np.stack([transform(source[i]['image'], rng) for i in range(len(source))])
     normalized = ((pixels - np.array(half['mean'])) / half['std']).astype(np.float32)
-    outputs, _ = setting.model.apply(tuned.params, tuned.state, None, normalized, False)
+    outputs, _ = experiment.model.apply(tuned.params, tuned.state, None, normalized, False)
     losses = optax.softmax_cross_entropy_with_integer_labels(
         outputs['logits'], np.array([source[i]['label'] for i in range(len(source))])
     )
@@ -196,7 +231,7 @@ def test_images_are_normalized_as_the_weights_were_trained(weights, folder, tmp_
 
     del config.data['std']
     with pytest.raises(UsageError, match=r'config\.data\.std=.* were trained with \(127\.0, '):
-        experiment.load_weights(experiment.prepare(config))
+        load_weights(build(config))
 
 
 def test_a_network_that_is_unknown_is_not_called_a_mistake_of_the_data(folder):
@@ -204,7 +239,7 @@ def test_a_network_that_is_unknown_is_not_called_a_mistake_of_the_data(folder):
     config.data = {'name': 'folder', 'path': str(folder)}
     config.model.name = 'NF-ResNet-9'
     with pytest.raises(UsageError, match=r"^config\.model: unknown 'NF-ResNet-9' \(did you mean"):
-        experiment.prepare(config)
+        build(config)
 
 
 @pytest.mark.parametrize('freeze', ['', ',freeze=body'])
@@ -239,7 +274,7 @@ def test_weights_that_do_not_say_what_they_are_are_read_once(folder, tmp_path, m
     )
     config = small(f'weights={tmp_path}/plain.npz,data={folder}')
     assert config.model.name == 'NF-ResNet-8'
-    params, *_ = experiment.load_weights(experiment.prepare(config))
+    params, *_ = load_weights(build(config))
     assert len(read) == 1
     module = 'NF_ResNet/~/initial_conv'
     np.testing.assert_array_equal(params[module]['w'], filled[0][module]['w'])
@@ -288,5 +323,5 @@ def test_a_large_folder_has_the_papers_batch(monkeypatch):
 def test_six_steps_are_a_duration_like_any(weights, folder):
     config = finetune.get_config(f'weights={weights},data={folder}')
     config.duration = '6 steps'
-    setting = experiment.prepare(config)
-    assert (setting.log_every, setting.eval_every, setting.checkpoint_every) == (1, 1, 1)
+    experiment = build(config)
+    assert (experiment.log_every, experiment.eval_every, experiment.checkpoint_every) == (1, 1, 1)

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import experiment
-from experiments.experiment import prepare
+from experiments.experiment import build
 from experiments.run import metric_writers, parallel
-from experiments.train import _open_batches, train
-from experiments.train_step import make_train_step
+from experiments.run.batches import open_batches
+from experiments.train import train
+from experiments.train_step import init_state, make_train_step
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError
 from tests.experiments.conftest import tiny_config
@@ -31,13 +31,13 @@ def whole(tmp_path_factory):
 
 def test_every_image_of_an_epoch_is_read_once():
     """A step of 64 examples reads 128 images; epochs count examples, as the authors' do."""
-    setting = prepare(tiny_config(data=NOISE, duration='1 epochs', **MIXED))
-    assert (setting.total_steps, setting.images_per_step) == (4, 128)
-    with _open_batches(setting, 0, pipeline.UnreadableExamples()) as batches:
+    experiment = build(tiny_config(data=NOISE, duration='1 epochs', **MIXED))
+    assert (experiment.total_steps, experiment.images_per_step) == (4, 128)
+    with open_batches(experiment, 0, pipeline.UnreadableExamples()) as batches:
         for _ in range(2):
             read = [np.asarray(next(batches)['image']).reshape(128, -1) for _ in range(2)]
             found = sorted(image.tobytes() for image in np.concatenate(read))
-            assert found == sorted(image.tobytes() for image in setting.train_source.images)
+            assert found == sorted(image.tobytes() for image in experiment.train_source.images)
             assert len(set(found)) == 256
 
 
@@ -76,11 +76,11 @@ def test_pairs_of_the_batch_are_another_experiment(whole, tmp_path):
 
 def test_parts_of_a_batch_add_up_to_the_whole():
     def step(**changes):
-        setting = prepare(tiny_config(**MIXED, **changes))
-        with _open_batches(setting, 0, pipeline.UnreadableExamples()) as batches:
+        experiment = build(tiny_config(**MIXED, **changes))
+        with open_batches(experiment, 0, pipeline.UnreadableExamples()) as batches:
             stop = parallel.shard(np.zeros(jax.device_count(), np.float32))
-            state = parallel.replicate(experiment.init_state(setting))
-            state, _ = make_train_step(setting)(state, next(batches) | {'stop': stop})
+            state = parallel.replicate(init_state(experiment))
+            state, _ = make_train_step(experiment)(state, next(batches) | {'stop': stop})
         return state.params
 
     chex.assert_trees_all_close(step(), step(accumulate=4), rtol=1e-5, atol=1e-6)
@@ -88,4 +88,4 @@ def test_parts_of_a_batch_add_up_to_the_whole():
 
 def test_a_batch_that_reads_more_images_than_there_are_is_refused():
     with pytest.raises(UsageError, match=r"mix_pairs='distinct': a step .*=200 reads 400 images"):
-        prepare(tiny_config(data=NOISE, batch_size=200, **MIXED))
+        build(tiny_config(data=NOISE, batch_size=200, **MIXED))

@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from experiments import evaluate as evaluation
-from experiments import experiment
+from experiments import evaluate as evaluate_command
 from experiments.evaluate import evaluate
-from experiments.run import curves, metric_writers, workdir
+from experiments.run import curves, evaluation, metric_writers, workdir
 from experiments.train import train
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError
@@ -166,11 +165,11 @@ def validated(tmp_path_factory):
     config.eval.every = config.checkpoint.every = '1 steps'
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        real = experiment.evaluate
+        real = evaluation.evaluate
 
-        def counted(setting, step, variables, split):
+        def counted(experiment, step, variables, split):
             calls.append(split)
-            return real(setting, step, variables, split)
+            return real(experiment, step, variables, split)
 
         patch.setattr('experiments.train.evaluate', counted)
         summary = train(config, root / 'run')
@@ -205,13 +204,13 @@ def test_the_default_is_the_test_and_a_watched_job_is_watched_on_validation(vali
     directory, _, _ = validated
     assert 'test/top1' in evaluate(directory)
     lines = [line for line in metric_writers.read_metrics(directory) if 'validation/top1' in line]
-    assert list(evaluation.watch(directory, seconds=0)) == [
+    assert list(evaluate_command.watch(directory, seconds=0)) == [
         line for line in lines if line['step'] in saved(directory.parent)[0]
     ]
 
 
 def test_both_are_told(validated):
-    line = experiment.describe(validated[1]['final'])
+    line = evaluation.describe_accuracy(validated[1]['final'])
     assert line.startswith('validation top-1 ')
     assert '; test top-1 ' in line
 

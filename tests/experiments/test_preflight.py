@@ -67,8 +67,8 @@ def test_what_makes_it_fit(available, flags, compiled, tiny, monkeypatch):
     """The search alone: a compiler that needs 10 GB for all, 9 as a loop, and 1 recomputed."""
     found = []
 
-    def examine(task, target, waiting):
-        config = task.config
+    def examine(experiment, target, waiting):
+        config = experiment.config
         kind = next((k for k in ('remat', 'scan') if config.model.get(k)), '')
         found.append(f'{config.accumulate} {kind}'.strip())
         needed = {'': 10e9, 'scan': 9e9, 'remat': 1e9}[kind] / config.accumulate

@@ -21,7 +21,7 @@ def read(data_dir):
 
 @pytest.fixture
 def prepared(tmp_path):
-    directory = prepare_data.prepare('grey_pictures', str(tmp_path))
+    directory = prepare_data.prepare_dataset('grey_pictures', str(tmp_path))
     assert directory == tmp_path / 'grey_pictures' / '1.0.0'
     return directory
 
@@ -43,7 +43,7 @@ def as_tfrecords(directory):
 
 def test_preparing_again_changes_nothing(prepared, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
-    assert prepare_data.prepare('grey_pictures', str(tmp_path)) == prepared
+    assert prepare_data.prepare_dataset('grey_pictures', str(tmp_path)) == prepared
     assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
 
 
@@ -52,7 +52,7 @@ def test_tfrecords_are_converted_by_the_command_the_error_names(prepared, tmp_pa
     as_tfrecords(prepared)
     with pytest.raises(UsageError, match=r'as tfrecord.*prepare_data --dataset=grey_pictures'):
         read(tmp_path)
-    prepare_data.prepare('grey_pictures', str(tmp_path))
+    prepare_data.prepare_dataset('grey_pictures', str(tmp_path))
     assert read(tmp_path) == expected
     assert [path.name for path in prepared.glob('*.tmp')] == []
 
@@ -67,11 +67,11 @@ def test_a_conversion_that_stops_is_not_taken_for_whole(prepared, tmp_path):
     ):
         records.write_bytes(content)
         with pytest.raises(UsageError, match=match):
-            prepare_data.prepare('grey_pictures', str(tmp_path))
+            prepare_data.prepare_dataset('grey_pictures', str(tmp_path))
         with pytest.raises(UsageError, match='prepared as tfrecord'):
             read(tmp_path)
     records.write_bytes(whole)
-    prepare_data.prepare('grey_pictures', str(tmp_path))
+    prepare_data.prepare_dataset('grey_pictures', str(tmp_path))
     assert read(tmp_path) == expected
 
 
@@ -84,11 +84,11 @@ def test_preparing_that_stops_is_not_taken_for_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(GreyPictures, '_generate_examples', lose_disk)
     with pytest.raises(UsageError, match='Input/output error.*same command continues'):
-        prepare_data.prepare('grey_pictures', str(tmp_path))
+        prepare_data.prepare_dataset('grey_pictures', str(tmp_path))
     with pytest.raises(UsageError, match='not found'):
         read(tmp_path)
     monkeypatch.undo()
-    prepare_data.prepare('grey_pictures', str(tmp_path))
+    prepare_data.prepare_dataset('grey_pictures', str(tmp_path))
     assert len(read(tmp_path)) == 20
 
 
@@ -111,10 +111,10 @@ def test_a_full_disk_leaves_nothing_that_is_taken_for_whole(tmp_path, size):
         largest_file(size),
         pytest.raises(UsageError, match='File too large.*same command continues'),
     ):
-        prepare_data.prepare('grey_pictures', str(tmp_path))
+        prepare_data.prepare_dataset('grey_pictures', str(tmp_path))
     with pytest.raises(UsageError, match='not found'):
         read(tmp_path)
-    prepare_data.prepare('grey_pictures', str(tmp_path))
+    prepare_data.prepare_dataset('grey_pictures', str(tmp_path))
     assert len(read(tmp_path)) == 20
 
 
@@ -125,10 +125,10 @@ def test_a_full_disk_while_converting(prepared, tmp_path):
         largest_file(3000),
         pytest.raises(UsageError, match='File too large.*same command continues'),
     ):
-        prepare_data.prepare('grey_pictures', str(tmp_path))
+        prepare_data.prepare_dataset('grey_pictures', str(tmp_path))
     with pytest.raises(UsageError, match='prepared as tfrecord'):
         read(tmp_path)
-    prepare_data.prepare('grey_pictures', str(tmp_path))
+    prepare_data.prepare_dataset('grey_pictures', str(tmp_path))
     assert read(tmp_path) == expected
 
 
@@ -136,7 +136,7 @@ def test_space_is_checked_first(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10, 10, 0))
     monkeypatch.setattr(tfds.core.DatasetInfo, 'download_size', 3_000_000_000)
     with pytest.raises(UsageError, match=r'needs 3\.0 GB in .* 0\.0 GB are free'):
-        prepare_data.prepare('grey_pictures', str(tmp_path))
+        prepare_data.prepare_dataset('grey_pictures', str(tmp_path))
     assert not list(tmp_path.rglob('*.array_record*'))
 
 
@@ -145,7 +145,7 @@ def test_imagenet_says_what_it_needs(tmp_path):
     manual.mkdir(parents=True)
     (manual / 'ILSVRC2012_img_train.tar').write_bytes(b'')
     with pytest.raises(UsageError, match=r'needs ILSVRC2012_img_val\.tar in .*manual'):
-        prepare_data.prepare('imagenet2012', str(tmp_path))
+        prepare_data.prepare_dataset('imagenet2012', str(tmp_path))
     assert not (tmp_path / 'imagenet2012').exists() or not list(
         pathlib.Path(tmp_path / 'imagenet2012').rglob('*record*')
     )

@@ -12,7 +12,7 @@ def test_counterpart_is_the_batch_normalised_resnet_as_deep():
 
 
 def test_measured_and_drawn(tmp_path):
-    signal = signal_propagation.measure('NF-ResNet-8', size=16, batch_size=8)
+    signal = signal_propagation.measure_signal('NF-ResNet-8', size=16, batch_size=8)
     assert {metric: values.shape for metric, values in signal.items()} == {
         'avg_sq_mean': (4,),
         'avg_var': (4,),
@@ -32,10 +32,10 @@ def test_measured_and_drawn(tmp_path):
 
 
 def test_a_gain_of_zero_leaves_the_shortcut_alone():
-    signal = signal_propagation.measure('NF-ResNet-8', size=16, batch_size=4, gain=0.0)
+    signal = signal_propagation.measure_signal('NF-ResNet-8', size=16, batch_size=4, gain=0.0)
     assert signal['avg_var'][1] == pytest.approx(signal['avg_var'][0])
 
 
 def test_a_network_without_blocks_has_nothing_to_measure():
     with pytest.raises(UsageError, match='SmallCNN has no residual blocks'):
-        signal_propagation.measure('SmallCNN', size=32, batch_size=1)
+        signal_propagation.measure_signal('SmallCNN', size=32, batch_size=1)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import experiment
+from experiments.experiment import build
 from experiments.run import metric_writers, workdir
 from experiments.train import DivergedError, train
+from experiments.train_step import init_state
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights.checkpoints import CheckpointReader
 from tests.experiments.conftest import ONE_BLOCK, tiny_config
@@ -22,10 +23,10 @@ from tests.test_files import files_no_larger_than
 
 def final_state(directory):
     """The training state that a run ended with."""
-    setting = experiment.prepare(workdir.load_config(directory))
-    like = jax.eval_shape(lambda: experiment.init_state(setting))
+    experiment = build(workdir.load_config(directory))
+    template = jax.eval_shape(lambda: init_state(experiment))
     checkpoints = CheckpointReader(f'{directory}/checkpoints')
-    return checkpoints.restore(setting.total_steps, like)
+    return checkpoints.restore(experiment.total_steps, template)
 
 
 def timeless(directory):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -13,10 +14,16 @@ import optax
 import pytest
 
 from configs.finetune import head_only
-from experiments.experiment import init_state, make_eval_step, prepare
+from experiments.experiment import build
 from experiments.run import parallel, step_metrics
+from experiments.run.recovery import computed_per_device
 from experiments.train import train
-from experiments.train_step import compile_programs, computed_per_device, make_train_step
+from experiments.train_step import (
+    compile_programs,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 from nfnets_jax import augment, optimizers
 from tests.experiments.conftest import ONE_BLOCK, tiny_config
 from tests.experiments.test_train import final_state
@@ -37,13 +44,13 @@ def batch(labels=None):
     )
 
 
-def begin(task):
-    return parallel.replicate(init_state(task))
+def begin(experiment):
+    return parallel.replicate(init_state(experiment))
 
 
 def two_steps(config):
-    task = prepare(config)
-    step, state = make_train_step(task), begin(task)
+    experiment = build(config)
+    step, state = make_train_step(experiment), begin(experiment)
     for _ in range(2):
         state, _ = step(state, batch())
     return jax.device_get(state)
@@ -79,8 +86,8 @@ def test_parts_go_with_every_way_to_train(tiny, changes):
 
 
 def lowered(config):
-    task = prepare(config)
-    return make_train_step(task).lower(begin(task), batch())
+    experiment = build(config)
+    return make_train_step(experiment).lower(begin(experiment), batch())
 
 
 def test_everything_is_averaged_over_the_devices_in_one_operation(tiny, plain):
@@ -105,14 +112,17 @@ def test_low_precision_gradients_change_little(tiny, plain):
 
 
 def test_steps_that_are_not_finite_are_left_out_and_counted(tiny):
-    task = prepare(tiny(skip_nonfinite=1, optimizer__schedule__name='constant'))
-    augmentation = task.augmentation
+    experiment = build(tiny(skip_nonfinite=1, optimizer__schedule__name='constant'))
+    augmentation = experiment.augmentation
 
     def broken(keys, images, labels):
         images, targets = augmentation(keys, images, jnp.abs(labels))
         return jnp.where(jnp.min(labels) < 0, jnp.nan, images), targets
 
-    step, state = make_train_step(task._replace(augmentation=broken)), begin(task)
+    step, state = (
+        make_train_step(dataclasses.replace(experiment, augmentation=broken)),
+        begin(experiment),
+    )
     bad = batch(np.full(ROWS, -1, np.int32))
     state, _ = step(state, batch())
     before = jax.device_get(state)
@@ -151,7 +161,7 @@ def test_runs_that_differ_in_numbers_share_their_programs(tiny, tmp_path):
     alone = train(tiny(duration=2, **changes), tmp_path / 'alone', quiet=True)
     assert shared[1]['final'] == alone['final'] != shared[0]['final']
 
-    compile_programs(prepare(tiny(duration=2, ema=0.9)), programs)
+    compile_programs(build(tiny(duration=2, ema=0.9)), programs)
     assert len(programs) == 2
 
 
@@ -195,14 +205,16 @@ def reference_gradient(freeze, rho, devices):
 
     One device computes it of the whole batch; for SAM it climbs by each share of it in turn.
     """
-    task = prepare(tiny_config(optimizer__groups=FREEZE[freeze], **PLAIN_SGD))
-    params = jax.device_get(init_state(task).params)
+    experiment = build(tiny_config(optimizer__groups=FREEZE[freeze], **PLAIN_SGD))
+    params = jax.device_get(init_state(experiment).params)
     rows = jax.device_get(batch())
     images = rows['image'].reshape(devices, ROWS // devices, 8, 8, 3).astype(np.float64)
     images = (images - augment.IMAGENET_MEAN) / augment.IMAGENET_STD
     labels = rows['label'].reshape(devices, -1)
     rest = {
-        module: {k: v for k, v in leaves.items() if task.optimizer.groups[f'{module}/{k}'].freeze}
+        module: {
+            k: v for k, v in leaves.items() if experiment.optimizer.groups[f'{module}/{k}'].freeze
+        }
         for module, leaves in params.items()
     }
     trained = {
@@ -212,7 +224,7 @@ def reference_gradient(freeze, rho, devices):
 
     def loss(trained, images, labels):
         whole = {module: {**rest[module], **trained[module]} for module in params}
-        outputs, _ = task.model.apply(whole, {}, None, images, True)
+        outputs, _ = experiment.model.apply(whole, {}, None, images, True)
         chances = jax.nn.log_softmax(outputs['logits'].astype(jnp.float64))
         return -jnp.mean(jnp.take_along_axis(chances, labels[:, None], axis=1))
 
@@ -244,7 +256,7 @@ _QUICK = {('nothing', RHO, 4, 1), ('nothing', RHO, 4, 4), ('stem', RHO, 4, 4), (
 def test_the_gradient_is_that_of_float64(freeze, rho, accumulate, devices, tiny, few_devices):
     reference = reference_gradient(freeze, rho, devices)
     few_devices(devices)
-    task = prepare(
+    experiment = build(
         tiny(
             optimizer__groups=FREEZE[freeze],
             accumulate=accumulate,
@@ -253,9 +265,9 @@ def test_the_gradient_is_that_of_float64(freeze, rho, accumulate, devices, tiny,
             **PLAIN_SGD,
         )
     )
-    state = begin(task)
+    state = begin(experiment)
     before = jax.device_get(state.params)
-    state, _ = make_train_step(task)(state, batch())
+    state, _ = make_train_step(experiment)(state, batch())
     after, sums = jax.device_get((state.params, state.window))
     gradient = jax.tree.map(lambda x, y: x.astype(np.float64) - y, before, after)
     error, size = 0.0, 0.0
@@ -280,16 +292,16 @@ def test_with_sam_the_number_of_devices_makes_a_difference():
     assert jnp.linalg.norm(one - other) > 0.02 * jnp.linalg.norm(one)
 
 
-def operations(task):
-    """Returns the floating-point operations of the compiled step of a task."""
-    compiled = make_train_step(task).lower(begin(task), batch()).compile()
+def operations(experiment):
+    """Returns the floating-point operations of the compiled step of a experiment."""
+    compiled = make_train_step(experiment).lower(begin(experiment), batch()).compile()
     return compiled.cost_analysis()['flops'], compiled
 
 
 def test_frozen_parameters_cost_a_forward_pass_and_no_all_reduce(tiny):
     model = {'name': 'NF-ResNet-8', 'widths': (8, 8), 'depths': (1, 1)}
     (whole, _), (head, compiled) = (
-        operations(prepare(tiny(model=model, optimizer__groups=FREEZE[freeze])))
+        operations(build(tiny(model=model, optimizer__groups=FREEZE[freeze])))
         for freeze in ('nothing', 'body')
     )
     assert head < 0.45 * whole
@@ -300,19 +312,19 @@ def test_frozen_parameters_cost_a_forward_pass_and_no_all_reduce(tiny):
 @pytest.mark.parametrize('skip_nonfinite', [0, 1])
 def test_a_frozen_parameter_whose_gradient_would_be_lost_does_not_matter(tiny, skip_nonfinite):
     """The square root of a frozen 0 has no gradient, and none is taken."""
-    task = prepare(tiny(optimizer__groups=FREEZE['stem'], skip_nonfinite=skip_nonfinite))
+    experiment = build(tiny(optimizer__groups=FREEZE['stem'], skip_nonfinite=skip_nonfinite))
     stem = 'NF_ResNet/~/initial_conv'
 
     def apply(params, *args):
-        outputs, state = task.model.apply(params, *args)
+        outputs, state = experiment.model.apply(params, *args)
         root = jnp.sum(jnp.sqrt(params[stem]['bias']))
         return outputs | {'logits': outputs['logits'] + root}, state
 
-    state = begin(task)
+    state = begin(experiment)
     assert not state.params[stem]['bias'].any()
-    state, _ = make_train_step(task._replace(model=task.model._replace(apply=apply)))(
-        state, batch()
-    )
+    state, _ = make_train_step(
+        dataclasses.replace(experiment, model=experiment.model._replace(apply=apply))
+    )(state, batch())
     assert step_metrics.nonfinite_steps(state.window) == 0
     chex.assert_tree_all_finite(state.params)
 
@@ -367,9 +379,9 @@ def test_a_run_with_frozen_parameters_of_an_earlier_version_goes_on(tiny, tmp_pa
     ],
 )
 def test_what_depends_on_the_number_of_devices_is_known(tiny, changes, named):
-    task = prepare(tiny(**changes))
-    state = jax.eval_shape(lambda: init_state(task)).state
-    assert computed_per_device(task, state) == named
+    experiment = build(tiny(**changes))
+    state = jax.eval_shape(lambda: init_state(experiment)).state
+    assert computed_per_device(experiment, state) == named
 
 
 MIXED = {
@@ -402,23 +414,25 @@ MIXED = {
 )
 def test_the_steps_trace_under_strict_promotion(tiny, changes, precision):
     # Keys of a model that is given whole come after it.
-    task = prepare(tiny(precision=precision, **changes))
+    experiment = build(tiny(precision=precision, **changes))
     shapes = jax.eval_shape(batch)
     with jax.numpy_dtype_promotion('strict'):
-        state = jax.eval_shape(lambda: init_state(task))
-        after, _ = jax.eval_shape(make_train_step(task), state, shapes)
+        state = jax.eval_shape(lambda: init_state(experiment))
+        after, _ = jax.eval_shape(make_train_step(experiment), state, shapes)
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
         mask = jax.ShapeDtypeStruct(shapes['label'].shape, jnp.float32)
-        sums = jax.eval_shape(make_eval_step(task), state.variables(), shapes | {'mask': mask})
+        sums = jax.eval_shape(
+            make_eval_step(experiment), state.variables(), shapes | {'mask': mask}
+        )
     assert sums
     assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {np.dtype('float32')}
 
 
 def test_a_state_has_the_same_dtypes_under_x64(tiny):
     """Or a run could not go on without the flag, or with it."""
-    task = prepare(tiny(model={'name': 'ResNet-8', **ONE_BLOCK}, optimizer__name='adam'))
-    state = jax.eval_shape(lambda: init_state(task))
+    experiment = build(tiny(model={'name': 'ResNet-8', **ONE_BLOCK}, optimizer__name='adam'))
+    state = jax.eval_shape(lambda: init_state(experiment))
     with jax.enable_x64(True):
         chex.assert_trees_all_equal_shapes_and_dtypes(
-            jax.eval_shape(lambda: init_state(task)), state
+            jax.eval_shape(lambda: init_state(experiment)), state
         )

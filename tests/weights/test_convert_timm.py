@@ -186,3 +186,26 @@ def test_other_networks_of_timm_are_refused_by_name(change, named):
 def test_only_timms_names_are_taken_for_timms():
     assert convert_timm.is_timm(['stem.conv.weight', 'stages.0.0.conv1.weight'])
     assert not convert_timm.is_timm(['NFNet/~/stem_conv0/w', 'layer1.0.conv1.weight'])
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        ('NF-ResNet-50', {'widths': (16, 16), 'depths': (1, 2)}),
+        ('NF-RegNet-B0', {'widths': (16, 16), 'depths': (1, 2)}),
+    ],
+)
+def test_with_skip_gains_a_network_computes_the_same(name, options):
+    network = build(name, 5, conventions='timm_gains', **options)
+    images = np.random.RandomState(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    rng = np.random.RandomState(1)
+    params = jax.tree.map(
+        lambda x: 0.5 * rng.standard_normal(x.shape).astype(np.float32),
+        jax.eval_shape(lambda: network.init(jax.random.key(0), images, True))[0],
+    )
+    expected, _ = network.apply(params, {}, None, images, False)
+    activation = {'NF-ResNet-50': 'relu', 'NF-RegNet-B0': 'silu'}[name]
+    outputs, _ = build(name, 5, conventions='timm', **options).apply(
+        convert_timm.to_skip_gains(params, activation), {}, None, images, False
+    )
+    np.testing.assert_allclose(outputs['logits'], expected['logits'], rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.launch.distributed import Peers, joined
+from experiments.launch.distributed import Options, session
 from experiments.run import parallel
 from nfnets_jax.errors import UsageError
 from tests.experiments.conftest import ROOT
@@ -161,20 +161,20 @@ def test_one_that_the_others_never_join_gives_up():
     ],
 )
 def test_flags_that_do_not_fit(flags, message):
-    with pytest.raises(UsageError, match=message), joined(Peers(*flags, 300, 60)):
+    with pytest.raises(UsageError, match=message), session(Options(*flags, 300, 60)):
         pass
 
 
 @pytest.mark.parametrize('name', ['SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'])
 def test_a_launcher_of_one_process_is_no_cluster(monkeypatch, name):
     monkeypatch.setenv(name, '1')
-    with joined(Peers(None, None, None, 300, 60)):
+    with session(Options(None, None, None, 300, 60)):
         assert parallel.is_primary()
 
 
 def test_one_process_may_say_that_it_is_alone(monkeypatch):
     monkeypatch.setenv('SLURM_NTASKS', '2')
-    with joined(Peers(None, 1, None, 300, 60)):
+    with session(Options(None, 1, None, 300, 60)):
         assert parallel.describe_devices() == '4 devices'
     tree = {'w': np.float32([-0.0])}
     assert parallel.broadcast(tree)['w'].tobytes() == tree['w'].tobytes()
@@ -209,8 +209,8 @@ def test_the_name_of_a_host_that_others_cannot_reach(
     jax.config.update('jax_platforms', platforms)
     try:
         expected = f'this host is called me, {found}' if found else 'the processes cannot be joined'
-        peers = Peers(coordinator, 2, 0, 300, 60)
-        with pytest.raises(UsageError, match=re.escape(expected)), joined(peers):
+        peers = Options(coordinator, 2, 0, 300, 60)
+        with pytest.raises(UsageError, match=re.escape(expected)), session(peers):
             pass
     finally:
         jax.config.update('jax_platforms', before)

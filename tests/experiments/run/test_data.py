@@ -17,26 +17,26 @@ def config_of(**data):
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
-    """Options of a data set whose pictures have one size."""
+    """Options of a data set whose images have one size."""
     data_dir = str(tmp_path_factory.mktemp('tfds'))
-    prepare_data.prepare('tiny_pictures', data_dir)
+    prepare_data.prepare_dataset('tiny_pictures', data_dir)
     assert TinyPictures.SHAPE == (8, 8, 3)
     return {'name': 'tfds', 'dataset': 'tiny_pictures', 'data_dir': data_dir}
 
 
 def test_pictures_of_one_size_are_left_as_they_are(tiny):
-    train, _, test, pictures = open_data(config_of(**tiny))
+    train, _, test, spec = open_data(config_of(**tiny))
     assert (len(train), len(test)) == (20, 6)
-    assert (pictures.shape, pictures.test_size) == ((8, 8, 3), 8)
-    assert pictures.train_transform is None
-    assert pictures.test_transform is None
+    assert (spec.shape, spec.test_size) == ((8, 8, 3), 8)
+    assert spec.train_transform is None
+    assert spec.test_transform is None
 
 
 def test_pictures_of_one_size_are_cropped_if_a_size_is_given(tiny):
-    train, _, test, pictures = open_data(config_of(**tiny, image_size=12, test_image_size=10))
-    image = pictures.train_transform(train[0]['image'], np.random.default_rng(0))
-    assert (image.shape, image.dtype) == (pictures.shape, np.uint8) == ((12, 12, 3), np.uint8)
-    assert pictures.test_transform(test[0]['image'], None).shape == (10, 10, 3)
+    train, _, test, spec = open_data(config_of(**tiny, image_size=12, test_image_size=10))
+    image = spec.train_transform(train[0]['image'], np.random.default_rng(0))
+    assert (image.shape, image.dtype) == (spec.shape, np.uint8) == ((12, 12, 3), np.uint8)
+    assert spec.test_transform(test[0]['image'], None).shape == (10, 10, 3)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_images_of_one_size_are_not_cropped_by_a_single_option(tiny, options, ma
 
 
 def test_the_size_that_images_have_leaves_them_as_they_are(tiny):
-    pictures = open_data(config_of(**tiny, image_size=8)).pictures
-    assert pictures == open_data(config_of(**tiny)).pictures
+    spec = open_data(config_of(**tiny, image_size=8)).image_spec
+    assert spec == open_data(config_of(**tiny)).image_spec
 
 
 def arrays(path, test_size=8, **more):
@@ -71,7 +71,9 @@ def test_arrays_of_two_sizes_are_refused(tmp_path):
     options = arrays(tmp_path / 'a.npz', test_size=6)
     with pytest.raises(UsageError, match=r"'arrays' are 8x8 to train on but 6x6 in another split"):
         open_data(config_of(**options))
-    assert open_data(config_of(**options, image_size=6, test_image_size=6)).pictures.test_size == 6
+    assert (
+        open_data(config_of(**options, image_size=6, test_image_size=6)).image_spec.test_size == 6
+    )
 
 
 def test_a_validation_split_is_there_or_none(tmp_path):
@@ -94,11 +96,11 @@ def folder(tmp_path):
 
 
 def test_encoded_pictures_come_to_the_published_sizes(folder):
-    train, _, test, pictures = open_data(config_of(**folder))
-    assert (pictures.shape, pictures.test_size) == ((224, 224, 3), 224)  # of NF-ResNet-50
-    image = pictures.train_transform(train[0]['image'], np.random.default_rng(0))
+    train, _, test, spec = open_data(config_of(**folder))
+    assert (spec.shape, spec.test_size) == ((224, 224, 3), 224)  # of NF-ResNet-50
+    image = spec.train_transform(train[0]['image'], np.random.default_rng(0))
     assert (image.shape, image.dtype) == ((224, 224, 3), np.uint8)
-    assert pictures.test_transform(test[0]['image'], None).shape == (224, 224, 3)
+    assert spec.test_transform(test[0]['image'], None).shape == (224, 224, 3)
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_arrays_are_compared_too(tmp_path, name, then, now, words):
         config = config_of('')
         config.data = {'name': name, 'path': str(tmp_path / 'a.npz')}
         data = open_data(config)
-        return data_record.describe({'train': data.train, 'test': data.test})
+        return data_record.make_record({'train': data.train, 'test': data.test})
 
     assert words in data_record.changes(record(**then), record(**now))
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.run import device_cached, parallel
-from experiments.run.device_cached import ResidentBatches, take
+from experiments.run.device_cached import DeviceCachedBatches, take
 from nfnets_jax.data.pipeline import UnreadableExamples, train_batches
 from nfnets_jax.data.preprocessing import ImageError
 from nfnets_jax.data.sources import ArraySource
@@ -27,7 +27,7 @@ def batches_of(source, steps, batch_size=12, **options):
             take(batch, step, batch_size), parallel.AXIS, tiled=True
         )
     )
-    batches = ResidentBatches(source, batch_size=batch_size, start_step=steps[0], **options)
+    batches = DeviceCachedBatches(source, batch_size=batch_size, start_step=steps[0], **options)
     return [
         jax.device_get(gathered(parallel.replicate(jnp.int32(step)), next(batches)))
         for step in steps
@@ -70,11 +70,11 @@ def test_skipped_examples_are_replaced_as_on_the_host(source):
     assert not set(np.concatenate([batch['label'] for batch in found])) & {7, 20, 21}
     assert_same(found, source, range(10), seed=3, transform=fail, bad=UnreadableExamples(3))
     with pytest.raises(UsageError, match='bad'):
-        ResidentBatches(source, batch_size=12, seed=3, transform=fail)
+        DeviceCachedBatches(source, batch_size=12, seed=3, transform=fail)
 
 
 def test_within_an_epoch_nothing_is_done(source):
-    batches = ResidentBatches(source, batch_size=12, seed=0)
+    batches = DeviceCachedBatches(source, batch_size=12, seed=0)
     first, second, third, fourth, fifth, sixth = (next(batches) for _ in range(6))
     assert first is second is third is fourth is fifth
     assert sixth is not fifth
@@ -85,4 +85,4 @@ def test_within_an_epoch_nothing_is_done(source):
 def test_large_data_are_refused(source, monkeypatch):
     monkeypatch.setattr(device_cached, 'MAX_BYTES', 800)
     with pytest.raises(UsageError, match=r'data\.on_device=True: arrays has more'):
-        ResidentBatches(source, batch_size=12, seed=0)
+        DeviceCachedBatches(source, batch_size=12, seed=0)

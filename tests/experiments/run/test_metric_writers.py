@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from experiments.run import metric_writers
+from experiments.run import metric_writers, parallel
 from nfnets_jax.errors import UsageError
 from tests.test_files import files_no_larger_than
 
@@ -146,8 +146,9 @@ def test_reading_where_nothing_was_written(tmp_path):
         metric_writers.read_metrics(tmp_path)
 
 
-def test_only_the_active_process_writes(tmp_path):
-    writer = metric_writers.open_writer(tmp_path, config=_config(project='p'), active=False)
+def test_only_process_0_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, 'is_primary', lambda: False)
+    writer = metric_writers.open_writer(tmp_path, config=_config(project='p'))
     writer.write(1, {'train/loss': 1.0})
     writer.close()
     assert list(tmp_path.iterdir()) == []

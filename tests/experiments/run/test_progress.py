@@ -64,16 +64,16 @@ def test_time_left_counts_this_session_alone():
 def test_lines_of_their_own():
     stream = io.StringIO()
     progress = Progress(10, stream=stream)
-    progress.say('test top-1 98.9%')
+    progress.log('test top-1 98.9%')
     progress.close()
     assert stream.getvalue() == 'test top-1 98.9%\n'
 
 
 def test_silent_processes():
     stream = io.StringIO()
-    progress = Progress(10, stream=stream, active=False)
+    progress = Progress(10, stream=stream, enabled=False)
     progress.update(10, _metrics(10))
-    progress.say('hello')
+    progress.log('hello')
     progress.close()
     assert stream.getvalue() == ''
 
@@ -94,7 +94,7 @@ def test_a_terminal_gets_a_bar(terminal):
     for step in range(21, 61):
         progress.update(step)
     progress.update(61, _metrics(61))
-    progress.say('test top-1 98.9%')
+    progress.log('test top-1 98.9%')
     progress.close()
     frames = read().replace('\n', '\r').split('\r')
     assert next(f for f in frames if f).startswith('step 21/100 |'), 'once it is compiled'

@@ -8,7 +8,7 @@ STEP = {'loss': 2.0, 'top1': 0.5, 'gradient_norm': 1.0, 'clipped_fraction': 0.25
 
 
 def run(losses, every=4, start=None, first=0, patience=0, **metrics):
-    sums = step_metrics.empty() if start is None else start
+    sums = step_metrics.zeros() if start is None else start
     for step, loss in enumerate(losses, start=first):
         values = {name: jnp.float32(x) for name, x in {**STEP, **metrics, 'loss': loss}.items()}
         sums = step_metrics.add(sums, values, jnp.int32(step), every, patience)
@@ -31,7 +31,7 @@ def test_a_window_goes_on_after_a_checkpoint():
 
 
 def test_nothing_yet_has_no_mean():
-    assert np.isnan(step_metrics.means(step_metrics.empty())['loss'])
+    assert np.isnan(step_metrics.means(step_metrics.zeros())['loss'])
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])

@@ -3,7 +3,7 @@ import types
 
 import pytest
 
-from experiments.run.throughput import Clock
+from experiments.run.throughput import Throughput
 
 BATCHES = types.SimpleNamespace(wait_seconds=0.0)
 
@@ -17,11 +17,11 @@ class Working:
 
 
 def test_steps_under_way_when_it_is_paused_count_and_what_is_done_inside_does_not():
-    clock = Clock(8, BATCHES, flops_per_image=1e9)
-    clock.tick(None)  # compiles
-    clock.tick(None)
-    with clock.paused(Working()):
+    throughput = Throughput(8, BATCHES, flops_per_image=1e9)
+    throughput.tick(None)  # compiles
+    throughput.tick(None)
+    with throughput.paused(Working()):
         time.sleep(0.4)
-    figures = clock.read()
-    assert 0.1 <= clock.seconds < 0.3
-    assert figures['images_per_second'] == pytest.approx(8 / clock.seconds)
+    figures = throughput.read()
+    assert 0.1 <= throughput.seconds < 0.3
+    assert figures['images_per_second'] == pytest.approx(8 / throughput.seconds)

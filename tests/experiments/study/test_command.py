@@ -12,10 +12,12 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import experiment, train_step
+from experiments import train_step
 from experiments.config import ADDED_FIELDS
+from experiments.experiment import build
 from experiments.report import reading, results
 from experiments.run import metric_writers, workdir
+from experiments.run.init_weights import load_weights
 from experiments.study import command as study
 from experiments.study import config as study_config
 from experiments.study.config import default_study, make_trials
@@ -56,9 +58,9 @@ def done(tmp_path_factory):
     """A study that was run to its end in this process, and what was compiled for it."""
     directory, compiled = tmp_path_factory.mktemp('studies') / 'done', []
 
-    def make_train_step(task):
-        compiled.append(task.config.optimizer.learning_rate)
-        return original(task)
+    def make_train_step(experiment):
+        compiled.append(experiment.config.optimizer.learning_rate)
+        return original(experiment)
 
     original = train_step.make_train_step
     with pytest.MonkeyPatch.context() as patch:
@@ -419,7 +421,7 @@ def test_a_trials_config_does_not_say_where_the_study_is(tmp_path, monkeypatch):
     def training(config, directory, compiled):
         assert config.init.weights == '{study}/pretrained'
         with pytest.raises(UsageError, match=re.escape(f'{tmp_path}/pretrained')):
-            experiment.load_weights(experiment.prepare(config), directory)
+            load_weights(build(config), directory)
         return {'test/top1': 0.5}
 
     monkeypatch.setitem(study.measurements.MEASUREMENTS, 'train', training)

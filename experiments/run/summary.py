@@ -1,0 +1,91 @@
+"""The end of a run: summary.json, curves.png and the text that names them."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from experiments.run import metric_writers, parallel
+from experiments.run.evaluation import describe_accuracy, score
+from experiments.run.throughput import Throughput
+from experiments.train_step import TrainState
+from nfnets_jax import files
+from nfnets_jax.errors import first_line
+
+SUMMARY_FILE = 'summary.json'
+_PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def read_summary(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the summary of a complete run; None if there is none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((path / SUMMARY_FILE).read_text())
+    return None
+
+
+def write_summary(
+    state: TrainState,
+    path: pathlib.Path,
+    final: Mapping[str, float],
+    throughput: Throughput,
+    watched: str,
+) -> dict[str, Any] | None:
+    """Writes and returns the summary on process 0: final and best metrics, speed, size, versions.
+
+    `final` is the last evaluation, and `watched` the split that chooses the best checkpoint.
+    """
+    if not parallel.is_primary():
+        return None
+    evaluations = [line for line in metric_writers.read_metrics(path) if f'{watched}/top1' in line]
+    summary = {
+        'step': int(state.step),
+        'final': dict(final),
+        'best': max(evaluations, key=lambda line: (score(line, watched), -line['step'])),
+        'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        # If the run was resumed, these are of this session only.
+        'images_per_second': throughput.images / throughput.seconds if throughput.images else None,
+        'training_seconds': throughput.seconds,
+        'compile_seconds': throughput.compile_seconds,
+        'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        'versions': {'python': platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+    files.atomic_write(path / SUMMARY_FILE, json.dumps(summary, indent=2) + '\n')
+    return summary
+
+
+def draw_curves(path: pathlib.Path, title: str, log: Callable[[str], None]) -> None:
+    """Draws curves.png on process 0. A failure is logged and does not fail the run."""
+    if not parallel.is_primary():
+        return
+    try:
+        from experiments.run import curves  # here: importing Matplotlib takes 0.2 s
+
+        curves.draw_curves(metric_writers.read_metrics(path), path / 'curves.png', title=title)
+    except Exception as error:  # Matplotlib's fonts and caches may be anywhere.
+        log(f'curves.png cannot be drawn: {first_line(error)}')
+
+
+def describe_next_steps(summary: Mapping[str, Any], path: str) -> str:
+    """Returns the accuracy of a complete run, and commands that look closer at it."""
+    python = os.path.relpath(sys.executable)
+    if python.startswith(os.pardir):
+        python = sys.executable
+    path = shlex.quote(path)
+    return f"""
+{describe_accuracy(summary['final'])}  (after {summary['step']:,} steps)
+
+curves:       {path}/curves.png
+look closer:  {os.path.join(os.path.dirname(python), 'tensorboard')} --logdir={path}
+evaluate:     {python} -m experiments.evaluate --workdir={path}
+continue:     a stopped run continues with the same command; to train for longer, give another
+              --workdir and --config.duration
+"""
