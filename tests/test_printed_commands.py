@@ -132,7 +132,9 @@ SHRINK = {
     r'.*experiments.train .*configs/digits.*': _TINY_DIGITS,
     r'.*experiments.train .*(finetune.py|pretrain.py).*': _TINY_IMAGES,
     r'.*experiments.study .*finetune.py:caltech101.*': (
-        f'{_TINY_STUDY} --config.base.batch_size=4 --config.base.data.image_size=16'
+        f'{_TINY_STUDY} --config.base.batch_size=4 --config.base.data.image_size=16 '
+        "--config.base.model.widths='(16, 32)' --config.base.model.depths='(1, 1)' "
+        '--config.base.model.group_size=8'
     ),
     r'.*experiments.study .*configs/studies/.*': _TINY_STUDY,
     r'.*experiments.signal_propagation .*': '--model=NF-ResNet-8 --against=ResNet-8 --size=16',
@@ -256,7 +258,7 @@ def materials(tmp_path_factory):
     rng = np.random.RandomState(0)
     arrays = {
         f'{split}_{what}': rng.randint(0, high, (count, *shape)).astype(np.uint8)
-        for split, count in (('train', 64), ('test', 32))
+        for split, count in (('train', 2048), ('test', 32))  # a batch of each size in the studies
         for what, high, shape in (('images', 256, (32, 32, 3)), ('labels', 10, ()))
     }
     np.savez(path / 'cifar10.npz', **arrays)

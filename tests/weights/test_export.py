@@ -165,8 +165,8 @@ def test_without_jax2onnx_it_says_what_to_install(monkeypatch):
         export.to_onnx(trained('NF-ResNet-8'))
 
 
-def test_weights_must_say_for_which_size_they_are():
+def test_weights_must_have_the_size_of_their_images():
     weights = trained('NF-ResNet-8')
     metadata = dataclasses.replace(weights.metadata, test_size=None)
-    with pytest.raises(UsageError, match='size of pictures'):
+    with pytest.raises(UsageError, match='size of their images'):
         export.to_stablehlo(weights._replace(metadata=metadata))

@@ -60,7 +60,7 @@ def test_page_is_well_formed_and_says_what_came_out(text):
     assert 'python -m experiments.study --workdir=S --jobs=2' in words
     assert 'jax 0.10.2' in words
     assert '0.4 (the smallest tried)' in words
-    assert 'at the edge of what was tried' in words
+    assert 'at the edge of the grid' in words
     assert 'the loss was not finite at step 15' in words
 
 
