@@ -1,16 +1,16 @@
-"""Compiles a run for TPUs or GPUs that are not here, and tells what it would cost there.
+"""Compiles a run for TPUs or GPUs that this machine lacks, and reports what it would cost there.
 
     pip install 'nfnets_jax[tpu]' 'nfnets_jax[cuda]'
     python -m experiments.preflight --config=configs/imagenet/nfnet.py:F0 --target=v5e:16x16,H100:8
 
-Compiled are the programs of the runner, the training step and the evaluation, by the compilers of
-these devices, which work on a CPU: does it compile, does it fit, what do devices exchange, where
-does the time go. Times are the TPU compiler's estimates, not measurements; docs/preflight.md says
-how to read them. The data need not be here if they are ImageNet or CIFAR; of others give --examples
-and --classes.
+The compilers of these devices work on a CPU. They compile the runner's own training step and
+evaluation. The report says whether these compile and fit, what devices exchange, and where the time
+goes. Times are estimates of the TPU's compiler, not measurements; docs/preflight.md explains them.
+ImageNet and CIFAR need not be on this machine; for other data that are not, give --examples and
+--classes.
 
-Where the training step does not fit, the cheapest of accumulation, scan and remat that does is
-looked for. Compiled programs are kept, so that a second call is quick.
+If the training step does not fit, the command searches for the cheapest of accumulation, scan and
+remat that makes it fit. Compiled programs are cached, so a second call is quick.
 """
 
 import collections
@@ -36,8 +36,8 @@ from experiments.run.throughput import flops_per_image
 from nfnets_jax import files, models
 from nfnets_jax.errors import UsageError
 
-# What the compiler estimated of what the NFNets paper measured on a TPU v3, for the authors' own
-# code: 0.82 for F0 at 192 and for F1 at 224 pixels, 32 examples a core.
+# Estimated over measured time on a TPU v3, for the authors' own code: 0.82 for F0 at 192 px and for F1
+# at 224 px, 32 examples a core. The NFNets paper (2102.06171) measured.
 MEASURED_SHARE = 0.82
 DEAREST = 10  # operations to list
 LEAST_ROWS = 8  # examples that a device takes at once, as long as there is another way
@@ -48,8 +48,8 @@ Waiting = Callable[[str, float], None]  # (program, seconds of compiling so far)
 def preflight(config: ConfigDict, target: Target, plan: Mapping, waiting: Waiting) -> dict:
     """Returns the report of one target; docs/preflight.md describes its fields.
 
-    Where the training step does not fit, 'flags' are the cheapest that make it fit, if any do, and
-    'with_flags' is the report with them.
+    If the training step does not fit, 'flags' holds the cheapest flags that make it fit, if there
+    are any, and 'with_flags' the report with them.
 
     Args:
       config: as in `experiments.config.default_config`.
@@ -67,7 +67,7 @@ def preflight(config: ConfigDict, target: Target, plan: Mapping, waiting: Waitin
         experiment = build(config, open_source=open_source)
         report = _examine(experiment, target, waiting)
         state = _nbytes(_state(experiment))
-        # Bytes besides the state, of all examples at once, by kind of step; as far as is known.
+        # Bytes besides the state if all examples are taken at once, by kind of step.
         known = {'': (_needed(report) - state) * config.accumulate}
         for changes in [] if report['fits'] else _cheaper(experiment):
             kind = ' '.join(key for key in changes if key != 'accumulate')
@@ -226,7 +226,7 @@ def _run(experiment: Experiment, target: Target, train_seconds: float, eval_seco
     }
 
 
-# What the programs take, of the shapes that the runner gives them.
+# The arguments of the programs, with the shapes that the runner gives them.
 
 
 def _state(experiment: Experiment) -> train_step.TrainState:
@@ -333,7 +333,7 @@ def _in_words(part: Mapping) -> str:
 
 def _describe_time(report: Mapping) -> Iterator[str]:
     share = f'/ {MEASURED_SHARE}'
-    yield f'{"":<24}{"compiler":>12}{share:>12}, the part of measured times that estimates were'
+    yield f'{"":<24}{"compiler":>12}{share:>12}, the ratio of estimated to measured time on a v3'
     for name, value, power, form in (
         ('million cycles', report['cycles'] / 1e6, -1, ',.2f'),
         ('ms a step', report['step_seconds'] * 1e3, -1, ',.2f'),
@@ -351,7 +351,7 @@ def _describe_time(report: Mapping) -> Iterator[str]:
 
 
 class Progress:
-    """Says on standard error how long a compilation has been going on."""
+    """Shows on standard error how long a compilation has taken so far."""
 
     def __init__(self, target: str):
         self._target, self._said = target, 0.0
@@ -367,7 +367,7 @@ class Progress:
 
 def main() -> None:
     values = flags.FLAGS
-    jax.config.update('jax_platforms', 'cpu')  # Nothing runs but what finds shapes.
+    jax.config.update('jax_platforms', 'cpu')  # Nothing needs an accelerator.
     plan = {'examples': values.examples, 'classes': values.classes}
     opened = [targets.open_target(name) for name in values.target]
     reports = []

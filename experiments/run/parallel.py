@@ -25,7 +25,7 @@ _planned: Sequence[jax.Device] = ()
 
 @contextlib.contextmanager
 def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
-    """Makes programs for devices that this machine need not have: they compile, and do not run.
+    """Builds programs for devices that this machine need not have. They compile, but do not run.
 
     Args:
       devices: all of a topology of `jax.experimental.topologies`.

@@ -1,4 +1,4 @@
-"""Data that are not here yet: what a program needs to know of them in order to be compiled."""
+"""Stands in for data that are not on this machine: programs compile from their sizes alone."""
 
 import dataclasses
 from collections.abc import Mapping

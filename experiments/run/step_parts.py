@@ -1,4 +1,4 @@
-"""To which part of a training step an operation of its compiled program belongs, by its name."""
+"""Assigns operations of a compiled training step to parts of the step, by their names."""
 
 import itertools
 import re

@@ -1,7 +1,7 @@
-"""TPUs and GPUs that this machine need not have: programs are compiled for them, none is run.
+"""Compiles programs for TPUs and GPUs that this machine need not have.
 
-Both compilers work on a CPU: that for TPUs is libtpu, that for GPUs is part of JAX's CUDA plugin.
-What was compiled is kept in the cache directory, beside downloaded weights.
+The compilers work on a CPU: libtpu for TPUs, JAX's CUDA plugin for GPUs. Compiled programs are kept
+in the cache directory, beside downloaded weights.
 """
 
 import gzip
@@ -24,10 +24,9 @@ from nfnets_jax import extras, files
 from nfnets_jax.errors import UsageError, first_line, nearest
 from nfnets_jax.weights.downloads import cache_directory
 
-# What the compilers need to know of a TPU. Operations a cycle: matrix units x 128 x 128 x 2 (v6e:
-# 256 x 256); the published peak over that is the clock, such as 0.94 GHz for a v3. The compiler
-# estimates a product of 8192 x 8192 matrices at 70 % (v6e) to 97 % (v3) of them. HBM is what the
-# compiler has for programs, in GiB.
+# Operations a cycle: matrix units x 128 x 128 x 2 (v6e: 256 x 256). The published peak over that is
+# the clock, such as 0.94 GHz for a v3. The compiler's estimate of a product of 8192 x 8192 matrices
+# reaches 70 % (v6e) to 97 % (v3) of them. HBM, in GiB, is what the compiler gives programs.
 #   dimensions of a topology, devices a chip, operations a cycle, HBM
 _TPUS = {
     'v3': (2, 2, 2 * 128 * 128 * 2, 15.48),
@@ -36,7 +35,7 @@ _TPUS = {
     'v5p': (3, 1, 8 * 128 * 128 * 2, 95.74),
     'v6e': (2, 1, 4 * 256 * 256 * 2, 31.25),
 }
-# Of the SXM forms, as XLA describes them: cores, compute capability, units a core, shared memory of
+# The SXM cards, as XLA describes them: cores, compute capability, units a core, shared memory of
 # a core, clock in GHz, cache and memory in bytes, memory bandwidth.
 _GPUS = {
     'A100': (108, 8, 64, 167936, 1.41, 41943040, 42331013120, 1555200000000),
@@ -207,7 +206,7 @@ def compile_program(
         return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
     except (OSError, EOFError, ValueError, TypeError):
         pass  # It is not there, or damaged.
-    # Kernels are not timed, as there is nothing to run them on.
+    # There is no device to time kernels on.
     options = {} if target.clock else {'xla_gpu_autotune_level': '0'}
     compiled = _in_background(lambda: _compile(lowered, options), waiting)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +215,7 @@ def compile_program(
 
 
 def _digest(lowered: jax.stages.Lowered, target: Target) -> str:
-    """Returns what tells apart all that the compiled program depends on."""
+    """Returns a key of everything that the compiled program depends on."""
     # The names of operations have slashes; those of functions on the stack, which do not matter,
     # have none.
     located = lowered.as_text(debug_info=True)

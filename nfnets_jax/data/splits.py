@@ -18,7 +18,7 @@ class MissingSplit(UsageError):
 
 
 class MissingData(UsageError):
-    """Data that are not where they should be."""
+    """The data are not on this machine."""
 
 
 def check_split(source: str, split: str, splits: Collection[str] = ('train', 'test')) -> None:
