@@ -36,8 +36,8 @@ from experiments.run.throughput import flops_per_image
 from nfnets_jax import files, models
 from nfnets_jax.errors import UsageError
 
-# Estimated over measured time on a TPU v3, for the authors' own code: 0.82 for F0 at 192 px and for F1
-# at 224 px, 32 examples a core. The NFNets paper (2102.06171) measured.
+# Estimated over measured time on a TPU v3, for the authors' own code: 0.82 for F0 at 192 px and for
+# F1 at 224 px, 32 examples a core. The NFNets paper (2102.06171) measured.
 MEASURED_SHARE = 0.82
 DEAREST = 10  # operations to list
 LEAST_ROWS = 8  # examples that a device takes at once, as long as there is another way
