@@ -26,3 +26,4 @@ test: lint
 
 docs: setup
 	$(BIN)/python docs/build_api.py
+	$(BIN)/python docs/build_config.py

@@ -1,60 +1,170 @@
 """The fields of an experiment, and what they may be.
 
-A file under configs/ starts from `default_config()` and changes what its result needs. Fields
-that a part of the library owns (model, data, augment, optimizer) are checked where that part
-reads them; what is left is checked here.
+A file under configs/ starts from `default_config()` and changes what its result needs. A part of
+the library declares its own fields (augment, optimizer, and the options of models and sources).
 """
 
+import contextlib
 import copy
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
-from nfnets_jax import augment, optimizers
+from experiments.run import data
+from nfnets_jax import fields, optimizers
+from nfnets_jax.augment.recipe import Recipe
 from nfnets_jax.errors import UsageError, fold, nearest
+from nfnets_jax.fields import Field
+from nfnets_jax.models import registry
+from nfnets_jax.schedules import DURATION
 
-PRECISIONS = ('float32', 'bfloat16')
+Precision = Literal['float32', 'bfloat16']
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: Annotated[str, Field('A network; `python -m experiments.models` lists them.')] = (
+        'NF-ResNet-50'
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    weights: Annotated[str, Field("What load_pretrained starts from; '': random weights.")] = ''
+    new_head: Annotated[
+        bool,
+        Field('Start the classifier anew, as always where the number of classes differs.'),
+    ] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamConfig:
+    rho: Annotated[float, Field('Radius of the ascent; 0: no SAM.', low=0)] = 0.0
+    ascent_fraction: Annotated[float, Field('Part of the batch to ascend by.', above=0, high=1)] = (
+        1.0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every: Annotated[int | str, Field('Evaluate so often, and at the end.', wants=DURATION)] = (
+        '5 epochs'
+    )
+    batch_size: Annotated[int, Field('Examples at once, over all devices.', low=1)] = 256
+    precision: Annotated[
+        Precision | Literal['training'], Field('Dtype of the evaluation; training: as training.')
+    ] = 'training'
+    report: Annotated[
+        bool, Field('Write a report at the end: by class, confusions, calibration, mistakes.')
+    ] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: Annotated[int | str, Field('Save so often, and at the end.', wants=DURATION)] = (
+        '5 epochs'
+    )
+    keep: Annotated[int, Field('Newest checkpoints to keep, besides the best.', low=1)] = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    project: Annotated[str, Field("Project of Weights & Biases; '': off.")] = ''
+    entity: Annotated[str, Field("Its owner; '': you.")] = ''
+    name: Annotated[str, Field("Name of the run; '': chosen there.")] = ''
+    mode: Annotated[Literal['online', 'offline', 'disabled'], Field('Where it is written.')] = (
+        'online'
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every field of a config, and its default: the NF-ResNet recipe at ImageNet size."""
+
+    seed: Annotated[int, Field('Seed of all randomness.', low=0, below=2**31)] = 0
+    model: Annotated[ModelConfig, Field('The network and its options.', partial=True)]
+    init: Annotated[InitConfig, Field('Weights before training.')]
+    precision: Annotated[Precision, Field('Dtype of the computation in training.')] = 'float32'
+    gradient_dtype: Annotated[Precision, Field('Dtype gradients are averaged in.')] = 'float32'
+    data: Annotated[data.DataConfig, Field('Source of the images and its options.', partial=True)]
+    augment: Annotated[Recipe, Field('Augmentation on the device.', partial=True)]
+    batch_size: Annotated[int, Field('Examples per step, over all devices together.', low=1)] = 256
+    accumulate: Annotated[int, Field('Gradient-accumulation steps of each device.', low=1)] = 1
+    duration: Annotated[int | str, Field('Length of the training.', wants=DURATION)] = '90 epochs'
+    optimizer: Annotated[optimizers.OptimizerConfig, Field('Optimizer.')]
+    ema: Annotated[
+        float,
+        Field("Largest decay of the parameters' moving average; 0: no average.", low=0, below=1),
+    ] = 0.99999
+    sam: Annotated[SamConfig, Field('Sharpness-aware minimization.')]
+    skip_nonfinite: Annotated[
+        int,
+        Field(
+            'Steps in a row to skip whose loss or gradient is not finite, before giving up.',
+            low=0,
+            below=2**31,
+        ),
+    ] = 0
+    log_every: Annotated[int | str, Field('Write metrics so often.', wants=DURATION)] = '50 steps'
+    eval: Annotated[EvalConfig, Field('Evaluation.')]
+    checkpoint: Annotated[CheckpointConfig, Field('Checkpoints.')]
+    profile: Annotated[int | str, Field('How long to profile, from step 3 on.', wants=DURATION)] = (
+        '0 steps'
+    )
+    smoke: Annotated[bool, Field('Three steps of a small model on noise: does it run.')] = False
+    wandb: Annotated[WandbConfig, Field('Weights & Biases.')]
 
 
 def default_config() -> ConfigDict:
-    """Returns every field with its default; the NF-ResNet recipe at ImageNet size."""
-    return ConfigDict(
-        {
-            'seed': 0,
-            # The name in `list_models()`; every other field is an option of that model.
-            'model': {'name': 'NF-ResNet-50'},
-            # Weights to start from, as nfnets_jax.load_pretrained reads them; '': random ones. The
-            # classifier starts anew if new_head, and always where the number of classes differs.
-            'init': {'weights': '', 'new_head': False},
-            'precision': 'float32',  # what to compute in: float32 | bfloat16
-            'gradient_dtype': 'float32',  # what gradients are averaged over the devices in
-            # The name of a source; every other field but these two is an option of that source.
-            # skip_bad: pictures that cannot be read to skip in each process, before it is an error.
-            # on_device: keep the whole training set on the devices, if it is small.
-            'data': {'name': 'digits', 'skip_bad': 0, 'on_device': False},
-            'augment': dict(augment.DEFAULTS),
-            'batch_size': 256,  # examples per step, over all devices of all processes
-            'accumulate': 1,  # parts that each device takes its share of a batch in, one by one
-            'duration': '90 epochs',  # durations: '500 steps', '30 epochs' or '10%' of this one
-            'optimizer': optimizers.default_config(),
-            'ema': 0.99999,  # the largest decay of the parameters' moving average; 0: no average
-            # rho 0: no SAM. ascent_fraction: the part of each device's batch for the ascent.
-            'sam': {'rho': 0.0, 'ascent_fraction': 1.0},
-            # Steps in a row whose loss or gradient is not finite to leave out before giving up.
-            'skip_nonfinite': 0,
-            'log_every': '50 steps',
-            # precision: what evaluation computes in: float32 | bfloat16 | training (as training).
-            'eval': {'every': '5 epochs', 'batch_size': 256, 'precision': 'training'},
-            # Written every so often, and at the end; the best one is kept besides the newest.
-            'checkpoint': {'every': '5 epochs', 'keep': 3},
-            'profile': '0 steps',  # a duration: trace so much, from the third step on
-            'smoke': False,  # three steps of a tiny likeness on made data: does it run here?
-            # Weights & Biases: off without a project.
-            'wandb': {'project': '', 'entity': '', 'name': '', 'mode': 'online'},
-        }
-    )
+    """Returns every field with its default."""
+    return ConfigDict(fields.defaults(fields.options(Config)))
+
+
+def declared(config: Mapping[str, Any], name: str = 'config') -> dict[str, fields.Option]:
+    """Returns the options of a config, those of its own model and data source included.
+
+    Args:
+      config: in which model.name and data.name count.
+      name: of the config, for messages.
+
+    Raises:
+      UsageError: there is no such model or source.
+    """
+    known = fields.options(Config)
+    for node, options_of in (('model', registry.declared_options), ('data', data.options)):
+        inner, value = dict(known[node].inner or {}), config.get(node)
+        inner['name'] = inner['name']._replace(default=fields.REQUIRED)
+        if value is not None and hasattr(value, 'keys'):
+            chosen = {key: value[key] for key in value if key == 'name'}
+            fields.check({'name': inner['name']}, chosen, f'{name}.{node}')
+            with naming(node, name):
+                inner |= options_of(value['name'])
+        known[node] = known[node]._replace(inner=inner)
+    return known
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a UsageError naming the first field that is unknown, missing or out of range."""
+    fields.check(declared(config), config, 'config', whole=True, hint=_hint)
+
+
+@contextlib.contextmanager
+def naming(node: str, name: str = 'config') -> Iterator[None]:
+    """Puts the node of a config before a UsageError of the library, which knows of no config.
+
+    The library names its arguments: 'data.path=...' or 'width=...'.
+    """
+    try:
+        yield
+    except UsageError as error:
+        message = str(error)
+        if not message.startswith((f'{node}.', f'{node}: ')):
+            joint = '.' if re.match(r'\w+=', message) else ': '
+            message = f'{node}{joint}{message}'
+        raise UsageError(f'{name}.{message}') from error
 
 
 def adapted(key: str, value: Any, why: str) -> None:
@@ -82,17 +192,15 @@ def take_adaptations(config: ConfigDict) -> list[str]:
 _adapted: dict[str, tuple[Any, str]] = {}
 
 
-def unknown_key(key: str, known: Iterable[str], *, prefix: str = '') -> UsageError:
-    """Returns the error of a key that no config has: the nearest one, or why there is none.
+def unknown_key(key: str, known: Iterable[str]) -> UsageError:
+    """Returns the error of a key that no config has: the nearest one, or why there is none."""
+    return UsageError(f'unknown key config.{key}{_hint(key, known)}')
 
-    Args:
-      key: after `prefix`.
-      known: what it may be, without `prefix`.
-      prefix: of the node that holds it, 'optimizer.'.
-    """
+
+def _hint(key: str, known: Iterable[str]) -> str:
     word = fold(key.rpartition('.')[2])
     reason = next((f': {why}' for words, why in _NOT_FIELDS.items() if word in words), None)
-    return UsageError(f'unknown key config.{prefix}{key}{reason or nearest(key, known)}')
+    return reason or nearest(key, known)
 
 
 # Fields of other trainers that ours has no use for, folded.
@@ -106,33 +214,6 @@ _NOT_FIELDS = {
 }
 
 
-def check(config: ConfigDict) -> None:
-    """Raises a UsageError naming the first field that is unknown, missing or out of range."""
-    _check_fields(config, default_config())
-    for node in ('model', 'data'):
-        if not isinstance(config[node].get('name'), str):
-            raise UsageError(f'config.{node}.name is missing, or no string')
-    _check_number(config, 'seed', low=0, below=2**31)
-    _check_number(config, 'batch_size', low=1)
-    _check_number(config, 'eval.batch_size', low=1)
-    _check_number(config, 'checkpoint.keep', low=1)
-    _check_number(config, 'ema', low=0, below=1)
-    _check_number(config, 'sam.rho', low=0)
-    _check_number(config, 'accumulate', low=1)
-    _check_number(config, 'skip_nonfinite', low=0, below=2**31)
-    if not 0 < config.sam.ascent_fraction <= 1:
-        raise UsageError(
-            f'config.sam.ascent_fraction={config.sam.ascent_fraction}: must be in (0, 1]'
-        )
-    for key, value, known in (
-        ('precision', config.precision, PRECISIONS),
-        ('gradient_dtype', config.gradient_dtype, PRECISIONS),
-        ('eval.precision', config.eval.precision, (*PRECISIONS, 'training')),
-    ):
-        if value not in known:
-            raise UsageError(f'config.{key}={value!r} is unknown{nearest(value, known)}')
-
-
 def eval_precision(config: ConfigDict) -> str:
     """Returns the dtype that evaluation computes in."""
     precision = config.eval.precision
@@ -143,16 +224,17 @@ def eval_precision(config: ConfigDict) -> str:
 ADDED_FIELDS = {
     'augment.mix_pairs': 'batch',
     'eval.precision': 'training',
+    'eval.report': False,
     'optimizer.schedule.end_value': 0.0,
 }
 
 
-def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a run of any earlier version as this version would have written them.
+def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config of a run of any earlier version as this version would have written it.
 
     Only nodes that are there are completed.
     """
-    upgraded = copy.deepcopy(dict(fields))
+    upgraded = copy.deepcopy(dict(config))
     for key, value in ADDED_FIELDS.items():
         *path, name = key.split('.')
         node: Any = upgraded
@@ -161,47 +243,3 @@ def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(node, dict):
             node.setdefault(name, value)
     return upgraded
-
-
-# Fields whose inner keys depend on a name; their owner checks them.
-_OPEN = ('model', 'data', 'augment', 'optimizer')
-
-
-def _check_fields(config, known, prefix: str = '') -> None:
-    for key in config:
-        if key not in known:
-            raise unknown_key(key, known, prefix=prefix)
-    for key, default in known.items():
-        if key not in config:
-            hint = '' if isinstance(default, ConfigDict) else f' (default: {default!r})'
-            raise UsageError(f'config.{prefix}{key} is missing{hint}')
-        value = config[key]
-        if isinstance(default, ConfigDict):
-            if not isinstance(value, ConfigDict):
-                raise UsageError(f'config.{prefix}{key}={value!r}: must hold fields')
-            if key not in _OPEN:
-                _check_fields(value, default, f'{prefix}{key}.')
-        elif not isinstance(value, _accepted(default)) or (
-            isinstance(value, bool) != isinstance(default, bool)
-        ):
-            raise UsageError(
-                f'config.{prefix}{key}={value!r}: must be like {default!r}, '
-                f'not {type(value).__name__}'
-            )
-
-
-def _accepted(default) -> tuple[type, ...]:
-    if isinstance(default, float):
-        return (float, int)
-    if isinstance(default, str) and default[:1].isdigit():
-        return (str, int)  # a duration, which may be a number of steps
-    return (type(default),)
-
-
-def _check_number(config: ConfigDict, key: str, *, low: float, below: float = math.inf) -> None:
-    value = config
-    for part in key.split('.'):
-        value = value[part]
-    if not low <= value < below:  # NaN is neither.
-        limit = f' and below {below}' if below < math.inf else ''
-        raise UsageError(f'config.{key}={value}: must be at least {low}{limit}')

@@ -1,7 +1,6 @@
 """The experiment that a config describes: its data, model, optimizer and durations, all checked."""
 
 import collections
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments import config as schema
+from experiments.config import naming
 from experiments.run import parallel
 from experiments.run.data import ImageSpec, open_data
 from nfnets_jax import augment, models, optimizers
@@ -77,13 +77,9 @@ def build(
       UsageError: naming the config key that is wrong.
     """
     schema.check(config)
-    with naming('model'):
-        models.variant_info(config.model.name)  # The sizes of images follow from it.
     with naming('data'):
         train_source, validation_source, test_source, image_spec = open_data(config, open_source)
     skip_bad = config.data.get('skip_bad', 0)
-    if not isinstance(skip_bad, int) or isinstance(skip_bad, bool) or skip_bad < 0:
-        raise UsageError(f'config.data.skip_bad={skip_bad!r}: must be an integer >= 0')
     num_classes = len(train_source.class_names)
     steps_per_epoch = len(train_source) / config.batch_size
     if steps_per_epoch < 1:
@@ -118,15 +114,15 @@ def build(
             std=image_spec.std,
             dtype=config.precision,
         )
-        images_per_step = config.batch_size * augment.images_per_example(config.augment)
-        if images_per_step > len(train_source):
-            raise UsageError(
-                f"config.augment.mix_pairs='distinct': a step of config.batch_size="
-                f'{config.batch_size} reads {images_per_step} images, but {train_source.name} has '
-                f"{len(train_source)}: halve the batch, or choose 'batch'"
-            )
-        if training:
-            _check_batch_fits_devices(config, images_per_step, image_spec)
+    images_per_step = config.batch_size * augment.images_per_example(config.augment)
+    if images_per_step > len(train_source):
+        raise UsageError(
+            f"config.augment.mix_pairs='distinct': a step of config.batch_size="
+            f'{config.batch_size} reads {images_per_step} images, but {train_source.name} has '
+            f"{len(train_source)}: halve the batch, or choose 'batch'"
+        )
+    if training:
+        _check_batch_fits_devices(config, images_per_step, image_spec)
     optimizer = optimizers.create(
         config.optimizer,
         params,
@@ -177,12 +173,13 @@ def _check_batch_fits_devices(
     # Only mixing needs a multiple of images. Tracing the distortions would take half a second.
     undistorted = {**config.augment, 'randaugment_layers': 0, 'autoaugment': False}
     rows = images_per_step // parallel.device_count()
-    jax.eval_shape(
-        augment.make_augment(undistorted, num_classes=2),
-        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
-        jax.ShapeDtypeStruct((rows, *image_spec.shape), jnp.uint8),
-        jax.ShapeDtypeStruct((rows,), jnp.int32),
-    )
+    with naming('augment'):
+        jax.eval_shape(
+            augment.make_augment(undistorted, num_classes=2),
+            jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
+            jax.ShapeDtypeStruct((rows, *image_spec.shape), jnp.uint8),
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+        )
 
 
 def _is_on_device(config: ConfigDict, image_spec: ImageSpec) -> bool:
@@ -193,20 +190,6 @@ def _is_on_device(config: ConfigDict, image_spec: ImageSpec) -> bool:
             'random on the host; leave it False'
         )
     return on_device
-
-
-@contextlib.contextmanager
-def naming(node: str) -> Iterator[None]:
-    """Puts the config's node before a UsageError of the library, which does not know of configs."""
-    try:
-        yield
-    except UsageError as error:
-        message = str(error)
-        if message.startswith((f'{node}.', f'{node}: ')):
-            message = f'config.{message}'
-        elif not message.startswith('config.'):
-            message = f'config.{node}: {message}'
-        raise UsageError(message) from error
 
 
 def describe_network(experiment: Experiment) -> str:

@@ -7,7 +7,6 @@ import haiku as hk
 from ml_collections import ConfigDict
 
 from experiments import config as schema
-from experiments.experiment import naming
 from experiments.run import parallel
 from nfnets_jax import models, optimizers
 from nfnets_jax.weights import pretrained
@@ -26,14 +25,12 @@ def shrink(config: ConfigDict) -> ConfigDict:
       UsageError: a field of the config is unknown, missing or out of range.
     """
     schema.check(config)
-    optimizers.check(config.optimizer, 'config.optimizer')
     config = config.copy_and_resolve_references()
     options = {name: value for name, value in config.model.items() if name not in _SIZES}
-    with naming('model'):
-        variant = models.variant_info(config.model.name)
-        optimizers.assign_groups(
-            config.optimizer.groups, _parameters(config.model), key='config.optimizer.groups'
-        )
+    variant = models.variant_info(config.model.name)
+    with schema.naming('model'):
+        parameters = _parameters(config.model)
+    optimizers.assign_groups(config.optimizer.groups, parameters, key='config.optimizer.groups')
     small = {
         # Two stages, because compiling takes the time, and other stages have the same block.
         'widths': tuple(max(16, width // 16) for width in variant.widths[:2]),

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from experiments import config as schema
 from experiments.experiment import Experiment, init_variables
 from experiments.run import device_cached, parallel, step_metrics
+from experiments.run.predictions import LogitsFn
 from nfnets_jax import augment, optimizers
 from nfnets_jax.sam import sam_value_and_grad
 
@@ -307,21 +308,19 @@ def _mean_over_devices(gradients, state: hk.State, metrics: dict, dtype: str):
 # --------------------------------------------------------------------------------------- evaluate
 
 
-def make_eval_step(experiment: Experiment) -> jax.stages.Wrapped:
+def make_eval_step(experiment: Experiment, *, flip: bool = False) -> jax.stages.Wrapped:
     """Returns a parallel function (variables by name, batch) -> sums of metrics by name.
 
-    The batch holds 'image', 'label' and 'mask', which is 0 for examples that do not count.
+    The batch holds 'image', 'label' and 'mask', which is 0 for examples that do not count. For
+    `flip` see `make_logits_fn`.
     """
-    precision = schema.eval_precision(experiment.config)
-    mean, std = experiment.image_spec.mean, experiment.image_spec.std
+    logits_fn = make_logits_fn(experiment, flip=flip)
 
     def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:
-        images = augment.normalize(batch['image'], mean, std, precision)
         labels, mask = batch['label'], batch['mask']
 
         def sums(params, state):
-            outputs, _ = experiment.model.apply(params, state, None, images, False)
-            logits = outputs['logits']
+            logits = logits_fn(params, state, batch['image'])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             _, ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))
             hits = ranked == labels[:, None]
@@ -336,3 +335,27 @@ def make_eval_step(experiment: Experiment) -> jax.stages.Wrapped:
         return jax.lax.psum(totals, parallel.AXIS)
 
     return parallel.parallelize(eval_step)
+
+
+def make_logits_fn(experiment: Experiment, *, flip: bool = False) -> LogitsFn:
+    """Returns the function (params, state, images of the data) -> logits of evaluation.
+
+    Args:
+      experiment: the experiment with the network.
+      flip: whether to average the probabilities over each image and its mirror image; the logits
+        are then log probabilities.
+    """
+    precision = schema.eval_precision(experiment.config)
+    mean, std = experiment.image_spec.mean, experiment.image_spec.std
+
+    def logits_fn(params: hk.Params, state: hk.State, images: jax.Array) -> jax.Array:
+        def forward(images: jax.Array) -> jax.Array:
+            return experiment.model.apply(params, state, None, images, False)[0]['logits']
+
+        images = augment.normalize(images, mean, std, precision)
+        if not flip:
+            return forward(images)
+        both = jnp.stack([forward(images), forward(images[:, :, ::-1])])
+        return jax.nn.logsumexp(jax.nn.log_softmax(both), axis=0) - jnp.log(2.0)
+
+    return logits_fn

@@ -27,6 +27,7 @@ EXTRAS = {
     'tqdm': 'train',
     'wandb': 'tracking',
     'jax2onnx': 'onnx',
+    'pyarrow': 'parquet',
     'onnxruntime': 'onnx',
     'libtpu': 'tpu',
     'jax_cuda12_plugin': 'cuda',

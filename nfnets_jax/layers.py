@@ -97,7 +97,7 @@ def _activation_name(name: str) -> str:
     if name == 'swish':  # An alias of silu, which the authors' code accepts too.
         name = 'silu'
     if name not in activations:
-        raise UsageError(f'activation: unknown {name!r}{nearest(name, activations)}')
+        raise UsageError(f'activation={name!r} is unknown{nearest(name, activations)}')
     return name
 
 

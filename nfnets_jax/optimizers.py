@@ -10,29 +10,29 @@ parameter, so that a misspelt pattern cannot silently train another model than t
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from nfnets_jax import schedules, unit_axes
+from nfnets_jax import fields, schedules, unit_axes
 from nfnets_jax.agc import adaptive_grad_clip
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.errors import UsageError
+from nfnets_jax.fields import Field
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Rule for training the parameters whose whole name, 'module/name', matches a pattern."""
 
-    match: str  # a regular expression
-    clip: bool = True
-    decay: bool = True
-    freeze: bool = False  # not trained, clipped or decayed, and without optimizer state
-    lr_scale: float = 1.0  # multiplies the learning rate
+    match: Annotated[str, Field("Regular expression for whole names: '.*/w'.")]
+    clip: Annotated[bool, Field('Clip their gradients.')] = True
+    decay: Annotated[bool, Field('Decay them.')] = True
+    freeze: Annotated[bool, Field('Do not train them, and keep no state for them.')] = False
+    lr_scale: Annotated[float, Field('Factor of the learning rate.', low=0)] = 1.0
 
 
 class Hyperparameters(NamedTuple):
@@ -67,27 +67,49 @@ PUBLISHED_GROUPS = (
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """The fields of the clipping's config."""
+
+    name: Annotated[
+        Literal['agc', 'global_norm', 'leaf_norm', 'none'],
+        Field('Adaptive gradient clipping, or clipping by one norm or by the norm of each leaf.'),
+    ] = 'agc'
+    clipping: Annotated[
+        float,
+        Field("agc: largest ratio to the unit's weight norm; others: largest norm.", above=0),
+    ] = 0.01
+    eps: Annotated[float, Field('agc: least weight norm.', above=0)] = 1e-3
+    unitwise: Annotated[bool, Field('agc: by output unit, or each parameter whole.')] = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The fields of an optimizer's config."""
+
+    name: Annotated[
+        Literal['sgd', 'adam', 'adamw'],
+        Field('Update rule; adam adds weight decay to the gradient, adamw to its update.'),
+    ] = 'sgd'
+    learning_rate: Annotated[float, Field('Learning rate at its peak.', low=0)] = 0.1
+    scale_lr_by_batch: Annotated[bool, Field('Scale learning_rate by batch_size / 256.')] = True
+    schedule: Annotated[schedules.ScheduleConfig, Field('Learning rate over time.')]
+    momentum: Annotated[float, Field('sgd: momentum; 0: none.', low=0, below=1)] = 0.9
+    nesterov: Annotated[bool, Field('sgd: Nesterov momentum.')] = True
+    b1: Annotated[float, Field('adam, adamw: decay of the first moment.', low=0, below=1)] = 0.9
+    b2: Annotated[float, Field('adam, adamw: decay of the second moment.', low=0, below=1)] = 0.999
+    eps: Annotated[float, Field('adam, adamw: added to the denominator.', above=0)] = 1e-8
+    weight_decay: Annotated[float, Field('Share of the weights in the gradient.', low=0)] = 2e-5
+    clip: Annotated[ClipConfig, Field('Gradient clipping.')]
+    groups: Annotated[
+        Sequence[Group],
+        Field('Which parameters are clipped, decayed or frozen; the first match decides.'),
+    ] = PUBLISHED_GROUPS  # type: ignore[assignment]  # as a config writes them
+
+
 def default_config() -> dict:
     """Returns every field of an optimizer's config, with the published value where there is one."""
-    return {
-        'name': 'sgd',  # sgd | adam (decay into the gradient) | adamw (decoupled decay)
-        'learning_rate': 0.1,
-        'scale_lr_by_batch': True,  # learning_rate is for a batch of 256
-        'schedule': schedules.default_config(),
-        'momentum': 0.9,  # sgd
-        'nesterov': True,  # sgd
-        'b1': 0.9,  # adam, adamw
-        'b2': 0.999,  # adam, adamw
-        'eps': 1e-8,  # adam, adamw
-        'weight_decay': 2e-5,
-        'clip': {
-            'name': 'agc',  # agc | global_norm | leaf_norm | none
-            'clipping': 0.01,  # agc: of the unit's weight norm; the others: the largest norm
-            'eps': 1e-3,  # agc: the least weight norm
-            'unitwise': True,  # agc: by output unit, as published; False: each parameter whole
-        },
-        'groups': PUBLISHED_GROUPS,  # fields as in Group
-    }
+    return fields.defaults(fields.options(OptimizerConfig))
 
 
 def create(
@@ -102,7 +124,7 @@ def create(
     """Returns the optimizer that a config describes.
 
     Args:
-        config: fields as in `default_config`, all present.
+        config: fields as in `OptimizerConfig`, all present.
         params: the model's parameters, or their shapes.
         batch_size: examples per step over all devices.
         steps_per_epoch: optimizer steps in one epoch; may be fractional.
@@ -224,7 +246,7 @@ def combine(trained: optax.Params, frozen: optax.Params) -> optax.Params:
 
 
 def assign_groups(
-    rules: Iterable[Mapping], params: optax.Params, *, key: str = 'groups'
+    rules: Sequence[Mapping], params: optax.Params, *, key: str = 'groups'
 ) -> dict[str, Group]:
     """Returns {parameter name: the first rule whose pattern matches the whole name}.
 
@@ -232,7 +254,15 @@ def assign_groups(
         UsageError: if a rule is malformed or decides for no parameter, or if a parameter
             has no rule.
     """
-    parsed = [_parse_rule(rule, f'{key}[{i}]') for i, rule in enumerate(rules)]
+    fields.check_value(fields.options(OptimizerConfig)['groups'], rules, key)
+    parsed = [Group(**rule) for rule in rules]
+    for i, rule in enumerate(parsed):
+        try:
+            re.compile(rule.match)
+        except re.error as error:
+            raise UsageError(
+                f'{key}[{i}].match={rule.match!r}: must be a regular expression: {error}'
+            ) from None
     names = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
     groups: dict[str, Group] = {}
     for i, rule in enumerate(parsed):
@@ -355,73 +385,6 @@ def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def _parse_rule(rule: Mapping, key: str) -> Group:
-    """Returns the rule as a Group; raises UsageError naming the invalid field."""
-    if not hasattr(rule, 'keys'):
-        raise UsageError(f'{key}={rule!r}: give a rule like {PUBLISHED_GROUPS[0]!r}')
-    fields = {field.name: field.type for field in dataclasses.fields(Group)}
-    for name, value in rule.items():
-        if name not in fields:
-            raise UsageError(f'{key}.{name} is unknown{nearest(name, fields)}')
-        if fields[name] is bool and not isinstance(value, bool):
-            raise UsageError(f'{key}.{name}={value!r}: it must be True or False')
-    if not isinstance(rule.get('match'), str):
-        raise UsageError(f"{key}.match is missing: give a regular expression, like '.*/w'")
-    group = Group(**rule)
-    try:
-        re.compile(group.match)
-    except re.error as error:
-        raise UsageError(
-            f'{key}.match={group.match!r} is not a regular expression: {error}'
-        ) from None
-    _check_number(group.lr_scale, f'{key}.lr_scale')
-    return group
-
-
 def check(config: Mapping, key: str = 'optimizer') -> None:
     """Raises UsageError for the first field that is unknown, missing or out of range."""
-    _check_fields(config, default_config(), key)
-    _check_choice(config['name'], f'{key}.name', ('sgd', 'adam', 'adamw'))
-    _check_choice(
-        config['clip']['name'], f'{key}.clip.name', ('agc', 'global_norm', 'leaf_norm', 'none')
-    )
-    if not isinstance(config['groups'], list | tuple):
-        raise UsageError(f'{key}.groups={config["groups"]!r}: it must be a list of rules')
-    for field in ('learning_rate', 'weight_decay'):
-        _check_number(config[field], f'{key}.{field}')
-    for field in ('momentum', 'b1', 'b2'):
-        _check_number(config[field], f'{key}.{field}', below=1)
-    _check_number(config['eps'], f'{key}.eps', positive=True)
-    for field in ('clipping', 'eps'):
-        _check_number(config['clip'][field], f'{key}.clip.{field}', positive=True)
-
-
-def _check_fields(config: Mapping, known: Mapping, key: str) -> None:
-    for field in config:
-        if field not in known:
-            raise UsageError(f'{key}.{field} is unknown{nearest(field, known)}')
-    for field, default in known.items():
-        if field not in config:
-            raise UsageError(f'{key}.{field} is missing (default: {default!r})')
-        value = config[field]
-        if isinstance(default, bool) and not isinstance(value, bool):
-            raise UsageError(f'{key}.{field}={value!r}: it must be True or False')
-        if isinstance(default, dict):
-            if not hasattr(value, 'keys'):
-                raise UsageError(f'{key}.{field}={value!r}: it must hold fields, like {default!r}')
-            _check_fields(value, default, f'{key}.{field}')
-
-
-def _check_choice(value: str, key: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise UsageError(f'{key}={value!r} is unknown{nearest(value, choices)}')
-
-
-def _check_number(
-    value: float, key: str, *, positive: bool = False, below: float = math.inf
-) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 <= value < below) or (positive and value == 0):
-        limits = 'above 0' if positive else 'at least 0'
-        limits += f' and below {below}' if below < math.inf else ''
-        raise UsageError(f'{key}={value!r}: it must be a number {limits}')
+    fields.check(fields.options(OptimizerConfig), config, key, whole=True)

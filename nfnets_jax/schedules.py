@@ -5,17 +5,21 @@ count optimizer steps from 0, and step i uses the schedule at i. With a warm-up 
 therefore multiplied by zero, as in the authors' training.
 """
 
-import math
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
+from nfnets_jax import fields
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.fields import Field
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
+DURATION = "a duration like '500 steps', '30 epochs' or '10%'"
 MAX_STEPS = 2**31 - 1  # Steps are counted in int32.
 
 _DURATION = re.compile(r'(?P<amount>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?P<unit>[a-z]*|%)', re.IGNORECASE)
@@ -86,9 +90,7 @@ def _parse(duration: int | str, key: str) -> tuple[float, str]:
         return duration, 'steps'
     match = _DURATION.fullmatch(duration.strip()) if isinstance(duration, str) else None
     if match is None:
-        raise UsageError(
-            f"{key}={duration!r}: give a duration like '500 steps', '30 epochs' or '10%'"
-        )
+        raise UsageError(f'{key}={duration!r}: must be {DURATION}')
     unit = match['unit'].lower()
     if unit != '%' and unit not in _UNITS:
         raise UsageError(
@@ -150,15 +152,30 @@ def _warm_up(schedule: Schedule, peak: jax.typing.ArrayLike, warmup_steps: int) 
     return warmed_up
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The fields of a schedule's config."""
+
+    name: Annotated[
+        Literal['cosine', 'constant', 'step'], Field('Shape of the schedule after the warm-up.')
+    ] = 'cosine'
+    warmup: Annotated[int | str, Field('Duration of the linear rise from 0.', wants=DURATION)] = (
+        '0 steps'
+    )
+    end_value: Annotated[
+        float,
+        Field('cosine: the learning rate at the end, scaled as the learning rate is.', low=0),
+    ] = 0.0
+    boundaries: Annotated[
+        Sequence[int | str],
+        Field('step: the learning rate falls here.', wants=f'a list, each entry {DURATION}'),
+    ] = ('30%', '60%', '80%')
+    factor: Annotated[float, Field('step: the factor that it falls by.', above=0)] = 0.1
+
+
 def default_config() -> dict:
     """Returns every field of a schedule's config with its default."""
-    return {
-        'name': 'cosine',  # cosine | constant | step
-        'warmup': '0 steps',  # linear from 0; any duration
-        'end_value': 0.0,  # cosine: the learning rate at the end, scaled as the learning rate is
-        'boundaries': ('30%', '60%', '80%'),  # step: the learning rate falls here
-        'factor': 0.1,  # step: by this factor
-    }
+    return fields.defaults(fields.options(ScheduleConfig))
 
 
 def create(
@@ -173,7 +190,7 @@ def create(
     """Returns the schedule that a config describes.
 
     Args:
-        config: fields as in `default_config`.
+        config: fields as in `ScheduleConfig`, all present.
         peak: the value after the warm-up, before any decay.
         steps_per_epoch: optimizer steps in one epoch; may be fractional.
         total_steps: steps of the whole training.
@@ -183,6 +200,8 @@ def create(
     Raises:
         UsageError: naming the field that is wrong.
     """
+
+    fields.check(fields.options(ScheduleConfig), config, key, whole=True)
 
     def in_steps(duration, field, minimum):
         steps = num_steps(
@@ -201,10 +220,6 @@ def create(
 
     warmup_steps = in_steps(config['warmup'], 'warmup', minimum=0)
     end_value = config['end_value']
-    if isinstance(end_value, bool) or not isinstance(end_value, int | float):
-        raise UsageError(f'{key}.end_value={end_value!r}: must be a number')
-    if not (math.isfinite(end_value) and end_value >= 0):
-        raise UsageError(f'{key}.end_value={end_value}: must be at least 0')
     if end_value and config['name'] != 'cosine':
         raise UsageError(
             f'{key}.end_value={end_value}: {key}.name={config["name"]!r} has no end; '
@@ -220,13 +235,7 @@ def create(
             )
         case 'constant':
             return constant(peak, warmup_steps=warmup_steps)
-        case 'step':
-            factor = config['factor']
-            if not (math.isfinite(factor) and factor > 0):
-                raise UsageError(f'{key}.factor={factor}: it must be positive')
-            boundaries = [in_steps(b, 'boundaries', minimum=1) for b in config['boundaries']]
-            return step_decay(peak, boundaries=boundaries, factor=factor, warmup_steps=warmup_steps)
-    raise UsageError(
-        f'{key}.name={config["name"]!r} is unknown'
-        f'{nearest(config["name"], ("cosine", "constant", "step"))}'
+    boundaries = [in_steps(each, 'boundaries', minimum=1) for each in config['boundaries']]
+    return step_decay(
+        peak, boundaries=boundaries, factor=config['factor'], warmup_steps=warmup_steps
     )

@@ -246,6 +246,14 @@ def test_a_step_reads_two_images_for_each_example_of_the_mixed_recipes():
     assert experiment.images_per_step == experiment.config.batch_size
 
 
+def test_every_config_file_tells_its_variants():
+    for file in FAMILIES:
+        tried = [variant for each, variant in ALL if each is file]
+        declared = [variant for variant in file.VARIANTS if ',' not in variant]
+        assert declared == tried
+    assert nf_resnet.VARIANTS[:3] == ('50', '50,dropout', '50,clipping')
+
+
 def test_a_wrong_variant_is_told():
     with pytest.raises(UsageError, match=r"no NFNet 'F9' \(did you mean 'F\d"):
         nfnet.get_config('F9')
@@ -270,7 +278,7 @@ def test_made_pictures_are_equal_everywhere_and_can_be_told_apart():
     means = np.stack([train_source.images[train_source.labels == k].mean(0) for k in range(5)])
     distances = ((test_source.images[:, None] - means) ** 2).mean((2, 3, 4))
     np.testing.assert_array_equal(distances.argmin(1), test_source.labels)
-    with pytest.raises(UsageError, match='data.classes=0: must be positive'):
+    with pytest.raises(UsageError, match='data.classes=0: must be an integer of at least 2'):
         sources.open_source('noise', 'train', classes=0)
     with pytest.raises(UsageError, match="noise has no split 'val'"):
         sources.open_source('noise', 'val')

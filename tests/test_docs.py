@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import runpy
 
 import pytest
 
@@ -74,6 +75,11 @@ def broken(document, text):
 @pytest.mark.parametrize('document', DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 def test_links_and_file_names_exist(document):
     assert not broken(document, document.read_text())
+
+
+def test_the_page_of_fields_is_that_of_their_declarations():
+    page = runpy.run_path(str(ROOT / 'docs' / 'build_config.py'))['page']()
+    assert (ROOT / 'docs' / 'config.md').read_text() == page, 'run `python docs/build_config.py`'
 
 
 @pytest.mark.parametrize(

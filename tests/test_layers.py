@@ -77,7 +77,7 @@ def test_gelu_is_the_tanh_form():
 
 
 def test_unknown_activation_names_the_nearest():
-    with pytest.raises(UsageError, match="activation: unknown 'gellu' .*'gelu'"):
+    with pytest.raises(UsageError, match="activation='gellu' is unknown .*'gelu'"):
         layers.get_activation('gellu', scaled=True)
 
 

@@ -150,7 +150,7 @@ SHRINK = {
     r'.*benchmarks.input_pipeline.*': '--rounds=1 --batches=1',
     r'.*benchmarks.long_run.*': '--steps=500',
     r'.*python (-m examples\.\w+|examples/\w+\.py)': '',
-    r'python docs/build_api.py': '',
+    r'python docs/build_(api|config).py': '',
 }
 # What the suite runs by default: one of each kind that takes seconds.
 FAST = {
@@ -239,7 +239,8 @@ def materials(tmp_path_factory):
     (path / '.venv').symlink_to(sys.prefix)
     shutil.copy(ROOT / 'README.md', path)
     (path / 'docs').mkdir()
-    shutil.copy(ROOT / 'docs' / 'build_api.py', path / 'docs')
+    for name in ('build_api.py', 'build_config.py'):
+        shutil.copy(ROOT / 'docs' / name, path / 'docs')
     for name in _FILES:
         widths = {'widths': (16, 32), 'depths': (1, 1), 'group_size': 8}
         if name == 'F0_haiku.npz':
@@ -385,7 +386,7 @@ from experiments.launch import cli
 class Parsed(BaseException):
     pass
 
-def run(main, *, positional=False, distributed=False):
+def run(main, *, positional=False, distributed=False, declared=None):
     if distributed:
         cli._define_distributed_flags()
     flags.FLAGS(cli._parse(sys.argv))

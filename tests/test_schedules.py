@@ -190,7 +190,7 @@ def test_create_reads_durations():
         ({'name': 'cosinus'}, r"schedule\.name='cosinus'.*did you mean 'cosine'"),
         ({'warmup': '11 epochs'}, r"schedule\.warmup='11 epochs' is 110 steps, longer than .*100"),
         ({'warmup': -1}, r'schedule\.warmup=-1'),
-        ({'end_value': -0.1}, r'schedule\.end_value=-0\.1: must be at least 0'),
+        ({'end_value': -0.1}, r'schedule\.end_value=-0\.1: must be a number of at least 0'),
         ({'end_value': True}, r'schedule\.end_value=True: must be a number'),
         ({'name': 'step', 'end_value': 0.1}, r"end_value=0\.1: schedule\.name='step' has no end"),
         ({'name': 'step', 'factor': 0.0}, r'schedule\.factor=0\.0'),

@@ -23,12 +23,14 @@ METRICS = {
 
 
 def load(name, size):
-    get_config = runpy.run_path(str(ROOT / 'configs' / 'studies' / f'{name}.py'))['get_config']
+    module = runpy.run_path(str(ROOT / 'configs' / 'studies' / f'{name}.py'))
     try:
-        return get_config(size)
+        study = module['get_config'](size)
     except UsageError as error:
         assert f'no size {size!r}' in str(error)  # noqa: PT017
-        return None
+        study = None
+    assert (size in module['VARIANTS']) == (study is not None)
+    return study
 
 
 STUDIES = {

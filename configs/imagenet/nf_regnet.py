@@ -16,7 +16,9 @@ busy, so hours do not follow from them. No run of this file has been made yet. T
 --config.smoke=true, three steps of a scaled-down model on synthetic images.
 """
 
-from configs.imagenet.recipe import choose, imagenet, mix
+from configs.imagenet.recipe import choose, imagenet, mix, variants
+
+VARIANTS = variants('NF-RegNet')
 
 
 def get_config(variant: str = 'B0'):

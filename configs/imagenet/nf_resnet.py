@@ -21,10 +21,15 @@ Costs are COMPUTED: see docs/scaling.md. No run of this file has been made yet. 
 --config.smoke=true, three steps of a scaled-down model on synthetic images.
 """
 
-from configs.imagenet.recipe import choose, imagenet
+from configs.imagenet.recipe import choose, imagenet, variants
 from nfnets_jax.errors import UsageError, nearest
 
 SETTINGS = ('dropout', 'clipping')
+VARIANTS = tuple(
+    f'{size}{setting}'
+    for size in variants('NF-ResNet')
+    for setting in ('', *(f',{setting}' for setting in SETTINGS))
+)
 
 
 def get_config(variant: str = '50'):

@@ -22,7 +22,9 @@ On few devices a step needs --config.accumulate=N or --config.model.remat=True t
 To try it anywhere: --config.smoke=true, three steps of a scaled-down model on synthetic images.
 """
 
-from configs.imagenet.recipe import choose, imagenet, mix
+from configs.imagenet.recipe import choose, imagenet, mix, variants
+
+VARIANTS = variants('NFNet')
 
 
 def get_config(variant: str = 'F0'):

@@ -18,15 +18,24 @@ def choose(family: str, variant: str) -> models.Variant:
     Raises:
       UsageError: no such network, or one of timm's, which have no published recipe here.
     """
+    known = _networks(family)
+    if variant not in known:
+        raise UsageError(f'no {family} {variant!r}{nearest(variant, known)}')
+    return known[variant]
+
+
+def variants(family: str) -> tuple[str, ...]:
+    """Returns what `choose` knows of a family."""
+    return tuple(_networks(family))
+
+
+def _networks(family: str) -> dict[str, models.Variant]:
     rows = [models.variant_info(name) for name in models.list_models()]
-    known = {
+    return {
         row.variant: row
         for row in rows
         if row.family == family and row.stem == 'imagenet' and not row.base
     }
-    if variant not in known:
-        raise UsageError(f'no {family} {variant!r}{nearest(variant, known)}')
-    return known[variant]
 
 
 def imagenet(row: models.Variant) -> ConfigDict:

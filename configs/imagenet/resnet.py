@@ -9,7 +9,9 @@ the NF-ResNets', which have the same convolutions. No run of this file has been 
 anywhere: --config.smoke=true.
 """
 
-from configs.imagenet.recipe import choose, imagenet
+from configs.imagenet.recipe import choose, imagenet, variants
+
+VARIANTS = variants('ResNet')
 
 
 def get_config(variant: str = '50'):

@@ -14,6 +14,8 @@ has been made yet. To try it anywhere: --config.smoke=true.
 
 from configs.imagenet import nfnet
 
+VARIANTS = nfnet.VARIANTS
+
 
 def get_config(variant: str = 'F5'):
     config = nfnet.get_config(variant)

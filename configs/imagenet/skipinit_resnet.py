@@ -7,7 +7,9 @@ configs/imagenet/resnet.py with stochastic depth 0.1, the default of their class
 file has been made yet. To try it anywhere: --config.smoke=true.
 """
 
-from configs.imagenet.recipe import choose, imagenet
+from configs.imagenet.recipe import choose, imagenet, variants
+
+VARIANTS = variants('SkipInit-ResNet')
 
 
 def get_config(variant: str = '50'):

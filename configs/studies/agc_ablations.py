@@ -15,9 +15,11 @@ _BATCHES = {'digits': 256, 'cifar10': 1024, 'imagenet': 4096}
 _RATES = {'digits': (0.06, 0.25, 1.0, 4.0), 'cifar10': (0.4, 1.6), 'imagenet': (0.1,)}
 _CLIPPING = {'digits': (0.04,), 'cifar10': (0.02,), 'imagenet': (0.01,)}
 
+VARIANTS = tuple(_BATCHES)
+
 
 def get_config(size: str = 'digits'):
-    study = new_study('agc_ablations', size, tuple(_BATCHES))
+    study = new_study('agc_ablations', size, VARIANTS)
     study.title = 'What adaptive gradient clipping has to clip'
     study.question = (
         'Is clipping by output unit better than layer by layer, and which layers need it or suffer '

@@ -31,9 +31,11 @@ _GRIDS = {
     },
 }
 
+VARIANTS = tuple(_GRIDS)
+
 
 def get_config(size: str = 'digits'):
-    study = new_study('agc_batch_size', size, tuple(_GRIDS))
+    study = new_study('agc_batch_size', size, VARIANTS)
     study.title = 'Adaptive gradient clipping: batch size and clipping factor'
     study.question = (
         'Which clipping factor does each batch size want, and does a large batch want a small one?'

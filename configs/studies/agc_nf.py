@@ -37,9 +37,11 @@ _CLIPPING = {
     'imagenet': (0.01, 0.04, 0.16),
 }
 
+VARIANTS = tuple(_GRIDS)
+
 
 def get_config(size: str = 'digits'):
-    study = new_study('agc_nf', size, tuple(_GRIDS))
+    study = new_study('agc_nf', size, VARIANTS)
     study.title = 'Batch norm, Normalizer-Free, and Normalizer-Free with AGC'
     study.question = (
         'Does an NF-ResNet train at every batch size as a batch-normalised ResNet does, '

@@ -17,9 +17,11 @@ from configs.studies.settings import (
     no_norm,
 )
 
+VARIANTS = tuple(RESNET_WORDS)
+
 
 def get_config(size: str = 'digits'):
-    study = new_study('bn_benefits', size, tuple(RESNET_WORDS), RESNET_WORDS)
+    study = new_study('bn_benefits', size, VARIANTS, RESNET_WORDS)
     study.title = 'What batch norm buys'
     study.question = (
         'How much better is a network with batch norm, and over how wide a range of learning rates?'

@@ -18,9 +18,11 @@ _GRIDS = {
     'cifar10': {'batch_size': (8, 32, 256, 1024), 'learning_rate': (0.1, 0.4, 1.6)},
 }
 
+VARIANTS = tuple(_GRIDS)
+
 
 def get_config(size: str = 'digits'):
-    study = new_study('bn_price', size, tuple(_GRIDS))
+    study = new_study('bn_price', size, VARIANTS)
     study.title = 'What batch norm costs'
     study.question = (
         'How does accuracy with batch norm depend on the batch size, how far do the examples of a '

@@ -18,9 +18,11 @@ from configs.studies.settings import (
     no_norm,
 )
 
+VARIANTS = ('digits', 'cifar10')
+
 
 def get_config(size: str = 'digits'):
-    study = new_study('clip_by_norm', size, networks=RESNET_WORDS)
+    study = new_study('clip_by_norm', size, VARIANTS, networks=RESNET_WORDS)
     study.title = 'Clipping by norm and its threshold'
     study.question = (
         'Does clipping the norm of the gradient let a network without batch norm learn at higher '

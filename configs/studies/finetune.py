@@ -20,9 +20,11 @@ _NETWORKS = {
     'caltech101': 'NFNet-F0 at 192 pixels with SAM',
 }
 
+VARIANTS = tuple(_NETWORKS)
+
 
 def get_config(size: str = 'digits'):
-    study = new_study('finetune', size, tuple(_NETWORKS), _NETWORKS)
+    study = new_study('finetune', size, VARIANTS, _NETWORKS)
     study.title = 'An NFNet, fine-tuned'
     study.question = (
         'How much better is an NFNet that starts from trained weights than one that starts from '

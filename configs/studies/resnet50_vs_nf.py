@@ -28,9 +28,11 @@ _NETWORKS = {
     'caltech101': 'the networks of 50 layers as published, at 224 pixels',
 }
 
+VARIANTS = tuple(_OPTIONS)
+
 
 def get_config(size: str = 'digits'):
-    study = new_study('resnet50_vs_nf', size, tuple(_OPTIONS), _NETWORKS)
+    study = new_study('resnet50_vs_nf', size, VARIANTS, _NETWORKS)
     study.title = 'ResNet-50 against NF-ResNet-50, batch 32'
     study.question = 'How much better is NF-ResNet-50 than ResNet-50 where batches are small?'
     study.base.model = {'name': 'NF-ResNet-50', **_OPTIONS[size]}

@@ -7,9 +7,11 @@ Sizes: digits, cifar10.
 
 from configs.studies.settings import NO_CLIPPING, OURS, arm, batch_norm, chart, claim, new_study
 
+VARIANTS = ('digits', 'cifar10')
+
 
 def get_config(size: str = 'digits'):
-    study = new_study('sam', size)
+    study = new_study('sam', size, VARIANTS)
     study.title = 'Sharpness-aware minimisation, on and off'
     study.question = (
         'Does SAM make a network without batch norm generalise better, and is an ascent by a fifth '

@@ -66,7 +66,7 @@ RESNET_WORDS = {
 def new_study(
     name: str,
     size: str,
-    sizes: tuple[str, ...] = ('digits', 'cifar10'),
+    sizes: tuple[str, ...],
     networks: Mapping[str, str] = _NETWORK_WORDS,
 ) -> ConfigDict:
     """Returns a study with the data, the network and the recipe of its size.

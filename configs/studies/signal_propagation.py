@@ -14,9 +14,11 @@ _SIZES = {
     'imagenet': ('NF-ResNet-50', 224, 8),
 }
 
+VARIANTS = tuple(_SIZES)
+
 
 def get_config(size: str = 'digits'):
-    study = new_study('signal_propagation', size, tuple(_SIZES))
+    study = new_study('signal_propagation', size, VARIANTS)
     name, pixels, batch_size = _SIZES[size]
     study.title = 'Signal propagation at initialisation'
     study.question = (

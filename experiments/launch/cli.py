@@ -8,6 +8,7 @@ output any more.
 
 import ast
 import contextlib
+import functools
 import inspect
 import os
 import re
@@ -15,28 +16,37 @@ import runpy
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from experiments.launch import output
+from experiments.launch import config_help, output
 from experiments.launch.distributed import INTERRUPTED, Options, session
 from nfnets_jax import extras, files
 from nfnets_jax.errors import UsageError, first_line
+from nfnets_jax.fields import Option
 
 flags.disclaim_key_flags()  # What is defined here are the flags, in --help, of who calls.
 
 
-def run(main: Callable[..., None], *, positional: bool = False, distributed: bool = False) -> None:
+def run(
+    main: Callable[..., None],
+    *,
+    positional: bool = False,
+    distributed: bool = False,
+    declared: Callable[[ConfigDict], Mapping[str, Option]] | None = None,
+) -> None:
     """Parses the command line and calls `main`, which reads `flags.FLAGS`.
 
     Args:
       main: the command.
       positional: whether it takes what is on the command line besides flags, a list of strings.
       distributed: whether several processes may run it together.
+      declared: returns the options that a config of --config may have, for --help; None: those of
+        `experiments.config`.
     """
     if distributed:
         _define_distributed_flags()
@@ -50,7 +60,7 @@ def run(main: Callable[..., None], *, positional: bool = False, distributed: boo
             main(argv[1:]) if positional else main()
 
     with guarded():
-        app.run(call_main, flags_parser=_parse)
+        app.run(call_main, flags_parser=functools.partial(_parse, declared=declared))
 
 
 @contextlib.contextmanager
@@ -160,17 +170,19 @@ def _distributed_options() -> Options:
     return Options(**values)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(
+    argv: Sequence[str], *, declared: Callable[[ConfigDict], Mapping[str, Option]] | None = None
+) -> list[str]:
+    loaded: _Loaded | None = None
     try:
         argv = _expand_config(argv)
         for argument, following in zip(argv[1:], [*argv[2:], ''], strict=False):
             name, equals, value = argument.partition('=')
             if name in ('-config', '--config'):
                 given = value if equals else following
-                config = _load(given)
-                flags.FLAGS['config'].parser = _Loaded(given, config)
-                argv = _with_options(config, argv)
-                _check_overrides(config, argv)
+                flags.FLAGS['config'].parser = loaded = _Loaded(given)
+                argv = _set_options(loaded.config, argv)
+                _check_overrides(loaded.config, argv)
         sys.argv[:] = argv  # where the flags of a config look for each other
         return flags.FLAGS(argv)
     except UsageError as error:
@@ -179,7 +191,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
         missing = re.search(r'Flag (--\w+) must have a value other than None', str(error))
         _fail(f'{missing[1]} is missing: see --help' if missing else _one_line(error))
     except SystemExit as ending:
-        sys.exit(0 if ending.code == 1 else ending.code)  # absl ends --help with 1.
+        if ending.code == 1 and loaded:  # absl ends --help with 1.
+            from experiments.config import declared as declared_config  # here: a slow import
+
+            try:
+                known = (declared or declared_config)(loaded.config)
+            except UsageError as error:
+                _fail(str(error))
+            path = loaded.given.partition(':')[0]
+            print(*config_help.describe(path, loaded.variants, known, loaded.config), sep='\n')
+        sys.exit(0 if ending.code == 1 else ending.code)
 
 
 def _expand_config(argv: Sequence[str]) -> list[str]:
@@ -195,22 +216,30 @@ def _expand_config(argv: Sequence[str]) -> list[str]:
 
 
 class _Loaded(flags.ArgumentParser):
-    """Gives the flag the config that has been loaded, so that its file is run only once."""
+    """Runs a config file, and gives the flag its config, so that the file is run only once.
 
-    def __init__(self, given: str, config: ConfigDict):
-        self._given, self._config = given, config
+    Attributes:
+      given: 'path' or 'path:variant'.
+      config: what the file returns.
+      variants: the `VARIANTS` that the file declares, if any.
+    """
+
+    def __init__(self, given: str):
+        self.given = given
+        self.config, self.variants = _load(given)
 
     def parse(self, argument: str) -> ConfigDict:
-        return self._config.lock() if argument == self._given else _load(argument).lock()
+        return (self.config if argument == self.given else _load(argument)[0]).lock()
 
 
-def _load(config: str) -> ConfigDict:
-    """Runs a config file, given as 'path' or 'path:argument'."""
+def _load(config: str) -> tuple[ConfigDict, Sequence[str]]:
+    """Runs a config file, given as 'path' or 'path:variant'; returns its config and variants."""
     path, colon, argument = config.partition(':')
     if not os.path.isfile(path):
         raise UsageError(f'--config={config}: there is no file {path}')
     try:
-        get_config = runpy.run_path(path).get('get_config')
+        module = runpy.run_path(path)
+        get_config = module.get('get_config')
         if get_config is None:
             raise UsageError(f'--config={path} defines no function get_config()')
         if colon and not inspect.signature(get_config).parameters:
@@ -221,7 +250,7 @@ def _load(config: str) -> ConfigDict:
                 f'--config={path}: get_config() must return a ConfigDict, not '
                 f'{type(loaded).__name__}'
             )
-        return loaded
+        return loaded, module.get('VARIANTS', ())
     except UsageError as error:
         raise UsageError(
             f'--config={config}: {error}' if str(error)[:2] != '--' else error
@@ -232,30 +261,23 @@ def _load(config: str) -> ConfigDict:
         ) from error
 
 
-def _with_options(config: ConfigDict, argv: Sequence[str]) -> list[str]:
-    """Returns the arguments, options that the config file does not name put into their node whole.
+def _set_options(config: ConfigDict, argv: Sequence[str]) -> list[str]:
+    """Sets the options of a model or data source that the config file does not name.
 
-    A model and a source of data have more options than a config file need name, but only what it
-    names is a flag: --config.model.width=2 becomes --config.model={'name': ..., 'width': 2}.
+    Returns the other arguments: only what the file names is a flag of its own.
     """
     rest: list[str] = []
-    given: dict[str, dict] = {}
     for argument in argv:
-        match = re.fullmatch(
-            r'--?config\.((?:\w+\.)*(model|data))\.(\w+)=(.*)', argument, re.DOTALL
-        )
-        if match:
-            path, node, option, text = match.groups()
-            fields = _node(config, path)
-            name = _last_value(argv, f'config.{path}.name') or (fields or {}).get('name')
-            if fields is not None and option not in fields and option in _options(node, name):
-                given.setdefault(path, fields.to_dict())[option] = _literal(text)
+        pattern = r'--?config\.((?:\w+\.)*(model|data))\.(\w+)=(.*)'
+        if match := re.fullmatch(pattern, argument, re.DOTALL):
+            path, kind, option, text = match.groups()
+            node = _node(config, path)
+            name = _last_value(argv, f'config.{path}.name') or (node or {}).get('name')
+            if node is not None and option not in node and option in _options(kind, name):
+                with node.unlocked():
+                    node[option] = _literal(text)
                 continue
         rest.append(argument)
-    # Before other settings of the node, which go on top.
-    overrides = (i for i, argument in enumerate(rest) if re.match(r'--?(no)?config\.', argument))
-    first = next(overrides, len(rest))
-    rest[first:first] = [f'--config.{path}={fields!r}' for path, fields in given.items()]
     return rest
 
 

@@ -6,39 +6,42 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Any
 
 from experiments.run import metric_writers
 from experiments.study.schema import (
-    NONE,
-    NUMBER,
-    STATES,
     SUMMARY_FILE,
     TIMES,
     ChartSpec,
     Claim,
-    Fields,
     Point,
+    State,
+    StudyConfig,
     Value,
+    check_axis,
+    check_point,
     parse_chart,
     parse_claim,
 )
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax import fields
+from nfnets_jax.errors import UsageError
+from nfnets_jax.fields import Option
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialResult:
     """A trial as study.json records it."""
 
     id: str
     axes: Point
-    state: str
-    step: int
-    metrics: Mapping[str, float]
-    error: str | None
+    state: State
+    step: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
     """A study's settings and all its trials, in any state."""
 
@@ -49,17 +52,17 @@ class Study:
     setting: str
     size: str
     axes: Mapping[str, Sequence[Value]]
-    tuned: Sequence[str]  # axes of which the best value is taken where none is asked for
-    arms: Mapping[str, str]  # arm -> its label
+    tuned: Sequence[str] = ()  # axes of which the best value is taken where none is asked for
+    arms: Mapping[str, str] = field(default_factory=dict)  # arm -> its label
     metric: str
     higher_is_better: bool
-    chance: float | None  # what a diverged trial counts as in means of `metric`
-    claims: Sequence[Claim]
-    charts: Sequence[ChartSpec]
+    chance: float | None = None  # what a diverged trial counts as in means of `metric`
+    claims: Sequence[Claim] = ()
+    charts: Sequence[ChartSpec] = ()
     trials: Sequence[TrialResult]
-    commands: Sequence[str]
-    versions: Mapping[str, str]
-    hardware: str
+    commands: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hardware: str = ''
 
     def label(self, axis: str, value: Value) -> str:
         """Returns the text of a value of an axis: 'ResNet-8', '0.4', or '-' for None."""
@@ -91,7 +94,7 @@ def load(directory: str | os.PathLike) -> Study:
     path = pathlib.Path(directory)
     file = path / SUMMARY_FILE
     try:
-        fields = json.loads(file.read_text(encoding='utf-8'))
+        record = json.loads(file.read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise UsageError(f'--workdir={directory} holds no study: there is no {file}') from None
     except OSError as error:
@@ -99,68 +102,65 @@ def load(directory: str | os.PathLike) -> Study:
     except ValueError as error:
         raise UsageError(f'{file} is not JSON: {error}') from error
     try:
-        return _parse(path, Fields(fields, ''))
+        return _parse(path, record)
     except UsageError as error:
         raise UsageError(f'{file}: {error}') from None
 
 
-def _parse(path: pathlib.Path, fields: Fields) -> Study:
-    axes = fields.take('axes', dict)
-    for axis, values in axes.items():
+def _read(known: Mapping[str, Option], record: Any, name: str = '') -> dict[str, Any]:
+    """Returns the known fields of an object of study.json, checked; null counts as missing.
+
+    Versions before and after this one write others, too.
+    """
+    if not isinstance(record, dict):
+        raise UsageError(f'{name or "it"} must be an object, not {record!r:.60}')
+    read = {key: record[key] for key in known if record.get(key) is not None}
+    fields.check(known, read, name)
+    return read
+
+
+def _parse(path: pathlib.Path, record: Any) -> Study:
+    known, config = fields.options(Study), fields.options(StudyConfig)
+    known |= {'claims': config['claims'], 'charts': config['charts']}
+    known['trials'] = known['trials']._replace(type=Sequence[Mapping])
+    del known['path']
+    read = _read(known, record)
+    for axis, values in read['axes'].items():
         if not isinstance(values, list) or not all(isinstance(v, Value) for v in values):
             raise UsageError(f'axes.{axis}={values!r:.60} must be a list of texts and numbers')
-    axes = {axis: _in_order(values) for axis, values in axes.items()}
-    tuned = fields.take('tuned', list, [a for a in ('learning_rate',) if a in axes])
-    for axis in tuned:
-        if axis not in axes:
-            raise UsageError(f'tuned has no axis {axis!r}{nearest(axis, axes)}')
-    metric = fields.take('metric', str)
-    return Study(
-        path=path,
-        name=fields.take('name', str),
-        title=fields.take('title', str),
-        question=fields.take('question', str),
-        setting=fields.take('setting', str),
-        size=fields.take('size', str),
-        axes=axes,
-        tuned=tuned,
-        arms=fields.take('arms', dict, {}),
-        metric=metric,
-        higher_is_better=fields.take('higher_is_better', bool),
-        chance=fields.take('chance', (*NUMBER, NONE), None),
-        claims=[parse_claim(f, axes, metric) for f in fields.objects('claims', [])],
-        # Studies of earlier versions have charts of times: they are left out.
-        charts=[
-            chart
-            for chart in (parse_chart(f, axes) for f in fields.objects('charts', []))
-            if chart.y not in TIMES
-        ],
-        trials=[_trial(f, axes) for f in fields.objects('trials')],
-        commands=fields.take('commands', list, []) or [fields.take('command', str)],
-        versions=fields.take('versions', dict, {}),
-        hardware=fields.take('hardware', str, ''),
-    )
+    axes = read['axes'] = {axis: _in_order(values) for axis, values in read['axes'].items()}
+    read.setdefault('tuned', [axis for axis in ('learning_rate',) if axis in axes])
+    for axis in read['tuned']:
+        check_axis(axis, axes, 'tuned')
+    claims, charts = enumerate(read.get('claims', ())), enumerate(read.get('charts', ()))
+    parsed = [parse_chart(chart, axes, f'charts[{i}]') for i, chart in charts]
+    read |= {
+        'claims': [parse_claim(c, axes, read['metric'], f'claims[{i}]') for i, c in claims],
+        # Studies of earlier versions have charts of times, and one command: charts are left out.
+        'charts': [chart for chart in parsed if chart.y not in TIMES],
+        'commands': read.get('commands') or [record.get('command', '')],
+        'trials': [_trial(t, axes, f'trials[{i}]') for i, t in enumerate(read['trials'])],
+    }
+    return Study(path=path, **read)
 
 
 def _in_order(values: Sequence[Value]) -> Sequence[Value]:
     """Sorts numbers: those of a later grid, and of single arms, come after the others."""
-    numbers = [v for v in values if isinstance(v, NUMBER) and not isinstance(v, bool)]
+    numbers = [v for v in values if isinstance(v, float | int) and not isinstance(v, bool)]
     return sorted(numbers) if len(numbers) == len(values) else values
 
 
-def _trial(fields: Fields, axes: Mapping[str, Any]) -> TrialResult:
-    id, point = fields.take('id', str), fields.point('axes', axes)
-    if pathlib.PurePath(id).name != id or id == '..':
-        raise UsageError(f'the trial id {id!r} must be the name of a directory in trials/')
-    for axis, value in point.items():
+def _trial(record: Any, axes: Mapping[str, Any], name: str) -> TrialResult:
+    trial = TrialResult(**_read(fields.options(TrialResult), record, name))
+    if pathlib.PurePath(trial.id).name != trial.id or trial.id == '..':
+        raise UsageError(f'the trial id {trial.id!r} must be the name of a directory in trials/')
+    check_point(trial.axes, axes, f'{name}.axes')
+    for axis, value in trial.axes.items():
         if value not in axes[axis]:
-            raise UsageError(f'trial {id} has {axis}={value!r}, which is not in axes.{axis}')
-    metrics = fields.take('metrics', (dict, NONE), None) or {}
-    return TrialResult(
-        id=id,
-        axes=point,
-        state=fields.one_of('state', STATES),
-        step=fields.take('step', (int, NONE), None) or 0,
-        metrics={k: v for k, v in metrics.items() if isinstance(v, NUMBER) and math.isfinite(v)},
-        error=fields.take('error', (str, NONE), None),
-    )
+            raise UsageError(f'trial {trial.id} has {axis}={value!r}, which is not in axes.{axis}')
+    finite = {
+        key: value
+        for key, value in trial.metrics.items()
+        if isinstance(value, float | int) and math.isfinite(value)
+    }
+    return dataclasses.replace(trial, metrics=finite)

@@ -37,18 +37,9 @@ def evaluate(
       {'<split>/loss', '<split>/top1', '<split>/top5'} and '<split>_ema/...': means over the
       examples. Where some may be skipped, '<split>/skipped_pictures' too.
     """
-    source = experiment.splits[split]
-    batches = pipeline.eval_batches(
-        source,
-        batch_size=eval_batch_size(experiment),
-        transform=experiment.image_spec.test_transform,
-        bad=pipeline.UnreadableExamples(experiment.skip_bad),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     totals: dict[str, dict[str, float]] = {name: {} for name in variables}
-    with pipeline.Prefetch(batches, parallel.shard) as prefetched:
-        for batch in prefetched:
+    with open_eval_batches(experiment, split) as batches:
+        for batch in batches:
             for name, sums in jax.device_get(eval_step(variables, batch)).items():
                 for key, value in sums.items():
                     totals[name][key] = totals[name].get(key, 0.0) + float(value)
@@ -58,8 +49,21 @@ def evaluate(
         for key in ('loss', 'top1', 'top5')
     }
     if experiment.skip_bad:
-        metrics[f'{split}/skipped_pictures'] = len(source) - totals['']['count']
+        metrics[f'{split}/skipped_pictures'] = len(experiment.splits[split]) - totals['']['count']
     return metrics
+
+
+def open_eval_batches(experiment: Experiment, split: str) -> pipeline.Prefetch:
+    """Returns this process's batches of a split on its devices; see `pipeline.eval_batches`."""
+    batches = pipeline.eval_batches(
+        experiment.splits[split],
+        batch_size=eval_batch_size(experiment),
+        transform=experiment.image_spec.test_transform,
+        bad=pipeline.UnreadableExamples(experiment.skip_bad),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return pipeline.Prefetch(batches, parallel.shard)
 
 
 def describe_accuracy(metrics: Mapping[str, float]) -> str:

@@ -8,7 +8,8 @@ import haiku as hk
 import jax
 import numpy as np
 
-from experiments.experiment import Experiment, init_variables, naming
+from experiments.config import naming
+from experiments.experiment import Experiment, init_variables
 from experiments.run import parallel, workdir
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError

@@ -20,11 +20,10 @@ from ml_collections import ConfigDict
 
 from experiments.run import parallel
 from nfnets_jax import files
-from nfnets_jax.errors import UsageError, first_line, nearest
+from nfnets_jax.errors import UsageError, first_line
 
 METRICS_FILE = 'metrics.jsonl'
 _WANDB_ID_FILE = 'wandb_id'
-_WANDB_MODES = ('online', 'offline', 'disabled')
 
 Scalars = Mapping[str, float | int]
 
@@ -76,9 +75,6 @@ def check_destinations(workdir: str | os.PathLike, config: ConfigDict) -> None:
     """Raises the UsageErrors of `open_writer` on process 0, before anything is written."""
     if not parallel.is_primary():
         return
-    mode = config.wandb.mode
-    if mode not in _WANDB_MODES:
-        raise UsageError(f'config.wandb.mode={mode!r} is unknown{nearest(mode, _WANDB_MODES)}')
     if config.wandb.project:
         _import_wandb(config)
     path = pathlib.Path(workdir) / METRICS_FILE

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from experiments import config as schema
 from experiments.config import default_config
 from experiments.run import data_record, parallel
-from nfnets_jax import files, models
+from nfnets_jax import fields, files, models
 from nfnets_jax.data import sources
 from nfnets_jax.errors import UsageError
 from nfnets_jax.schedules import canonical_duration
@@ -229,10 +229,8 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     runner = default_config().data
     if option in runner:
         return runner[option]
-    parameter = sources.source_options(config['data.name']).get(option)
-    if parameter is None or parameter.default is parameter.empty:
-        return None
-    return json.loads(json.dumps(parameter.default))
+    default = fields.defaults(sources.source_options(config['data.name'])).get(option)
+    return json.loads(json.dumps(default))
 
 
 def _canonical(key: str, value: Any) -> Any:

@@ -46,7 +46,7 @@ from experiments.study import measurements
 from experiments.study.journal import Journal, TrialRecord, round_robin
 from experiments.study.schema import SUMMARY_FILE
 from experiments.train import DivergedError, train
-from nfnets_jax import files, optimizers
+from nfnets_jax import files
 from nfnets_jax.errors import UsageError, nearest
 
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'optuna', 'numpy')
@@ -275,7 +275,6 @@ def _check_configs(
         try:
             if key in checked:
                 schema.check(trial.config)
-                optimizers.check(trial.config.optimizer, 'config.optimizer')
             else:
                 experiment = _check_config(trial.config, training='train' in study.measure)
                 if (name := data_record.key(trial.config)) not in data:
@@ -488,4 +487,4 @@ def run() -> None:
     flags.DEFINE_integer('max_trials', None, 'Start at most this many trials.', lower_bound=1)
     flags.DEFINE_bool('retry', False, 'Run failed trials again.')
     flags.mark_flags_as_required(['config', 'workdir'])
-    cli.run(main)
+    cli.run(main, declared=study_config.declared)

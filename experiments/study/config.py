@@ -1,4 +1,4 @@
-"""What a study is: a question, the arms that are compared, and the trials that follow from them.
+"""A study: a question, the arms that are compared, and the trials that follow from them.
 
 A file under configs/studies/ starts from `default_study()`. Its trials are the points of a grid:
 every arm, at every value of every axis, the learning rate and the seed among them.
@@ -13,11 +13,13 @@ from typing import Any, NamedTuple, TypeGuard
 
 from ml_collections import ConfigDict
 
+from experiments import config as experiments_config
 from experiments.config import default_config
 from experiments.run import workdir
 from experiments.study import measurements
-from experiments.study.schema import TIMES, Fields, parse_chart, parse_claim
+from experiments.study.schema import TIMES, StudyConfig, check_axis, parse_chart, parse_claim
 from experiments.train_step import program_key
+from nfnets_jax import fields
 from nfnets_jax.errors import UsageError, nearest
 
 PRETRAINED = '{study}/pretrained'  # {study}, which `load_weights` knows, is the study's directory
@@ -25,7 +27,6 @@ PRETRAINED = '{study}/pretrained'  # {study}, which `load_weights` knows, is the
 # Nodes whose fields depend on a name: with a new name come all of its own fields.
 _NAMED = ('model', 'data')
 
-_ARM = ('name', 'label', 'config', 'grid')
 _NAME = re.compile(r'[A-Za-z0-9][\w.+-]*')
 _VALUE = re.compile(r'[\w.+-]+')
 
@@ -41,39 +42,22 @@ class Trial(NamedTuple):
 
 def default_study() -> ConfigDict:
     """Returns every field of a study with its default."""
-    return ConfigDict(
-        {
-            'name': '',
-            'title': '',
-            'question': '',
-            'setting': '',  # data and network, in words; the recipe comes on top, see `recipe`
-            'size': '',  # digits | cifar10 | imagenet | ...
-            'cost': '',  # what it took where, in words, as measured
-            'base': default_config(),  # what all trials start from
-            # A config to be trained once before the trials, if it is not empty; they find its
-            # weights with config.init.weights = PRETRAINED.
-            'pretrain': {},
-            # Name of an axis -> the key of the config that it sets.
-            'axes': {'learning_rate': 'optimizer.learning_rate', 'seed': 'seed'},
-            'grid': {'seed': (0, 1, 2)},  # axis -> its values, in every arm
-            # {'name', 'label': words, 'config': what differs from the base, 'grid': axis -> its
-            # values in this arm, instead of the study's}. An arm may lack an axis.
-            'arms': (),
-            # What a trial does, in order: names of experiments.study.measurements.
-            'measure': ('train',),
-            'metric': 'test/top1',  # what arms are judged by
-            'higher_is_better': True,
-            'chance': 0.1,  # the metric of a network that knows nothing, and of a diverged trial
-            # Axes whose best value is chosen for each arm, by the mean over the seeds.
-            'tuned': ('learning_rate',),
-            # {'text', 'source', 'compare': {'better': {axis: value}, 'worse': {axis: value},
-            # 'margin', 'direction': 'greater' | 'less'}}: what was claimed before.
-            'claims': (),
-            # {'kind': one of KINDS, 'x': axis or 'step', 'y': metric, 'series': axis, 'log_x',
-            # 'title'} and if wanted 'where': {axis: value}, 'log_y', 'x_label'.
-            'charts': (),
-        }
-    )
+    return ConfigDict(fields.defaults(fields.options(StudyConfig)) | {'base': default_config()})
+
+
+def declared(study: ConfigDict) -> dict[str, fields.Option]:
+    """Returns the options of a study, those of its own base and pretraining included.
+
+    Raises:
+      UsageError: there is no such model or data source.
+    """
+    known = fields.options(StudyConfig)
+    for node in ('base', 'pretrain'):
+        if study.get(node):
+            known[node] = known[node]._replace(
+                inner=experiments_config.declared(study[node], f'config.{node}')
+            )
+    return known
 
 
 def make_trials(study: ConfigDict) -> list[Trial]:
@@ -195,13 +179,7 @@ def _set(config: ConfigDict, key: str, value: Any, axis: str) -> None:
 
 
 def _check(study: ConfigDict) -> None:
-    known = default_study()
-    for key in study:
-        if key not in known:
-            raise UsageError(f'unknown key config.{key} of a study{nearest(key, known)}')
-    for key in known:
-        if key not in study:
-            raise UsageError(f'config.{key} is missing: see experiments/study/config.py')
+    fields.check(fields.options(StudyConfig), study, 'config', whole=True)
     if not study.arms:
         raise UsageError('config.arms is empty: a study needs an arm')
     for name in study.measure:
@@ -210,24 +188,21 @@ def _check(study: ConfigDict) -> None:
                 f'config.measure: unknown {name!r}{nearest(name, measurements.MEASUREMENTS)}'
             )
     for i, arm in enumerate(study.arms):
-        for key in arm:
-            if key not in _ARM:
-                raise UsageError(f'unknown key config.arms[{i}].{key}{nearest(key, _ARM)}')
-        _check_name(arm.get('name', ''), f'arms[{i}].name')
+        _check_name(arm['name'], f'arms[{i}].name')
         if arm['name'] in [other['name'] for other in study.arms[:i]]:
             raise UsageError(f'config.arms[{i}].name={arm["name"]!r}: another arm has this name')
         _check_grid(arm.get('grid', {}), f'arms[{i}].grid', study)
     _check_grid(study.grid, 'grid', study)
     told = to_json(study)
     for i, claim in enumerate(told['claims']):
-        parsed = parse_claim(Fields(claim, f'config.claims[{i}]'), told['axes'], study.metric)
-        _check_no_time(parsed.metric, f'config.claims[{i}].compare.metric')
+        name = f'config.claims[{i}]'
+        parsed = parse_claim(claim, told['axes'], study.metric, name)
+        _check_no_time(parsed.metric, f'{name}.compare.metric')
     for i, chart in enumerate(told['charts']):
-        drawn = parse_chart(Fields(chart, f'config.charts[{i}]'), told['axes'])
-        _check_no_time(drawn.y, f'config.charts[{i}].y')
+        name = f'config.charts[{i}]'
+        _check_no_time(parse_chart(chart, told['axes'], name).y, f'{name}.y')
     for axis in study.tuned:
-        if axis not in study.axes:
-            raise UsageError(f'config.tuned: no axis {axis!r}{nearest(axis, study.axes)}')
+        check_axis(axis, study.axes, 'config.tuned')
 
 
 def _check_grid(grid: Mapping, key: str, study: ConfigDict) -> None:
@@ -291,8 +266,8 @@ def _check_no_time(metric: str, key: str) -> None:
 def to_json(study: ConfigDict) -> dict[str, Any]:
     """Returns what study.json says of the study itself; trials and circumstances come on top."""
     words = ('name', 'title', 'question', 'setting', 'size', 'cost')
-    fields = (*words, 'metric', 'higher_is_better', 'chance', 'tuned', 'claims', 'charts')
-    labels = {arm['name']: arm.get('label', arm['name']) for arm in study.arms}
-    told = {field: study[field] for field in fields} | {'axes': axis_values(study), 'arms': labels}
+    keys = (*words, 'metric', 'higher_is_better', 'chance', 'tuned', 'claims', 'charts')
+    labels = {arm['name']: arm.get('label') or arm['name'] for arm in study.arms}
+    told = {key: study[key] for key in keys} | {'axes': axis_values(study), 'arms': labels}
     told['setting'] = '. '.join(filter(None, (study.setting, recipe(study))))
     return json.loads(json.dumps(told, default=dict))

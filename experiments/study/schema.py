@@ -1,21 +1,25 @@
-"""What the writer and the reader of study.json have to agree on: its name, its claims and charts.
+"""The fields of a study, in its config and in study.json, and what they may be.
 
 `experiments.study.config` checks a config with it, `experiments.report` a file.
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.fields import Field
 
 SUMMARY_FILE = 'study.json'
 
 # Ended with a result; a trial that diverged is one.
 DONE = ('complete', 'diverged')
-STATES = (*DONE, 'failed', 'running', 'pending')
-KINDS = ('curves', 'line', 'heatmap', 'bars', 'parallel', 'table')
-DIRECTIONS = ('greater', 'less')
+State = Literal['complete', 'diverged', 'failed', 'running', 'pending']
+STATES = typing.get_args(State)
+Kind = Literal['curves', 'line', 'heatmap', 'bars', 'parallel', 'table']
+KINDS = typing.get_args(Kind)
 
 # Metrics that depend on what else the machine does. Trials share it with one another and with other
 # programs, so a study neither draws nor judges them; benchmarks/ measures time.
@@ -33,13 +37,98 @@ TIMES = (
 Value = str | float | int | bool | None
 Point = Mapping[str, Value]  # axis -> value, for some of a study's axes
 
-NUMBER = (float, int)
-NONE = type(None)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What is compared with the other arms."""
+
+    name: Annotated[str, Field('Part of the names of directories.')]
+    label: Annotated[str, Field('In words; by default the name.')] = ''
+    config: Annotated[Mapping, Field('What differs from the base.')] = field(default_factory=dict)
+    grid: Annotated[Mapping, Field("Axis -> its values in this arm, instead of the study's.")] = (
+        field(default_factory=dict)
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The two sides of a claim: points, {axis: value} for some of a study's axes."""
+
+    better: Annotated[Mapping, Field('Where the metric is claimed to be better.')]
+    worse: Annotated[Mapping, Field('Where it is claimed to be worse.')]
+    margin: Annotated[float, Field('By more than this.')] = 0.0
+    direction: Annotated[Literal['greater', 'less'], Field('Which is better.')] = 'greater'
+    metric: Annotated[str | None, Field("What is compared; None: the study's.")] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClaimConfig:
+    """What the report or a paper says."""
+
+    text: Annotated[str, Field('The claim.')]
+    source: Annotated[str, Field('Who made it.')]
+    compare: Annotated[Comparison | None, Field('How the study judges it; None: it cannot.')] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChartSpec:
+    """A chart that a study asks for."""
+
+    kind: Annotated[Kind, Field('Kind of the chart.')]
+    x: Annotated[str, Field("An axis, or 'step' for curves.")]
+    y: Annotated[str, Field('A metric.')]
+    series: Annotated[str, Field('An axis.')]
+    title: Annotated[str, Field('Title of the chart.')]
+    where: Annotated[Mapping, Field('Only trials with {axis: value}.')] = field(
+        default_factory=dict
+    )
+    log_x: Annotated[bool, Field('Logarithmic x axis.')] = False
+    log_y: Annotated[bool, Field('Logarithmic y axis.')] = False
+    x_label: Annotated[str | None, Field('Instead of the name of x.')] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Every field of a study."""
+
+    name: Annotated[str, Field("Name of the study's file.")] = ''
+    title: Annotated[str, Field('Title of the report.')] = ''
+    question: Annotated[str, Field('What the study asks.')] = ''
+    setting: Annotated[str, Field('Data and network, in words; the recipe is added.')] = ''
+    size: Annotated[str, Field('digits, cifar10, imagenet, ...')] = ''
+    cost: Annotated[str, Field('What it took on which machine, as measured.')] = ''
+    base: Annotated[Mapping, Field('The config that all trials start from.')]
+    pretrain: Annotated[
+        Mapping,
+        Field(
+            'A config to train once before the trials, if it is not empty; they find its weights '
+            "with config.init.weights='{study}/pretrained'."
+        ),
+    ] = field(default_factory=dict)
+    axes: Annotated[Mapping, Field('Axis -> the key of the config that it sets.')] = field(
+        default_factory=lambda: {'learning_rate': 'optimizer.learning_rate', 'seed': 'seed'}
+    )
+    grid: Annotated[Mapping, Field('Axis -> its values, in every arm.')] = field(
+        default_factory=lambda: {'seed': (0, 1, 2)}
+    )
+    arms: Annotated[Sequence[Arm], Field('What is compared.')] = ()
+    measure: Annotated[
+        Sequence[str], Field('What a trial does, in order; see experiments/study/measurements.py.')
+    ] = ('train',)
+    metric: Annotated[str, Field('What arms are judged by.')] = 'test/top1'
+    higher_is_better: Annotated[bool, Field('Which way the metric is better.')] = True
+    chance: Annotated[float | None, Field('The metric of an untrained or diverged network.')] = 0.1
+    tuned: Annotated[
+        Sequence[str],
+        Field('Axes whose best value is chosen for each arm, by the mean over the seeds.'),
+    ] = ('learning_rate',)
+    claims: Annotated[Sequence[ClaimConfig], Field('What was claimed before.')] = ()
+    charts: Annotated[Sequence[ChartSpec], Field('Charts of the report.')] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What the report or a paper says; with two sides to compare where the study can judge it."""
+    """A claim, with two sides to compare where the study can judge it."""
 
     text: str
     source: str
@@ -50,130 +139,50 @@ class Claim:
     direction: str = 'greater'
 
 
-@dataclasses.dataclass(frozen=True)
-class ChartSpec:
-    """A chart that a study asks for; `y` is a metric, `x` and `series` are axes."""
-
-    kind: str
-    x: str
-    y: str
-    series: str
-    title: str
-    where: Point
-    log_x: bool = False
-    log_y: bool = False
-    x_label: str | None = None
-
-
-class Fields:
-    """A JSON object of which fields are taken with their type; the errors name the field.
-
-    Args:
-      value: the object.
-      name: where it stands, 'config.charts[0]'; '' for a whole file.
-
-    Raises:
-      UsageError: it is no object.
-    """
-
-    def __init__(self, value: Any, name: str):
-        if not isinstance(value, dict):
-            raise UsageError(f'{name or "it"} must be an object, not {value!r:.60}')
-        self._value, self._name = value, name
-
-    def name(self, key: str) -> str:
-        return f'{self._name}.{key}' if self._name else key
-
-    def take(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-        if key not in self._value and default is ...:
-            raise UsageError(f'{self.name(key)} is missing')
-        value = self._value.get(key, default)
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        # A bool is an int to Python, but no number to whoever writes JSON.
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            wanted = ' or '.join('null' if k is NONE else k.__name__ for k in kinds)
-            raise UsageError(f'{self.name(key)}={value!r:.60} must be {wanted}')
-        return value
-
-    def one_of(self, key: str, choices: Sequence[str], default: Any = ...) -> str:
-        value = self.take(key, str, default)
-        if value not in choices:
-            raise UsageError(f'{self.name(key)}={value!r} is unknown{nearest(value, choices)}')
-        return value
-
-    def objects(self, key: str, default: Any = ...) -> list['Fields']:
-        values = self.take(key, list, default)
-        return [Fields(value, f'{self.name(key)}[{i}]') for i, value in enumerate(values)]
-
-    def only(self, *known: str) -> None:
-        """Raises a UsageError if there is a field of another name."""
-        for key in self._value:
-            if key not in known:
-                raise UsageError(f'{self.name(key)} is unknown{nearest(key, known)}')
-
-    def axis(self, key: str, axes: Mapping[str, Any]) -> str:
-        """Takes the name of an axis."""
-        axis = self.take(key, str)
-        if axis not in axes:
-            raise UsageError(f'{self.name(key)}={axis!r}: no such axis{nearest(axis, axes)}')
-        return axis
-
-    def point(self, key: str, axes: Mapping[str, Sequence[Value]], default: Any = ...) -> Point:
-        """Takes a point.
-
-        Its arm has to be one of the study's. Other values may lie outside the grid, which a user
-        can narrow: nothing is known of such a point then.
-        """
-        point = self.take(key, dict, default)
-        for axis, value in point.items():
-            if axis not in axes:
-                raise UsageError(f'{self.name(key)} has no axis {axis!r}{nearest(axis, axes)}')
-            if axis == 'arm' and value not in axes[axis]:
-                raise UsageError(f'{self.name(key)}.arm={value!r}{nearest(value, axes[axis])}')
-        return point
-
-
-def parse_claim(fields: Fields, axes: Mapping[str, Sequence[Value]], metric: str) -> Claim:
+def parse_claim(
+    claim: Mapping, axes: Mapping[str, Sequence[Value]], metric: str, name: str
+) -> Claim:
     """Returns a claim.
 
     Args:
-      fields: of the claim.
+      claim: as in `ClaimConfig`, checked.
       axes: of the study, with their values; 'arm' is one.
       metric: of the study, which a claim is about unless it says otherwise.
+      name: where the claim stands, 'config.claims[0]'.
 
     Raises:
-      UsageError: naming the field that is wrong.
+      UsageError: a side is no point of the study.
     """
-    fields.only('text', 'source', 'compare')
-    text, source = fields.take('text', str), fields.take('source', str)
-    compare = fields.take('compare', (dict, NONE), None)
-    if compare is None:
-        return Claim(text, source, metric)
-    compare = Fields(compare, fields.name('compare'))
-    compare.only('better', 'worse', 'margin', 'direction', 'metric')
-    return Claim(
-        text,
-        source,
-        compare.take('metric', str, metric),
-        better=compare.point('better', axes),
-        worse=compare.point('worse', axes),
-        margin=compare.take('margin', NUMBER, 0.0),
-        direction=compare.one_of('direction', DIRECTIONS, 'greater'),
-    )
+    compare = claim.get('compare') or {}
+    for side in ('better', 'worse'):
+        check_point(compare.get(side, {}), axes, f'{name}.compare.{side}')
+    given = {key: value for key, value in compare.items() if value is not None}
+    return Claim(claim['text'], claim['source'], **{'metric': metric} | given)
 
 
-def parse_chart(fields: Fields, axes: Mapping[str, Sequence[Value]]) -> ChartSpec:
-    """Returns a chart; for `axes` and errors see `parse_claim`."""
-    fields.only(*(field.name for field in dataclasses.fields(ChartSpec)))
-    kind = fields.one_of('kind', KINDS)
-    return ChartSpec(
-        kind=kind,
-        x=fields.axis('x', {'step': (), **axes} if kind == 'curves' else axes),
-        y=fields.take('y', str),
-        series=fields.axis('series', axes),
-        title=fields.take('title', str),
-        where=fields.point('where', axes, {}),
-        log_x=fields.take('log_x', bool, False),
-        log_y=fields.take('log_y', bool, False),
-        x_label=fields.take('x_label', (str, NONE), None),
-    )
+def parse_chart(chart: Mapping, axes: Mapping[str, Sequence[Value]], name: str) -> ChartSpec:
+    """Returns a chart, as in `ChartSpec`; for the other arguments and errors see `parse_claim`."""
+    spec = ChartSpec(**chart)
+    check_axis(spec.x, {'step': (), **axes} if spec.kind == 'curves' else axes, f'{name}.x')
+    check_axis(spec.series, axes, f'{name}.series')
+    check_point(spec.where, axes, f'{name}.where')
+    return spec
+
+
+def check_axis(axis: str, axes: Mapping[str, Any], name: str) -> None:
+    """Raises a UsageError unless there is such an axis."""
+    if axis not in axes:
+        raise UsageError(f'{name}={axis!r}: no such axis{nearest(axis, axes)}')
+
+
+def check_point(point: Point, axes: Mapping[str, Sequence[Value]], name: str) -> None:
+    """Raises a UsageError unless the axes are the study's, and the arm is one of its arms.
+
+    Other values may lie outside the grid, which a user can narrow: nothing is known of such a point
+    then.
+    """
+    for axis, value in point.items():
+        if axis not in axes:
+            raise UsageError(f'{name} has no axis {axis!r}{nearest(axis, axes)}')
+        if axis == 'arm' and value not in axes[axis]:
+            raise UsageError(f'{name}.arm={value!r}{nearest(value, axes[axis])}')

@@ -1,42 +1,72 @@
 """Augmentation on the device: pure functions of (keys, images), one key for every example.
 
-Keys come from (seed, step, position in the global batch), so what happens to a picture depends
-neither on the number of devices nor on what happened to the others.
+Keys come from (seed, step, position in the global batch), so what happens to an image depends
+neither on the number of devices nor on what happens to the others.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from nfnets_jax import fields
 from nfnets_jax.augment import randaugment
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.errors import UsageError
+from nfnets_jax.fields import Field
 
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
-DEFAULTS: dict[str, Any] = {
-    'flip': False,  # mirror left-right, every second picture
-    'shift': 0,  # crop at up to this many pixels off, in both directions
-    'shift_fill': 'constant',  # what lies outside: 'constant' (black), 'edge' or 'reflect'
-    # Mix images and their labels in pairs: MixUp and CutMix by weights of Beta(alpha, alpha), off
-    # at 0 (published: 0.2 and 1). With both, one half of the batch each.
-    'mixup': 0.0,
-    'cutmix': 0.0,
-    # batch: each image with its neighbour in the batch, so that it is used twice. distinct (as
-    # published): a batch of B examples is mixed from 2 B images, and each is used once.
-    'mix_pairs': 'batch',
-    'mix_first': True,  # before RandAugment or AutoAugment (as published), or after
-    'randaugment_layers': 0,  # operations on each picture; published: 4
-    'randaugment_magnitude': 10.0,  # published: F0 5, F1 and F2 10, larger ones 15
-    'autoaugment': False,  # ImageNet's policy v0, instead of RandAugment
-    'erasing': 0.0,  # probability of blanking a random part of a picture
-    'label_smoothing': 0.0,
-}
-_FILLS = ('constant', 'edge', 'reflect')
-_PAIRS = ('batch', 'distinct')
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The options of the augmentation, in the order of `make_augment`."""
+
+    flip: Annotated[bool, Field('Mirror every second image left-right.')] = False
+    shift: Annotated[int, Field('Crop up to this many pixels off, in both directions.', low=0)] = 0
+    shift_fill: Annotated[
+        Literal['constant', 'edge', 'reflect'],
+        Field('What lies outside of a shifted image; constant is black.'),
+    ] = 'constant'
+    mixup: Annotated[
+        float,
+        Field(
+            'Alpha of MixUp: pairs of images and labels are mixed by weights of Beta(alpha, '
+            'alpha); 0: off; published: 0.2. With CutMix, too, half of the batch each.',
+            low=0,
+        ),
+    ] = 0.0
+    cutmix: Annotated[float, Field('Alpha of CutMix, as of MixUp; published: 1.', low=0)] = 0.0
+    mix_pairs: Annotated[
+        Literal['batch', 'distinct'],
+        Field(
+            'batch: mix each image with its neighbor in the batch, so that it is used twice. '
+            'distinct (as published): mix a batch of B examples from 2 B images, each used once.'
+        ),
+    ] = 'batch'
+    mix_first: Annotated[bool, Field('Mix before RandAugment (as published), or after.')] = True
+    randaugment_layers: Annotated[int, Field('Operations on an image; published: 4.', low=0)] = 0
+    randaugment_magnitude: Annotated[
+        float, Field('Published: F0 5, F1 and F2 10, larger ones 15.', low=0)
+    ] = 10.0
+    autoaugment: Annotated[bool, Field("ImageNet's policy v0, instead of RandAugment.")] = False
+    erasing: Annotated[float, Field('Probability of blanking a random box.', low=0, high=1)] = 0.0
+    label_smoothing: Annotated[float, Field('Share spread over all classes.', low=0, below=1)] = 0.0
+
+    @classmethod
+    def parse(cls, config: Mapping) -> 'Recipe':
+        """Returns the recipe of a config with some of the options, or raises a UsageError."""
+        fields.check(fields.options(cls), config, 'augment')
+        recipe = cls(**config)
+        if recipe.autoaugment and recipe.randaugment_layers:
+            raise UsageError('augment.autoaugment=True: set augment.randaugment_layers=0 with it')
+        return recipe
+
+
+DEFAULTS: dict[str, Any] = fields.defaults(fields.options(Recipe))
 
 
 def example_keys(seed: int | jax.Array, step: int | jax.Array, positions: jax.Array) -> jax.Array:
@@ -80,11 +110,11 @@ def random_shift_crop(
 def mix_neighbours(
     keys: jax.Array, images: jax.Array, targets: jax.Array, mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes each picture with its neighbour, and their targets in the same proportion.
+    """Mixes each image with its neighbor, and their targets in the same proportion.
 
-    The neighbour of example i is i ^ 1 (0 and 1, 2 and 3, ...), which lies on the same device; each
-    of the two draws its own weight. MixUp (arXiv 1710.09412) averages the pictures; CutMix
-    (1905.04899) pastes a box of the neighbour, of a share drawn like MixUp's weight, centred
+    The neighbor of example i is i ^ 1 (0 and 1, 2 and 3, ...), which lies on the same device; each
+    of the two draws its own weight. MixUp (arXiv 1710.09412) averages the images; CutMix
+    (1905.04899) pastes a box of the neighbor, of a share drawn like MixUp's weight, centered
     anywhere and cut off at the border. With both, every second pair is for CutMix.
 
     Args:
@@ -103,12 +133,12 @@ def mix_neighbours(
     pasted = jnp.arange(count) // 2 % 2 == 1
     own, weight = _own_shares(keys, images.shape[1:3], mixup, cutmix, pasted)
 
-    def with_neighbour(x, weight):
-        neighbour = x.reshape(count // 2, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
-        return weight * x + (1 - weight) * neighbour
+    def with_neighbor(x, weight):
+        neighbor = x.reshape(count // 2, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
+        return weight * x + (1 - weight) * neighbor
 
-    images = with_neighbour(images.astype(jnp.float32), own[..., None])
-    return images, with_neighbour(targets, weight[:, None])
+    images = with_neighbor(images.astype(jnp.float32), own[..., None])
+    return images, with_neighbor(targets, weight[:, None])
 
 
 def mix_distinct(
@@ -151,9 +181,8 @@ def images_per_example(config: Mapping) -> int:
     Raises:
         UsageError: an unknown key or a value out of range.
     """
-    options = _checked(config)
-    is_mixed = options['mixup'] or options['cutmix']
-    return 2 if is_mixed and options['mix_pairs'] == 'distinct' else 1
+    recipe = Recipe.parse(config)
+    return 2 if (recipe.mixup or recipe.cutmix) and recipe.mix_pairs == 'distinct' else 1
 
 
 def _check_count(images: jax.Array, mixup: float, cutmix: float) -> int:
@@ -193,8 +222,8 @@ def _own_shares(
         covers = []
         for place_key, size in zip(place_keys, (height, width), strict=True):
             half = (side * size).astype(int) // 2
-            centre = jax.random.randint(place_key, (), 0, size)
-            covers.append((centre - half <= jnp.arange(size)) & (jnp.arange(size) < centre + half))
+            center = jax.random.randint(place_key, (), 0, size)
+            covers.append((center - half <= jnp.arange(size)) & (jnp.arange(size) < center + half))
         own = 1 - jnp.outer(covers[0], covers[1]).astype(jnp.float32)
         return own, own.mean()
 
@@ -213,15 +242,15 @@ def _symmetric_beta(key: jax.Array, alpha: float) -> jax.Array:
 
 
 def random_erasing(keys: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Blanks a random box of some pictures, with zeros: the mean, where they are normalised.
+    """Blanks a random box of some images with zeros, the mean of normalized images.
 
     As published (arXiv 1708.04896, variant RE-M): 2 to 40 % of the area, height / width uniform in
-    0.3 to 3.3, anywhere inside the picture. Of ten attempts the first box that fits is taken.
+    0.3 to 3.3, anywhere inside the image. Of ten attempts the first box that fits is taken.
 
     Args:
-        keys: [N], one for each picture.
+        keys: [N], one for each image.
         images: [N, H, W, C].
-        probability: of each picture's being touched.
+        probability: that an image is erased.
     """
     height, width = images.shape[1:3]
 
@@ -278,45 +307,44 @@ def make_augment(
 
     Returns:
         augment(keys, images, labels) -> (images, targets), for keys [M] of `example_keys`, uint8
-        images [M, H, W, C] and int labels [M]: normalised images [N, H, W, C] of `dtype`, float32
+        images [M, H, W, C] and int labels [M]: normalized images [N, H, W, C] of `dtype`, float32
         targets [N, num_classes], where M = N * `images_per_example(config)`. It may be jitted; N
         may be one device's share of the batch.
 
     Raises:
         UsageError: an unknown key or a value out of range.
     """
-    options = _checked(config)
-    mixing = options['mixup'], options['cutmix']
+    recipe = Recipe.parse(config)
+    mixing = recipe.mixup, recipe.cutmix
     per_example = images_per_example(config)
 
     def distort(keys, images):
-        layers, magnitude = options['randaugment_layers'], options['randaugment_magnitude']
-        if not (layers or options['autoaugment']):
+        if not (recipe.randaugment_layers or recipe.autoaugment):
             return images
         whole = jnp.rint(images).astype(jnp.uint8)
-        if options['autoaugment']:
+        if recipe.autoaugment:
             return randaugment.autoaugment(keys, whole)
-        return randaugment.randaugment(keys, whole, layers, magnitude)
+        return randaugment.randaugment(
+            keys, whole, recipe.randaugment_layers, recipe.randaugment_magnitude
+        )
 
     def augment(keys, images, labels):
-        targets = soft_labels(labels, num_classes, options['label_smoothing'])
-        if options['flip']:
+        targets = soft_labels(labels, num_classes, recipe.label_smoothing)
+        if recipe.flip:
             images = random_flip(_own(keys, 0), images)
-        if options['shift']:
-            images = random_shift_crop(
-                _own(keys, 1), images, options['shift'], options['shift_fill']
-            )
-        if not options['mix_first']:
+        if recipe.shift:
+            images = random_shift_crop(_own(keys, 1), images, recipe.shift, recipe.shift_fill)
+        if not recipe.mix_first:
             images = distort(_own(keys, 3), images)
         if any(mixing):
             mix = mix_distinct if per_example == 2 else mix_neighbours
             images, targets = mix(_own(keys, 2), images, targets, *mixing)
             keys = keys[::per_example]
-        if options['mix_first']:
+        if recipe.mix_first:
             images = distort(_own(keys, 3), images)
         images = normalize(images, mean, std, dtype)
-        if options['erasing']:
-            images = random_erasing(_own(keys, 4), images, options['erasing'])
+        if recipe.erasing:
+            images = random_erasing(_own(keys, 4), images, recipe.erasing)
         return images, targets
 
     return augment
@@ -325,43 +353,3 @@ def make_augment(
 def _own(keys: jax.Array, operation: int) -> jax.Array:
     """Returns the keys of one operation, so that no two share their random numbers."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, operation)
-
-
-def _checked(config: Mapping) -> dict:
-    """Returns `DEFAULTS` overridden by `config`, or raises a UsageError."""
-    for key in config:
-        if key not in DEFAULTS:
-            raise UsageError(f'augment.{key}: no such option{nearest(key, DEFAULTS)}')
-    options = DEFAULTS | dict(config)
-    for key in ('flip', 'mix_first', 'autoaugment'):
-        if not isinstance(options[key], bool):
-            raise UsageError(f'augment.{key}={options[key]!r}: must be True or False')
-    for key, unit in (('shift', 'pixels'), ('randaugment_layers', 'operations')):
-        if not _is_number(options[key], int) or options[key] < 0:
-            raise UsageError(f'augment.{key}={options[key]!r}: must be {unit}, an integer >= 0')
-    for key in ('mixup', 'cutmix', 'randaugment_magnitude'):
-        if not _is_number(options[key]) or not 0 <= options[key] < float('inf'):
-            raise UsageError(f'augment.{key}={options[key]!r}: must be a number >= 0')
-    if not _is_number(options['erasing']) or not 0 <= options['erasing'] <= 1:
-        raise UsageError(f'augment.erasing={options["erasing"]!r}: must be in [0, 1]')
-    if not _is_number(options['label_smoothing']) or not 0 <= options['label_smoothing'] < 1:
-        raise UsageError(
-            f'augment.label_smoothing={options["label_smoothing"]!r}: must be in [0, 1)'
-        )
-    if options['shift_fill'] not in _FILLS:
-        raise UsageError(
-            f'augment.shift_fill={options["shift_fill"]!r}: unknown'
-            f'{nearest(options["shift_fill"], _FILLS)}'
-        )
-    if options['mix_pairs'] not in _PAIRS:
-        raise UsageError(
-            f'augment.mix_pairs={options["mix_pairs"]!r}: unknown'
-            f'{nearest(options["mix_pairs"], _PAIRS)}'
-        )
-    if options['autoaugment'] and options['randaugment_layers']:
-        raise UsageError('augment.autoaugment=True: set augment.randaugment_layers=0 with it')
-    return options
-
-
-def _is_number(value, types=(int, float)) -> bool:
-    return isinstance(value, types) and not isinstance(value, bool)

@@ -6,13 +6,18 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Annotated, TypeVar
 
 import numpy as np
 
+from nfnets_jax import fields
 from nfnets_jax.data.preprocessing import SUFFIXES, ImageError, is_image
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingData, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.fields import Field
 from nfnets_jax.files import expand
+
+T = TypeVar('T')
 
 # Files that file managers create, besides names that begin with a dot.
 _HIDDEN = frozenset(('Thumbs.db', 'desktop.ini', '__MACOSX', '@eaDir'))
@@ -34,14 +39,8 @@ class ImageFolder:
     that are not hidden. Links are followed, except to a directory that contains them; a file that
     is reached twice in a class counts once.
 
-    Args:
-        split: 'train', 'validation' or 'test'.
-        path: the directory.
-        train_split, validation_split, test_split: directories of the splits, relative to `path`; by
-            default those with a name of `SPLIT_NAMES`. train_split='.' says that `path` holds the
-            classes, whatever they are called.
-        test_fraction: share of every class held out, where the directories do not say; default 0.2.
-        split_seed: draws it; default 0.
+    The directories of the splits are relative to `path`, by default those with a name of
+    `SPLIT_NAMES`. `split` is 'train', 'validation' or 'test'.
 
     Raises:
         MissingSplit: 'validation' if there is none.
@@ -49,15 +48,28 @@ class ImageFolder:
             or a directory that cannot be read.
     """
 
+    @fields.checked('data')
     def __init__(
         self,
         split: str,
-        path: str | os.PathLike,
-        train_split: str = '',
-        validation_split: str = '',
-        test_split: str = '',
-        test_fraction: float | None = None,
-        split_seed: int | None = None,
+        path: Annotated[str | os.PathLike, Field('The directory.')],
+        train_split: Annotated[
+            str,
+            Field(
+                "Its directory to train on; '.': `path` holds the classes, whatever their names."
+            ),
+        ] = '',
+        validation_split: Annotated[str, Field('Its directory to validate on.')] = '',
+        test_split: Annotated[str, Field('Its directory to test on.')] = '',
+        test_fraction: Annotated[
+            float | None,
+            Field(
+                'Share of each class to test on, where there are no splits; None: 0.2.',
+                above=0,
+                below=1,
+            ),
+        ] = None,
+        split_seed: Annotated[int | None, Field('Seed that draws them; None: 0.', low=0)] = None,
     ):
         check_split('folder', split, SPLITS)
         root = pathlib.Path(expand(path))
@@ -65,13 +77,12 @@ class ImageFolder:
             raise MissingData(
                 f'data.path={str(path)!r}: not a directory; give one with the classes'
             )
-        hold_out = {'test_fraction': test_fraction, 'split_seed': split_seed}
-        _check_hold_out(test_fraction, split_seed)
+        given_hold_out = {'test_fraction': test_fraction, 'split_seed': split_seed}
         layout = _find_splits(
             root, dict(zip(SPLITS, (train_split, validation_split, test_split), strict=True))
         )
         if layout:
-            for option, value in hold_out.items():
+            for option, value in given_hold_out.items():
                 if value is not None:
                     raise UsageError(
                         f'data.{option}={value}: nothing is held out of {layout["train"]}, because '
@@ -109,7 +120,13 @@ class ImageFolder:
             owners |= files
             paths = sorted(files.values())
             if not layout:
-                paths = _hold_out(paths, split, test_fraction, seed=(split_seed or 0, label))
+                paths = hold_out(
+                    paths,
+                    split,
+                    test_fraction,
+                    seed=(split_seed or 0, label),
+                    name=str(paths[0].parent),
+                )
             self._paths += paths
             self._labels += [label] * len(paths)
 
@@ -368,21 +385,27 @@ def _suffix(entry: os.DirEntry) -> str:
     return os.path.splitext(entry.name)[1].lower()
 
 
-def _check_hold_out(test_fraction: float | None, split_seed: int | None) -> None:
-    if test_fraction is not None and not 0 < test_fraction < 1:
-        raise UsageError(f'data.test_fraction={test_fraction}: must lie between 0 and 1')
-    if split_seed is not None and split_seed < 0:
-        raise UsageError(f'data.split_seed={split_seed}: must not be negative')
+def hold_out(
+    examples: Sequence[T],
+    split: str,
+    test_fraction: float | None,
+    *,
+    seed: tuple[int, int],
+    name: str,
+) -> list[T]:
+    """Returns the train or test part of one class's examples, in order; neither part is empty.
 
-
-def _hold_out(
-    paths: list, split: str, test_fraction: float | None, seed: tuple[int, int]
-) -> list[pathlib.Path]:
-    """Returns the train or test part of one class's paths, in order; neither part is empty."""
-    if len(paths) < 2:
-        raise UsageError(f'{paths[0].parent}: one image cannot be split in train and test')
+    Args:
+        examples: the examples of the class.
+        split: 'train' or 'test'.
+        test_fraction: share to hold out; None: 0.2.
+        seed: draws them.
+        name: name of the class in the error about a single example.
+    """
+    if len(examples) < 2:
+        raise UsageError(f'{name}: one image cannot be split in train and test')
     fraction = 0.2 if test_fraction is None else test_fraction
-    held_out = min(max(1, round(fraction * len(paths))), len(paths) - 1)
-    drawn = np.argsort(np.random.Philox(key=list(seed)).random_raw(len(paths)))
+    held_out = min(max(1, round(fraction * len(examples))), len(examples) - 1)
+    drawn = np.argsort(np.random.Philox(key=list(seed)).random_raw(len(examples)))
     chosen = drawn[:held_out] if split == 'test' else drawn[held_out:]
-    return [paths[i] for i in sorted(chosen)]
+    return [examples[i] for i in sorted(chosen)]

@@ -161,7 +161,8 @@ def eval_batches(
         source, batch_size, process_index, process_count, num_threads, bad: as in `train_batches`.
 
     Returns:
-        Iterator of {'image': [b, H, W, 3], 'label': int32 [b], 'mask': float32 [b], 1 where real}.
+        Iterator of {'image': [b, H, W, 3], 'label': int32 [b], 'index': int32 [b], the example's
+        place in the source, 'mask': float32 [b], 1 where real}.
 
     Raises:
         UsageError: as `train_batches`, except that `batch_size` may exceed the source.
@@ -178,7 +179,10 @@ def eval_batches(
             except ImageError as error:
                 bad.add(other % size, error)
             else:
-                return read | {'mask': np.float32(other == position < size)}
+                return read | {
+                    'index': np.int32(position),
+                    'mask': np.float32(other == position < size),
+                }
         raise UsageError(f'{source.name}: none of the examples can be read')
 
     steps = range(-(-size // max(batch_size, 1)))

@@ -1,10 +1,10 @@
-"""Where the pictures come from: random access to examples behind one small interface.
+"""Sources of images: random access to examples behind one small interface.
 
 A source is any object with
 
     len(source)           the number of examples
     source[i]             {'image': array or bytes, 'label': int}, for 0 <= i < len(source); the
-                          image is uint8 [H, W, 3], or the bytes of an encoded picture (JPEG, PNG,
+                          image is uint8 [H, W, 3], or the bytes of an encoded image (JPEG, PNG,
                           ...), which a transform of `nfnets_jax.data.preprocessing` decodes
     source.where(i)       the file or index of example i, for errors
     source.class_names    tuple of str, label -> name
@@ -19,24 +19,22 @@ Reading is thread-safe and has no order: shuffling, sharding and batching belong
 import functools
 import hashlib
 import importlib.util
-import inspect
-import numbers
 import os
-import types
-import typing
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from nfnets_jax import files
+from nfnets_jax import fields, files
 from nfnets_jax.data.folder import ImageFolder
 from nfnets_jax.data.preprocessing import resize
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
+from nfnets_jax.data.table import ImageTable
 from nfnets_jax.data.tfds import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.fields import Field
 
 
 class Source(Protocol):
@@ -64,7 +62,7 @@ class Source(Protocol):
 
 
 class Identity(NamedTuple):
-    """What tells one set of examples from another, cheaply.
+    """Tells one set of examples from another, cheaply.
 
     Attributes:
         class_names: label -> name.
@@ -94,7 +92,7 @@ def identify(source: Source) -> Identity:
 
 
 class ArraySource:
-    """Pictures and labels that lie in memory.
+    """Images and labels in memory.
 
     Args:
         images: uint8 [N, H, W, 3].
@@ -170,33 +168,31 @@ _DIGITS_FILE = os.path.join('datasets', 'data', 'digits.csv.gz')  # in scikit-le
 class Digits(ArraySource):
     """The 1797 handwritten digits that scikit-learn carries (UCI, 8x8 pixels, values 0..16).
 
-    Scaled to 0..255, enlarged to `image_size` (bicubic) and repeated to three channels. The split
-    is fixed: of every class, in the order of the file, each fifth picture is a test picture, which
-    makes 1442 for training and 355 for testing.
-
-    Args:
-        split: 'train' or 'test'.
-        image_size: pixels, 8 or more.
-        classes: the digits to take, none twice; labels number them in this order.
-        per_class: training pictures of each to take, the first in the file; None: all.
+    Scaled to 0..255, enlarged to `image_size` (bicubic) and repeated to three channels. The split,
+    'train' or 'test', is fixed: of every class, in the order of the file, each fifth image is a
+    test image, which makes 1442 for training and 355 for testing.
     """
 
+    @fields.checked('data')
     def __init__(
         self,
         split: str,
-        image_size: int = 16,
-        classes: Sequence[int] = tuple(range(10)),
-        per_class: int | None = None,
+        image_size: Annotated[int, Field('Side in pixels; the digits are 8x8.', low=8)] = 16,
+        classes: Annotated[
+            Sequence[int],
+            Field(
+                'Digits to take; labels number them in this order.',
+                low=0,
+                high=9,
+                rule=lambda digits: len(digits) == len(set(digits)) >= 2,
+                wants='two or more digits from 0 to 9, without repeats',
+            ),
+        ] = tuple(range(10)),
+        per_class: Annotated[
+            int | None, Field('Training images of a digit; None: all.', low=1)
+        ] = None,
     ):
-        if image_size < 8:
-            raise UsageError(f'data.image_size={image_size}: digits are 8x8, give 8 or more')
         classes = list(classes)
-        if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(10)):
-            raise UsageError(f'data.classes={classes}: give digits from 0 to 9, none twice')
-        if len(classes) < 2:
-            raise UsageError(f'data.classes={classes}: give two digits or more to tell apart')
-        if per_class is not None and per_class < 1:
-            raise UsageError(f'data.per_class={per_class}: must be positive, or None for all')
         digits, labels = load_digits()
         is_test = np.zeros(len(labels), bool)
         for label in range(10):
@@ -231,17 +227,17 @@ class ArrayFile(ArraySource):
     lists other names of the splits. If there is val but no test, 'test' is val, and there is no
     'validation'.
 
-    Args:
-        split: 'train', 'validation' or 'test'.
-        path: the file; images are uint8 [N, H, W, 3], labels integers from 0. It may hold
-            class_names, too. `left_out` names the arrays that are none of these.
+    Images are uint8 [N, H, W, 3], labels integers from 0. `left_out` names the other arrays.
 
     Raises:
         MissingSplit: 'validation' if there is none.
         UsageError: not such a file.
     """
 
-    def __init__(self, split: str, path: str):
+    @fields.checked('data')
+    def __init__(
+        self, split: str, path: Annotated[str | os.PathLike, Field('The .npz file with the data.')]
+    ):
         check_split('arrays', split, SPLITS)
         try:
             with np.load(files.expand(path), allow_pickle=False) as file:
@@ -296,24 +292,21 @@ def _find_arrays(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 class Synthetic(ArraySource):
-    """Made pictures: of each class the same coarse pattern of colours under noise of their own.
+    """Synthetic images: each class has one coarse pattern of colors, each image its own noise.
 
-    Easy to learn, equal everywhere, and there without any files: for trying a recipe out.
-
-    Args:
-        split: 'train' or 'test', which have other noise.
-        image_size: pixels.
-        classes: how many; examples have them in turn.
-        examples: how many in each split.
+    Easy to learn, the same on every machine, and without files: for trying a recipe out. The two
+    splits, 'train' and 'test', differ in the noise.
     """
 
-    def __init__(self, split: str, image_size: int = 32, classes: int = 10, examples: int = 1024):
+    @fields.checked('data')
+    def __init__(
+        self,
+        split: str,
+        image_size: Annotated[int, Field('Side in pixels.', low=1)] = 32,
+        classes: Annotated[int, Field('Classes, which examples have in turn.', low=2)] = 10,
+        examples: Annotated[int, Field('Images in each split.', low=1)] = 1024,
+    ):
         check_split('noise', split)
-        for name, value in ('image_size', image_size), ('classes', classes), ('examples', examples):
-            if value < 1:
-                raise UsageError(f'data.{name}={value}: must be positive')
-        if classes < 2:
-            raise UsageError(f'data.classes={classes}: give two or more to tell apart')
         if examples < classes:
             raise UsageError(f'data.examples={examples}: fewer than the {classes} classes')
         patterns = np.random.default_rng(0).uniform(64, 192, (classes, 4, 4, 3))
@@ -337,21 +330,18 @@ SOURCES: dict[str, Callable[..., Source]] = {
     'noise': Synthetic,
     'arrays': ArrayFile,
     'folder': ImageFolder,
+    'table': ImageTable,
     'tfds': TfdsSource,
 }
 
 
-def source_options(name: str) -> dict[str, inspect.Parameter]:
+def source_options(name: str) -> dict[str, fields.Option]:
     """Returns the options of a source, by name.
 
     Raises:
         UsageError: unknown source.
     """
-    if name not in SOURCES:
-        raise UsageError(f'data.name={name!r}: no such data{nearest(name, SOURCES)}')
-    parameters = dict(inspect.signature(SOURCES[name]).parameters)
-    del parameters['split']
-    return parameters
+    return fields.options(_source_class(name))
 
 
 def open_source(name: str, split: str, **options: Any) -> Source:
@@ -368,20 +358,7 @@ def open_source(name: str, split: str, **options: Any) -> Source:
         UsageError: unknown name or option, a value of the wrong type, missing data, or examples of
             a single class.
     """
-    parameters = source_options(name)
-    for option, value in options.items():
-        if option not in parameters:
-            raise UsageError(
-                f'data.{option}: not an option of {name!r}{nearest(option, parameters)}'
-            )
-        kind = parameters[option].annotation
-        if not _is_of(kind, value):
-            wanted = inspect.formatannotation(kind).replace('collections.abc.', '')
-            raise UsageError(f'data.{option}={value!r}: must be of type {wanted}')
-    for option, parameter in parameters.items():
-        if parameter.default is parameter.empty and option not in options:
-            raise UsageError(f'data.{option}: {name!r} needs it')
-    source = SOURCES[name](split, **options)
+    source = _source_class(name)(split, **options)
     used = source.class_names
     if split == 'train' and isinstance(source, ArraySource):
         used = tuple(source.class_names[label] for label in np.unique(source.labels))
@@ -393,13 +370,7 @@ def open_source(name: str, split: str, **options: Any) -> Source:
     return source
 
 
-def _is_of(kind: typing.Any, value: typing.Any) -> bool:
-    """Whether a value has an annotated type: a class, several of them, or a sequence of one."""
-    if isinstance(kind, types.UnionType):
-        return any(_is_of(each, value) for each in typing.get_args(kind))
-    if typing.get_origin(kind) is Sequence:
-        (inner,) = typing.get_args(kind)
-        return isinstance(value, list | tuple) and all(_is_of(inner, each) for each in value)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
+def _source_class(name: str) -> Callable[..., Source]:
+    if name not in SOURCES:
+        raise UsageError(f'data.name={name!r} is unknown{nearest(name, SOURCES)}')
+    return SOURCES[name]

@@ -2,15 +2,17 @@
 
 import hashlib
 import pathlib
+from typing import Annotated
 
 import numpy as np
 
-from nfnets_jax import files
+from nfnets_jax import fields, files
 from nfnets_jax.data.preprocessing import ImageError, decode
 from nfnets_jax.data.splits import SPLITS, MissingData, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.fields import Field
 
-# How the papers split ImageNet; the first 10,000 training pictures are for choosing.
+# How the papers split ImageNet; the first 10,000 training images are for choosing.
 PAPER_SPLITS = {
     'imagenet2012': {
         'TRAIN': 'train[10000:]',
@@ -25,33 +27,35 @@ DEFAULT_DATA_DIR = '~/tensorflow_datasets'
 class TfdsSource:
     """A data set of tensorflow_datasets, prepared as ArrayRecord files.
 
-    Where all pictures have one size, as in CIFAR, images are pixels, uint8 [H, W, 3]; else they are
+    Where all images have one size, as in CIFAR, they are pixels, uint8 [H, W, 3]; else they are
     encoded files.
 
-    Args:
-        split: 'train', 'validation' or 'test'.
-        dataset: its name, e.g. 'cifar10' or 'imagenet2012'; with a config or version if need be
-            ('cifar10_corrupted/fog_3', 'cifar10:3.0.2').
-        data_dir: where the prepared data sets are.
-        train_split, validation_split, test_split: which examples those are, as TFDS writes it
-            ('train[:90%]', 'train[10000:]', 'train+test'); for imagenet2012 also 'TRAIN', 'VALID',
-            'TRAIN_AND_VALID' and 'TEST'. By default for testing 'test', or 'validation' where
-            there is no test split or, as in ImageNet, none with labels; for validation
-            'validation' where training is on 'train' and testing on 'test', else there is none.
+    Splits are written as TFDS does ('train[:90%]', 'train[10000:]', 'train+test'); for imagenet2012
+    also 'TRAIN', 'VALID', 'TRAIN_AND_VALID' and 'TEST'. By default the split for testing is 'test',
+    or 'validation' where there is no test split or, as in ImageNet, none with labels; the split for
+    validation is 'validation' where training is on 'train' and testing on 'test', else there is
+    none. `split` is 'train', 'validation' or 'test'.
 
     Raises:
         MissingSplit: 'validation' where there is none.
-        UsageError: data that are not there, not prepared or damaged, or examples that are none.
+        UsageError: data that are not there, not prepared or damaged, or a split without examples.
     """
 
+    @fields.checked('data')
     def __init__(
         self,
         split: str,
-        dataset: str,
-        data_dir: str = DEFAULT_DATA_DIR,
-        train_split: str = 'train',
-        validation_split: str = '',
-        test_split: str = '',
+        dataset: Annotated[
+            str,
+            Field(
+                "Name, with config or version where needed: 'cifar10', 'cifar10_corrupted/fog_3', "
+                "'cifar10:3.0.2'."
+            ),
+        ],
+        data_dir: Annotated[str, Field('Directory of the prepared data sets.')] = DEFAULT_DATA_DIR,
+        train_split: Annotated[str, Field("Examples to train on: 'train[:90%]'.")] = 'train',
+        validation_split: Annotated[str, Field("Examples to validate on; '': the default.")] = '',
+        test_split: Annotated[str, Field("Examples to test on; '': the default.")] = '',
     ):
         check_split('tfds', split, SPLITS)
         builder = open_builder(dataset, data_dir)
@@ -120,12 +124,12 @@ def open_builder(dataset: str, data_dir: str):
         name = dataset.split('/')[0].split(':')[0]
         reason = ' '.join(str(error).split()) if name in known else f'unknown{nearest(name, known)}'
         raise UsageError(f'data.dataset={dataset!r}: {reason[:300]}') from error
-    # What is prepared is read as it describes itself: only so are all its file formats known.
+    # Prepared data are read as they describe themselves; only then are all file formats known.
     return tfds.builder_from_directory(builder.data_dir) if builder.info.splits else builder
 
 
 def _image_and_label(info) -> tuple[str, str]:
-    """Returns the names of the picture and the class among a data set's features."""
+    """Returns the names of the image and the class among a data set's features."""
     import tensorflow_datasets as tfds
 
     features = dict(info.features.items())
@@ -135,7 +139,7 @@ def _image_and_label(info) -> tuple[str, str]:
         return info.supervised_keys[:2]
     if any(len(names) != 1 for names in found):
         raise UsageError(
-            f'data.dataset={info.name!r}: not one picture and one class in each example, '
+            f'data.dataset={info.name!r}: not one image and one class in each example, '
             f'but {", ".join(features)}'
         )
     return found[0][0], found[1][0]
@@ -148,7 +152,7 @@ def _default_test_split(info) -> str:
 
 
 def _open_records(builder, key: str, expression: str, image: str, data_dir: str):
-    """Opens the records of a split, and says which they are, or why not and what to do.
+    """Opens the records of a split.
 
     Returns:
         The records, and a list of (file name, number of the first record, number of records).

@@ -1,4 +1,4 @@
-"""FixUp ResNets: the unnormalised baseline of arXiv 1901.09321, as the NFNets authors ran it."""
+"""FixUp ResNets: the unnormalized baseline of arXiv 1901.09321, as the NFNets authors ran it."""
 
 import math
 from typing import Any, Unpack
@@ -7,7 +7,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from nfnets_jax import layers
+from nfnets_jax import fields, layers
 from nfnets_jax.models import options, residual, resnet_parts
 
 Array = jax.Array
@@ -16,37 +16,33 @@ Array = jax.Array
 class FixupResNet(hk.Module):
     """A post-activation ResNet with rescaled initial weights and scalar biases instead of a norm.
 
+    `activation` is not scaled.
+
     Args:
       num_classes: size of the logits; 0 for features only, without a classifier.
       variant: '50', '101', '152', '200', '288' or '600'; for small images '8' to '110'.
-      activation: name in layers.activations; not scaled.
-      fc_init: standard deviation of the classifier's initial weights, or an initialiser.
-      remat: recompute blocks in the backward pass: less memory, more time.
-      scan: compile the identical blocks of a stage once: deep networks compile several times
-        faster. Slow on CPUs. See docs/scaling.md.
-      channels: channels of the images; None accepts any number.
-      **overrides: see options.ResNetOverrides.
+      **overrides: these and the keyword arguments are options, described in docs/config.md.
 
     Raises:
       UsageError: no network can be built with an option.
     """
 
+    @fields.checked()
     def __init__(
         self,
-        num_classes: int,
+        num_classes: options.NumClasses,
         variant: str = '50',
         *,
-        activation: str = 'relu',
-        fc_init: float | hk.initializers.Initializer = 0.0,
-        remat: bool = False,
-        scan: bool = False,
-        channels: int | None = None,
+        activation: options.Activation = 'relu',
+        fc_init: options.FcInit = 0.0,
+        remat: options.Remat = False,
+        scan: options.Scan = False,
+        channels: options.Channels = None,
         name: str = 'FixUp_ResNet',
         **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
         self.variant = info = options.resolve('Fixup-ResNet', variant, overrides)
-        options.check('Fixup-ResNet', num_classes=num_classes, channels=channels)
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=False)
         self.initial_conv = layers.Conv2D(
@@ -69,7 +65,7 @@ class FixupResNet(hk.Module):
         return_metrics: bool = False,
         return_features: bool = False,
     ) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, C]; see `create_model`."""
+        """Classifies normalized images [N, H, W, C]; see `create_model`."""
         out = self.activation(_add_scalar(self.initial_conv(images), 'bias1'))
         out = resnet_parts.stem_pool(self.variant, out)
         out, extras = residual.run_blocks(

@@ -55,8 +55,8 @@ class NFBlock(hk.Module):
         groups = inner_channels // group_size
         if groups == 0:
             raise UsageError(
-                f'group_size: must be at most the {inner_channels} channels that block '
-                f'{plan.index} has inside, not {group_size}'
+                f'group_size={group_size}: must be at most the {inner_channels} channels that '
+                f'block {plan.index} has inside'
             )
         width, conv = groups * group_size, layers.ScaledWSConv2D
         self.conv0 = conv(width, 1, name='conv0')

@@ -1,11 +1,12 @@
 """Normalizer-Free RegNets ("NF-ResNets", arXiv 2101.08692, section 6)."""
 
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import haiku as hk
 import jax
 
-from nfnets_jax import layers
+from nfnets_jax import fields, layers
+from nfnets_jax.fields import Field
 from nfnets_jax.models import options, residual
 from nfnets_jax.models.nf_block import NFBlock
 
@@ -15,59 +16,46 @@ Array = jax.Array
 class NFRegNet(hk.Module):
     """A Normalizer-Free RegNet with convolutions in groups of 8 channels, B0 to B8.
 
+    With stem='small' the stem keeps the size of the image.
+
     Args:
       num_classes: size of the logits; 0 for features only, without a classifier.
       variant: 'B0' to 'B8'.
-      expansion: ratio of the inner width of a block to its input width (1 in the first block, as
-        published).
-      group_size: channels in each group of the grouped convolutions.
-      se_ratio: ratio of the hidden width of squeeze-and-excitation to its input width.
-      alpha: weight of the residual branch.
-      activation: name in layers.nonlinearities.
-      skipinit_gain: initial value of the branch's learned gain, or an initialiser.
-      fc_init: standard deviation of the classifier's initial weights, or an initialiser.
-      conventions: see options.Conventions.
-      remat: recompute blocks in the backward pass: less memory, more time.
-      scan: compile the identical blocks of a stage once: deep networks compile several times
-        faster. Slow on CPUs. See docs/scaling.md.
-      channels: channels of the images; None accepts any number.
-      **overrides: see options.Overrides; with stem='small' the stem keeps the size of the image.
+      **overrides: these and the keyword arguments are options, described in docs/config.md.
 
     Raises:
       UsageError: no network can be built with an option.
     """
 
+    @fields.checked()
     def __init__(
         self,
-        num_classes: int,
+        num_classes: options.NumClasses,
         variant: str = 'B0',
         *,
-        expansion: float = 2.25,
-        group_size: int = 8,
-        se_ratio: float = 0.5,
-        alpha: float = 0.2,
-        activation: str = 'silu',
-        skipinit_gain: float | hk.initializers.Initializer = 0.0,
-        fc_init: float | hk.initializers.Initializer = 0.0,
+        expansion: Annotated[
+            float,
+            Field(
+                'Ratio of the inner width of a block to its input width; 1 in the first block, as '
+                'published.',
+                above=0,
+            ),
+        ] = 2.25,
+        group_size: options.GroupSize = 8,
+        se_ratio: options.SeRatio = 0.5,
+        alpha: options.Alpha = 0.2,
+        activation: options.Activation = 'silu',
+        skipinit_gain: options.SkipinitGain = 0.0,
+        fc_init: options.FcInit = 0.0,
         conventions: options.Conventions = 'published',
-        remat: bool = False,
-        scan: bool = False,
-        channels: int | None = None,
+        remat: options.Remat = False,
+        scan: options.Scan = False,
+        channels: options.Channels = None,
         name: str = 'NF_RegNet',
         **overrides: Unpack[options.Overrides],
     ):
         super().__init__(name=name)
         self.variant = info = options.resolve('NF-RegNet', variant, overrides)
-        options.check(
-            'NF-RegNet',
-            num_classes=num_classes,
-            channels=channels,
-            expansion=expansion,
-            group_size=group_size,
-            se_ratio=se_ratio,
-            alpha=alpha,
-            conventions=conventions,
-        )
         self.form = form = options.form(conventions, activation)
 
         def rounded(width: float) -> int:
@@ -124,7 +112,7 @@ class NFRegNet(hk.Module):
         return_metrics: bool = False,
         return_features: bool = False,
     ) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, C]; see `create_model`."""
+        """Classifies normalized images [N, H, W, C]; see `create_model`."""
         out, extras = residual.run_blocks(
             self.blocks,
             self.initial_conv(self.form.scale(images)),

@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import haiku as hk
 import jax
 
-from nfnets_jax import layers
+from nfnets_jax import fields, layers
 from nfnets_jax.errors import UsageError
+from nfnets_jax.fields import Field
 from nfnets_jax.models import options, residual, resnet_parts
 
 Array = jax.Array
@@ -17,71 +18,53 @@ Array = jax.Array
 class NFResNet(hk.Module):
     """A pre-activation ResNet whose blocks keep the variance of the signal by construction.
 
+    Setting standardize, activation_gain or downscale to False removes one part of the variance
+    preservation, for ablations; parameters and initial values stay the same.
+
     Args:
       num_classes: size of the logits; 0 for features only, without a classifier.
       variant: '50', '101', '152', '200', '288' or '600'; for small images '8' to '110'.
-      alpha: weight of the residual branch.
-      standardize: scaled weight standardisation. Setting this or one of the next two to False
-        removes one part of the variance preservation, for ablations; parameters and initial values
-        stay the same.
-      activation_gain: multiply activations by their gain gamma, so that they preserve variance.
-      downscale: multiply the input of a branch by beta; False fixes beta to 1.
-      use_se: squeeze-and-excitation at the end of the branch.
-      use_eca: efficient channel attention at the end of the branch.
-      se_ratio: its hidden width over its width.
-      activation: name in layers.nonlinearities.
-      skipinit_gain: initial value of the branch's learned gain, or an initialiser.
-      fc_init: standard deviation of the classifier's initial weights, or an initialiser.
-      stem_bn: batch norm after the first convolution. No published NF-ResNet has it; use it to
-        compare with networks that kept one.
-      cross_replica_axis: axis of that batch norm, as in ResNet.
-      conventions: see options.Conventions.
-      remat: recompute blocks in the backward pass: less memory, more time.
-      scan: compile the identical blocks of a stage once: deep networks compile several times
-        faster. Slow on CPUs. See docs/scaling.md.
-      channels: channels of the images; None accepts any number.
-      **overrides: see options.ResNetOverrides.
+      **overrides: these and the keyword arguments are options, described in docs/config.md.
 
     Raises:
       UsageError: no network can be built with an option.
     """
 
+    @fields.checked()
     def __init__(
         self,
-        num_classes: int,
+        num_classes: options.NumClasses,
         variant: str = '50',
         *,
-        alpha: float = 0.2,
-        standardize: bool = True,
-        activation_gain: bool = True,
-        downscale: bool = True,
-        use_se: bool = False,
-        use_eca: bool = False,
-        se_ratio: float = 0.25,
-        activation: str = 'relu',
-        skipinit_gain: float | hk.initializers.Initializer = 0.0,
-        fc_init: float | hk.initializers.Initializer = 0.01,
-        stem_bn: bool = False,
-        cross_replica_axis: str | None = None,
+        alpha: options.Alpha = 0.2,
+        standardize: Annotated[bool, Field('Scaled weight standardization.')] = True,
+        activation_gain: Annotated[bool, Field('Scale activations by their gain gamma.')] = True,
+        downscale: Annotated[bool, Field('Scale the input of a branch by beta, not 1.')] = True,
+        use_se: options.UseSe = False,
+        use_eca: Annotated[bool, Field('Efficient channel attention of the branch.')] = False,
+        se_ratio: options.SeRatio = 0.25,
+        activation: options.Activation = 'relu',
+        skipinit_gain: options.SkipinitGain = 0.0,
+        fc_init: options.FcInit = 0.01,
+        stem_bn: Annotated[
+            bool,
+            Field(
+                'Batch norm after the first convolution. No published NF-ResNet has it; use it to '
+                'compare with networks that kept one.'
+            ),
+        ] = False,
+        cross_replica_axis: options.CrossReplicaAxis = None,
         conventions: options.Conventions = 'published',
-        remat: bool = False,
-        scan: bool = False,
-        channels: int | None = None,
+        remat: options.Remat = False,
+        scan: options.Scan = False,
+        channels: options.Channels = None,
         name: str = 'NF_ResNet',
         **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
         self.variant = info = options.resolve('NF-ResNet', variant, overrides)
-        options.check(
-            'NF-ResNet',
-            num_classes=num_classes,
-            channels=channels,
-            alpha=alpha,
-            se_ratio=se_ratio,
-            conventions=conventions,
-        )
         if use_se and use_eca:
-            raise UsageError('NF-ResNet use_eca: must be False where use_se is True')
+            raise UsageError('use_eca=True: must be False where use_se is True')
         self.form = form = options.form(conventions, activation, scaled=activation_gain)
         conv = functools.partial(
             layers.ScaledWSConv2D, padding=form.padding, standardize=standardize
@@ -120,7 +103,7 @@ class NFResNet(hk.Module):
         return_metrics: bool = False,
         return_features: bool = False,
     ) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, C]; see `create_model`."""
+        """Classifies normalized images [N, H, W, C]; see `create_model`."""
         out = self.initial_conv(self.form.scale(images))
         if self.initial_bn:
             out = self.initial_bn(out, is_training)
@@ -139,7 +122,7 @@ class NFResNet(hk.Module):
 
 
 class NFResBlock(hk.Module):
-    """x + alpha * gain * branch(beta * activation(x)), without normalisation.
+    """x + alpha * gain * branch(beta * activation(x)), without normalization.
 
     SkipInit ResNets use the same block with plain convolutions and alpha = 1.
     """

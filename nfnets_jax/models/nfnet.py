@@ -1,12 +1,13 @@
 """NFNets ("High-Performance Large-Scale Image Recognition Without Normalization", 2102.06171)."""
 
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import haiku as hk
 import jax
 
-from nfnets_jax import layers
+from nfnets_jax import fields, layers
 from nfnets_jax.errors import UsageError
+from nfnets_jax.fields import Field
 from nfnets_jax.models import options, residual
 from nfnets_jax.models.nf_block import NFBlock
 
@@ -16,57 +17,64 @@ Array = jax.Array
 class NFNet(hk.Module):
     """A Normalizer-Free network, F0 to F7 and the wider F0+ to F7+.
 
+    `width` does not reach the stem, as published; with stem='small' the stem keeps the size of the
+    image.
+
     Args:
       num_classes: size of the logits; 0 for features only, without a classifier.
       variant: 'F0' to 'F7', 'F0+' to 'F7+'.
-      expansion: ratio of the width of the grouped convolutions to the width of the block.
-      group_size: channels in each group of these convolutions.
-      big_width: True multiplies the output width of a block by `expansion`, False its input width.
-      use_two_convs: True puts two grouped 3x3 convolutions in a block, False one.
-      use_eca: efficient channel attention instead of squeeze-and-excitation.
-      se_ratio: ratio of the hidden width of squeeze-and-excitation to its input width.
-      alpha: weight of the residual branch.
-      final_conv_mult: ratio of the width of the last 1x1 convolution to that of the last block;
-        None uses final_conv_ch.
-      final_conv_ch: width of the last convolution if final_conv_mult is None.
-      stem_width: channels of the last stem convolution; None for half the width of the first stage.
-      activation: name in layers.nonlinearities.
-      skipinit_gain: initial value of the branch's learned gain, or an initialiser.
-      fc_init: standard deviation of the classifier's initial weights, or an initialiser.
-      conventions: see options.Conventions.
-      remat: recompute blocks in the backward pass: less memory, more time.
-      scan: compile the identical blocks of a stage once: deep networks compile several times
-        faster. Slow on CPUs. See docs/scaling.md.
-      channels: channels of the images; None accepts any number.
-      **overrides: see options.Overrides. `width` does not reach the stem, as published; with
-        stem='small' the stem keeps the size of the image.
+      **overrides: these and the keyword arguments are options, described in docs/config.md.
 
     Raises:
       UsageError: no network can be built with an option.
     """
 
+    @fields.checked()
     def __init__(
         self,
-        num_classes: int,
+        num_classes: options.NumClasses,
         variant: str = 'F0',
         *,
-        expansion: float = 0.5,
-        group_size: int = 128,
-        big_width: bool = True,
-        use_two_convs: bool = True,
-        use_eca: bool = False,
-        se_ratio: float = 0.5,
-        alpha: float = 0.2,
-        final_conv_mult: float | None = 2,
-        final_conv_ch: int | None = None,
-        stem_width: int | None = None,
-        activation: str = 'gelu',
-        skipinit_gain: float | hk.initializers.Initializer = 0.0,
-        fc_init: float | hk.initializers.Initializer = 0.01,
+        expansion: Annotated[
+            float,
+            Field(
+                'Ratio of the width of the grouped convolutions to the width of the block.', above=0
+            ),
+        ] = 0.5,
+        group_size: options.GroupSize = 128,
+        big_width: Annotated[bool, Field('Expand from the output width, not the input.')] = True,
+        use_two_convs: Annotated[bool, Field('Two grouped 3x3 convolutions, not one.')] = True,
+        use_eca: Annotated[bool, Field('ECA instead of squeeze-and-excitation.')] = False,
+        se_ratio: options.SeRatio = 0.5,
+        alpha: options.Alpha = 0.2,
+        final_conv_mult: Annotated[
+            float | None,
+            Field(
+                'Ratio of the width of the last 1x1 convolution to that of the last block; None: '
+                'final_conv_ch.',
+                above=0,
+            ),
+        ] = 2,
+        final_conv_ch: Annotated[
+            int | None,
+            Field('Width of the last convolution where final_conv_mult is None.', low=1),
+        ] = None,
+        stem_width: Annotated[
+            int | None,
+            Field(
+                'Channels of the last stem convolution; None: half the width of the first stage.',
+                low=8,
+                rule=lambda width: width % 8 == 0,
+                wants='a positive multiple of 8, or None',
+            ),
+        ] = None,
+        activation: options.Activation = 'gelu',
+        skipinit_gain: options.SkipinitGain = 0.0,
+        fc_init: options.FcInit = 0.01,
         conventions: options.Conventions = 'published',
-        remat: bool = False,
-        scan: bool = False,
-        channels: int | None = None,
+        remat: options.Remat = False,
+        scan: options.Scan = False,
+        channels: options.Channels = None,
         name: str = 'NFNet',
         **overrides: Unpack[options.Overrides],
     ):
@@ -75,18 +83,11 @@ class NFNet(hk.Module):
         if final_conv_mult is not None:
             final_conv_ch = int(final_conv_mult * info.channels[-1])
         elif final_conv_ch is None:
-            raise UsageError('NFNet final_conv_ch: must be given, as final_conv_mult is None')
-        options.check(
-            'NFNet',
-            num_classes=num_classes,
-            channels=channels,
-            conventions=conventions,
-            expansion=expansion,
-            group_size=group_size,
-            se_ratio=se_ratio,
-            alpha=alpha,
-            final_conv_ch=final_conv_ch,
-        )
+            raise UsageError('final_conv_ch=None: must be given, as final_conv_mult is None')
+        if final_conv_ch < 1:
+            raise UsageError(
+                f'final_conv_mult={final_conv_mult}: leaves the last convolution empty'
+            )
         self.form = form = options.form(conventions, activation)
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=True)
@@ -94,7 +95,6 @@ class NFNet(hk.Module):
         if stem_width is None:
             stem_channels = (16, 32, 64, info.widths[0] // 2)
         else:
-            options.check('NFNet', stem_width=stem_width)
             stem_channels = (stem_width // 8, stem_width // 4, stem_width // 2, stem_width)
         self.stem = [
             layers.ScaledWSConv2D(
@@ -140,7 +140,7 @@ class NFNet(hk.Module):
         return_metrics: bool = False,
         return_features: bool = False,
     ) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, C]; see `create_model`."""
+        """Classifies normalized images [N, H, W, C]; see `create_model`."""
         out = self.stem[0](self.form.scale(images))
         for conv in self.stem[1:]:
             out = conv(self.activation(out))

@@ -1,16 +1,17 @@
-"""Constructor options: the values of a variant, overridden and validated."""
+"""Options of the families: their declarations, and the values of a variant."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 
 from nfnets_jax import layers
 from nfnets_jax.convolution.conv import Padding
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.fields import Field
 from nfnets_jax.models.variants import VARIANTS, Variant
 
 # Which reference to follow where they differ: the papers, or the PyTorch library timm.
@@ -19,7 +20,35 @@ from nfnets_jax.models.variants import VARIANTS, Variant
 #   activation, even without an activation before it (the stem, the final convolution), so the last
 #   activation has none. The last convolution of a branch has the gain of the branch, so there is no
 #   skip gain. Networks with timm's names use these, and their parameters match timm's one to one.
-Conventions = Literal['published', 'timm', 'timm_gains']
+Conventions = Annotated[
+    Literal['published', 'timm', 'timm_gains'],
+    Field('Follow the papers, or timm where it differs, in its gains, too: models/options.py.'),
+]
+
+# Options of several families.
+Initializer = float | hk.initializers.Initializer
+NumClasses = Annotated[int, Field('Size of the logits; 0: features only.', low=0)]
+Activation = Annotated[str, Field('Name of the activation, in layers.activations.')]
+Alpha = Annotated[float, Field('Weight of the residual branch.', above=0)]
+SkipinitGain = Annotated[Initializer, Field('Initial gain of the branch, or an initializer.')]
+FcInit = Annotated[Initializer, Field('Initial stddev of the classifier, or an initializer.')]
+GroupSize = Annotated[int, Field('Channels in each group of the grouped convolutions.', low=1)]
+UseSe = Annotated[bool, Field('Squeeze-and-excitation at the end of the branch.')]
+SeRatio = Annotated[float, Field('Hidden over input width of squeeze-and-excitation.', above=0)]
+Norm = Annotated[Literal['batch', 'none'], Field('Batch norm, or the same without it.')]
+BnDecayRate = Annotated[float, Field('Decay rate of the running statistics.', low=0, below=1)]
+CrossReplicaAxis = Annotated[
+    str | None, Field('Axis to average batch statistics over; None: each device has its own.')
+]
+Remat = Annotated[bool, Field('Recompute blocks in the backward pass: less memory, more time.')]
+Scan = Annotated[
+    bool,
+    Field(
+        'Compile the identical blocks of a stage once: deep networks compile several times faster. '
+        'Slow on CPUs; see docs/scaling.md.'
+    ),
+]
+Channels = Annotated[int | None, Field('Channels of the images; None: any number.', low=1)]
 
 
 class Form(NamedTuple):
@@ -71,23 +100,29 @@ def attention(use_eca: bool, se_ratio: float, form: Form) -> Callable[[int], Any
 
 
 class Overrides(TypedDict, total=False):
-    """Options of every residual family; None or a missing option keeps the value of the variant.
+    """Options of every residual family; None or a missing option keeps the value of the variant."""
 
-    `variants.Variant` defines them.
-    """
-
-    width: float | None
-    widths: tuple[int, ...] | None
-    depths: tuple[int, ...] | None
-    stem: Literal['imagenet', 'small'] | None
-    drop_rate: float | None
-    stochdepth_rate: float | None
+    width: Annotated[float | None, Field('Width multiplier.', above=0)]
+    widths: Annotated[
+        Sequence[int] | None,
+        Field('Output channels of each stage, before the width multiplier.', low=1, rule=len),
+    ]
+    depths: Annotated[Sequence[int] | None, Field('Blocks of each stage.', low=1, rule=len)]
+    stem: Annotated[
+        Literal['imagenet', 'small'] | None,
+        Field('imagenet downsamples the image before the first block, small keeps its size.'),
+    ]
+    drop_rate: Annotated[float | None, Field('Dropout rate before the classifier.', low=0, below=1)]
+    stochdepth_rate: Annotated[float | None, Field('Stochastic-depth rate.', low=0, below=1)]
 
 
 class ResNetOverrides(Overrides, total=False):
     """Options of every family of ResNets."""
 
-    block: Literal['bottleneck', 'basic'] | None
+    block: Annotated[
+        Literal['bottleneck', 'basic'] | None,
+        Field('Residual branch: 1x1-3x3-1x1 or 3x3-3x3 convolutions.'),
+    ]
 
 
 def overrides_of(family: str) -> list[str]:
@@ -100,95 +135,16 @@ def resolve(family: str, variant: str, overrides: Overrides) -> Variant:
     """Returns the variant with every override that is not None applied.
 
     Raises:
-      UsageError: the family has no such variant or option, or a value is invalid.
+      UsageError: the family has no such variant, or its stages do not fit together.
     """
     known_variants = {v.variant: v for v in VARIANTS.values() if v.family == family and not v.base}
     if variant not in known_variants:
         raise UsageError(f'{family} variant: unknown {variant!r}{nearest(variant, known_variants)}')
-    for name in overrides:
-        if name not in (known := overrides_of(family)):
-            raise UsageError(f'{family}: unknown option {name!r}{nearest(name, known)}')
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
-    check(family, **given)
     resolved = dataclasses.replace(known_variants[variant], **given)
     if len(resolved.widths) != len(resolved.depths):
         raise UsageError(
-            f'{family} depths: must have one entry a stage, {len(resolved.widths)} as widths has, '
-            f'not {len(resolved.depths)}'
+            f'depths={resolved.depths}: must have one entry a stage, {len(resolved.widths)} as '
+            'widths has'
         )
     return resolved
-
-
-def check(family: str, **values: Any) -> None:
-    """Raises UsageError, in one line, for the first value that breaks the rule of its option."""
-    for name, value in values.items():
-        rule = _RULES[name]
-        if not rule.holds(value):
-            raise UsageError(f'{family} {name}: must be {rule.wants}, not {value!r}')
-
-
-class _Rule(NamedTuple):
-    wants: str
-    holds: Callable[[Any], bool]
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def _one_of(*choices: str) -> _Rule:
-    return _Rule(' or '.join(map(repr, choices)), lambda v: v in choices)
-
-
-_COUNT = _Rule('a whole number, 0 or more', lambda v: _is_int(v) and v >= 0)
-_POSITIVE_INT = _Rule('a positive integer', lambda v: _is_int(v) and v > 0)
-_POSITIVE = _Rule('a positive number', lambda v: _is_number(v) and v > 0)
-_RATE = _Rule('a number in [0, 1)', lambda v: _is_number(v) and 0 <= v < 1)
-_BOOL = _Rule('True or False', lambda v: isinstance(v, bool))
-_NAME = _Rule('a name', lambda v: isinstance(v, str))
-_START = _Rule('a number or an initialiser', lambda v: callable(v) or _is_number(v))
-_STAGES = _Rule(
-    'positive integers, one a stage',
-    lambda v: isinstance(v, Sequence) and len(v) > 0 and all(_is_int(n) and n > 0 for n in v),
-)
-
-_RULES = {
-    'num_classes': _COUNT,
-    'channels': _Rule(_POSITIVE_INT.wants, lambda v: v is None or _POSITIVE_INT.holds(v)),
-    'stem_width': _Rule('a positive multiple of 8', lambda v: _is_int(v) and v > 0 and v % 8 == 0),
-    'group_size': _POSITIVE_INT,
-    'width': _POSITIVE,
-    'expansion': _POSITIVE,
-    'se_ratio': _POSITIVE,
-    'alpha': _POSITIVE,
-    'final_conv_mult': _POSITIVE,
-    'final_conv_ch': _POSITIVE_INT,
-    'drop_rate': _RATE,
-    'stochdepth_rate': _RATE,
-    'bn_decay_rate': _RATE,
-    'widths': _STAGES,
-    'depths': _STAGES,
-    'block': _one_of('bottleneck', 'basic'),
-    'stem': _one_of('imagenet', 'small'),
-    'norm': _one_of('batch', 'none'),
-    'conventions': _one_of('published', 'timm', 'timm_gains'),
-    'activation': _NAME,
-    'cross_replica_axis': _NAME,
-    'skipinit_gain': _START,
-    'fc_init': _START,
-    'remat': _BOOL,
-    'scan': _BOOL,
-    'use_se': _BOOL,
-    'use_eca': _BOOL,
-    'stem_bn': _BOOL,
-    'downscale': _BOOL,
-    'standardize': _BOOL,
-    'activation_gain': _BOOL,
-    'preactivation': _BOOL,
-    'big_width': _BOOL,
-    'use_two_convs': _BOOL,
-}

@@ -1,13 +1,13 @@
 """Builds Haiku modules by model name."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import haiku as hk
 import jax
 
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax import fields
+from nfnets_jax.errors import nearest
 from nfnets_jax.models import options
 from nfnets_jax.models.fixup_resnet import FixupResNet
 from nfnets_jax.models.nf_regnet import NFRegNet
@@ -61,11 +61,11 @@ def create_model(name: str, num_classes: int, **overrides: Any) -> Network:
     """
     variant = variant_info(name)
     family = FAMILIES[variant.family]
-    known = model_options(name)
-    for option in overrides:
-        if option not in known:
-            raise UsageError(f'{name}: unknown option {option!r}{nearest(option, known)}')
-    options.check(variant.family, **{k: v for k, v in overrides.items() if v is not None})
+    fields.check(
+        declared_options(name),
+        overrides,
+        hint=lambda option, known: f' of {name}{nearest(option, known)}',
+    )
     return family(num_classes, **_arguments(variant, overrides))
 
 
@@ -110,23 +110,25 @@ def resolved_options(name: str, **overrides: Any) -> dict[str, Any]:
     Raises:
       UsageError: no such model.
     """
-    variant = variant_info(name)
-    parameters = inspect.signature(FAMILIES[variant.family]).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    own = {name: getattr(variant, name) for name in options.overrides_of(variant.family)}
-    given = {key: value for key, value in overrides.items() if key not in own or value is not None}
-    resolved = defaults | own | dict(variant.options) | given
-    del resolved['name']
-    resolved = {key: list(v) if isinstance(v, tuple) else v for key, v in resolved.items()}
-    return {'family': variant.family} | resolved
+    family = variant_info(name).family
+    unset = {key for key in options.overrides_of(family) if overrides.get(key) is None}
+    given = {key: value for key, value in overrides.items() if key not in unset}
+    resolved = {'family': family} | fields.defaults(declared_options(name)) | given
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in resolved.items()}
 
 
 def model_options(name: str) -> list[str]:
-    """Returns the names of the overrides that `create_model(name, ...)` accepts."""
-    family = variant_info(name).family
-    parameters = inspect.signature(FAMILIES[family]).parameters
-    keywords = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
-    named = [name for name in keywords if name != 'name']
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        named += options.overrides_of(family)
-    return named
+    """Returns the names of the options that `create_model(name, ...)` accepts."""
+    return list(declared_options(name))
+
+
+def declared_options(name: str) -> dict[str, fields.Option]:
+    """Returns the options that `create_model(name, ...)` accepts, their defaults being its own."""
+    variant = variant_info(name)
+    own = {key: getattr(variant, key) for key in options.overrides_of(variant.family)}
+    own |= variant.options
+    return {
+        key: option._replace(default=own.get(key, option.default))
+        for key, option in fields.options(FAMILIES[variant.family]).items()
+        if key != 'num_classes'
+    }

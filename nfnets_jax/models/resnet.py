@@ -1,13 +1,14 @@
-"""The batch-normalised ResNets that Normalizer-Free ones are compared with."""
+"""The batch-normalized ResNets that Normalizer-Free ones are compared with."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, Unpack
+from typing import Annotated, Any, Unpack
 
 import haiku as hk
 import jax
 
-from nfnets_jax import layers
+from nfnets_jax import fields, layers
+from nfnets_jax.fields import Field
 from nfnets_jax.models import options, residual, resnet_parts
 
 Array = jax.Array
@@ -16,60 +17,43 @@ Norm = Callable[[Array, bool, bool], Array]
 
 
 class ResNet(hk.Module):
-    """A ResNet with batch normalisation, pre-activation (arXiv 1603.05027) by default.
+    """A ResNet with batch normalization, pre-activation (arXiv 1603.05027) by default.
+
+    preactivation=False is the order of arXiv 1512.03385. norm='none' is the same network without
+    normalization and with biases added; it has He initialization, as nothing else preserves the
+    variance of the signal. `activation` is not scaled.
 
     Args:
       num_classes: size of the logits; 0 for features only, without a classifier.
       variant: '50', '101', '152', '200', '288' or '600'; for small images '8' to '110'.
-      preactivation: False for the order of arXiv 1512.03385, activation after the addition.
-      norm: 'batch', or 'none' for the same network with normalisation removed and biases added. The
-        latter has He initialisation, as nothing else preserves the variance of the signal.
-      bn_decay_rate: decay rate of the running statistics.
-      cross_replica_axis: name of the mapped axis over which batch statistics are averaged; None
-        computes them on the batch of each device.
-      use_se: squeeze-and-excitation at the end of the branch.
-      se_ratio: ratio of its hidden width to its input width.
-      activation: name in layers.activations; not scaled.
-      fc_init: standard deviation of the classifier's initial weights, or an initialiser.
-      remat: recompute blocks in the backward pass: less memory, more time.
-      scan: compile the identical blocks of a stage once: deep networks compile several times
-        faster. Slow on CPUs. See docs/scaling.md.
-      channels: channels of the images; None accepts any number.
-      **overrides: see options.ResNetOverrides.
+      **overrides: these and the keyword arguments are options, described in docs/config.md.
 
     Raises:
       UsageError: no network can be built with an option.
     """
 
+    @fields.checked()
     def __init__(
         self,
-        num_classes: int,
+        num_classes: options.NumClasses,
         variant: str = '50',
         *,
-        preactivation: bool = True,
-        norm: Literal['batch', 'none'] = 'batch',
-        bn_decay_rate: float = 0.9,
-        cross_replica_axis: str | None = None,
-        use_se: bool = False,
-        se_ratio: float = 0.25,
-        activation: str = 'relu',
-        fc_init: float | hk.initializers.Initializer = 0.0,
-        remat: bool = False,
-        scan: bool = False,
-        channels: int | None = None,
+        preactivation: Annotated[bool, Field('Activation before the convolutions.')] = True,
+        norm: options.Norm = 'batch',
+        bn_decay_rate: options.BnDecayRate = 0.9,
+        cross_replica_axis: options.CrossReplicaAxis = None,
+        use_se: options.UseSe = False,
+        se_ratio: options.SeRatio = 0.25,
+        activation: options.Activation = 'relu',
+        fc_init: options.FcInit = 0.0,
+        remat: options.Remat = False,
+        scan: options.Scan = False,
+        channels: options.Channels = None,
         name: str = 'ResNet',
         **overrides: Unpack[options.ResNetOverrides],
     ):
         super().__init__(name=name)
         self.variant = info = options.resolve('ResNet', variant, overrides)
-        options.check(
-            'ResNet',
-            num_classes=num_classes,
-            channels=channels,
-            norm=norm,
-            bn_decay_rate=bn_decay_rate,
-            se_ratio=se_ratio,
-        )
         self.preactivation, self.remat, self.scan = preactivation, remat, scan
         self.activation = layers.get_activation(activation, scaled=False)
 
@@ -112,7 +96,7 @@ class ResNet(hk.Module):
         test_local_stats: bool = False,
         return_features: bool = False,
     ) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, C]; see `create_model`.
+        """Classifies normalized images [N, H, W, C]; see `create_model`.
 
         test_local_stats evaluates with the statistics of the batch.
         """
@@ -136,7 +120,7 @@ class ResNet(hk.Module):
 
 
 class ResBlockV2(hk.Module):
-    """x + branch(x), with normalisation and activation before each convolution."""
+    """x + branch(x), with normalization and activation before each convolution."""
 
     def __init__(
         self,
@@ -172,7 +156,7 @@ class ResBlockV2(hk.Module):
 
 
 class ResBlockV1(ResBlockV2):
-    """activation(x + branch(x)), with normalisation after each convolution."""
+    """activation(x + branch(x)), with normalization after each convolution."""
 
     def __call__(
         self, x: Array, inputs: residual.BlockInputs, is_training: bool, test_local_stats: bool

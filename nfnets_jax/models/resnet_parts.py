@@ -39,9 +39,7 @@ def plan_resnet(variant: Variant, alpha: float = 0.0) -> list[residual.BlockPlan
     """
     inner = min(variant.channels) // (4 if variant.block == 'bottleneck' else 1)
     if min(stem_shape(variant)[0], inner) < 1:
-        raise UsageError(
-            f'{variant.family} width: {variant.width} leaves a convolution without channels'
-        )
+        raise UsageError(f'width={variant.width}: leaves a convolution without channels')
     return residual.plan_blocks(
         stem_shape(variant)[0],
         variant.channels,

@@ -1,11 +1,11 @@
 """The small CIFAR CNN of the report on adaptive gradient clipping."""
 
-from typing import Any, Literal
+from typing import Any
 
 import haiku as hk
 import jax
 
-from nfnets_jax import layers
+from nfnets_jax import fields, layers
 from nfnets_jax.errors import UsageError
 from nfnets_jax.models import options, residual
 
@@ -16,37 +16,29 @@ SMALLEST = 14  # pixels: the unpadded convolutions reduce smaller images to noth
 class SmallCNN(hk.Module):
     """Four unpadded 3x3 convolutions of 32 channels, max pool after the second, three linears.
 
-    It has 37,322 parameters for 10 classes, and 37,834 with batch normalisation if its 256 running
+    It has 37,322 parameters for 10 classes, and 37,834 with batch normalization if its 256 running
     statistics count as parameters, as in the report.
+
+    `activation` is not scaled. Options are described in docs/config.md.
 
     Args:
       num_classes: size of the logits; 0 for features only, without the three linears.
-      norm: 'batch' for batch normalisation after each convolution, or 'none'.
-      bn_decay_rate: decay rate of the running statistics.
-      cross_replica_axis: as in ResNet.
-      activation: name in layers.activations; not scaled.
-      channels: channels of the images; None accepts any number.
+
     """
 
+    @fields.checked()
     def __init__(
         self,
-        num_classes: int,
+        num_classes: options.NumClasses,
         *,
-        norm: Literal['batch', 'none'] = 'batch',
-        bn_decay_rate: float = 0.9,
-        cross_replica_axis: str | None = None,
-        activation: str = 'relu',
-        channels: int | None = None,
+        norm: options.Norm = 'batch',
+        bn_decay_rate: options.BnDecayRate = 0.9,
+        cross_replica_axis: options.CrossReplicaAxis = None,
+        activation: options.Activation = 'relu',
+        channels: options.Channels = None,
         name: str = 'SmallCNN',
     ):
         super().__init__(name=name)
-        options.check(
-            'SmallCNN',
-            num_classes=num_classes,
-            norm=norm,
-            bn_decay_rate=bn_decay_rate,
-            channels=channels,
-        )
         self.activation = layers.get_activation(activation, scaled=False)
         self.convs = [
             layers.Conv2D(
@@ -69,7 +61,7 @@ class SmallCNN(hk.Module):
         self.fc = residual.make_classifier(num_classes, None)
 
     def __call__(self, images: Array, is_training: bool) -> dict[str, Any]:
-        """Classifies normalised images [N, H, W, C], with H, W >= SMALLEST; see `create_model`."""
+        """Classifies normalized images [N, H, W, C], with H, W >= SMALLEST; see `create_model`."""
         if min(images.shape[1:3]) < SMALLEST:
             raise UsageError(
                 f'SmallCNN: images must have at least {SMALLEST} x {SMALLEST} pixels, not '

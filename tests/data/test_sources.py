@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from nfnets_jax.data.sources import ArraySource, Digits, identify, load_digits, open_source
+from nfnets_jax.data.sources import (
+    SOURCES,
+    ArraySource,
+    Digits,
+    identify,
+    load_digits,
+    open_source,
+    source_options,
+)
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 from tests.data.test_folder import make_folder
@@ -48,7 +56,7 @@ def test_digits_may_be_fewer():
     ],
 )
 def test_digits_that_are_not_there_are_named(options):
-    with pytest.raises(UsageError, match=f'data.{next(iter(options))}='):
+    with pytest.raises(UsageError, match=rf'data\.{next(iter(options))}(\[0\])?='):
         Digits('train', **options)
 
 
@@ -152,18 +160,30 @@ def test_open_source(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'options', 'match'),
     [
-        (('digit', 'train'), {}, r"data\.name='digit': .*did you mean 'digits'"),
+        (('digit', 'train'), {}, r"data\.name='digit' is unknown .did you mean 'digits'"),
         (('digits', 'tset'), {}, "did you mean 'test'"),
-        (('digits', 'train'), {'imagesize': 16}, r"data\.imagesize: .*did you mean 'image_size'"),
-        (('digits', 'train'), {'image_size': 4}, 'give 8 or more'),
-        (('digits', 'train'), {'image_size': '8'}, r"data\.image_size='8': must be of type int"),
-        (('digits', 'train'), {'per_class': 2.0}, r'per_class=2\.0: must be of type int \| None'),
-        (('digits', 'train'), {'classes': (1, True)}, r'must be of type Sequence\[int\]'),
-        (('noise', 'train'), {'classes': 1}, r'data\.classes=1: give two or more'),
+        (
+            ('digits', 'train'),
+            {'imagesize': 16},
+            r"unknown key data\.imagesize .did you mean 'image_size'",
+        ),
+        (('digits', 'train'), {'image_size': 4}, 'must be an integer of at least 8'),
+        (('digits', 'train'), {'image_size': '8'}, r"data\.image_size='8': must be an integer"),
+        (
+            ('digits', 'train'),
+            {'per_class': 2.0},
+            r'per_class=2\.0: must be None or an integer of at least 1',
+        ),
+        (
+            ('digits', 'train'),
+            {'classes': (1, True)},
+            r'data\.classes\[1\]=True: must be an integer',
+        ),
+        (('noise', 'train'), {'classes': 1}, r'data\.classes=1: must be an integer of at least 2'),
         (('noise', 'train'), {'examples': 9}, r'data\.examples=9: fewer than the 10 classes'),
-        (('noise', 'train'), {'examples': False}, r'data\.examples=False: must be of type int'),
-        (('folder', 'train'), {'path': 3}, r'data\.path=3: must be of type str \| os\.PathLike'),
-        (('folder', 'train'), {}, r"data\.path: 'folder' needs it"),
+        (('noise', 'train'), {'examples': False}, r'data\.examples=False: must be an integer'),
+        (('folder', 'train'), {'path': 3}, r'data\.path=3: must be a string or a path'),
+        (('folder', 'train'), {}, r'data\.path is missing: it must be a string or a path'),
         (('folder', 'train'), {'path': '.', 'test_fraction': 2}, r'data\.test_fraction=2'),
         (('folder', 'train'), {'path': '.', 'split_seed': -1}, r'data\.split_seed=-1'),
     ],
@@ -171,6 +191,13 @@ def test_open_source(tmp_path):
 def test_open_source_names_what_is_wrong(arguments, options, match):
     with pytest.raises(UsageError, match=match):
         open_source(*arguments, **options)
+
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_every_source_checks_its_options(name):
+    with pytest.raises(UsageError, match='unknown key data.nonsense'):
+        SOURCES[name]('train', nonsense=1)
+    assert 'split' not in source_options(name)
 
 
 def test_identity_of_arrays_sees_pixels_labels_and_names():

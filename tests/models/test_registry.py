@@ -1,3 +1,4 @@
+import inspect
 import re
 
 import haiku as hk
@@ -6,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 import nfnets_jax
-from nfnets_jax import models
+from nfnets_jax import fields, models
 from nfnets_jax.errors import UsageError
-from nfnets_jax.models import options
+from nfnets_jax.models.registry import FAMILIES, declared_options
 
 
 def make(name, num_classes=10, **overrides):
@@ -68,34 +69,50 @@ def test_variant_info():
     ('name', 'overrides', 'message'),
     [
         ('NFNet-F9', {}, r"model: unknown 'NFNet-F9' \(did you mean 'NFNet-F\d'\?\)"),
-        ('NFNet-F0', {'dropout': 0.1}, r"NFNet-F0: unknown option 'dropout' \(did you mean 'drop_"),
-        ('NFNet-F0', {'num_classes': -1}, 'num_classes: must be a whole number, 0 or more, not -1'),
-        ('NFNet-F0', {'channels': 0}, 'NFNet channels: must be a positive integer, not 0'),
-        ('NFNet-F0', {'stem_width': 12}, 'NFNet stem_width: must be a positive multiple of 8'),
+        ('NFNet-F0', {'dropout': 0.1}, r"unknown key dropout of NFNet-F0 \(did you mean 'drop_"),
+        ('NFNet-F0', {'num_classes': -1}, 'num_classes=-1: must be an integer of at least 0'),
+        ('NFNet-F0', {'channels': 0}, 'channels=0: must be None or an integer of at least 1'),
+        ('NFNet-F0', {'stem_width': 12}, 'stem_width=12: must be a positive multiple of 8'),
         ('eca_nfnet_l9', {}, r"model: unknown 'eca_nfnet_l9' \(did you mean 'eca_nfnet_l\d'"),
-        ('NF-ResNet-50', {'use_se': True, 'use_eca': True}, 'use_eca: must be False where use_se'),
-        ('NFNet-F0', {'drop_rate': 1.5}, r'NFNet drop_rate: must be a number in \[0, 1\), not 1.5'),
-        ('NFNet-F0', {'alpha': -0.2}, 'NFNet alpha: must be a positive number, not -0.2'),
-        ('NFNet-F0', {'depths': (1, 0, 1, 1)}, 'NFNet depths: must be positive integers, one a'),
-        ('NFNet-F0', {'depths': (1, 1)}, 'NFNet depths: must have one entry a stage, 4 as widths'),
-        ('NFNet-F0', {'group_size': 1024}, 'group_size: must be at most the 128 channels'),
-        ('NFNet-F0', {'final_conv_mult': None}, 'NFNet final_conv_ch: must be given'),
-        ('NFNet-F0', {'activation': 'rellu'}, "activation: unknown 'rellu' .*'relu'"),
-        ('NFNet-F0', {'width': float('inf')}, 'NFNet width: must be a positive number, not inf'),
-        ('NFNet-F0', {'activation': ['relu']}, 'NFNet activation: must be a name, not'),
-        ('NFNet-F0', {'final_conv_mult': '2'}, 'final_conv_mult: must be a positive number'),
-        ('NFNet-F0', {'fc_init': '0.1'}, "fc_init: must be a number or an initialiser, not '0.1'"),
-        ('NFNet-F0', {'remat': 'no'}, "NFNet remat: must be True or False, not 'no'"),
-        ('NF-ResNet-50', {'use_se': 0}, 'NF-ResNet use_se: must be True or False, not 0'),
-        ('NF-ResNet-50', {'width': 0.05}, 'width: 0.05 leaves a convolution without channels'),
-        ('ResNet-8', {'width': 0.01}, 'width: 0.01 leaves a convolution without channels'),
-        ('SkipInit-ResNet-8', {'width': 0.01}, 'width: 0.01 leaves'),
-        ('Fixup-ResNet-8', {'width': 0.01}, 'width: 0.01 leaves'),
-        ('NF-ResNet-50', {'stem': 'tiny'}, "stem: must be 'imagenet' or 'small', not 'tiny'"),
-        ('NF-ResNet-50', {'width': '4'}, "width: must be a positive number, not '4'"),
-        ('ResNet-20', {'norm': 'layer'}, "ResNet norm: must be 'batch' or 'none', not 'layer'"),
-        ('NFNet-F0', {'block': 'basic'}, "NFNet-F0: unknown option 'block'"),
-        ('SmallCNN', {'width': 2}, "SmallCNN: unknown option 'width'"),
+        (
+            'NF-ResNet-50',
+            {'use_se': True, 'use_eca': True},
+            'use_eca=True: must be False where use_se',
+        ),
+        (
+            'NFNet-F0',
+            {'drop_rate': 1.5},
+            'drop_rate=1.5: must be None or a number of at least 0 and below 1',
+        ),
+        ('NFNet-F0', {'alpha': -0.2}, 'alpha=-0.2: must be a number above 0'),
+        ('NFNet-F0', {'depths': (1, 0, 1, 1)}, r'depths\[1\]=0: must be an integer of at least 1'),
+        (
+            'NFNet-F0',
+            {'depths': (1, 1)},
+            r'depths=\(1, 1\): must have one entry a stage, 4 as widths',
+        ),
+        ('NFNet-F0', {'group_size': 1024}, 'group_size=1024: must be at most the 128 channels'),
+        ('NFNet-F0', {'final_conv_mult': None}, 'final_conv_ch=None: must be given'),
+        ('NFNet-F0', {'activation': 'rellu'}, "activation='rellu' is unknown .*'relu'"),
+        ('NFNet-F0', {'width': float('inf')}, 'width=inf: must be None or a number above 0'),
+        ('NFNet-F0', {'activation': ['relu']}, r"activation=\['relu'\]: must be a string"),
+        (
+            'NFNet-F0',
+            {'final_conv_mult': '2'},
+            "final_conv_mult='2': must be None or a number",
+        ),
+        ('NFNet-F0', {'fc_init': '0.1'}, "fc_init='0.1': must be a number or a function"),
+        ('NFNet-F0', {'remat': 'no'}, "remat='no': must be True or False"),
+        ('NF-ResNet-50', {'use_se': 0}, 'use_se=0: must be True or False'),
+        ('NF-ResNet-50', {'width': 0.05}, 'width=0.05: leaves a convolution without channels'),
+        ('ResNet-8', {'width': 0.01}, 'width=0.01: leaves a convolution without channels'),
+        ('SkipInit-ResNet-8', {'width': 0.01}, 'width=0.01: leaves'),
+        ('Fixup-ResNet-8', {'width': 0.01}, 'width=0.01: leaves'),
+        ('NF-ResNet-50', {'stem': 'tiny'}, "stem='tiny' is unknown .known: imagenet, small"),
+        ('NF-ResNet-50', {'width': '4'}, "width='4': must be None or a number above 0"),
+        ('ResNet-20', {'norm': 'layer'}, "norm='layer' is unknown .known: batch, none"),
+        ('NFNet-F0', {'block': 'basic'}, 'unknown key block of NFNet-F0'),
+        ('SmallCNN', {'width': 2}, 'unknown key width of SmallCNN'),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(name, overrides, message):
@@ -126,8 +143,14 @@ def test_pictures_too_small_for_the_small_cnn_are_told():
 def test_classes_name_their_mistakes_too():
     with pytest.raises(UsageError, match=r"NFNet variant: unknown 'G0' \(did you mean 'F0'"):
         hk.transform(lambda: models.NFNet(10, variant='G0')).init(None)
-    with pytest.raises(UsageError, match="NFNet: unknown option 'depth'"):
+    with pytest.raises(UsageError, match="unknown key depth .did you mean 'depths'"):
         hk.transform(lambda: models.NFNet(10, depth=(1, 1, 1, 1))).init(None)
+
+
+@pytest.mark.parametrize('family', FAMILIES.values(), ids=lambda family: family.__name__)
+def test_every_class_checks_its_options(family):
+    with pytest.raises(UsageError, match='channels=0: must be None or an integer of at least 1'):
+        hk.transform(lambda: family(10, channels=0)).init(None)
 
 
 def test_class_and_name_make_the_same_network():
@@ -184,9 +207,18 @@ def test_none_is_the_variants_own_value():
     assert make('NF-ResNet-50', width=None, drop_rate=None, stem=None) == {}
 
 
-def test_every_option_has_a_rule():
-    for name in models.list_models():
-        assert set(models.model_options(name)) <= set(options._RULES)
+@pytest.mark.parametrize('name', models.list_models())
+def test_every_option_is_declared_with_the_networks_own_value(name):
+    found = declared_options(name)
+    assert list(found) == models.model_options(name)
+    parameters = inspect.signature(FAMILIES[models.variant_info(name).family]).parameters
+    undeclared = {'num_classes', 'variant', 'name', 'overrides'}
+    assert parameters.keys() - undeclared <= found.keys()
+    fields.check(found, fields.defaults(found), whole=True)
+    if 'depths' in found:
+        assert found['depths'].default == models.variant_info(name).depths
+    if name == 'eca_nfnet_l0':
+        assert found['use_eca'].default is True
 
 
 @pytest.mark.parametrize(

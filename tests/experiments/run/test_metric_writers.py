@@ -214,8 +214,6 @@ def test_wandb_mistakes_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"wandb\.project='p': No API key.*offline") as error:
         _open(tmp_path, project='p')
     assert '\n' not in str(error.value)
-    with pytest.raises(UsageError, match=r"wandb\.mode='ofline' .*did you mean 'offline'"):
-        _open(tmp_path, project='p', mode='ofline')
 
 
 def test_a_file_that_has_vanished_is_told(tmp_path):

@@ -211,6 +211,7 @@ def test_a_metric_that_no_trial_gives_is_named_after_the_first(tmp_path, monkeyp
     assert set(states(tmp_path).values()) == {'complete'}
 
 
+CHART = {'kind': 'line', 'x': 'seed', 'y': 'test/top1', 'series': 'arm', 'title': 'T'}
 CLAIM = {'text': 'AGC is better.', 'source': 'me'}
 BOTH_SIDES = {'better': {'arm': 'a'}, 'worse': {'arm': 'a'}}
 
@@ -360,15 +361,15 @@ def test_the_recipe_is_told_as_it_is():
         ),
         ({'arms': ({'name': 'a'}, {'name': 'a'})}, "config.arms[1].name='a': another arm"),
         ({'axes': {'seed': 'sed'}}, "config.axes.seed='sed': there is no such key"),
-        ({'tuned': ('rate',)}, "config.tuned: no axis 'rate'"),
+        ({'tuned': ('rate',)}, "config.tuned='rate': no such axis"),
         ({'charts': ({'kind': 'pie'},)}, "config.charts[0].kind='pie'"),
         ({'charts': ({'x': 'seed'},)}, 'config.charts[0].kind is missing'),
-        ({'charts': ({'kind': 'line', 'x': 'sed'},)}, "config.charts[0].x='sed': no such axis"),
-        ({'charts': ({'kind': 'line', 'logx': True},)}, 'config.charts[0].logx is unknown'),
-        ({'claims': ({**CLAIM, 'compares': {}},)}, 'config.claims[0].compares is unknown'),
+        ({'charts': ({**CHART, 'x': 'sed'},)}, "config.charts[0].x='sed': no such axis"),
+        ({'charts': ({**CHART, 'logx': True},)}, 'unknown key config.charts[0].logx'),
+        ({'claims': ({**CLAIM, 'compares': {}},)}, 'unknown key config.claims[0].compares'),
         ({'claims': ({**CLAIM, 'compare': {}},)}, 'config.claims[0].compare.better is missing'),
         (
-            {'claims': ({**CLAIM, 'compare': {'better': {'arm': 'b'}}},)},
+            {'claims': ({**CLAIM, 'compare': {**BOTH_SIDES, 'better': {'arm': 'b'}}},)},
             "config.claims[0].compare.better.arm='b'",
         ),
         (
@@ -397,11 +398,11 @@ def test_a_mistake_in_a_study_is_named(changes, message):
         ({'base': tiny_config(data__name='folder')}, r'config.base.data.path'),
         (
             {'arms': ({'name': 'agc', 'grid': {'clipping': (0.1, 0.0)}},)},
-            r'trial agc-clipping=0.0-\S+: config.arms\[0\].grid.clipping=0.0: it must',
+            r'trial agc-clipping=0.0-\S+: config.arms\[0\].grid.clipping=0.0: must',
         ),
         (
             {'arms': ({'name': 'agc', 'config': {'optimizer': {'momentum': 2.0}}},)},
-            r'trial agc-\S+: config.arms\[0\].config.optimizer.momentum=2.0: it must',
+            r'trial agc-\S+: config.arms\[0\].config.optimizer.momentum=2.0: must',
         ),
         (
             {'pretrain': tiny_config(init__weights='nowhere.npz')},
