@@ -1,9 +1,7 @@
 """Fine-tunes eca_nfnet_l0 on spectrograms: one channel, not square, several labels for each clip.
 
-Run: python examples/spectrograms.py [WEIGHTS]
-
-WEIGHTS are a name or a file, as nfnets_jax.from_pretrained takes them; random weights by default.
-"""
+Run: python examples/spectrograms.py
+"""  # A name or file of weights may follow; by default they are random.
 
 import sys
 
@@ -69,15 +67,11 @@ def main(weights='', steps=60, batch=8, clips=128):
         rows = rng.choice(clips, batch, replace=False)
         params, opt_state, loss = step(params, opt_state, jax.random.key(i), x[rows], y[rows])
         losses.append(float(loss))
-        if i % 10 == 0:
-            print(f'step {i}: loss {loss:.3f}')
+        print(f'step {i}: loss {loss:.3f}')
     logits = jax.jit(lambda x: network.apply(params, state, None, x, False)[0]['logits'])
     scores = np.concatenate([logits(part) for part in np.split(test_x, len(test_x) // 8)])
-    precision = dict(
-        zip(SOUNDS, average_precision_score(test_y, scores, average=None), strict=True)
-    )
-    for name, value in precision.items():
-        print(f'{name}: average precision {value:.3f} on {len(test_y)} other clips')
+    precision = average_precision_score(test_y, scores, average=None)
+    print('average precision:', *(f'{n} {p:.3f}' for n, p in zip(SOUNDS, precision, strict=True)))
     return losses, precision
 
 

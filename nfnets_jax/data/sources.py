@@ -2,16 +2,16 @@
 
 A source is any object with
 
-    len(source)           the number of examples
-    source[i]             {'image': array or bytes, 'label': int}, for 0 <= i < len(source); the
-                          image is uint8 [H, W, 3], or the bytes of an encoded image (JPEG, PNG,
-                          ...), which a transform of `nfnets_jax.data.preprocessing` decodes
-    source.where(i)       the file or index of example i, for errors
-    source.class_names    tuple of str, label -> name
-    source.name           str
-    source.origin         str, the directory, file or package that the examples come from
-    source.left_out       dict, kind of file -> how many were ignored beside the examples
-    source.checksum()     str, see `identify`
+* `len(source)`: the number of examples;
+* `source[i]`: {'image': array or bytes, 'label': int}, for 0 <= i < len(source); the image is uint8
+  [H, W, 3], or the bytes of an encoded image (JPEG, PNG, ...), which a transform of
+  `nfnets_jax.data.preprocessing` decodes;
+* `source.where(i)`: the file or index of example i, for errors;
+* `source.class_names`: tuple of str, label -> name;
+* `source.name`: str;
+* `source.origin`: str, the directory, file or package that the examples come from;
+* `source.left_out`: dict, kind of file -> how many were ignored beside the examples;
+* `source.checksum()`: str, see `identify`.
 
 Reading is thread-safe and has no order: shuffling, sharding and batching belong to the pipeline.
 """
@@ -79,10 +79,12 @@ def identify(source: Source) -> Identity:
     """Returns the identity of a source, to be compared with that of another day.
 
     The checksum is SHA-256 over
-        folder: the name of every file relative to the directory of its split, with its class, in
-            the order of the examples;
-        arrays, digits, synthetic images: dtype, shape and bytes of the images, and the labels;
-        tfds: the data set with its version, and the chosen examples of each record file.
+
+    * folder: the name of every file relative to the directory of its split, with its class, in the
+      order of the examples;
+    * table: the same, with the paths as the table has them;
+    * arrays, digits, synthetic images: dtype, shape and bytes of the images, and the labels;
+    * tfds: the data set with its version, and the chosen examples of each record file.
 
     It changes if an example or class is added, removed, renamed or moved to another split, or if
     the order changes. It does not change if the directory is moved as a whole, nor if a file's

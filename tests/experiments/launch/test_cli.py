@@ -235,7 +235,7 @@ def test_every_flag_for_a_path_takes_one_as_a_shell_would(command, monkeypatch, 
 def test_paths_of_benchmarks_are_taken_so_too():
     for path in ROOT.glob('benchmarks/*.py'):
         for line in path.read_text().splitlines():
-            if any(f"'--{name}'" in line for name in ('json', 'tensorflow', 'pictures', 'out')):
+            if any(f"'--{name}'" in line for name in ('json', 'tensorflow', 'images', 'out')):
                 assert 'type=' in line or 'define_path' in line, f'{path.name}: {line}'
 
 
