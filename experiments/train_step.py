@@ -25,6 +25,8 @@ from nfnets_jax.sam import sam_value_and_grad
 # Separates the randomness of dropout and stochastic depth from that of the augmentations, which
 # count from 0. Each device has its own, so these masks depend on the number of devices.
 _MODEL_STREAM = 1 << 16
+# Names of parts of the step, in profiles and compiled programs.
+AUGMENTATION, EXCHANGE, UPDATE, EMA = 'augmentation', 'exchange', 'update', 'moving_average'
 
 
 class TrainState(NamedTuple):
@@ -144,7 +146,7 @@ def _make_loss_and_gradient(experiment: Experiment) -> Callable:
 
     value_and_grad: Callable = jax.value_and_grad
     if config.accumulate > 1:
-        rows = config.batch_size // (jax.device_count() * config.accumulate)
+        rows = config.batch_size // (parallel.device_count() * config.accumulate)
         value_and_grad = functools.partial(_accumulated_value_and_grad, rows)
     if not config.sam.rho:
         return value_and_grad(loss_fn, has_aux=True)
@@ -231,8 +233,9 @@ def make_train_step(experiment: Experiment) -> jax.stages.Wrapped:
         stop = batch['stop'][0]
         if experiment.on_device:
             batch = device_cached.take(batch, s.step, experiment.images_per_step)
-        keys = augment.example_keys(s.seed, s.step, batch['position'])
-        images, targets = experiment.augmentation(keys, batch['image'], batch['label'])
+        with jax.named_scope(AUGMENTATION):
+            keys = augment.example_keys(s.seed, s.step, batch['position'])
+            images, targets = experiment.augmentation(keys, batch['image'], batch['label'])
         key = jax.random.fold_in(keys[0], _MODEL_STREAM)
 
         trained, frozen = optimizers.partition(s.params, experiment.optimizer.groups)
@@ -248,16 +251,18 @@ def make_train_step(experiment: Experiment) -> jax.stages.Wrapped:
         )
 
         optimizer = experiment.optimizer.with_hyperparameters(s.numbers)
-        updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
-        trained = optax.apply_updates(trained, updates)
+        with jax.named_scope(UPDATE):
+            updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
+            trained = optax.apply_updates(trained, updates)
 
         ema_params, ema_state = s.ema_params, s.ema_state
         if config.ema:
             decay = optimizers.ema_decay(s.step, config.ema)
             average, constant = optimizers.partition(ema_params, experiment.optimizer.groups)
-            average, ema_state = optimizers.ema_update(
-                (average, ema_state), (trained, state), decay
-            )
+            with jax.named_scope(EMA):
+                average, ema_state = optimizers.ema_update(
+                    (average, ema_state), (trained, state), decay
+                )
             ema_params = optimizers.combine(average, constant)
 
         metrics |= {
@@ -284,6 +289,7 @@ def make_train_step(experiment: Experiment) -> jax.stages.Wrapped:
     return parallel.parallelize(train_step, donate_replicated=True)
 
 
+@jax.named_scope(EXCHANGE)
 def _mean_over_devices(gradients, state: hk.State, metrics: dict, dtype: str):
     """Returns the means of all three, in one all-reduce if `dtype` is float32.
 

@@ -29,6 +29,8 @@ EXTRAS = {
     'jax2onnx': 'onnx',
     'pyarrow': 'parquet',
     'onnxruntime': 'onnx',
+    'libtpu': 'tpu',
+    'jax_cuda12_plugin': 'cuda',
 }
 
 

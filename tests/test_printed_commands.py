@@ -102,7 +102,9 @@ NOT_RUN = {
     r'python -m benchmarks.convolution --write.*': 'is for a GPU, and changes the project',
     r'CUDA_VISIBLE_DEVICES=0 python -m experiments.study \.\.\.': 'is no whole command',
     r'python (-m experiments.train|experiments/train.py)': 'is no whole command',
-    r'python -m benchmarks.augmentation_tpu.*': 'needs a compiler for TPUs, libtpu',
+    r'python -m (experiments.preflight|benchmarks.(augmentation_tpu|programs)).*': (
+        'needs the compilers for TPUs and GPUs'
+    ),
     r'optuna-dashboard .*': 'is a server, of a package that is not required',
     r'\S+tensorboard --logdir=runs': 'is a server',
 }
@@ -311,7 +313,7 @@ def workplace(request, materials, tmp_path):
     """A function (command) -> a directory of its own that has what the command reads."""
 
     def prepare(command: str) -> pathlib.Path:
-        reads_run = re.search(r'experiments.(evaluate|export)', command)
+        reads_run = re.search(r'experiments.(evaluate|export|embed)', command)
         for file in materials.iterdir():
             if file.name not in ('run', 'validated', 'study', 'docs', 'DIR'):
                 (tmp_path / file.name).symlink_to(file)

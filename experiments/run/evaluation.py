@@ -9,6 +9,16 @@ from experiments.run import parallel
 from nfnets_jax.data import pipeline
 
 
+def eval_batch_size(experiment: Experiment) -> int:
+    """Returns the examples of a step of evaluation, over all devices; a multiple of their number.
+
+    It is the same for all splits, because the step is compiled once.
+    """
+    devices = parallel.device_count()
+    longest = max(map(len, experiment.evaluated.values()))
+    return -(-min(experiment.config.eval.batch_size, longest) // devices) * devices
+
+
 def evaluate(
     experiment: Experiment, eval_step: Callable, variables: Mapping[str, tuple], split: str = 'test'
 ) -> dict[str, float]:
@@ -45,13 +55,9 @@ def evaluate(
 
 def open_eval_batches(experiment: Experiment, split: str) -> pipeline.Prefetch:
     """Returns this process's batches of a split on its devices; see `pipeline.eval_batches`."""
-    devices = jax.device_count()
-    # The same for all splits, because the step is compiled once.
-    longest = max(map(len, experiment.evaluated.values()))
-    batch_size = min(experiment.config.eval.batch_size, longest)
     batches = pipeline.eval_batches(
         experiment.splits[split],
-        batch_size=-(-batch_size // devices) * devices,
+        batch_size=eval_batch_size(experiment),
         transform=experiment.image_spec.test_transform,
         bad=pipeline.UnreadableExamples(experiment.skip_bad),
         process_index=jax.process_index(),

@@ -12,7 +12,7 @@ import numpy as np
 
 from nfnets_jax import fields
 from nfnets_jax.data.preprocessing import SUFFIXES, ImageError, is_image
-from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
+from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingData, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.fields import Field
 from nfnets_jax.files import expand
@@ -74,7 +74,9 @@ class ImageFolder:
         check_split('folder', split, SPLITS)
         root = pathlib.Path(expand(path))
         if not path or not root.is_dir():
-            raise UsageError(f'data.path={str(path)!r}: not a directory; give one with the classes')
+            raise MissingData(
+                f'data.path={str(path)!r}: not a directory; give one with the classes'
+            )
         given_hold_out = {'test_fraction': test_fraction, 'split_seed': split_seed}
         layout = _find_splits(
             root, dict(zip(SPLITS, (train_split, validation_split, test_split), strict=True))
