@@ -443,7 +443,7 @@ def test_the_flags_of_every_command_are_known(workplace):
         input=json.dumps(list(commands.values())),
         capture_output=True,
         text=True,
-        cwd=workplace('weights=runs/pretrained'),
+        cwd=workplace('weights=runs/pretrained weights=runs/head'),
         env={**os.environ, 'PYTHONPATH': str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
