@@ -1,6 +1,6 @@
 """Host batches of a source, in an order that is a pure function of (seed, position).
 
-Position p of the endless training stream is element p % n of the shuffle of epoch p // n, where the
+Position p of the endless training stream is element p % n of the order of epoch p // n, where the
 source has n examples. Training step s takes positions [s * batch_size, (s + 1) * batch_size), and
 process k takes the k-th share of them. The batch depends on nothing else, neither on the number of
 threads nor on earlier steps, so a run resumes from its step alone and no iterator state is saved.
@@ -86,12 +86,14 @@ def train_batches(
     process_count: int = 1,
     num_threads: int | None = None,
     bad: UnreadableExamples | None = None,
+    order: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[dict]:
     """Returns an endless iterator over this process's training batches.
 
-    Every epoch is a new shuffle of all examples and holds each of them once; a batch may straddle
-    two epochs. An unreadable example is replaced by the next one in that epoch's order, transformed
-    with the random numbers of the original position: the rest of the stream does not change.
+    By default every epoch is a new shuffle of all examples and holds each of them once; a batch may
+    straddle two epochs. An unreadable example is replaced by the next one in that epoch's order,
+    transformed with the random numbers of the original position: the rest of the stream does not
+    change.
 
     Args:
         source: see `nfnets_jax.data.sources`.
@@ -105,6 +107,7 @@ def train_batches(
         num_threads: threads that read and transform; by default one per core, or none without a
             transform (threads do not speed up copying memory).
         bad: counts and limits the examples that are skipped; by default none may be.
+        order: epoch -> indices of its examples, [len(source)]; by default `epoch_order` of `seed`.
 
     Returns:
         Iterator, with `close()`, of {'image': uint8 [b, H, W, 3], 'label': int32 [b]}, where
@@ -121,7 +124,7 @@ def train_batches(
         )
     if seed < 0:
         raise UsageError(f'seed={seed}: must not be negative')
-    order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, size, seed))
+    order = functools.lru_cache(maxsize=2)(order or functools.partial(epoch_order, size, seed))
     bad = UnreadableExamples() if bad is None else bad
 
     def example(position: int) -> dict:

@@ -8,6 +8,7 @@ A source is any object with
                           ...), which a transform of `nfnets_jax.data.preprocessing` decodes
     source.where(i)       the file or index of example i, for errors
     source.class_names    tuple of str, label -> name
+    source.labels         int32 [N], the label of every example; None if only `read_labels` knows
     source.name           str
     source.origin         str, the directory, file or package that the examples come from
     source.left_out       dict, kind of file -> how many were ignored beside the examples
@@ -29,7 +30,7 @@ import numpy as np
 
 from nfnets_jax import fields, files
 from nfnets_jax.data.folder import ImageFolder
-from nfnets_jax.data.preprocessing import resize
+from nfnets_jax.data.preprocessing import ImageError, resize
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.data.tfds import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
@@ -41,6 +42,9 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def labels(self) -> np.ndarray | None: ...
 
     @property
     def name(self) -> str: ...
@@ -58,6 +62,19 @@ class Source(Protocol):
     def where(self, index: int, /) -> str: ...
 
     def checksum(self) -> str: ...
+
+
+def read_labels(source: Source) -> np.ndarray:
+    """Returns `source.labels`; reads every example of a source that does not hold them."""
+    if source.labels is not None:
+        return source.labels
+    labels = np.zeros(len(source), np.int32)
+    for index in range(len(source)):
+        try:
+            labels[index] = source[index]['label']
+        except ImageError as error:
+            raise ImageError(f'{source.where(index)}: {error}') from error
+    return labels
 
 
 class Identity(NamedTuple):

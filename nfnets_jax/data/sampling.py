@@ -1,0 +1,62 @@
+"""Answers to unequal classes: balanced sampling, and weights for the loss."""
+
+import numpy as np
+
+from nfnets_jax.data.pipeline import epoch_order
+
+
+def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Returns the examples of an epoch in which all classes are equally frequent, in random order.
+
+    A class has its share of the places of all epochs so far to within one, and each of its examples
+    is used equally often to within one: it is read in random orders that follow one another across
+    epochs. The result is a function of the arguments alone, so that a resumed run goes on exactly.
+
+    Args:
+      labels: integers [N], of every example.
+      seed: of the run.
+      epoch: number of the epoch, from 0.
+
+    Returns:
+      int64 [N], indices of examples; those of a rare class several times.
+    """
+    size = len(labels)
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    drawn = []
+    for number, examples in enumerate(members):
+        # Cumulative shares, so that the places of an epoch add up to `size`.
+        start, stop = (
+            (e * size * (number + 1)) // len(members) - (e * size * number) // len(members)
+            for e in (epoch, epoch + 1)
+        )
+        drawn.append(examples[_in_random_orders(len(examples), seed, number, start, stop)])
+    return np.concatenate(drawn)[epoch_order(size, seed, epoch)]
+
+
+def _in_random_orders(count: int, seed: int, number: int, start: int, stop: int) -> np.ndarray:
+    """Returns entries [start, stop) of an endless sequence of random orders of range(count)."""
+    first, last = start // count, -(-stop // count)
+    # A counter that is not 0 there belongs to no stream of `pipeline.random_bits`.
+    orders = [
+        np.argsort(np.random.Philox(key=[seed, 0], counter=[0, i, number + 1, 0]).random_raw(count))
+        for i in range(first, last)
+    ]
+    return np.concatenate(orders)[start - first * count : stop - first * count]
+
+
+def class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns weights of the classes that are inversely proportional to their numbers of examples.
+
+    The mean weight of an example is 1, as with scikit-learn's class_weight='balanced'.
+
+    Args:
+      labels: integers [N], of every example.
+      num_classes: the number of classes.
+
+    Returns:
+      float32 [num_classes]; 1 for a class without examples.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    there = np.count_nonzero(counts)
+    weights = len(labels) / (there * np.maximum(counts, 1))
+    return np.where(counts, weights, 1).astype(np.float32)
