@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import config as schema
@@ -14,7 +15,8 @@ from experiments.config import naming
 from experiments.run import parallel
 from experiments.run.data import ImageSpec, open_data
 from nfnets_jax import augment, models, optimizers
-from nfnets_jax.data.sources import Source
+from nfnets_jax.data import sampling
+from nfnets_jax.data.sources import Source, read_labels
 from nfnets_jax.errors import UsageError
 from nfnets_jax.schedules import num_steps
 
@@ -31,6 +33,7 @@ class Experiment:
     model: hk.TransformedWithState
     optimizer: optimizers.Optimizer
     augmentation: Callable  # (keys, images, labels) -> (normalized images, soft targets)
+    class_weights: np.ndarray | None  # float32 [classes], in the training loss; None: all 1
     images_per_step: int  # images read for a step: the batch size, twice that with distinct pairs
     on_device: bool  # whether the training images are cached on the devices
     skip_bad: int  # how many unreadable images each process may skip
@@ -114,8 +117,11 @@ def build(config: ConfigDict, *, training: bool = True) -> Experiment:
             f'{config.batch_size} reads {images_per_step} images, but {train_source.name} has '
             f"{len(train_source)}: halve the batch, or choose 'batch'"
         )
+    class_weights = None
     if training:
         _check_batch_fits_devices(config, images_per_step, image_spec)
+        if config.class_weights == 'balanced':
+            class_weights = sampling.class_weights(read_labels(train_source), num_classes)
     optimizer = optimizers.create(
         config.optimizer,
         params,
@@ -133,6 +139,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Experiment:
         model=model,
         optimizer=optimizer,
         augmentation=augmentation,
+        class_weights=class_weights,
         images_per_step=images_per_step,
         on_device=_is_on_device(config, image_spec),
         skip_bad=skip_bad,
@@ -209,6 +216,30 @@ def describe_data(experiment: Experiment) -> Iterator[str]:
     if left_out:
         kinds = ', '.join(f'{count:,} {kind}' for kind, count in sorted(left_out.items()))
         yield f'left out, because their names are not those of images: {kinds}'
+
+
+_UNEQUAL = 10  # times the images of another class
+
+
+def describe_imbalance(experiment: Experiment) -> Iterator[str]:
+    """Yields a line if one class has ten times the images of another: their names and numbers."""
+    source, config = experiment.train_source, experiment.config
+    if source.labels is None:  # Counting them would read all the data.
+        return
+    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    most, fewest = counts.argmax(), counts.argmin()
+    if counts[most] < _UNEQUAL * counts[fewest]:
+        return
+    line = (
+        f'unequal classes: {source.class_names[most]!r} has {counts[most]:,} training images, '
+        f'{source.class_names[fewest]!r} {counts[fewest]:,}'
+    )
+    remedies = {
+        '--config.data.sampling=balanced': config.data.get('sampling'),
+        '--config.class_weights=balanced': config.class_weights,
+    }
+    given = [option for option, value in remedies.items() if value == 'balanced']
+    yield f'{line}; {" and ".join(given)}' if given else f'{line}; consider {" or ".join(remedies)}'
 
 
 def describe_steps(experiment: Experiment) -> str:

@@ -138,7 +138,10 @@ def _make_loss_and_gradient(experiment: Experiment) -> Callable:
     def loss_fn(trained, batch, frozen, state, key):
         params = optimizers.combine(trained, frozen)
         outputs, state = experiment.model.apply(params, state, key, batch['image'], True)
-        losses = optax.softmax_cross_entropy(outputs['logits'], batch['target'])
+        targets = batch['target']
+        if experiment.class_weights is not None:
+            targets *= experiment.class_weights
+        losses = optax.softmax_cross_entropy(outputs['logits'], targets)
         return jnp.mean(losses), (state, outputs['logits'])
 
     value_and_grad: Callable = jax.value_and_grad
