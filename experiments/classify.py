@@ -43,13 +43,22 @@ def expand_directories(paths: Iterable[str]) -> Iterator[pathlib.Path]:
 
 
 def classify(
-    weights: pretrained.Weights, paths: Iterable[pathlib.Path], top: int = 5, batch_size: int = 16
+    weights: pretrained.Weights,
+    paths: Iterable[pathlib.Path],
+    top: int = 5,
+    batch_size: int = 16,
+    threshold: float | None = None,
 ) -> Iterator[tuple[pathlib.Path, list[Guess] | str]]:
-    """Yields for each image its `top` classes, most likely first, or why it cannot be read."""
+    """Yields for each image its classes, most likely first, or why it cannot be read.
+
+    These are the `top` ones, or all that have at least the probability `threshold`. Where an image
+    may have several classes, each has a probability of its own.
+    """
     metadata = weights.metadata
     transform = make_transform(metadata.eval_mode, export.image_size(weights))
     logits = export.make_classifier(weights)
-    predict = jax.jit(lambda pixels: jax.nn.softmax(logits(pixels)))
+    probabilities_of = jax.nn.sigmoid if metadata.multi_label else jax.nn.softmax
+    predict = jax.jit(lambda pixels: probabilities_of(logits(pixels)))
     names = metadata.class_names or tuple(map(str, range(metadata.num_classes or 0)))
 
     def read(path: pathlib.Path) -> np.ndarray | str:
@@ -76,7 +85,8 @@ def classify(
                 yield path, image
                 continue
             found = next(probabilities)
-            ranked = np.argsort(-found, kind='stable')[:top]
+            shown = top if threshold is None else np.count_nonzero(found >= threshold)
+            ranked = np.argsort(-found, kind='stable')[:shown]
             yield path, [Guess(int(i), names[i], float(found[i])) for i in ranked]
 
 
@@ -97,7 +107,8 @@ def main(paths: list[str]) -> None:
     line = f'{args.weights}: {pretrained.describe(weights)}; {len(images):,} images; compiling'
     print(line, file=sys.stderr, flush=True)
     unreadable = 0
-    for path, result in classify(weights, images, args.top, args.batch_size):
+    options = args.top, args.batch_size, args.threshold
+    for path, result in classify(weights, images, *options):
         if isinstance(result, str):
             unreadable += 1
             print(f'{path}: {result}', file=sys.stderr)
@@ -113,6 +124,13 @@ def main(paths: list[str]) -> None:
 if __name__ == '__main__':
     cli.define_path('weights', None, 'A file of weights, or the directory of a run.', required=True)
     flags.DEFINE_integer('top', 5, 'How many classes to print.', lower_bound=1)
+    flags.DEFINE_float(
+        'threshold',
+        None,
+        'Print the classes that are at least so probable, instead of --top.',
+        lower_bound=0,
+        upper_bound=1,
+    )
     flags.DEFINE_bool('json', False, 'Print one JSON object a line for each image.')
     flags.DEFINE_integer('batch_size', 16, 'Images at a time.', lower_bound=1)
     cli.run(main, positional=True)

@@ -45,6 +45,19 @@ class Experiment:
     num_parameters: int
 
     @property
+    def label_spec(self) -> jax.ShapeDtypeStruct:
+        """What the label of an example is: an integer, or one number for each class."""
+        labels = self.train_source.labels
+        if labels is None:
+            return jax.ShapeDtypeStruct((), np.int32)
+        return jax.ShapeDtypeStruct(labels.shape[1:], labels.dtype)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels."""
+        return bool(self.label_spec.shape)
+
+    @property
     def splits(self) -> dict[str, Source]:
         """The sources by split; without 'validation' where there is none."""
         return {'train': self.train_source} | self.evaluated
@@ -76,6 +89,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Experiment:
     with naming('data'):
         train_source, validation_source, test_source, image_spec = open_data(config)
     skip_bad = config.data.get('skip_bad', 0)
+    _check_sampling(config, train_source)
     num_classes = len(train_source.class_names)
     steps_per_epoch = len(train_source) / config.batch_size
     if steps_per_epoch < 1:
@@ -182,6 +196,15 @@ def _check_batch_fits_devices(
         )
 
 
+def _check_sampling(config: ConfigDict, source: Source) -> None:
+    several = source.labels is not None and source.labels.ndim == 2
+    if several and config.data.get('sampling') == 'balanced':
+        raise UsageError(
+            f"config.data.sampling='balanced': images of {source.name} may have several labels, "
+            "and so no class to be drawn by; choose config.class_weights='balanced'"
+        )
+
+
 def _is_on_device(config: ConfigDict, image_spec: ImageSpec) -> bool:
     on_device = config.data.get('on_device', False)
     if on_device and image_spec.train_transform is not None:
@@ -209,7 +232,8 @@ def describe_data(experiment: Experiment) -> Iterator[str]:
     ]
     place = f', from {origins[0]}' if len(origins) == 1 else ''
     classes = len(experiment.train_source.class_names)
-    yield f'data: {classes:,} classes; {", ".join(counts)}{place}'
+    several = ', of which an image may have several' if experiment.multi_label else ''
+    yield f'data: {classes:,} classes{several}; {", ".join(counts)}{place}'
     # Splits that share a directory share the files that are left out.
     by_origin = {source.origin: source.left_out for source in splits.values()}
     left_out = sum(map(collections.Counter, by_origin.values()), collections.Counter())
@@ -226,7 +250,7 @@ def describe_imbalance(experiment: Experiment) -> Iterator[str]:
     source, config = experiment.train_source, experiment.config
     if source.labels is None:  # Counting them would read all the data.
         return
-    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    counts = sampling.class_counts(source.labels, len(source.class_names))
     most, fewest = counts.argmax(), counts.argmin()
     if counts[most] < _UNEQUAL * counts[fewest]:
         return
@@ -234,10 +258,9 @@ def describe_imbalance(experiment: Experiment) -> Iterator[str]:
         f'unequal classes: {source.class_names[most]!r} has {counts[most]:,} training images, '
         f'{source.class_names[fewest]!r} {counts[fewest]:,}'
     )
-    remedies = {
-        '--config.data.sampling=balanced': config.data.get('sampling'),
-        '--config.class_weights=balanced': config.class_weights,
-    }
+    remedies = {'--config.class_weights=balanced': config.class_weights}
+    if not experiment.multi_label:
+        remedies = {'--config.data.sampling=balanced': config.data.get('sampling')} | remedies
     given = [option for option, value in remedies.items() if value == 'balanced']
     yield f'{line}; {" and ".join(given)}' if given else f'{line}; consider {" or ".join(remedies)}'
 

@@ -102,7 +102,7 @@ def take(batch: dict, step: jax.Array, batch_size: int) -> dict:
         batch_size: examples in a batch, over all devices of all processes.
 
     Returns:
-        {'image': uint8 [b, H, W, 3], 'label': int32 [b], 'position': int32 [b]}.
+        {'image': uint8 [b, H, W, 3], 'label': int32 [b] or uint8 [b, K], 'position': int32 [b]}.
     """
     # Modulo 2 ** 32, so that the number of examples seen so far may overflow.
     before = step.astype(jnp.uint32) * jnp.uint32(batch_size) - batch['first'][0]

@@ -111,7 +111,7 @@ def train_batches(
 
     Returns:
         Iterator, with `close()`, of {'image': uint8 [b, H, W, 3], 'label': int32 [b]}, where
-        b = batch_size / process_count.
+        b = batch_size / process_count; with several labels for an image they are uint8 [b, K].
 
     Raises:
         UsageError: invalid sizes; later, at its batch, an image that cannot be read.
@@ -164,7 +164,8 @@ def eval_batches(
         source, batch_size, process_index, process_count, num_threads, bad: as in `train_batches`.
 
     Returns:
-        Iterator of {'image': [b, H, W, 3], 'label': int32 [b], 'mask': float32 [b], 1 where real}.
+        Iterator of {'image': [b, H, W, 3], 'label': as in `train_batches`, 'mask': float32 [b],
+        1 where real}.
 
     Raises:
         UsageError: as `train_batches`, except that `batch_size` may exceed the source.
@@ -243,17 +244,16 @@ def _read(source: Source, index: int, transform: Callable | None, rng=None) -> d
     """Returns one example, its image transformed; errors name the example."""
     try:
         example = source[index]
-        if not 0 <= example['label'] < len(source.class_names):
-            raise ImageError(
-                f'its label, {example["label"]}, is not one of {len(source.class_names)} classes'
-            )
+        label = example['label']
+        if not np.ndim(label) and not 0 <= label < len(source.class_names):
+            raise ImageError(f'its label, {label}, is not one of {len(source.class_names)} classes')
         image = transform(example['image'], rng) if transform else example['image']
     except ImageError as error:
         raise ImageError(f'{source.where(index)}: {error} (example {index})') from error
     except BaseException as error:  # perhaps not the image's fault, but say where it happened
         error.add_note(f'while reading {source.where(index)} (example {index})')
         raise
-    return {'image': image, 'label': np.int32(example['label'])}
+    return {'image': image, 'label': label if np.ndim(label) else np.int32(label)}
 
 
 def _batches(
