@@ -25,5 +25,6 @@ test: lint
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 docs: setup
-	$(BIN)/python docs/build_api.py
 	$(BIN)/python docs/build_config.py
+	$(BIN)/python -m sphinx --fail-on-warning --quiet docs docs/_build/html
+	@echo open docs/_build/html/index.html

@@ -1,6 +1,6 @@
 """Estimates the cost of the augmentation on a TPU with the TPU's compiler; needs no TPU.
 
-    pip install libtpu
+    pip install 'nfnets_jax[tpu]'
     python -m benchmarks.augmentation_tpu [--targets=v5e:2x2,v6e:2x2] [--batch=32]
         [--image-size=192] [--magnitude=5] [--step=v5e:38.74,v6e:19.06] [--form=ours,groups]
         [--json=FILE]
@@ -13,8 +13,6 @@ implementation of other platforms, --form=groups. `share` is the share of a trai
 million cycles --step gives.
 """
 
-import importlib.metadata
-import os
 from unittest import mock
 
 import jax
@@ -22,13 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from experiments.run import compiled_text
-from nfnets_jax import augment
+from experiments.run import compiled_text, step_parts, targets
+from nfnets_jax import augment, extras
 from nfnets_jax.augment import operations, packed_images
-from nfnets_jax.augment.definitions import OPERATIONS, WARPS
-
-# The operation of each branch: the first is the identity, and warps have two signs.
-_BRANCHES = ['', *(name for name in OPERATIONS for _ in range(2 if name in WARPS else 1))]
 
 
 def main(argv=None):
@@ -37,19 +31,16 @@ def main(argv=None):
     parser.add_argument('--step', default='v5e:38.74,v6e:19.06', help='million cycles of a step')
     parser.add_argument('--form', default='ours,groups', help='ours, or groups: as on a CPU')
     args = parser.parse_args(argv)
-    try:
-        libtpu = importlib.metadata.version('libtpu')
-    except importlib.metadata.PackageNotFoundError:
-        parser.error('the compiler for TPUs is missing: pip install libtpu')
-
+    if missing := extras.how_to_install('libtpu'):
+        parser.error(missing)
     steps = dict(pair.split(':') for pair in args.step.split(',') if pair)
-    settings = timing.about(**vars(args)) | {'libtpu': libtpu}
+    settings = timing.about(**vars(args))
     rows = []
     for form in args.form.split(','):
         program = _recipe(form, args.batch, args.image_size, args.magnitude)
         for target in args.targets.split(','):
             found = compiled_text.parse(compile_text(*program, target=target))
-            million = compiled_text.total(compiled_text.costs(found, weights=weights)) / 1e6
+            million = step_parts.cycles(found) / 1e6
             step = steps.get(target.split(':')[0])
             rows.append(
                 {
@@ -61,17 +52,9 @@ def main(argv=None):
                     'loops of unknown length': len(compiled_text.unknown_loops(found)),
                 }
             )
-    print(f'jax {jax.__version__}, libtpu {libtpu}')
+    print(settings['versions'])
     timing.show(rows)
     timing.write(args.json, settings, rows)
-
-
-def weights(conditional: compiled_text.Instruction) -> list[float]:
-    """Returns how often RandAugment takes each branch; equal weights for other conditionals."""
-    count = len(conditional.called)
-    if count != len(_BRANCHES):
-        return [1 / count] * count
-    return [(name != '') / len(OPERATIONS) / max(1, _BRANCHES.count(name)) for name in _BRANCHES]
 
 
 def compile_text(function, *shapes, target: str) -> str:
@@ -82,22 +65,10 @@ def compile_text(function, *shapes, target: str) -> str:
       shapes: its arguments, trees of `jax.ShapeDtypeStruct`.
       target: such as 'v5e:2x2'.
     """
-    from jax.experimental import topologies
-
-    # Do not look for a TPU, and let several processes compile at once.
-    environment = {
-        'TPU_SKIP_MDS_QUERY': '1',
-        'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-        'TPU_WORKER_HOSTNAMES': 'localhost',
-        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    }
-    with mock.patch.dict(os.environ, environment):
-        topology = topologies.get_topology_desc(platform='tpu', topology_name=target)
-        placed = jax.sharding.SingleDeviceSharding(topology.devices[0])
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes
-        )
-        return jax.jit(function).lower(*shapes).compile().as_text()
+    opened = targets.open_target(target)
+    placed = jax.sharding.SingleDeviceSharding(opened.devices[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes)
+    return targets.compile_program(jax.jit(function).lower(*shapes), opened).text
 
 
 def _recipe(form: str, batch: int, size: int, magnitude: float) -> tuple:

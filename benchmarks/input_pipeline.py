@@ -39,8 +39,7 @@ SIZE, BATCH_SIZE = 224, 128
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     path = os.path.expanduser
-    names = '--images', '--pictures'
-    parser.add_argument(*names, type=path, required=True, help='a directory of JPEGs, at any depth')
+    parser.add_argument('--images', '--pictures', type=path, required=True, help='with JPEGs')
     parser.add_argument('--tensorflow', type=path, help='a Python that has TensorFlow')
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--batches', type=int, default=16)

@@ -73,7 +73,7 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int, seconds: float 
 def about(**settings: Any) -> dict[str, Any]:
     """Returns the settings with hardware and versions."""
     versions = {}
-    for name in ('jax', 'jaxlib', 'dm-haiku', 'optax', 'torch', 'timm'):
+    for name in ('jax', 'jaxlib', 'dm-haiku', 'optax', 'libtpu', 'torch', 'timm'):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,11 +1,12 @@
-"""Fine-tunes a network on your own images, with one directory for each class.
+"""Fine-tunes a network on your own images: one directory for each class, a table, or arrays.
 
     python -m experiments.train --workdir=runs/mine \\
         --config=configs/finetune.py:weights=F0_haiku.npz,data=PATH_TO_FOLDERS
 
 Arguments, separated by commas:
   data     a directory with train/CLASS/IMAGE and test/CLASS/IMAGE, or with CLASS/IMAGE, of which a
-           fifth is then held out for testing. Required.
+           fifth is then held out for testing; a .csv, .tsv or .parquet table with a row for each
+           image (its path, its label, perhaps its split); or an .npz file of arrays. Required.
   weights  anything that `nfnets_jax.load_pretrained` reads: the authors' file, timm's,
            .safetensors, or the directory of a run. Without it the weights are random.
   model    the model's name; not needed if the weights have it.
@@ -21,6 +22,8 @@ third of the duration. With fewer than 2048 training images, the default batch i
 rounded down to a power of two, and the run prints it at the start. docs/pretrained.md has an
 example with its results.
 """
+
+import pathlib
 
 from experiments.config import adapted, default_config
 from nfnets_jax import models
@@ -56,7 +59,7 @@ def get_config(arguments: str = ''):
     }
     config.init = {'weights': weights, 'new_head': True}
     config.data = {
-        'name': 'folder',
+        'name': _source(given['data']),
         'path': given['data'],
         'image_size': metadata.train_size or published.train_size,
         'test_image_size': metadata.test_size or published.test_size,
@@ -85,6 +88,7 @@ def get_config(arguments: str = ''):
         else:
             optimizer.groups = ({'match': pattern, 'freeze': True}, *PUBLISHED_GROUPS)
     config.eval.every = config.checkpoint.every = '10%'
+    config.eval.report = True
     config.log_every = '1%'
     return config
 
@@ -98,10 +102,16 @@ def head_only(head: str = 'linear') -> tuple[dict, ...]:
     )
 
 
+def _source(path: str) -> str:
+    """Returns the name of the source that reads a directory or a file."""
+    sources = dict.fromkeys(('.csv', '.tsv', '.parquet'), 'table') | {'.npz': 'arrays'}
+    return sources.get(pathlib.PurePath(path).suffix.lower(), 'folder')
+
+
 def _batch_size(path: str) -> int:
     """Returns the papers' batch size, or one that fits a small folder, which the run prints."""
     try:
-        examples = len(open_source('folder', 'train', path=path))
+        examples = len(open_source(_source(path), 'train', path=path))
     except UsageError:
         return _BATCH_SIZE  # Opening the data later reports the error with the config's key.
     if examples >= _BATCH_SIZE:

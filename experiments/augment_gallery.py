@@ -116,7 +116,7 @@ def main() -> None:
     print(f'{len(tiles)} images in {path}')
 
 
-if __name__ == '_main__':
+if __name__ == '__main__':
     _OUT = cli.define_path('out', 'gallery.png', 'Image file to write.')
     _PICTURES = cli.define_path('pictures', None, 'Directory of at least two images.')
     _MAGNITUDE = flags.DEFINE_float('magnitude', 10.0, 'Magnitude of RandAugment.', lower_bound=0)

@@ -2,8 +2,9 @@
 
     python -m experiments.classify --weights=W.safetensors --top=5 IMAGE_OR_DIRECTORY...
 
-Directories are searched for images at any depth. Images are prepared as in the evaluation of the
-weights. An unreadable image is named, the others are still classified, and the exit status is 2.
+--workdir=RUN takes the weights of a run. Directories are searched for images at any depth. Images
+are prepared as in the evaluation of the weights. An unreadable image is named, the others are still
+classified, and the exit status is 2.
 """
 
 import json
@@ -16,30 +17,16 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.launch import cli
-from nfnets_jax import files
-from nfnets_jax.data.folder import find_images
-from nfnets_jax.data.preprocessing import ImageError, make_transform
+from experiments.launch import cli, weights_flags
+from experiments.run import image_files
 from nfnets_jax.errors import UsageError
-from nfnets_jax.weights import export, pretrained
+from nfnets_jax.weights import pretrained
 
 
 class Guess(NamedTuple):
     label: int  # index of the class in the logits
     name: str  # name of the class; its number if the weights name none
     probability: float
-
-
-def expand_directories(paths: Iterable[str]) -> Iterator[pathlib.Path]:
-    """Yields the given files, and the images in the given directories in the order of their paths.
-
-    A directory without images is yielded itself.
-    """
-    for path in map(pathlib.Path, map(files.expand, paths)):
-        if not path.is_dir():
-            yield path
-            continue
-        yield from find_images(path) or [path]
 
 
 def classify(
@@ -55,39 +42,15 @@ def classify(
     may have several classes, each has a probability of its own.
     """
     metadata = weights.metadata
-    transform = make_transform(metadata.eval_mode, export.image_size(weights))
-    logits = export.make_classifier(weights)
-    probabilities_of = jax.nn.sigmoid if metadata.multi_label else jax.nn.softmax
-    predict = jax.jit(lambda pixels: probabilities_of(logits(pixels)))
     names = metadata.class_names or tuple(map(str, range(metadata.num_classes or 0)))
-
-    def read(path: pathlib.Path) -> np.ndarray | str:
-        if path.is_dir():
-            return 'there are no images in this directory'
-        try:
-            return np.asarray(transform(path.read_bytes(), None), np.float32)
-        except OSError as error:
-            return f'cannot be read: {error.strerror}'
-        except ImageError as error:
-            return str(error)
-
-    paths = list(paths)
-    for first in range(0, len(paths), batch_size):
-        batch = paths[first : first + batch_size]
-        read_batch = [read(path) for path in batch]
-        images = [image for image in read_batch if not isinstance(image, str)]
-        if images:
-            # Whole batches compile once: the last image fills them up.
-            filled = np.stack(images + images[-1:] * (batch_size - len(images)))
-            probabilities = iter(np.asarray(predict(filled)))
-        for path, image in zip(batch, read_batch, strict=True):
-            if isinstance(image, str):
-                yield path, image
-                continue
-            found = next(probabilities)
-            shown = top if threshold is None else np.count_nonzero(found >= threshold)
-            ranked = np.argsort(-found, kind='stable')[:shown]
-            yield path, [Guess(int(i), names[i], float(found[i])) for i in ranked]
+    activation = jax.nn.sigmoid if metadata.multi_label else jax.nn.softmax
+    for path, found in image_files.outputs(weights, paths, batch_size, activation):
+        if isinstance(found, str):
+            yield path, found
+            continue
+        shown = top if threshold is None else np.count_nonzero(found >= threshold)
+        ranked = np.argsort(-found, kind='stable')[:shown]
+        yield path, [Guess(int(i), names[i], float(found[i])) for i in ranked]
 
 
 def describe_guesses(path: pathlib.Path, guesses: list[Guess]) -> str:
@@ -100,11 +63,11 @@ def main(paths: list[str]) -> None:
     args = flags.FLAGS
     if not paths:
         raise UsageError('name images, or directories of images')
-    weights = pretrained.load_pretrained(args.weights)
-    if weights.metadata.model is None:
-        raise UsageError(f'{args.weights}: the parameters are not those of a known model')
-    images = list(expand_directories(paths))
-    line = f'{args.weights}: {pretrained.describe(weights)}; {len(images):,} images; compiling'
+    source, weights = weights_flags.load()
+    if not weights.metadata.num_classes:
+        raise UsageError(f'{source} have no classifier: see experiments.embed')
+    images = list(image_files.expand_directories(paths))
+    line = f'{source}: {pretrained.describe(weights)}; {len(images):,} images; compiling'
     print(line, file=sys.stderr, flush=True)
     unreadable = 0
     options = args.top, args.batch_size, args.threshold
@@ -122,7 +85,7 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    cli.define_path('weights', None, 'A file of weights, or the directory of a run.', required=True)
+    weights_flags.define()
     flags.DEFINE_integer('top', 5, 'How many classes to print.', lower_bound=1)
     flags.DEFINE_float(
         'threshold',

@@ -57,6 +57,9 @@ class EvalConfig:
     precision: Annotated[
         Precision | Literal['training'], Field('Dtype of the evaluation; training: as training.')
     ] = 'training'
+    report: Annotated[
+        bool, Field('Write a report at the end: by class, confusions, calibration, mistakes.')
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,6 +230,7 @@ ADDED_FIELDS = {
     'class_weights': 'none',
     'data.sampling': 'shuffled',
     'eval.precision': 'training',
+    'eval.report': False,
     'optimizer.schedule.end_value': 0.0,
 }
 

@@ -6,6 +6,10 @@ It prints the figures that training printed for the same checkpoint, whatever th
 the number of devices and processes. With --watch it follows a running job: it evaluates each
 checkpoint as it appears, keeps the figures in evaluations.jsonl, and ends with the run.
 
+With --report=DIRECTORY it also writes scores by class, the confusion matrix, calibration and the
+worst mistakes; --image_size=N evaluates at another size, and --tta=flip averages over each image
+and its mirror image.
+
 The data must be those that the run was trained on. If they have moved, give --config.data.path=...
 or --config.data.data_dir=...; --config.data.skip_bad=1 skips an unreadable image.
 """
@@ -26,7 +30,7 @@ from experiments.experiment import build, describe_data, describe_devices, descr
 from experiments.launch import cli
 from experiments.run import data_record, evaluation, parallel, workdir
 from experiments.run.summary import SUMMARY_FILE
-from experiments.train_step import TrainState, init_state, make_eval_step
+from experiments.train_step import TrainState, init_state, make_eval_step, make_logits_fn
 from nfnets_jax import files
 from nfnets_jax.data.splits import SPLITS
 from nfnets_jax.errors import UsageError, nearest
@@ -43,6 +47,7 @@ def evaluate(
     directory: str,
     checkpoint: str = 'latest',
     *,
+    report: str | None = None,
     log: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> dict:
@@ -53,20 +58,27 @@ def evaluate(
     Args:
       directory: directory of the run.
       checkpoint: 'latest', 'best' or a step.
+      report: a directory for the report of `run.evaluation_report`, of the moving average if there
+        is one.
       log: receives lines about network, data and checkpoint before anything is compiled.
-      **options: batch_size, split (by default 'test') and data of `_Evaluator`.
+      **options: options of `_Evaluator`; the split is 'test' by default.
 
     Raises:
       UsageError: there is no such run or checkpoint, it is damaged, or its data have changed.
     """
     fields = parallel.from_primary(_read_fields, directory)
     evaluator = _Evaluator(fields, directory, **{'split': 'test'} | options)
+    if report and evaluator.multi_label:
+        raise UsageError('--report is made for images with one label: leave it out')
     step, state = None, evaluator.template
     if parallel.is_primary():
         step, state = _restore(directory, checkpoint, evaluator.template)
         for line in (*evaluator.lines, f'run: {directory}, step {step:,}', 'compiling'):
             log(line)
-    return {'step': parallel.broadcast_json(step)} | evaluator(state)
+    results = {'step': parallel.broadcast_json(step)} | evaluator(state)
+    if report:
+        evaluator.write_report(state, report)
+    return results
 
 
 def watch(
@@ -85,7 +97,7 @@ def watch(
       directory: directory of the run; if there is no run yet, `watch` waits for it.
       seconds: seconds between two looks at the directory.
       log: as in `evaluate`.
-      **options: batch_size, split and data of `_Evaluator`.
+      **options: options of `_Evaluator`.
     """
     config_file = pathlib.Path(directory) / 'config.json'
     if parallel.is_primary() and not config_file.exists():
@@ -118,8 +130,11 @@ class _Evaluator:
       batch_size: examples at a time; None: as in training.
       split: 'test', 'validation' or 'train'; None: the one that chooses the best checkpoint.
       data: options of config.data that differ, see `DATA_OPTIONS`.
+      image_size: side of the images in pixels; None: as in training.
+      flip: whether to average over each image and its mirror image.
 
-    Attributes: the `split`, the `template` of a state, and `lines` that describe network and data.
+    Attributes: the `split`, the `template` of a state, `lines` that describe network and data, and
+    whether the data are `multi_label`.
     """
 
     def __init__(
@@ -130,6 +145,8 @@ class _Evaluator:
         batch_size: int | None = None,
         split: str | None = None,
         data: Mapping[str, Any] = MappingProxyType({}),
+        image_size: int | None = None,
+        flip: bool = False,
     ):
         config = ConfigDict(fields['config'])
         if batch_size is not None:
@@ -139,7 +156,10 @@ class _Evaluator:
                 if name != 'skip_bad' and name not in config.data:
                     raise UsageError(f'config.data.{name}: not an option of {config.data.name!r}')
                 config.data[name] = value
+            if image_size is not None:
+                config.data.test_image_size = image_size
         self._experiment = experiment = build(config, training=False)
+        self.multi_label = experiment.multi_label
         self.split = split = split or experiment.watched
         if split not in experiment.splits:
             raise UsageError(f'--split={split}: no such split{nearest(split, experiment.splits)}')
@@ -156,12 +176,23 @@ class _Evaluator:
             f'evaluation: the {split} images, on {describe_devices()}',
         ]
         self.template = jax.eval_shape(lambda: init_state(experiment))
-        self._step = make_eval_step(experiment)
+        self._flip, self._step = flip, make_eval_step(experiment, flip=flip)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        variables = TrainState(*state).variables()
-        placed = parallel.replicate(parallel.broadcast(variables))
-        return evaluation.evaluate(self._experiment, self._step, placed, self.split)
+        return evaluation.evaluate(self._experiment, self._step, _placed(state), self.split)
+
+    def write_report(self, state: TrainState, directory: str) -> None:
+        from experiments.run import evaluation_report  # here: Matplotlib is slow to import
+
+        logits_fn = make_logits_fn(self._experiment, flip=self._flip)
+        evaluation_report.report_split(
+            self._experiment, logits_fn, _placed(state), self.split, directory
+        )
+
+
+def _placed(state: TrainState) -> dict[str, tuple]:
+    """Returns the variables of process 0's state by name, on every device."""
+    return parallel.replicate(parallel.broadcast(TrainState(*state).variables()))
 
 
 def _restore(directory: str, checkpoint: str, template: TrainState) -> tuple[int, TrainState]:
@@ -235,17 +266,22 @@ def main() -> None:
         'data': {name: value for name, value in given.items() if value is not None},
         'log': lambda line: print(line, file=sys.stderr, flush=True),
     }
+    options |= {'image_size': args.image_size, 'flip': args.tta == 'flip'}
     options |= {'split': args.split} if args.split else {}
     if args.watch:
         if args.checkpoint != 'latest':
             raise UsageError('--watch evaluates all checkpoints: leave --checkpoint out')
+        if args.report:
+            raise UsageError('--watch evaluates all checkpoints: leave --report out')
         found = watch(args.workdir, **options)
     else:
-        found = iter([evaluate(args.workdir, args.checkpoint, **options)])
+        found = iter([evaluate(args.workdir, args.checkpoint, report=args.report, **options)])
     for results in found:
         if parallel.is_primary():
             line = f'step {results["step"]:,}: {evaluation.describe_accuracy(results)}'
             print(json.dumps(results) if args.json else line, flush=True)
+            if args.report:
+                print(f'report: {args.report}', file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':
@@ -262,6 +298,16 @@ if __name__ == '__main__':
     )
     flags.DEFINE_integer(
         'batch_size', None, 'Examples at a time; by default as in training.', lower_bound=1
+    )
+    flags.DEFINE_integer(
+        'image_size',
+        None,
+        'Side of the images in pixels; by default as in training.',
+        lower_bound=1,
+    )
+    flags.DEFINE_enum('tta', None, ('flip',), 'flip: average over each image and its mirror image.')
+    cli.define_path(
+        'report', None, 'Directory for a report: by class, confusions, calibration, mistakes.'
     )
     cli.define_path('config.data.path', None, 'Where the same data are now.')
     cli.define_path('config.data.data_dir', None, 'Where the same TFDS data sets are now.')

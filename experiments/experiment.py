@@ -15,7 +15,7 @@ from experiments.config import naming
 from experiments.run import parallel
 from experiments.run.data import ImageSpec, open_data
 from nfnets_jax import augment, models, optimizers
-from nfnets_jax.data import sampling
+from nfnets_jax.data import sampling, sources
 from nfnets_jax.data.sources import Source, read_labels
 from nfnets_jax.errors import UsageError
 from nfnets_jax.schedules import num_steps
@@ -75,19 +75,25 @@ class Experiment:
         return next(iter(self.evaluated))
 
 
-def build(config: ConfigDict, *, training: bool = True) -> Experiment:
+def build(
+    config: ConfigDict,
+    *,
+    training: bool = True,
+    open_source: Callable[..., Source] = sources.open_source,
+) -> Experiment:
     """Opens the data and builds the model and the optimizer that a config describes.
 
     Args:
       config: see `experiments.config.default_config`.
-      training: whether to check that the training batch fits the devices of this machine.
+      training: whether to check that the training batch fits the devices.
+      open_source: (name, split, **options) -> the source.
 
     Raises:
       UsageError: naming the config key that is wrong.
     """
     schema.check(config)
     with naming('data'):
-        train_source, validation_source, test_source, image_spec = open_data(config)
+        train_source, validation_source, test_source, image_spec = open_data(config, open_source)
     skip_bad = config.data.get('skip_bad', 0)
     _check_sampling(config, train_source)
     num_classes = len(train_source.class_names)
@@ -178,15 +184,15 @@ def _check_batch_fits_devices(
 ) -> None:
     """Raises a UsageError if the batch cannot be split over the devices, or a share not mixed."""
     parallel.local_batch_size(config.batch_size)
-    rows = config.batch_size // jax.device_count()
+    rows = config.batch_size // parallel.device_count()
     if rows % config.accumulate:
         raise UsageError(
             f'config.accumulate={config.accumulate}: must divide the {rows} examples that each of '
-            f'the {jax.device_count()} devices has of config.batch_size={config.batch_size}'
+            f'the {parallel.device_count()} devices has of config.batch_size={config.batch_size}'
         )
     # Only mixing needs a multiple of images. Tracing the distortions would take half a second.
     undistorted = {**config.augment, 'randaugment_layers': 0, 'autoaugment': False}
-    rows = images_per_step // jax.device_count()
+    rows = images_per_step // parallel.device_count()
     with naming('augment'):
         jax.eval_shape(
             augment.make_augment(undistorted, num_classes=2),

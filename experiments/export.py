@@ -15,10 +15,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments.launch import cli
+from experiments.launch import cli, weights_flags
 from nfnets_jax import files
 from nfnets_jax.data.preprocessing import make_transform
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import export, pretrained
 
 FORMATS = ('.safetensors', '.stablehlo', '.onnx')
@@ -40,10 +40,7 @@ def export_weights(weights: pretrained.Weights, out: pathlib.Path) -> None:
 
 def check_export(weights: pretrained.Weights, out: pathlib.Path) -> None:
     """Raises the UsageErrors of `export_weights` that are known before anything is converted."""
-    if out.suffix not in FORMATS:
-        raise UsageError(f'--out={out}: unknown suffix{nearest(out.suffix, FORMATS)}')
-    if not out.parent.is_dir():
-        raise UsageError(f'--out={out}: there is no directory {out.parent}')
+    cli.check_out(out, FORMATS)
     if weights.metadata.model is None:
         raise UsageError('the parameters are not those of a known model: see --model')
 
@@ -72,14 +69,7 @@ def read_class_names(path: str) -> tuple[str, ...]:
 
 def main() -> None:
     args = flags.FLAGS
-    if (args.workdir is None) == (args.weights is None):
-        raise UsageError('give one of --workdir and --weights')
-    weights = pretrained.load_pretrained(
-        args.workdir or args.weights,
-        args.model,
-        checkpoint=args.checkpoint,
-        ema=args.ema,
-    )
+    source, weights = weights_flags.load()
     metadata = override(
         weights.metadata,
         test_size=args.test_size,
@@ -88,18 +78,13 @@ def main() -> None:
     )
     out, weights = pathlib.Path(args.out), weights._replace(metadata=metadata)
     check_export(weights, out)
-    source = args.workdir or args.weights
     print(f'{source}: {pretrained.describe(weights)}; writing {out}', file=sys.stderr, flush=True)
     export_weights(weights, out)
     print(f'{out}: {pretrained.describe(weights)}, {out.stat().st_size / 1e6:.1f} MB')
 
 
 if __name__ == '__main__':
-    cli.define_workdir('Directory of a run with the weights.')
-    cli.define_path('weights', None, 'Or a file: see nfnets_jax.load_pretrained.')
-    flags.DEFINE_string('checkpoint', 'latest', "Of the run: 'latest', 'best', or a step.")
-    flags.DEFINE_bool('ema', True, 'Export the moving average of the run, if there is one.')
-    flags.DEFINE_string('model', None, 'Fail unless the weights are of this model.')
+    weights_flags.define()
     cli.define_path('out', None, f'The file to write: {", ".join(FORMATS)}.', required=True)
     flags.DEFINE_integer('test_size', None, 'Another side in pixels of test images.', lower_bound=1)
     flags.DEFINE_string('eval_mode', None, 'Another evaluation preprocessing.')

@@ -200,8 +200,7 @@ def row(
     result = estimate(name, device, count, batch, utilisation)
     steps = epochs * IMAGES / batch
     hours = steps * result.step / 3600
-    rate = device.price if price is None else price
-    cost = '-' if rate is None else f'{hours * count * rate:,.0f}'
+    cost = '-' if price is None else f'{hours * count * price:,.0f}'
     memory = f'{result.memory / 1e9:.1f}' + ('' if result.fits else '!')
     return (
         f'{name:<16}{f"{count} x {device.name}":>12}{1e3 * result.step:9.1f}'

@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import haiku as hk
-import jax
 from ml_collections import ConfigDict
 
 from experiments import config as schema
+from experiments.run import parallel
 from nfnets_jax import models, optimizers
 from nfnets_jax.weights import pretrained
 
@@ -39,7 +39,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
         'group_size': 8,
     }
     known = models.model_options(config.model.name)
-    batch_size = ROWS * jax.device_count() * config.accumulate
+    batch_size = ROWS * parallel.device_count() * config.accumulate
     with config.unlocked(), config.ignore_type():
         config.model = options | {name: small[name] for name in small if name in known}
         config.init = {'weights': '', 'new_head': False}

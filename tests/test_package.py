@@ -119,6 +119,7 @@ def test_commands_without_extras():
 def test_every_optional_package_has_its_extra():
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
     distributions = importlib.metadata.packages_distributions()
+    # Not 'tpu' and 'cuda': JAX's own extras bring what these name.
     for extra in ('models', 'train', 'tracking', 'onnx'):
         wanted = {
             re.match(r'[\w.-]+', requirement)[0].lower().replace('-', '_')

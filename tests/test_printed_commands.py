@@ -101,7 +101,9 @@ NOT_RUN = {
     r'python -m benchmarks.convolution --write.*': 'is for a GPU, and changes the project',
     r'CUDA_VISIBLE_DEVICES=0 python -m experiments.study \.\.\.': 'is no whole command',
     r'python (-m experiments.train|experiments/train.py)': 'is no whole command',
-    r'python -m benchmarks.augmentation_tpu.*': 'needs a compiler for TPUs, libtpu',
+    r'python -m (experiments.preflight|benchmarks.(augmentation_tpu|programs)).*': (
+        'needs the compilers for TPUs and GPUs'
+    ),
     r'optuna-dashboard .*': 'is a server, of a package that is not required',
     r'\S+tensorboard --logdir=runs': 'is a server',
 }
@@ -148,7 +150,7 @@ SHRINK = {
     r'.*benchmarks.input_pipeline.*': '--rounds=1 --batches=1',
     r'.*benchmarks.long_run.*': '--steps=500',
     r'.*python (-m examples\.\w+|examples/\w+\.py)': '',
-    r'python docs/build_(api|config).py': '',
+    r'python docs/build_config.py': '',
 }
 # What the suite runs by default: one of each kind that takes seconds.
 FAST = {
@@ -237,8 +239,7 @@ def materials(tmp_path_factory):
     (path / '.venv').symlink_to(sys.prefix)
     shutil.copy(ROOT / 'README.md', path)
     (path / 'docs').mkdir()
-    for name in ('build_api.py', 'build_config.py'):
-        shutil.copy(ROOT / 'docs' / name, path / 'docs')
+    shutil.copy(ROOT / 'docs' / 'build_config.py', path / 'docs')
     for name in _FILES:
         widths = {'widths': (16, 32), 'depths': (1, 1), 'group_size': 8}
         if name == 'F0_haiku.npz':

@@ -14,9 +14,9 @@ the accuracies below. Training computes in bfloat16, evaluation in float32.
     TPU v4 hours      73   171   311   603  1043  1444  1928  2503
 
 Accuracies are the paper's, at the test size; F6's is with SAM (configs/imagenet/sam.py), and those
-of F7 and the wider F0+ to F7+ were not published. Hours are for all 128 chips, COMPUTED, not
-measured: see docs/scaling.md, also for other hardware, memory and money. No run of this file has
-been made yet.
+of F7 and the wider F0+ to F7+ were not published. Hours are for all 128 chips, COMPUTED by
+a formula, not measured; by the TPU's compiler an F0 takes 130. See docs/scaling.md, also for other
+hardware and memory. No run of this file has been made yet.
 
 On few devices a step needs --config.accumulate=N or --config.model.remat=True to fit into memory.
 To try it anywhere: --config.smoke=true, three steps of a scaled-down model on synthetic images.

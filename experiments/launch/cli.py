@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import os
+import pathlib
 import re
 import runpy
 import sys
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict
 from experiments.launch import config_help, output
 from experiments.launch.distributed import INTERRUPTED, Options, session
 from nfnets_jax import extras, files
-from nfnets_jax.errors import UsageError, first_line
+from nfnets_jax.errors import UsageError, first_line, nearest
 from nfnets_jax.fields import Option
 
 flags.disclaim_key_flags()  # What is defined here are the flags, in --help, of who calls.
@@ -150,6 +151,16 @@ def define_paths(name: str, default: str | None, help: str, **options: Any) -> f
     return flags.DEFINE_multi(
         PathParser(), flags.ArgumentSerializer(), name, default, help, **options
     )
+
+
+def check_out(out: pathlib.Path, suffixes: Collection[str]) -> None:
+    """Raises a UsageError if --out has none of the suffixes, or its directory cannot be written."""
+    if out.suffix not in suffixes:
+        raise UsageError(f'--out={out}: unknown suffix{nearest(out.suffix, suffixes)}')
+    if not out.parent.is_dir():
+        raise UsageError(f'--out={out}: there is no directory {out.parent}')
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UsageError(f'--out={out}: cannot be written')
 
 
 def _define_distributed_flags() -> None:

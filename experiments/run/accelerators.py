@@ -10,8 +10,6 @@ V100, which has no bfloat16). Sources:
           Figures of PCIe and NVL cards, and of the V100's links, are from memory and UNVERIFIED.
           Links are in one direction.
   network ASSUMED: one card for each GPU, of 100, 200 or 400 Gbit/s (V100, A100, Hopper).
-  prices  US dollars a chip-hour of EC2 Capacity Blocks at the end of 2024 (A100, H100, H200). The
-          others could not be verified and are left out. Commands that use prices take --price.
 """
 
 import dataclasses
@@ -30,7 +28,6 @@ class Device:
       link_bytes: bandwidth to its neighbours, bytes a second in all directions together.
       linked: the most devices that these links connect: a pod, a box.
       network_bytes: bandwidth to other boxes, bytes a second; None: pods only.
-      price: US dollars an hour, see above; None if unknown.
     """
 
     name: str
@@ -41,10 +38,9 @@ class Device:
     link_bytes: float
     linked: int
     network_bytes: float | None
-    price: float | None = None
 
 
-def _device(name, kinds, tflops, memory_gb, memory_gbps, link_gbps, linked, network_gbps, price):
+def _device(name, kinds, tflops, memory_gb, memory_gbps, link_gbps, linked, network_gbps):
     return Device(
         name=name,
         kinds=kinds,
@@ -54,27 +50,26 @@ def _device(name, kinds, tflops, memory_gb, memory_gbps, link_gbps, linked, netw
         link_bytes=link_gbps * 1e9,
         linked=linked,
         network_bytes=network_gbps and network_gbps * 1e9,
-        price=price,
     )
 
 
-# TFLOP/s, GB, GB/s, GB/s over links, linked, GB/s over the network, price. The first match counts,
-# so a longer kind comes before its own prefix.
+# TFLOP/s, GB, GB/s, GB/s over links, linked, GB/s over the network. The first match counts, so a
+# longer kind comes before its own prefix.
 DEVICES = (
-    _device('v3', ('TPU v3',), 61.5, 17.2, 450, 166, 2048, None, None),
-    _device('v4', ('TPU v4',), 275, 34.4, 1200, 268, 4096, None, None),
-    _device('v5e', ('TPU v5 lite', 'TPU v5e'), 197, 16, 819, 200, 256, None, None),
-    _device('v5p', ('TPU v5p', 'TPU v5'), 459, 95, 2765, 600, 8960, None, None),
-    _device('v6e', ('TPU v6 lite', 'TPU v6e'), 918, 32, 1638, 400, 256, None, None),
-    _device('V100', ('Tesla V100-SXM',), 125, 16, 900, 150, 8, 12.5, None),
-    _device('A100', ('NVIDIA A100-SXM4-40GB',), 312, 40, 1555, 300, 8, 25, 1.84),
-    _device('A100 80GB', ('NVIDIA A100-SXM4-80GB',), 312, 80, 2039, 300, 8, 25, None),
-    _device('A100 PCIe', ('NVIDIA A100',), 312, 40, 1555, 32, 8, 25, None),
-    _device('H100 PCIe', ('NVIDIA H100 PCIe',), 756, 80, 2000, 64, 8, 50, None),
-    _device('H100 NVL', ('NVIDIA H100 NVL',), 835, 94, 3900, 64, 8, 50, None),
-    _device('H100', ('NVIDIA H100',), 989, 80, 3350, 450, 8, 50, 4.92),
-    _device('H200 NVL', ('NVIDIA H200 NVL',), 835, 141, 4800, 64, 8, 50, None),
-    _device('H200', ('NVIDIA H200',), 989, 141, 4800, 450, 8, 50, 5.41),
+    _device('v3', ('TPU v3',), 61.5, 17.2, 450, 166, 2048, None),
+    _device('v4', ('TPU v4',), 275, 34.4, 1200, 268, 4096, None),
+    _device('v5e', ('TPU v5 lite', 'TPU v5e'), 197, 16, 819, 200, 256, None),
+    _device('v5p', ('TPU v5p', 'TPU v5'), 459, 95, 2765, 600, 8960, None),
+    _device('v6e', ('TPU v6 lite', 'TPU v6e'), 918, 32, 1638, 400, 256, None),
+    _device('V100', ('Tesla V100-SXM',), 125, 16, 900, 150, 8, 12.5),
+    _device('A100', ('NVIDIA A100-SXM4-40GB',), 312, 40, 1555, 300, 8, 25),
+    _device('A100 80GB', ('NVIDIA A100-SXM4-80GB',), 312, 80, 2039, 300, 8, 25),
+    _device('A100 PCIe', ('NVIDIA A100',), 312, 40, 1555, 32, 8, 25),
+    _device('H100 PCIe', ('NVIDIA H100 PCIe',), 756, 80, 2000, 64, 8, 50),
+    _device('H100 NVL', ('NVIDIA H100 NVL',), 835, 94, 3900, 64, 8, 50),
+    _device('H100', ('NVIDIA H100',), 989, 80, 3350, 450, 8, 50),
+    _device('H200 NVL', ('NVIDIA H200 NVL',), 835, 141, 4800, 64, 8, 50),
+    _device('H200', ('NVIDIA H200',), 989, 141, 4800, 450, 8, 50),
 )
 
 

@@ -1,19 +1,20 @@
-"""Reads the text of a program compiled for a TPU: what each part costs by the compiler's estimate.
+"""Reads the text of a program compiled for a TPU or a GPU: what each part costs.
 
 `compiled.as_text()` holds the scheduled program. The compiler writes `estimated_cycles` beside
 nearly every instruction; nothing here needs libtpu, or runs anything. An estimate is not a
 measurement, and there is none for gathers and scatters of single elements, which become loops on
-the core: `element_accesses` finds those.
+the core: `element_accesses` finds those. Nor is there one for collectives, nor for anything on a
+GPU, where `kernels` tells what is launched and which bytes that reads and writes.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%([^\s(]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$')
-_ARRAY = re.compile(r'\b[a-z]\w*\[([\d,]*)\]')
+_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 _CALLED = re.compile(r'\b(?:to_apply|body|condition|calls|branch_computations)=(\{[^}]*\}|%\S+)')
 
 
@@ -28,7 +29,8 @@ class Instruction(NamedTuple):
       name: unique in the program, without the percent sign.
       opcode: of HLO, such as 'fusion'.
       shape: of the result, as the text has it; a tuple's in parentheses.
-      op_name: the JAX operations that it came from, joined by slashes; '' where unknown.
+      op_name: the JAX operations that it came from, joined by slashes; of a fusion without a name
+        that of the last operation in it; '' where unknown.
       cycles: the compiler's estimate for one execution, or None.
       text: the operands and attributes.
     """
@@ -95,7 +97,18 @@ def parse(text: str) -> Program:
             found.append(_instruction(*match.groups()))
     if entry is None:
         raise ValueError('not the text of a compiled program: it has no ENTRY computation')
-    return Program(computations, entry)
+    named = {
+        name: tuple(_with_name(x, computations) for x in found)
+        for name, found in computations.items()
+    }
+    return Program(named, entry)
+
+
+def _with_name(x: Instruction, computations: Mapping[str, Sequence[Instruction]]) -> Instruction:
+    if x.op_name or x.opcode != 'fusion':
+        return x
+    inside = [y.op_name for name in x.called for y in computations.get(name, ()) if y.op_name]
+    return x._replace(op_name=inside[-1]) if inside else x
 
 
 def costs(
@@ -106,7 +119,8 @@ def costs(
 ) -> list[Cost]:
     """Returns every instruction that runs on its own, with the number of its executions.
 
-    Instructions inside of a fusion are part of the fusion.
+    Instructions inside of a fusion are part of the fusion. One without a name has that of the loop,
+    conditional or call that it is in.
 
     Args:
       program: from `parse`.
@@ -114,23 +128,24 @@ def costs(
       trips: of a loop whose trip count depends on data; `unknown_loops` finds those.
     """
 
-    def walk(computation: str, executions: float) -> Iterator[Cost]:
+    def walk(computation: str, executions: float, caller: str = '') -> Iterator[Cost]:
         for instruction in program.computations[computation]:
-            yield Cost(instruction, executions)
+            name = instruction.op_name or caller
+            yield Cost(instruction._replace(op_name=name), executions)
             called = instruction.called
             if instruction.opcode == 'while':
                 condition, body = called
                 counted = trip_count(program, instruction)
                 turns = trips if counted is None else counted
-                yield from walk(condition, executions * (turns + 1))
-                yield from walk(body, executions * turns)
+                yield from walk(condition, executions * (turns + 1), name)
+                yield from walk(body, executions * turns, name)
             elif instruction.opcode == 'conditional':
                 shares = weights(instruction) if weights else [1 / len(called)] * len(called)
                 for branch, share in zip(called, shares, strict=True):
-                    yield from walk(branch, executions * share)
+                    yield from walk(branch, executions * share, name)
             elif instruction.opcode in ('call', 'async-start'):
-                for name in called:
-                    yield from walk(name, executions)
+                for each in called:
+                    yield from walk(each, executions, name)
 
     return list(walk(program.entry, 1))
 
@@ -140,13 +155,15 @@ def total(found: Sequence[Cost]) -> float:
     return sum(cost.cycles for cost in found)
 
 
-def by(found: Sequence[Cost], key: Callable[[Instruction], str]) -> dict[str, float]:
-    """Returns the cycles by what `key` makes of an instruction, greatest first."""
+def by(
+    amounts: Iterable[tuple[Instruction, float]], key: Callable[[Instruction], str]
+) -> dict[str, float]:
+    """Returns the sums of cycles or bytes by what `key` makes of an instruction, greatest first."""
     sums: dict[str, float] = {}
-    for cost in found:
-        if cost.cycles:
-            name = key(cost.instruction)
-            sums[name] = sums.get(name, 0) + cost.cycles
+    for instruction, amount in amounts:
+        if amount:
+            name = key(instruction)
+            sums[name] = sums.get(name, 0) + amount
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
@@ -155,6 +172,8 @@ def trip_count(program: Program, loop: Instruction) -> int | None:
 
     None where its condition is no comparison of a counter with a constant.
     """
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
+        return int(known[1])
     condition, body = loop.called
     *_, root = program.computations[condition]
     if root.opcode != 'compare' or root.attribute('direction') != 'LT':
@@ -199,11 +218,73 @@ def element_accesses(program: Program) -> dict[str, int]:
     return found
 
 
+class Kernel(NamedTuple):
+    """What a GPU launches, how often, and the bytes that all executions read and write."""
+
+    instruction: Instruction
+    executions: float
+    bytes: float
+
+
+def kernels(program: Program) -> list[Kernel]:
+    """Returns all instructions that become kernels or calls of libraries on a GPU.
+
+    A kernel is taken to read all of its operands, and to write its result, once.
+    """
+    shapes = {x.name: x.shape for x in _all(program)}
+    return [
+        Kernel(
+            x,
+            executions,
+            executions * sum(map(size, [x.shape, *(shapes[name] for name in x.operands)])),
+        )
+        for x, executions in costs(program)
+        if not _NO_KERNEL.fullmatch(x.opcode)
+    ]
+
+
+# What launches nothing by itself.
+_NO_KERNEL = re.compile(
+    'parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|domain|'
+    'opt-barrier|partition-id|replica-id|async-start|.*-done'
+)
+
+
+def collectives(program: Program) -> list[tuple[str, int]]:
+    """Returns (kind, bytes of the result) of each exchange between devices: 'all-reduce', ..."""
+    return [
+        (x.opcode.removesuffix('-start'), size(x.shape))
+        for x, _ in costs(program)
+        if x.opcode.removesuffix('-start') in COLLECTIVES
+    ]
+
+
+COLLECTIVES = (
+    'all-reduce',
+    'all-gather',
+    'all-to-all',
+    'reduce-scatter',
+    'collective-permute',
+    'collective-broadcast',
+)
+
+
+def size(shape: str) -> int:
+    """Returns the bytes of an array, or of all arrays of a tuple."""
+    return sum(_product(dims) * _bits(dtype) // 8 for dtype, dims in _ARRAY.findall(shape))
+
+
+def _bits(dtype: str) -> int:
+    """Returns the bits of an element, such as 16 for 'bf16' and 8 for 'f8e4m3fn' and 'pred'."""
+    found = re.match(r'[a-z]+(\d+)', dtype)
+    return int(found[1]) if found else 8
+
+
 def elements(shape: str) -> int:
     """Returns the number of elements of an array, such as 's32[4,3,256]{2,1,0}'."""
     found = _ARRAY.search(shape)
     assert found is not None, shape
-    return _product(found[1])
+    return _product(found[2])
 
 
 def _product(numbers: str) -> int:

@@ -80,17 +80,21 @@ class Data(NamedTuple):
     image_spec: ImageSpec
 
 
-def open_data(config: ConfigDict) -> Data:
+def open_data(config: ConfigDict, open_source: Callable[..., Source] = sources.open_source) -> Data:
     """Opens the splits of the data that a config describes.
+
+    Args:
+      config: as in `experiments.config.default_config`.
+      open_source: (name, split, **options) -> the source.
 
     Raises:
       UsageError: naming the option that is wrong, or the data that are not there.
     """
     given, name = config.data.to_dict(), config.data.name
     own = {key: given.pop(key) for key in sources.source_options(name) if key in given}
-    train, test = (sources.open_source(name, split, **own) for split in ('train', 'test'))
+    train, test = (open_source(name, split, **own) for split in ('train', 'test'))
     try:
-        validation = sources.open_source(name, 'validation', **own)
+        validation = open_source(name, 'validation', **own)
     except MissingSplit:
         validation = None
     images = [s[0]['image'] for s in (train, validation, test) if s is not None]

@@ -10,6 +10,16 @@ from experiments.run import parallel, ranking
 from nfnets_jax.data import pipeline
 
 
+def eval_batch_size(experiment: Experiment) -> int:
+    """Returns the examples of a step of evaluation, over all devices; a multiple of their number.
+
+    It is the same for all splits, because the step is compiled once.
+    """
+    devices = parallel.device_count()
+    longest = max(map(len, experiment.evaluated.values()))
+    return -(-min(experiment.config.eval.batch_size, longest) // devices) * devices
+
+
 def evaluate(
     experiment: Experiment, eval_step: Callable, variables: Mapping[str, tuple], split: str = 'test'
 ) -> dict[str, float]:
@@ -30,22 +40,9 @@ def evaluate(
       an image, top1 counts images whose highest class is one of their labels, and instead of top5
       there are 'map' and 'auc': means over the classes, see `ranking`, without undefined ones.
     """
-    source, devices = experiment.splits[split], jax.device_count()
-    # The same for all splits, because the step is compiled once.
-    longest = max(map(len, experiment.evaluated.values()))
-    batch_size = min(experiment.config.eval.batch_size, longest)
-    batch_size = -(-batch_size // devices) * devices
-    batches = pipeline.eval_batches(
-        source,
-        batch_size=batch_size,
-        transform=experiment.image_spec.test_transform,
-        bad=pipeline.UnreadableExamples(experiment.skip_bad),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     found: dict[str, dict[str, list]] = {name: {} for name in variables}
-    with pipeline.Prefetch(batches, parallel.shard) as prefetched:
-        for batch in prefetched:
+    with open_eval_batches(experiment, split) as batches:
+        for batch in batches:
             for name, values in jax.device_get(eval_step(variables, batch)).items():
                 for key, value in values.items():
                     found[name].setdefault(key, []).append(value)
@@ -61,8 +58,21 @@ def evaluate(
             for key, of in (('map', ranking.average_precision), ('auc', ranking.roc_auc)):
                 metrics[f'{split}{name}/{key}'] = float(np.nanmean(of(scores, labels)))
     if experiment.skip_bad:
-        metrics[f'{split}/skipped_pictures'] = len(source) - count
+        metrics[f'{split}/skipped_pictures'] = len(experiment.splits[split]) - count
     return metrics
+
+
+def open_eval_batches(experiment: Experiment, split: str) -> pipeline.Prefetch:
+    """Returns this process's batches of a split on its devices; see `pipeline.eval_batches`."""
+    batches = pipeline.eval_batches(
+        experiment.splits[split],
+        batch_size=eval_batch_size(experiment),
+        transform=experiment.image_spec.test_transform,
+        bad=pipeline.UnreadableExamples(experiment.skip_bad),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return pipeline.Prefetch(batches, parallel.shard)
 
 
 _IN_WORDS = {'map': 'mAP', 'auc': 'AUC', 'top1': 'top-1', 'top5': 'top-5'}

@@ -16,7 +16,7 @@ from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import convert_timm, pretrained
 
 # Weights that were trained with other values of these options fit all the same.
-_FREE_OPTIONS = frozenset(
+FREE_OPTIONS = frozenset(
     {'drop_rate', 'stochdepth_rate', 'bn_decay_rate', 'fc_init', 'skipinit_gain', 'remat', 'scan'}
 )
 
@@ -86,7 +86,7 @@ def _as_built(weights: pretrained.Weights, model: dict[str, Any], path: str) -> 
         params = convert_timm.to_skip_gains(weights.params, there['activation'])
         weights, there = weights._replace(params=params), there | {'conventions': 'timm'}
     for option, value in there.items():
-        if option in _FREE_OPTIONS or here.get(option) == value:
+        if option in FREE_OPTIONS or here.get(option) == value:
             continue
         if option not in model and models.variant_info(name).name != metadata.model:
             raise UsageError(

@@ -9,7 +9,7 @@ are plain arrays. Batches do have the leading device axis that pmap maps over.
 import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,32 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nfnets_jax.errors import UsageError
 
 AXIS = 'devices'
+_planned: Sequence[jax.Device] = ()
+
+
+@contextlib.contextmanager
+def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Builds programs for devices that this machine need not have. They compile, but do not run.
+
+    Args:
+      devices: all of a topology of `jax.experimental.topologies`.
+    """
+    global _planned
+    before, _planned = _planned, devices
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+def device_count() -> int:
+    """Returns how many devices a step runs on, those of all processes together."""
+    return len(_planned) or jax.device_count()
+
+
+def process_count() -> int:
+    """Returns how many processes a step runs in."""
+    return len({device.process_index for device in _planned}) or jax.process_count()
 
 
 def _placement(spec: PartitionSpec) -> NamedSharding:
@@ -32,14 +58,14 @@ def local_batch_size(global_batch: int, key: str = 'batch_size') -> int:
     Raises:
       UsageError: the batch does not split evenly over all devices of all processes.
     """
-    devices = jax.device_count()
+    devices = device_count()
     if global_batch % devices:
         below = global_batch - global_batch % devices
         nearby = ' or '.join(str(b) for b in (below, below + devices) if b > 0)
         raise UsageError(
             f'config.{key}={global_batch} is not divisible by the {devices} devices: use {nearby}'
         )
-    return global_batch // jax.process_count()
+    return global_batch // process_count()
 
 
 def replicate(tree: Any) -> Any:
@@ -84,6 +110,7 @@ def parallelize(
     return jax.pmap(
         traced_once,
         axis_name=AXIS,
+        devices=_planned or None,
         in_axes=(None, 0),
         out_axes=None,
         donate_argnums=(0,) if donate_replicated else (),
@@ -104,7 +131,7 @@ def is_primary() -> bool:
 
 def describe_devices() -> str:
     """Returns a text like '8 devices in 2 processes'."""
-    devices, processes = jax.device_count(), jax.process_count()
+    devices, processes = device_count(), process_count()
     among = f' in {processes} processes' if processes > 1 else ''
     return f'{devices} device{"s" if devices > 1 else ""}{among}'
 

@@ -1,4 +1,4 @@
-"""The end of a run: summary.json, curves.png and the text that names them."""
+"""The end of a run: summary.json, curves.png, reports, and the text that names them."""
 
 import contextlib
 import importlib.metadata
@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 
+from experiments.experiment import Experiment
 from experiments.run import metric_writers, parallel
 from experiments.run.evaluation import describe_accuracy, score
+from experiments.run.predictions import LogitsFn
 from experiments.run.throughput import Throughput
 from experiments.train_step import TrainState
 from nfnets_jax import files
@@ -72,6 +74,27 @@ def draw_curves(path: pathlib.Path, title: str, log: Callable[[str], None]) -> N
         curves.draw_curves(metric_writers.read_metrics(path), path / 'curves.png', title=title)
     except Exception as error:  # Matplotlib's fonts and caches may be anywhere.
         log(f'curves.png cannot be drawn: {first_line(error)}')
+
+
+def write_reports(
+    experiment: Experiment,
+    logits_fn: LogitsFn,
+    variables: Mapping[str, tuple],
+    path: pathlib.Path,
+    log: Callable[[str], None],
+) -> None:
+    """Writes a report of every evaluated split if the config wants it; see `report_split`."""
+    if not experiment.config.eval.report:
+        return
+    if experiment.multi_label:
+        log('no report: it is made for images with one label')
+        return
+    from experiments.run import evaluation_report  # here: importing Matplotlib takes 0.2 s
+
+    for split in experiment.evaluated:
+        directory = path / 'report' / split
+        evaluation_report.report_split(experiment, logits_fn, variables, split, directory)
+        log(f'report: {directory}')
 
 
 def describe_next_steps(summary: Mapping[str, Any], path: str) -> str:

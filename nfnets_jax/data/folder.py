@@ -6,16 +6,18 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 
 from nfnets_jax import fields
 from nfnets_jax.data.preprocessing import SUFFIXES, ImageError, is_image
-from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
+from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingData, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.fields import Field
 from nfnets_jax.files import expand
+
+T = TypeVar('T')
 
 # Files that file managers create, besides names that begin with a dot.
 _HIDDEN = frozenset(('Thumbs.db', 'desktop.ini', '__MACOSX', '@eaDir'))
@@ -72,13 +74,15 @@ class ImageFolder:
         check_split('folder', split, SPLITS)
         root = pathlib.Path(expand(path))
         if not path or not root.is_dir():
-            raise UsageError(f'data.path={str(path)!r}: not a directory; give one with the classes')
-        hold_out = {'test_fraction': test_fraction, 'split_seed': split_seed}
+            raise MissingData(
+                f'data.path={str(path)!r}: not a directory; give one with the classes'
+            )
+        given_hold_out = {'test_fraction': test_fraction, 'split_seed': split_seed}
         layout = _find_splits(
             root, dict(zip(SPLITS, (train_split, validation_split, test_split), strict=True))
         )
         if layout:
-            for option, value in hold_out.items():
+            for option, value in given_hold_out.items():
                 if value is not None:
                     raise UsageError(
                         f'data.{option}={value}: nothing is held out of {layout["train"]}, because '
@@ -117,7 +121,13 @@ class ImageFolder:
             owners |= files
             paths = sorted(files.values())
             if not layout:
-                paths = _hold_out(paths, split, test_fraction, seed=(split_seed or 0, label))
+                paths = hold_out(
+                    paths,
+                    split,
+                    test_fraction,
+                    seed=(split_seed or 0, label),
+                    name=str(paths[0].parent),
+                )
             self._paths += paths
             labels += [label] * len(paths)
         self.labels = np.array(labels, np.int32)
@@ -377,14 +387,27 @@ def _suffix(entry: os.DirEntry) -> str:
     return os.path.splitext(entry.name)[1].lower()
 
 
-def _hold_out(
-    paths: list, split: str, test_fraction: float | None, seed: tuple[int, int]
-) -> list[pathlib.Path]:
-    """Returns the train or test part of one class's paths, in order; neither part is empty."""
-    if len(paths) < 2:
-        raise UsageError(f'{paths[0].parent}: one image cannot be split in train and test')
+def hold_out(
+    examples: Sequence[T],
+    split: str,
+    test_fraction: float | None,
+    *,
+    seed: tuple[int, int],
+    name: str,
+) -> list[T]:
+    """Returns the train or test part of one class's examples, in order; neither part is empty.
+
+    Args:
+        examples: the examples of the class.
+        split: 'train' or 'test'.
+        test_fraction: share to hold out; None: 0.2.
+        seed: draws them.
+        name: name of the class in the error about a single example.
+    """
+    if len(examples) < 2:
+        raise UsageError(f'{name}: one image cannot be split in train and test')
     fraction = 0.2 if test_fraction is None else test_fraction
-    held_out = min(max(1, round(fraction * len(paths))), len(paths) - 1)
-    drawn = np.argsort(np.random.Philox(key=list(seed)).random_raw(len(paths)))
+    held_out = min(max(1, round(fraction * len(examples))), len(examples) - 1)
+    drawn = np.argsort(np.random.Philox(key=list(seed)).random_raw(len(examples)))
     chosen = drawn[:held_out] if split == 'test' else drawn[held_out:]
-    return [paths[i] for i in sorted(chosen)]
+    return [examples[i] for i in sorted(chosen)]

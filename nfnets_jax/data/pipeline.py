@@ -164,8 +164,8 @@ def eval_batches(
         source, batch_size, process_index, process_count, num_threads, bad: as in `train_batches`.
 
     Returns:
-        Iterator of {'image': [b, H, W, 3], 'label': as in `train_batches`, 'mask': float32 [b],
-        1 where real}.
+        Iterator of {'image': [b, H, W, 3], 'label': as in `train_batches`, 'index': int32 [b], the
+        example's place in the source, 'mask': float32 [b], 1 where real}.
 
     Raises:
         UsageError: as `train_batches`, except that `batch_size` may exceed the source.
@@ -182,7 +182,10 @@ def eval_batches(
             except ImageError as error:
                 bad.add(other % size, error)
             else:
-                return read | {'mask': np.float32(other == position < size)}
+                return read | {
+                    'index': np.int32(position),
+                    'mask': np.float32(other == position < size),
+                }
         raise UsageError(f'{source.name}: none of the examples can be read')
 
     steps = range(-(-size // max(batch_size, 1)))

@@ -2,19 +2,19 @@
 
 A source is any object with
 
-    len(source)           the number of examples
-    source[i]             {'image': array or bytes, 'label': int}, for 0 <= i < len(source); where
-                          images may have several labels, uint8 [K], 1 for each that it has; the
-                          image is uint8 [H, W, 3], or the bytes of an encoded image (JPEG, PNG,
-                          ...), which a transform of `nfnets_jax.data.preprocessing` decodes
-    source.where(i)       the file or index of example i, for errors
-    source.class_names    tuple of str, label -> name
-    source.labels         int32 [N] or uint8 [N, K], the labels of every example; None if they are
-                          known only by reading all examples, as `read_labels` does
-    source.name           str
-    source.origin         str, the directory, file or package that the examples come from
-    source.left_out       dict, kind of file -> how many were ignored beside the examples
-    source.checksum()     str, see `identify`
+* `len(source)`: the number of examples;
+* `source[i]`: {'image': array or bytes, 'label': int}, for 0 <= i < len(source); where images may
+  have several labels, uint8 [K], 1 for each that it has; the image is uint8 [H, W, 3], or the bytes
+  of an encoded image (JPEG, PNG, ...), which a transform of `nfnets_jax.data.preprocessing`
+  decodes;
+* `source.where(i)`: the file or index of example i, for errors;
+* `source.class_names`: tuple of str, label -> name;
+* `source.labels`: int32 [N] or uint8 [N, K], the labels of every example; None if they are known
+  only by reading all examples, as `read_labels` does;
+* `source.name`: str;
+* `source.origin`: str, the directory, file or package that the examples come from;
+* `source.left_out`: dict, kind of file -> how many were ignored beside the examples;
+* `source.checksum()`: str, see `identify`.
 
 Reading is thread-safe and has no order: shuffling, sharding and batching belong to the pipeline.
 """
@@ -34,6 +34,7 @@ from nfnets_jax import fields, files
 from nfnets_jax.data.folder import ImageFolder
 from nfnets_jax.data.preprocessing import ImageError, resize
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
+from nfnets_jax.data.table import ImageTable
 from nfnets_jax.data.tfds import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.fields import Field
@@ -97,10 +98,12 @@ def identify(source: Source) -> Identity:
     """Returns the identity of a source, to be compared with that of another day.
 
     The checksum is SHA-256 over
-        folder: the name of every file relative to the directory of its split, with its class, in
-            the order of the examples;
-        arrays, digits, synthetic images: dtype, shape and bytes of the images, and the labels;
-        tfds: the data set with its version, and the chosen examples of each record file.
+
+    * folder: the name of every file relative to the directory of its split, with its class, in the
+      order of the examples;
+    * table: the same, with the paths as the table has them;
+    * arrays, digits, synthetic images: dtype, shape and bytes of the images, and the labels;
+    * tfds: the data set with its version, and the chosen examples of each record file.
 
     It changes if an example or class is added, removed, renamed or moved to another split, or if
     the order changes. It does not change if the directory is moved as a whole, nor if a file's
@@ -379,6 +382,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     'noise': Synthetic,
     'arrays': ArrayFile,
     'folder': ImageFolder,
+    'table': ImageTable,
     'tfds': TfdsSource,
 }
 

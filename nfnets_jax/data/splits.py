@@ -17,6 +17,10 @@ class MissingSplit(UsageError):
     """The source does not have this split; most have no 'validation'."""
 
 
+class MissingData(UsageError):
+    """The data are not on this machine."""
+
+
 def check_split(source: str, split: str, splits: Collection[str] = ('train', 'test')) -> None:
     """Raises `MissingSplit` unless `split` is one of `splits`; the error names `source`."""
     if split not in splits:

@@ -8,12 +8,12 @@ import numpy as np
 
 from nfnets_jax import fields, files
 from nfnets_jax.data.preprocessing import ImageError, decode
-from nfnets_jax.data.splits import SPLITS, MissingSplit, check_split
+from nfnets_jax.data.splits import SPLITS, MissingData, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.fields import Field
 
 # How the papers split ImageNet; the first 10,000 training images are for choosing.
-_PAPER_SPLITS = {
+PAPER_SPLITS = {
     'imagenet2012': {
         'TRAIN': 'train[10000:]',
         'VALID': 'train[:10000]',
@@ -148,7 +148,7 @@ def _image_and_label(info) -> tuple[str, str]:
 
 
 def _default_test_split(info) -> str:
-    if 'test' in info.splits and info.name not in _PAPER_SPLITS:
+    if 'test' in info.splits and info.name not in PAPER_SPLITS:
         return 'test'
     return 'validation'
 
@@ -168,13 +168,13 @@ def _open_records(builder, key: str, expression: str, image: str, data_dir: str)
     name, info = builder.info.full_name, builder.info
     prepare = _prepare_command(builder, data_dir)
     if not info.splits:
-        raise UsageError(f'data.dataset={name!r}: not found in {data_dir}; run {prepare}')
+        raise MissingData(f'data.dataset={name!r}: not found in {data_dir}; run {prepare}')
     if 'array_record' not in {f.value for f in info.available_file_formats()}:
         raise UsageError(
             f'data.dataset={name!r}: prepared as {info.file_format.value}, which cannot be read '
             f'without TensorFlow; convert it with {prepare}'
         )
-    aliases = _PAPER_SPLITS.get(builder.name, {})
+    aliases = PAPER_SPLITS.get(builder.name, {})
     split = aliases.get(expression, expression)
     try:
         records = builder.as_data_source(

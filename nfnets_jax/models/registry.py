@@ -37,7 +37,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
 
 
 def create_model(name: str, num_classes: int, **overrides: Any) -> Network:
-    """Returns the network called `name`. Call it inside `hk.transform_with_state`.
+    """Returns the network called `name`. Call it inside `hk.transform_with_state`::
 
         network = hk.transform_with_state(
             lambda images, is_training: create_model('NFNet-F0', 10)(images, is_training)

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from nfnets_jax.data.sources import ArraySource, Digits, identify, load_digits, open_source
+from nfnets_jax.data.sources import (
+    SOURCES,
+    ArraySource,
+    Digits,
+    identify,
+    load_digits,
+    open_source,
+    source_options,
+)
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 from tests.data.test_folder import make_folder
@@ -215,6 +223,13 @@ def test_open_source(tmp_path):
 def test_open_source_names_what_is_wrong(arguments, options, match):
     with pytest.raises(UsageError, match=match):
         open_source(*arguments, **options)
+
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_every_source_checks_its_options(name):
+    with pytest.raises(UsageError, match='unknown key data.nonsense'):
+        SOURCES[name]('train', nonsense=1)
+    assert 'split' not in source_options(name)
 
 
 def test_identity_of_arrays_sees_pixels_labels_and_names():

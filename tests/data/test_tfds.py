@@ -105,11 +105,11 @@ def test_files_that_disappear(prepared, tmp_path):
 
 def test_the_splits_of_the_paper(prepared, monkeypatch):
     """TRAIN and VALID share TFDS's train split (at 10,000; here at 5), TEST is its validation."""
-    published = tfds._PAPER_SPLITS['imagenet2012']
+    published = tfds.PAPER_SPLITS['imagenet2012']
     assert published['TRAIN'] == 'train[10000:]'
     assert published['VALID'] == 'train[:10000]'
     small = {name: split.replace('10000', '5') for name, split in published.items()}
-    monkeypatch.setattr(tfds, '_PAPER_SPLITS', {'imagenet_like': small})
+    monkeypatch.setattr(tfds, 'PAPER_SPLITS', {'imagenet_like': small})
 
     def opened(split, **options):
         return values(open_imagenet_like(prepared, split, **options))

@@ -123,17 +123,6 @@ def test_probabilities_are_the_models_with_the_weights_preprocessing(mode, prepa
     assert guesses[0].label == expected.argmax()
 
 
-def test_directories_are_searched_at_any_depth(tmp_path):
-    inside = save(tmp_path / 'd' / 'deep' / 'a.JPG', picture(), format='JPEG')
-    beside = save(tmp_path / 'd' / 'b.png', picture())
-    (tmp_path / 'd' / 'notes.txt').write_text('no picture')
-    named = tmp_path / 'anything'
-    found = list(classify.expand_directories([str(named), str(tmp_path / 'd')]))
-    assert found == [named, beside, inside]
-    (tmp_path / 'empty').mkdir()
-    assert list(classify.expand_directories([str(tmp_path / 'empty')])) == [tmp_path / 'empty']
-
-
 def test_the_command(command, weights, tmp_path):
     file = tmp_path / 'w.safetensors'
     pretrained.save_weights(file, weights)

@@ -12,7 +12,7 @@ from experiments.evaluate import EVALUATIONS_FILE, evaluate, watch
 from experiments.experiment import build
 from experiments.run import evaluation, metric_writers, parallel, workdir
 from experiments.train import train
-from experiments.train_step import init_state, make_eval_step
+from experiments.train_step import init_state, make_eval_step, make_logits_fn
 from nfnets_jax import augment
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights.checkpoints import CheckpointReader
@@ -175,3 +175,35 @@ def test_evaluation_computes_in_its_own_precision(tmp_path):
 
     assert loss('float32') == trained['test/loss']
     assert loss('training') == loss('bfloat16') != trained['test/loss']
+
+
+def test_the_report_is_of_the_moving_average_and_agrees_with_the_metrics(run, tmp_path):
+    directory, _ = run
+    metrics = evaluate(directory, report=str(tmp_path / 'report'))
+    summary = json.loads((tmp_path / 'report' / 'summary.json').read_text())
+    assert summary['images'] == 355
+    assert summary['top1'] == metrics['test_ema/top1']
+    assert summary['loss'] == pytest.approx(metrics['test_ema/loss'], rel=1e-5)
+    lines = (tmp_path / 'report' / 'predictions.csv').read_text().splitlines()
+    assert [line.split(',')[0] for line in lines[1:3]] == ['digits/test[0]', 'digits/test[1]']
+
+
+def test_flips_average_the_probabilities(run):
+    directory, _ = run
+    experiment = build(workdir.load_config(directory), training=False)
+    state = init_state(experiment)
+    images = np.stack([experiment.test_source[i]['image'] for i in range(8)])
+    logits, flipped, both = (
+        make_logits_fn(experiment, flip=flip)(state.params, state.state, shown)
+        for flip, shown in ((False, images), (False, images[:, :, ::-1]), (True, images))
+    )
+    expected = (jax.nn.softmax(logits) + jax.nn.softmax(flipped)) / 2
+    np.testing.assert_allclose(jax.nn.softmax(both), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.nn.logsumexp(both, axis=-1), 0, atol=1e-6)
+    assert evaluate(directory, flip=True)['test_ema/loss'] != evaluate(directory)['test_ema/loss']
+
+
+def test_images_of_one_size_are_not_evaluated_at_another(run):
+    directory, _ = run
+    with pytest.raises(UsageError, match=r'config\.data\.test_image_size=24'):
+        evaluate(directory, image_size=24)

@@ -259,6 +259,8 @@ def test_the_directory_of_a_run_is_fine_tuned_from_the_command_line(
     assert 'config.batch_size=8 instead of 2048, for there are 16 training images\n' in err
     assert 'steps: 2 of 8 images' in err
     assert load_pretrained(tmp_path / 'run').metadata.class_names == ('dark', 'light')
+    assert f'report: {tmp_path}/run/report/test\n' in err
+    assert (tmp_path / 'run' / 'report' / 'test' / 'summary.json').exists()
 
 
 def test_weights_that_do_not_say_what_they_are_are_read_once(folder, tmp_path, monkeypatch):

@@ -87,6 +87,25 @@ def test_figures_equal_scikit_learns(run):
     assert 'test/top5' not in final
 
 
+def test_mirror_images_average_the_probabilities(run):
+    """The loss is that of the mean of the sigmoids."""
+    directory, _ = run
+    state, experiment = final_state(directory), build(workdir.load_config(directory))
+    source = experiment.test_source
+    p = []
+    for images in (source.images, source.images[:, :, ::-1]):
+        outputs, _ = experiment.model.apply(
+            state.ema_params, state.ema_state, None, augment.normalize(images), False
+        )
+        p.append(1 / (1 + np.exp(-np.asarray(outputs['logits'], np.float64))))
+    mean, t = np.mean(p, axis=0), source.labels
+    expected = -np.mean(t * np.log(mean) + (1 - t) * np.log(1 - mean))
+    found = evaluate(str(directory), flip=True)
+    assert found['test_ema/loss'] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(UsageError, match='--report is made for images with one label'):
+        evaluate(str(directory), report='nowhere')
+
+
 @pytest.mark.parametrize('batch_size', [None, 7, 64])
 def test_figures_do_not_depend_on_the_batch_size(run, batch_size):
     directory, summary = run

@@ -147,6 +147,12 @@ def test_classes_name_their_mistakes_too():
         hk.transform(lambda: models.NFNet(10, depth=(1, 1, 1, 1))).init(None)
 
 
+@pytest.mark.parametrize('family', FAMILIES.values(), ids=lambda family: family.__name__)
+def test_every_class_checks_its_options(family):
+    with pytest.raises(UsageError, match='channels=0: must be None or an integer of at least 1'):
+        hk.transform(lambda: family(10, channels=0)).init(None)
+
+
 def test_class_and_name_make_the_same_network():
     def shapes(make):
         network = hk.transform_with_state(lambda x: make()(x, False))

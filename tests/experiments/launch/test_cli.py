@@ -11,6 +11,7 @@ from absl import flags
 
 from experiments.config import default_config, unknown_key
 from experiments.launch import cli
+from nfnets_jax.errors import UsageError
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -215,7 +216,16 @@ COMMANDS = [
     if 'cli.run(' in path.read_text() and path.name != 'cli.py'
 ]
 # Flags with text as their value that is no path.
-NO_PATHS = {'checkpoint', 'model', 'eval_mode', 'dataset', 'models', 'devices', 'against'}
+NO_PATHS = {
+    'checkpoint',
+    'checkpoints',
+    'model',
+    'eval_mode',
+    'dataset',
+    'models',
+    'devices',
+    'against',
+}
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -235,7 +245,7 @@ def test_every_flag_for_a_path_takes_one_as_a_shell_would(command, monkeypatch, 
 def test_paths_of_benchmarks_are_taken_so_too():
     for path in ROOT.glob('benchmarks/*.py'):
         for line in path.read_text().splitlines():
-            if any(f"'--{name}'" in line for name in ('json', 'tensorflow', 'pictures', 'out')):
+            if any(f"'--{name}'" in line for name in ('json', 'tensorflow', 'images', 'out')):
                 assert 'type=' in line or 'define_path' in line, f'{path.name}: {line}'
 
 
@@ -269,3 +279,18 @@ def test_a_workdir_that_orbax_cannot_write_is_refused(tmp_path):
     assert done.returncode == 2
     assert b'must be valid UTF-8' in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('name', 'problem'),
+    [
+        ('out.pgn', r"unknown suffix \(did you mean '\.png'\?\)"),
+        ('absent/out.png', 'there is no directory'),
+        ('directory.png', 'cannot be written'),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(name, problem, tmp_path):
+    (tmp_path / 'directory.png').mkdir()
+    with pytest.raises(UsageError, match=f'^--out=.*{name}: {problem}'):
+        cli.check_out(tmp_path / name, ('.png', '.pdf'))
+    cli.check_out(tmp_path / 'out.png', ('.png', '.pdf'))

@@ -1,5 +1,7 @@
 """On excerpts of what libtpu wrote; nothing is compiled here."""
 
+import pathlib
+
 import pytest
 
 from experiments.run import compiled_text
@@ -93,7 +95,8 @@ def test_loops_and_conditionals_count_as_often_as_they_run(program):
 
     found = compiled_text.costs(program, weights=first)
     assert compiled_text.total(found) == 3000 + 8 * (1800 + 2000)
-    assert compiled_text.by(found, lambda x: x.op_name.split('/')[1]) == {
+    amounts = [(cost.instruction, cost.cycles) for cost in found]
+    assert compiled_text.by(amounts, lambda x: x.op_name.split('/')[1]) == {
         'while': 8 * 3800,
         'add': 3000,
     }
@@ -112,3 +115,46 @@ def test_accesses_to_single_elements(program):
     assert compiled_text.element_accesses(program) == {'gather.1': 64, 'scatter.1': 32}
     missing = [x.name for x in compiled_text.without_estimate(program)]
     assert missing == ['scatter.1', 'gather.2', 'fusion.2']
+
+
+@pytest.fixture(scope='module')
+def gpu_program():
+    return compiled_text.parse((pathlib.Path(__file__).parent / 'compiled/H100.txt').read_text())
+
+
+def test_sizes():
+    assert compiled_text.size('bf16[4,3]{1,0}') == 24
+    assert compiled_text.size('(f32[], pred[7]{0}, /*index=2*/f8e4m3fn[2]{0}, u8[0]{0})') == 13
+
+
+def test_what_a_gpu_launches(gpu_program):
+    """A loop's body as often as it runs; nothing for tuples and for the end of an exchange."""
+    kernels = compiled_text.kernels(gpu_program)
+    found = {x.instruction.name: (x.executions, x.bytes) for x in kernels}
+    weight, images, outputs, reduced = 4 * 432, 4 * 6144, 4 * 32768, 4 * 78048
+    assert found == {
+        'wrapped_compare': (15, 15 * 5),
+        'copy.358': (14, 14 * 2 * 4 * 768),
+        'input_transpose_fusion.6': (1, 2 * weight),
+        'cudnn-conv-bias-activation.33': (1, images + weight + outputs),
+        'wrapped_concatenate': (1, outputs + reduced),
+        'all-reduce-start': (1, 2 * reduced),
+    }
+
+
+def test_what_devices_exchange(gpu_program, program):
+    assert compiled_text.collectives(gpu_program) == [('all-reduce', 4 * 78048)]
+    assert compiled_text.collectives(program) == []
+
+
+def test_names_of_what_has_none(program, gpu_program):
+    """A fusion is called after the last operation in it, and what is in a loop after the loop."""
+    (copy,) = [x for x, _ in compiled_text.costs(gpu_program) if x.name == 'copy.358']
+    assert copy.op_name == 'jit(_fun)/shard_map/augmentation/while'
+    (copy,) = [x for x, _ in compiled_text.costs(program) if x.name == 'copy.1']
+    assert copy.op_name == 'jit(f)/while/body/cond'
+    named = TEXT.replace(
+        'slice_sizes={1}', 'slice_sizes={1}, metadata={op_name="jit(f)/gather"}'
+    ).replace('metadata={op_name="jit(f)/while/body/cond/branch_1_fun/gather"}', 'x=1')
+    (fusion,) = compiled_text.parse(named).computations['look_up'][2:3]
+    assert fusion.op_name == 'jit(f)/gather'

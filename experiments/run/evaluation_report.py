@@ -1,0 +1,288 @@
+"""A report of a network's predictions on one split: by class, confusions, calibration, mistakes.
+
+summary.json      accuracy, mean accuracy of the classes, macro F1, loss, calibration error
+classes.csv       images, precision, recall and F1 of each class
+confusion.csv     rows: labels, columns: predictions, entries: numbers of images
+confusion.png     the same, each row divided by its sum
+calibration.png   accuracy against confidence
+predictions.csv   each image with its label and its most probable class
+worst.png         the images whose label was given the least probability
+"""
+
+import csv
+import io
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import haiku as hk
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from experiments.experiment import Experiment
+from experiments.run import parallel
+from experiments.run.predictions import LogitsFn, Predictions, make_predict_step, predict
+from nfnets_jax import files
+from nfnets_jax.data.preprocessing import decode
+from nfnets_jax.data.sources import Source
+
+_BLUE, _GREY = '#0072B2', '#666666'
+_WRITTEN_CLASSES = 20  # up to here every entry of confusion.png has its number
+_NAMED_CLASSES = 60  # up to here its rows and columns have the names of their classes
+_WORST = 24  # images in worst.png
+_THUMBNAIL = 160  # pixels
+
+
+class Calibration(NamedTuple):
+    """Accuracy against confidence, which is the probability of the most probable class.
+
+    Attributes:
+      counts: examples in each bin, int64 [bins]; the bins divide [0, 1] evenly.
+      confidences: mean confidence in each bin, float64 [bins], NaN in empty ones.
+      accuracies: share of right predictions in each bin, likewise.
+    """
+
+    counts: np.ndarray
+    confidences: np.ndarray
+    accuracies: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error (Guo et al., arXiv 1706.04599, equation 3)."""
+        gaps = np.abs(self.accuracies - self.confidences)
+        return float(np.nansum(self.counts * gaps) / self.counts.sum())
+
+
+def calibration(predictions: Predictions, num_bins: int = 15) -> Calibration:
+    """Returns the calibration of predictions, in bins (i / num_bins, (i + 1) / num_bins]."""
+    confidences = np.exp(predictions.log_probabilities.max(axis=1))
+    bins = np.clip(np.ceil(confidences * num_bins).astype(int) - 1, 0, num_bins - 1)
+    counts = np.bincount(bins, minlength=num_bins)
+    with np.errstate(invalid='ignore'):
+        return Calibration(
+            counts,
+            np.bincount(bins, confidences, num_bins) / counts,
+            np.bincount(bins, predictions.is_correct, num_bins) / counts,
+        )
+
+
+def confusion_matrix(predictions: Predictions) -> np.ndarray:
+    """Returns the numbers of examples, int64 [classes, classes]: row label, column prediction."""
+    classes = predictions.logits.shape[1]
+    pairs = predictions.labels * classes + predictions.predicted
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+class ClassScores(NamedTuple):
+    """Scores of every class, [classes]; 0 where a class has no images or no predictions."""
+
+    images: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray  # the accuracy on the images of the class
+    f1: np.ndarray
+
+
+def class_scores(confusion: np.ndarray) -> ClassScores:
+    """Returns the scores that follow from a confusion matrix."""
+    hits, images, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    return ClassScores(
+        images,
+        hits / np.maximum(predicted, 1),
+        hits / np.maximum(images, 1),
+        2 * hits / np.maximum(images + predicted, 1),
+    )
+
+
+def summarize(predictions: Predictions) -> dict[str, float]:
+    """Returns the figures of summary.json. Means over classes leave out those without images."""
+    scores = class_scores(confusion_matrix(predictions))
+    there = scores.images > 0
+    rows = np.arange(len(predictions.labels))
+    return {
+        'images': len(rows),
+        'top1': float(predictions.is_correct.mean()),
+        'mean_class_accuracy': float(scores.recall[there].mean()),
+        'macro_f1': float(scores.f1[there].mean()),
+        'loss': float(-predictions.log_probabilities[rows, predictions.labels].mean()),
+        'calibration_error': calibration(predictions).error,
+    }
+
+
+def report_split(
+    experiment: Experiment,
+    logits_fn: LogitsFn,
+    variables: Mapping[str, tuple[hk.Params, hk.State]],
+    split: str,
+    directory: str | os.PathLike,
+) -> None:
+    """Predicts a split, in every process, and writes its report, in process 0.
+
+    Args:
+      experiment: the experiment with the data.
+      logits_fn: see `make_predict_step`.
+      variables: from `TrainState.variables`, placed by `parallel.replicate`; the last are used,
+        those of the moving average if there is one.
+      split: one of `experiment.splits`.
+      directory: see `write_report`.
+    """
+    *_, averaged = variables.values()
+    found = predict(experiment, make_predict_step(logits_fn), averaged, split)
+    if parallel.is_primary():
+        title = f'{experiment.config.model.name}, {split}'
+        write_report(directory, found, experiment.splits[split], title=title)
+
+
+def write_report(
+    directory: str | os.PathLike,
+    predictions: Predictions,
+    source: Source,
+    *,
+    title: str = '',
+) -> dict[str, float]:
+    """Writes the report of one split into a directory; files of an earlier report are replaced.
+
+    Args:
+      directory: made where there is none.
+      predictions: on the examples of `source`.
+      source: gives names of classes and files, and the images of worst.png.
+      title: of the figures.
+
+    Returns:
+      What summary.json holds.
+
+    Raises:
+      UsageError: a file cannot be written.
+    """
+    path = pathlib.Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    names, confusion, summary = (
+        source.class_names,
+        confusion_matrix(predictions),
+        summarize(predictions),
+    )
+    scores = class_scores(confusion)
+    write_csv(
+        path / 'classes.csv',
+        ('class', *scores._fields),
+        zip(names, *(column.tolist() for column in scores), strict=True),
+    )
+    write_csv(
+        path / 'confusion.csv',
+        ('label', *names),
+        ((name, *row) for name, row in zip(names, confusion.tolist(), strict=True)),
+    )
+    write_csv(
+        path / 'predictions.csv',
+        ('image', 'label', 'predicted', 'probability', 'probability_of_label'),
+        _prediction_rows(predictions, source),
+    )
+    write_figure(path / 'confusion.png', draw_confusion(confusion, names, title))
+    write_figure(path / 'calibration.png', draw_calibration(calibration(predictions), title))
+    write_figure(path / 'worst.png', draw_worst(predictions, source, title))
+    files.atomic_write(path / 'summary.json', json.dumps(summary, indent=2) + '\n')
+    return summary
+
+
+def _prediction_rows(predictions: Predictions, source: Source) -> Iterable[tuple[Any, ...]]:
+    probabilities = np.exp(predictions.log_probabilities)
+    rows = zip(predictions.indices, predictions.labels, predictions.predicted, strict=True)
+    for row, (index, label, predicted) in enumerate(rows):
+        yield (
+            source.where(int(index)),
+            source.class_names[label],
+            source.class_names[predicted],
+            f'{probabilities[row, predicted]:.6g}',
+            f'{probabilities[row, label]:.6g}',
+        )
+
+
+def write_csv(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(header)
+    writer.writerows(rows)
+    files.atomic_write(path, text.getvalue())
+
+
+def write_figure(path: pathlib.Path, figure: Figure) -> None:
+    """Writes a figure as PNG."""
+    png = io.BytesIO()
+    figure.savefig(png, format='png')
+    files.atomic_write(path, png.getvalue())
+
+
+def draw_confusion(confusion: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    """Draws a confusion matrix, each row divided by its sum."""
+    classes = len(confusion)
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    side = float(np.clip(0.42 * classes, 4.5, 14)) + 1.5
+    figure = Figure(figsize=(side, side), dpi=120, layout='constrained')
+    axes = figure.subplots()
+    axes.imshow(shares, cmap='Blues', vmin=0, vmax=1, interpolation='nearest')
+    axes.set_title(title, loc='left', fontsize=12)
+    axes.set_xlabel('prediction')
+    axes.set_ylabel('label')
+    if classes <= _NAMED_CLASSES:
+        short = [name if len(name) <= 18 else f'{name[:17]}…' for name in map(_printable, names)]
+        axes.set_xticks(range(classes), short, rotation=90, fontsize=8)
+        axes.set_yticks(range(classes), short, fontsize=8)
+    if classes <= _WRITTEN_CLASSES:
+        for (row, column), count in np.ndenumerate(confusion):
+            if count:
+                color = 'white' if shares[row, column] > 0.5 else 'black'
+                axes.text(column, row, f'{count}', ha='center', va='center', color=color, size=8)
+    return figure
+
+
+def draw_calibration(found: Calibration, title: str) -> Figure:
+    """Draws accuracy against confidence, and how many examples each bin has."""
+    figure = Figure(figsize=(5.5, 6.5), dpi=120, layout='constrained')
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    left = np.arange(len(found.counts)) / len(found.counts)
+    width = 1 / len(found.counts)
+    upper.set_title(f'{title}  calibration error {found.error:.1%}', loc='left', fontsize=12)
+    upper.plot((0, 1), (0, 1), color=_GREY, linestyle='--', linewidth=1, label='calibrated')
+    upper.plot(found.confidences, found.accuracies, color=_BLUE, marker='o', label='observed')
+    upper.set(ylabel='accuracy', ylim=(0, 1.02))
+    upper.legend(frameon=False)
+    lower.bar(left, found.counts, width, align='edge', color=_BLUE, edgecolor='white')
+    lower.set(xlabel='confidence', ylabel='images', xlim=(0, 1))
+    for axes in (upper, lower):
+        axes.spines[['top', 'right']].set_visible(False)
+    return figure
+
+
+def draw_worst(predictions: Predictions, source: Source, title: str) -> Figure:
+    """Draws the images whose label was given the least probability, the worst first."""
+    rows = np.arange(len(predictions.labels))
+    of_label = predictions.log_probabilities[rows, predictions.labels]
+    wrong = rows[~predictions.is_correct]
+    worst = wrong[np.argsort(of_label[wrong], kind='stable')][:_WORST]
+    columns = 6
+    lines = max(1, -(-len(worst) // columns))
+    figure = Figure(figsize=(2.1 * columns, 2.6 * lines + 0.4), dpi=100, layout='constrained')
+    heading = 'the worst mistakes' if len(worst) else 'no mistakes'
+    figure.suptitle(f'{title}  {heading}'.strip(), fontsize=12)
+    grid = figure.subplots(lines, columns).ravel()
+    for axes in grid:
+        axes.axis('off')
+    for axes, row in zip(grid, worst, strict=False):
+        image = Image.fromarray(decode(source[int(predictions.indices[row])]['image']))
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        axes.imshow(np.asarray(image))
+        label, predicted = (
+            _printable(source.class_names[index])[:24]
+            for index in (predictions.labels[row], predictions.predicted[row])
+        )
+        probability = np.exp(predictions.log_probabilities[row].max())
+        axes.set_title(f'{label}\nnot {predicted} ({probability:.0%})', fontsize=8)
+    return figure
+
+
+def _printable(name: str) -> str:
+    """Returns a name that matplotlib can draw: no formulas, no undecodable bytes."""
+    return name.encode(errors='backslashreplace').decode().replace('$', r'\$')

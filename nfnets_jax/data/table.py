@@ -1,0 +1,229 @@
+"""A table of image files with their labels: CSV, TSV or Parquet."""
+
+import collections
+import csv
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+
+from nfnets_jax import extras, fields, files
+from nfnets_jax.data.folder import hold_out
+from nfnets_jax.data.preprocessing import ImageError
+from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
+from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.fields import Field
+
+_DELIMITERS = {'.csv': ',', '.tsv': '\t'}
+
+# What the columns of a table may be called, in upper or lower case.
+COLUMN_NAMES = {
+    'image': (
+        'image',
+        'path',
+        'file',
+        'filename',
+        'file_name',
+        'filepath',
+        'image_path',
+        'image_id',
+    ),
+    'label': ('label', 'class', 'category', 'target', 'class_name'),
+    'split': ('split', 'subset', 'partition', 'set'),
+}
+
+
+class ImageTable:
+    """A table with a row for each image file: its path, its label and perhaps its split.
+
+    Labels are numbered in the order of their names, or of their values where all are integers;
+    those of the training split are the classes. Without a column for the split, a fixed share of
+    every class, drawn by `split_seed`, is held out as 'test', as `ImageFolder` does. The values of
+    that column are the names in `SPLIT_NAMES`; where there is val but no test, 'test' is val, and
+    there is no 'validation'. Rows without a path or without a label are left out and counted.
+
+    `split` is 'train', 'validation' or 'test'.
+
+    Raises:
+        MissingSplit: the table has no such split.
+        UsageError: the file is not such a table, has no such column, names an unknown split, or its
+            first image is not there.
+    """
+
+    @fields.checked('data')
+    def __init__(
+        self,
+        split: str,
+        path: Annotated[str | os.PathLike, Field('The .csv, .tsv or .parquet file.')],
+        root: Annotated[str, Field("Directory of its paths; '': that of the table.")] = '',
+        image_column: Annotated[str, Field("Its column of paths; '': found by its name.")] = '',
+        label_column: Annotated[str, Field("Its column of labels; '': found by its name.")] = '',
+        split_column: Annotated[str, Field("Its column of splits; '': found by its name.")] = '',
+        suffix: Annotated[str, Field("Appended to every path, such as '.jpg'.")] = '',
+        test_fraction: Annotated[
+            float | None,
+            Field(
+                'Share of each class to test on, where there are no splits; None: 0.2.',
+                above=0,
+                below=1,
+            ),
+        ] = None,
+        split_seed: Annotated[int | None, Field('Seed that draws them; None: 0.', low=0)] = None,
+    ):
+        check_split('table', split, SPLITS)
+        table = pathlib.Path(files.expand(path))
+        self._root = pathlib.Path(files.expand(root)) if root else table.parent
+        columns = _read(table)
+        given = {'image': image_column, 'label': label_column, 'split': split_column}
+        images, labels, splits = (
+            _column(table, columns, kind, given[kind]) for kind in COLUMN_NAMES
+        )
+        self.name, self.origin = f'{path} ({split})', str(path)
+        self.left_out: dict[str, int] = collections.Counter()
+        rows: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            if image and label:
+                owner = _split_name(splits[i], table, i + 2) if splits else 'all'
+                rows[owner].append((image + suffix, label))
+            else:
+                self.left_out['rows without ' + ('a label' if image else 'a path')] += 1
+        if splits and (test_fraction is not None or split_seed is not None):
+            raise UsageError(
+                f'data.test_fraction, data.split_seed: nothing is held out of {path}, because a '
+                'column says the splits; leave them out'
+            )
+        if 'test' not in rows and 'validation' in rows:
+            rows['test'] = rows.pop('validation')
+        self.class_names = _class_names(label for _, label in rows['all'] + rows['train'])
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        if not splits and split != 'validation':
+            rows[split] = _held_out(rows['all'], split, numbers, test_fraction, split_seed or 0)
+        if not (chosen := rows[split]):
+            raise MissingSplit(f'{path}: no rows of the split {split!r}')
+        for image, label in chosen:
+            if label not in numbers:
+                raise UsageError(
+                    f'{path}: {image} of {split} has the label {label!r}, which no training image '
+                    f'has{nearest(label, self.class_names)}'
+                )
+        self._images = [image for image, _ in chosen]
+        self.labels = np.array([numbers[label] for _, label in chosen], np.int32)
+        if not os.path.exists(self.where(0)):
+            raise UsageError(
+                f'{path}: its image {self._images[0]!r} is not in {self._root}; say where the '
+                "images are by data.root, or what their names end with by data.suffix='.jpg'"
+            )
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            with open(self.where(index), 'rb') as file:
+                return {'image': file.read(), 'label': int(self.labels[index])}
+        except OSError as error:
+            raise ImageError(f'cannot be read: {error.strerror}') from error
+
+    def where(self, index: int) -> str:
+        return str(self._root / self._images[index])
+
+    def checksum(self) -> str:
+        rows = [
+            (image, self.class_names[label])
+            for image, label in zip(self._images, self.labels, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _read(path: pathlib.Path) -> dict[str, Sequence[str]]:
+    """Returns the columns of a table as text, '' where a value is missing."""
+    suffix = path.suffix.lower()
+    if suffix not in (*_DELIMITERS, '.parquet'):
+        raise UsageError(f'data.path={str(path)!r}: must be a .csv, .tsv or .parquet file')
+    try:
+        if suffix == '.parquet':
+            return _read_parquet(path)
+        with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
+            reader = csv.reader(file, delimiter=_DELIMITERS[suffix], strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            rows = [row for row in reader if row]
+    except (OSError, ValueError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UsageError(f'data.path={str(path)!r}: cannot be read as a table: {reason}') from error
+    if not rows:
+        raise UsageError(f'data.path={str(path)!r}: has no rows below its header')
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise UsageError(
+                f'{path}: row {number} has {len(row)} values, but the header {len(header)}'
+            )
+    return {name: [row[i].strip() for row in rows] for i, name in enumerate(header)}
+
+
+def _read_parquet(path: pathlib.Path) -> dict[str, Sequence[str]]:
+    with extras.optional():
+        from pyarrow import parquet
+    table = parquet.read_table(path)
+    return {
+        name: ['' if value is None else str(value) for value in table[name].to_pylist()]
+        for name in table.column_names
+    }
+
+
+def _column(
+    path: pathlib.Path, columns: Mapping[str, Sequence[str]], kind: str, given: str
+) -> Sequence[str]:
+    """Returns the column of a kind; an empty one for splits that the table does not have."""
+    if given:
+        if given not in columns:
+            raise UsageError(
+                f'data.{kind}_column={given!r}: {path} has no such column{nearest(given, columns)}'
+            )
+        return columns[given]
+    names = [name for name in columns if name.lower() in COLUMN_NAMES[kind]]
+    if len(names) == 1:
+        return columns[names[0]]
+    if not names and kind == 'split':
+        return ()
+    what = f'has {" and ".join(names)}' if names else f'has no column {COLUMN_NAMES[kind][0]!r}'
+    raise UsageError(
+        f'{path}: {what}; name the one of the {kind}s by data.{kind}_column (its columns: '
+        f'{", ".join(columns)})'
+    )
+
+
+def _split_name(text: str, path: pathlib.Path, row: int) -> str:
+    """Returns the split that a row names, a key of `SPLIT_NAMES`."""
+    for split, names in SPLIT_NAMES.items():
+        if text.lower() in names:
+            return split
+    known = [name for names in SPLIT_NAMES.values() for name in names]
+    raise UsageError(f'{path}: row {row} is of the split {text!r}{nearest(text, known)}')
+
+
+def _class_names(labels: Iterable[str]) -> tuple[str, ...]:
+    names = set(labels)
+    are_integers = all(name.isdecimal() for name in names)
+    return tuple(sorted(names, key=int if are_integers else None))
+
+
+def _held_out(
+    rows: Sequence[tuple[str, str]],
+    split: str,
+    numbers: Mapping[str, int],
+    test_fraction: float | None,
+    seed: int,
+) -> list[tuple[str, str]]:
+    """Returns the train or test part of the rows of every class."""
+    by_class: dict[str, list[tuple[str, str]]] = {name: [] for name in numbers}
+    for row in sorted(rows):
+        by_class[row[1]].append(row)
+    return [
+        row
+        for name, number in numbers.items()
+        for row in hold_out(by_class[name], split, test_fraction, seed=(seed, number), name=name)
+    ]

@@ -1,0 +1,67 @@
+"""The images that a command names, and the network's output for each of them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.run import image_files
+from nfnets_jax.errors import UsageError
+from nfnets_jax.weights import pretrained
+
+METADATA = pretrained.Metadata(
+    model='NF-ResNet-8', options={'widths': (8,), 'depths': (1,)}, num_classes=3, test_size=16
+)
+
+
+def save_image(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.RandomState(seed).randint(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(path, 'PNG')
+    return path
+
+
+def make_weights(**changes):
+    metadata = dataclasses.replace(METADATA, **changes)
+    rng = np.random.RandomState(0)
+    variables = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
+        pretrained.variable_shapes(metadata),
+    )
+    return pretrained.Weights(*variables, metadata)
+
+
+def test_directories_are_searched_at_any_depth(tmp_path):
+    inside = save_image(tmp_path / 'd' / 'deep' / 'a.JPG')
+    beside = save_image(tmp_path / 'd' / 'b.png')
+    (tmp_path / 'd' / 'notes.txt').write_text('no image')
+    named = tmp_path / 'anything'
+    found = list(image_files.expand_directories([str(named), str(tmp_path / 'd')]))
+    assert found == [named, beside, inside]
+    (tmp_path / 'empty').mkdir()
+    found = list(image_files.expand_directories([str(tmp_path / 'empty')]))
+    assert found == [tmp_path / 'empty']
+
+
+def test_each_row_is_of_its_own_image_whatever_the_batch(tmp_path):
+    weights = make_weights()
+    paths = [save_image(tmp_path / f'{i}.png', seed=i) for i in range(5)]
+    paths.insert(2, tmp_path / 'absent.png')
+    (tmp_path / 'empty').mkdir()
+    paths.append(tmp_path / 'empty')
+    one_by_one = list(image_files.outputs(weights, paths, 1))
+    batches = list(image_files.outputs(weights, paths, 3))
+    assert [path for path, _ in batches] == paths
+    assert batches[2][1] == one_by_one[2][1] == 'cannot be read: No such file or directory'
+    assert batches[6][1] == 'there are no images in this directory'
+    for i in (0, 1, 3, 4, 5):
+        np.testing.assert_allclose(batches[i][1], one_by_one[i][1], rtol=1e-4)
+    assert np.abs(batches[0][1] - batches[1][1]).max() > 0.01
+
+
+def test_weights_for_other_channels_are_refused():
+    weights = make_weights(options=METADATA.options | {'channels': 1}, mean=(1.0,), std=(1.0,))
+    with pytest.raises(UsageError, match='for 1 channels'):
+        list(image_files.outputs(weights, [], 2))

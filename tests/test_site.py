@@ -1,0 +1,93 @@
+"""The documentation site builds without a warning and without network, and its links work."""
+
+import html.parser
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import urllib.parse
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    """The built site, from a copy of what it is made of: the build writes beside its output."""
+    source = tmp_path_factory.mktemp('site') / 'source'
+    output = source.parent / 'build' / 'html'
+    for name in ('docs', 'examples', 'nfnets_jax'):
+        ignored = shutil.ignore_patterns('_build', '__pycache__')
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ('CHANGELOG.md', 'CONTRIBUTING.md'):
+        shutil.copy(ROOT / name, source)
+    process = subprocess.run(
+        [sys.executable, '-m', 'sphinx', '--fail-on-warning', '--quiet', source / 'docs', output],
+        env=os.environ | {'http_proxy': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9'},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return output
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a page links to, what it loads, and the anchors that it has."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.loaded, self.anchors = [], [], set()
+        self.feed(path.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.anchors.update(filter(None, (values.get('id'), values.get('name'))))
+        if tag == 'a' and values.get('href'):
+            self.links.append(values['href'])
+        if tag in ('img', 'script', 'iframe') and values.get('src'):
+            self.loaded.append(values['src'])
+        if tag == 'link' and values.get('rel') == 'stylesheet':
+            self.loaded.append(values['href'])
+
+
+def test_every_link_and_anchor_of_the_site_leads_somewhere(site):
+    pages = {path: Page(path) for path in site.rglob('*.html')}
+    assert len(pages) > 20
+    broken = []
+    for path, page in pages.items():
+        for link in (*page.links, *page.loaded):
+            url = urllib.parse.urlsplit(link)
+            if url.scheme:
+                continue
+            target = (path.parent / urllib.parse.unquote(url.path)).resolve() if url.path else path
+            found = target in pages or target.is_file()
+            if found and url.fragment and target in pages:
+                found = urllib.parse.unquote(url.fragment) in pages[target].anchors
+            if not found:
+                broken.append(f'{path.relative_to(site)}: {link}')
+    assert not broken
+
+
+def test_pages_load_nothing_from_other_hosts(site):
+    for path in site.rglob('*.html'):
+        for link in Page(path).loaded:
+            local = not urllib.parse.urlsplit(link).netloc
+            assert local or 'mathjax' in link, f'{path.name} loads {link}'  # only to draw formulas
+
+
+@pytest.mark.parametrize(
+    ('page', 'texts'),
+    [
+        ('reference/agc.html', ('adaptive_grad_clip', 'clipping_by_leaf', 'f32 scalar')),
+        ('reference/models.html', ('create_model', 'ScaledWSConv2D')),
+        ('agc.html', ('clipped_fraction',)),
+        ('search.html', ('searchindex',)),
+        ('changelog.html', ('Unreleased',)),
+    ],
+)
+def test_pages_hold_what_they_are_for(site, page, texts):
+    text = (site / page).read_text(encoding='utf-8')
+    for part in texts:
+        assert part in text
