@@ -268,7 +268,11 @@ def describe_imbalance(experiment: Experiment) -> Iterator[str]:
     if not experiment.multi_label:
         remedies = {'--config.data.sampling=balanced': config.data.get('sampling')} | remedies
     given = [option for option, value in remedies.items() if value == 'balanced']
-    yield f'{line}; {" and ".join(given)}' if given else f'{line}; consider {" or ".join(remedies)}'
+    yield (
+        f'{line}; with {" and ".join(given)}'
+        if given
+        else f'{line}; consider {" or ".join(remedies)}'
+    )
 
 
 def describe_steps(experiment: Experiment) -> str:

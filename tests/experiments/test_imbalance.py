@@ -138,6 +138,6 @@ def test_a_line_names_classes_that_are_very_unequal(unequal):
         f'{told}; consider --config.data.sampling=balanced or --config.class_weights=balanced'
     ]
     assert list(describe_imbalance(build(tiny_config(data=unequal, **BALANCED)))) == [
-        f'{told}; --config.data.sampling=balanced'
+        f'{told}; with --config.data.sampling=balanced'
     ]
     assert not list(describe_imbalance(build(tiny_config())))
