@@ -296,14 +296,18 @@ def _norm(parts: tuple[jax.Array, ...], axes: tuple[int, ...], tiny: bool) -> ja
     if tiny:
         exponents.insert(0, info.maxexp - 8)  # the inverse is a normal number
 
-    def norm_at(exponent: int) -> jax.Array:
-        # The barrier keeps XLA from factoring the constant out of the square, where it underflows,
-        # and from writing one broadcast of it to memory for all leaves of a shape.
-        numbers, scale = jax.lax.optimization_barrier((parts, jnp.asarray(2.0**exponent, dtype)))
-        squares = [jnp.square(number * scale) for number in numbers]
+    # The barrier keeps XLA from factoring a constant out of a square, where it underflows, and from
+    # writing one broadcast of it to memory for all leaves of a shape. It is one for all sums, so
+    # that they can share one read of the numbers: an NFNet-F0's update takes 6.8 million cycles of
+    # a TPU v5e by the compiler's estimate, and 9.8 with a barrier for each sum.
+    scales = tuple(jnp.asarray(2.0**exponent, dtype) for exponent in exponents)
+    parts, scales = jax.lax.optimization_barrier((parts, scales))
+
+    def norm_at(exponent: int, scale: jax.Array) -> jax.Array:
+        squares = [jnp.square(part * scale) for part in parts]
         return jnp.sqrt(_total(squares, axes)) * 2.0**-exponent
 
-    *scaled_up, norm = map(norm_at, exponents)
+    *scaled_up, norm = map(norm_at, exponents, scales)
     for candidate in reversed(scaled_up):
         norm = jnp.where(candidate < jnp.inf, candidate, norm)
     return norm

@@ -27,5 +27,5 @@ def test_number_of_classes_counts():
 
 
 def test_no_such_model():
-    with pytest.raises(UsageError, match='--models=NFnet: no model has that in its name'):
+    with pytest.raises(UsageError, match='--models=NFnet: no model has this in its name'):
         list(table_of_models.table('NFnet', 10))
