@@ -72,13 +72,13 @@ def get_config(arguments: str = ''):
         for option, value in metadata.options.items()
     }
     config.init = {'weights': weights, 'new_head': True}
-    config.data = {
-        'name': _source(given['data']),
-        'path': given['data'],
-        'image_size': metadata.train_size or published.train_size,
-        'test_image_size': metadata.test_size or published.test_size,
-        'test_mode': metadata.eval_mode,
-    }
+    config.data.update(
+        name=_source(given['data']),
+        path=given['data'],
+        image_size=metadata.train_size or published.train_size,
+        test_image_size=metadata.test_size or published.test_size,
+        test_mode=metadata.eval_mode,
+    )
     for key in ('mean', 'std'):
         if getattr(metadata, key) != getattr(Metadata(), key):  # The runner's default as well.
             config.data[key] = getattr(metadata, key)

@@ -30,16 +30,26 @@ class Guess(NamedTuple):
 
 
 def classify(
-    weights: pretrained.Weights, paths: Iterable[pathlib.Path], top: int = 5, batch_size: int = 16
+    weights: pretrained.Weights,
+    paths: Iterable[pathlib.Path],
+    top: int = 5,
+    batch_size: int = 16,
+    threshold: float | None = None,
 ) -> Iterator[tuple[pathlib.Path, list[Guess] | str]]:
-    """Yields for each image its `top` classes, most likely first, or why it cannot be read."""
+    """Yields for each image its classes, most likely first, or why it cannot be read.
+
+    These are the `top` ones, or all that have at least the probability `threshold`. Where an image
+    may have several classes, each has a probability of its own.
+    """
     metadata = weights.metadata
     names = metadata.class_names or tuple(map(str, range(metadata.num_classes or 0)))
-    for path, found in image_files.outputs(weights, paths, batch_size, jax.nn.softmax):
+    activation = jax.nn.sigmoid if metadata.multi_label else jax.nn.softmax
+    for path, found in image_files.outputs(weights, paths, batch_size, activation):
         if isinstance(found, str):
             yield path, found
             continue
-        ranked = np.argsort(-found, kind='stable')[:top]
+        shown = top if threshold is None else np.count_nonzero(found >= threshold)
+        ranked = np.argsort(-found, kind='stable')[:shown]
         yield path, [Guess(int(i), names[i], float(found[i])) for i in ranked]
 
 
@@ -60,7 +70,8 @@ def main(paths: list[str]) -> None:
     line = f'{source}: {pretrained.describe(weights)}; {len(images):,} images; compiling'
     print(line, file=sys.stderr, flush=True)
     unreadable = 0
-    for path, result in classify(weights, images, args.top, args.batch_size):
+    options = args.top, args.batch_size, args.threshold
+    for path, result in classify(weights, images, *options):
         if isinstance(result, str):
             unreadable += 1
             print(f'{path}: {result}', file=sys.stderr)
@@ -76,6 +87,13 @@ def main(paths: list[str]) -> None:
 if __name__ == '__main__':
     weights_flags.define()
     flags.DEFINE_integer('top', 5, 'How many classes to print.', lower_bound=1)
+    flags.DEFINE_float(
+        'threshold',
+        None,
+        'Print the classes that are at least so probable, instead of --top.',
+        lower_bound=0,
+        upper_bound=1,
+    )
     flags.DEFINE_bool('json', False, 'Print one JSON object a line for each image.')
     flags.DEFINE_integer('batch_size', 16, 'Images at a time.', lower_bound=1)
     cli.run(main, positional=True)

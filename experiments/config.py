@@ -101,6 +101,10 @@ class Config:
         float,
         Field("Largest decay of the parameters' moving average; 0: no average.", low=0, below=1),
     ] = 0.99999
+    class_weights: Annotated[
+        Literal['none', 'balanced'],
+        Field('Weights of the classes in the training loss; balanced: inverse to their images.'),
+    ] = 'none'
     sam: Annotated[SamConfig, Field('Sharpness-aware minimization.')]
     skip_nonfinite: Annotated[
         int,
@@ -225,6 +229,8 @@ def eval_precision(config: ConfigDict) -> str:
 # Dotted keys that the configs of earlier versions lack, with what those versions did.
 ADDED_FIELDS = {
     'augment.mix_pairs': 'batch',
+    'class_weights': 'none',
+    'data.sampling': 'shuffled',
     'eval.precision': 'training',
     'eval.report': False,
     'optimizer.schedule.end_value': 0.0,

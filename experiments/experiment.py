@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import config as schema
@@ -14,8 +15,8 @@ from experiments.config import naming
 from experiments.run import parallel
 from experiments.run.data import ImageSpec, open_data
 from nfnets_jax import augment, models, optimizers
-from nfnets_jax.data import sources
-from nfnets_jax.data.sources import Source
+from nfnets_jax.data import sampling, sources
+from nfnets_jax.data.sources import Source, read_labels
 from nfnets_jax.errors import UsageError
 from nfnets_jax.schedules import num_steps
 
@@ -32,6 +33,7 @@ class Experiment:
     model: hk.TransformedWithState
     optimizer: optimizers.Optimizer
     augmentation: Callable  # (keys, images, labels) -> (normalized images, soft targets)
+    class_weights: np.ndarray | None  # float32 [classes], in the training loss; None: all 1
     images_per_step: int  # images read for a step: the batch size, twice that with distinct pairs
     on_device: bool  # whether the training images are cached on the devices
     skip_bad: int  # how many unreadable images each process may skip
@@ -41,6 +43,19 @@ class Experiment:
     checkpoint_every: int
     profile_steps: int
     num_parameters: int
+
+    @property
+    def label_spec(self) -> jax.ShapeDtypeStruct:
+        """What the label of an example is: an integer, or one number for each class."""
+        labels = self.train_source.labels
+        if labels is None:
+            return jax.ShapeDtypeStruct((), np.int32)
+        return jax.ShapeDtypeStruct(labels.shape[1:], labels.dtype)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels."""
+        return bool(self.label_spec.shape)
 
     @property
     def splits(self) -> dict[str, Source]:
@@ -80,6 +95,7 @@ def build(
     with naming('data'):
         train_source, validation_source, test_source, image_spec = open_data(config, open_source)
     skip_bad = config.data.get('skip_bad', 0)
+    _check_sampling(config, train_source)
     num_classes = len(train_source.class_names)
     steps_per_epoch = len(train_source) / config.batch_size
     if steps_per_epoch < 1:
@@ -121,8 +137,11 @@ def build(
             f'{config.batch_size} reads {images_per_step} images, but {train_source.name} has '
             f"{len(train_source)}: halve the batch, or choose 'batch'"
         )
+    class_weights = None
     if training:
         _check_batch_fits_devices(config, images_per_step, image_spec)
+        if config.class_weights == 'balanced':
+            class_weights = sampling.class_weights(read_labels(train_source), num_classes)
     optimizer = optimizers.create(
         config.optimizer,
         params,
@@ -140,6 +159,7 @@ def build(
         model=model,
         optimizer=optimizer,
         augmentation=augmentation,
+        class_weights=class_weights,
         images_per_step=images_per_step,
         on_device=_is_on_device(config, image_spec),
         skip_bad=skip_bad,
@@ -182,6 +202,15 @@ def _check_batch_fits_devices(
         )
 
 
+def _check_sampling(config: ConfigDict, source: Source) -> None:
+    several = source.labels is not None and source.labels.ndim == 2
+    if several and config.data.get('sampling') == 'balanced':
+        raise UsageError(
+            f"config.data.sampling='balanced': images of {source.name} may have several labels, "
+            "and so no class to be drawn by; choose config.class_weights='balanced'"
+        )
+
+
 def _is_on_device(config: ConfigDict, image_spec: ImageSpec) -> bool:
     on_device = config.data.get('on_device', False)
     if on_device and image_spec.train_transform is not None:
@@ -209,13 +238,41 @@ def describe_data(experiment: Experiment) -> Iterator[str]:
     ]
     place = f', from {origins[0]}' if len(origins) == 1 else ''
     classes = len(experiment.train_source.class_names)
-    yield f'data: {classes:,} classes; {", ".join(counts)}{place}'
+    several = ', of which an image may have several' if experiment.multi_label else ''
+    yield f'data: {classes:,} classes{several}; {", ".join(counts)}{place}'
     # Splits that share a directory share the files that are left out.
     by_origin = {source.origin: source.left_out for source in splits.values()}
     left_out = sum(map(collections.Counter, by_origin.values()), collections.Counter())
     if left_out:
         kinds = ', '.join(f'{count:,} {kind}' for kind, count in sorted(left_out.items()))
         yield f'left out, because their names are not those of images: {kinds}'
+
+
+_UNEQUAL = 10  # times the images of another class
+
+
+def describe_imbalance(experiment: Experiment) -> Iterator[str]:
+    """Yields a line if one class has ten times the images of another: their names and numbers."""
+    source, config = experiment.train_source, experiment.config
+    if source.labels is None:  # Counting them would read all the data.
+        return
+    counts = sampling.class_counts(source.labels, len(source.class_names))
+    most, fewest = counts.argmax(), counts.argmin()
+    if counts[most] < _UNEQUAL * counts[fewest]:
+        return
+    line = (
+        f'unequal classes: {source.class_names[most]!r} has {counts[most]:,} training images, '
+        f'{source.class_names[fewest]!r} {counts[fewest]:,}'
+    )
+    remedies = {'--config.class_weights=balanced': config.class_weights}
+    if not experiment.multi_label:
+        remedies = {'--config.data.sampling=balanced': config.data.get('sampling')} | remedies
+    given = [option for option, value in remedies.items() if value == 'balanced']
+    yield (
+        f'{line}; with {" and ".join(given)}'
+        if given
+        else f'{line}; consider {" or ".join(remedies)}'
+    )
 
 
 def describe_steps(experiment: Experiment) -> str:

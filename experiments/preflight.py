@@ -240,21 +240,23 @@ def _train_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     if experiment.on_device:  # All images, and the order of two epochs.
         held = (1, len(experiment.train_source))
         batch |= {'order': _split(jnp.int32, 1, 2 * held[1]), 'first': _split(jnp.uint32, 1)}
+    label = experiment.label_spec
     images, labels = (
         _split(jnp.uint8, *held, *experiment.image_spec.shape),
-        _split(jnp.int32, *held),
+        _split(label.dtype, *held, *label.shape),
     )
     return batch | {'image': images, 'label': labels}
 
 
 def _eval_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     rows = eval_batch_size(experiment) // parallel.device_count()
+    label = experiment.label_spec
     height, width, channels = experiment.image_spec.shape
     if experiment.image_spec.test_transform is not None:
         height = width = experiment.image_spec.test_size
     return {
         'image': _split(jnp.uint8, rows, height, width, channels),
-        'label': _split(jnp.int32, rows),
+        'label': _split(label.dtype, rows, *label.shape),
         'mask': _split(jnp.float32, rows),
     }
 

@@ -92,7 +92,7 @@ def greedy(
 
     Args:
       members: at least one; of equally good ones the earlier is tried first.
-      accuracy: the top-1 of weights on the validation images.
+      accuracy: the score of weights on the validation images.
       log: receives a line for each member.
     """
     alone = [accuracy(member.load()) for member in members]
@@ -104,7 +104,8 @@ def greedy(
         if together >= best:
             total, best, verdict = candidate, together, 'added'
         average = f', the average with it {together:.2%}' if candidate.size > 1 else ''
-        log(f'{members[i].name}: validation top-1 {alone[i]:.2%}{average}: {verdict}')
+        metric = 'mAP' if candidate.first.metadata.multi_label else 'top-1'
+        log(f'{members[i].name}: validation {metric} {alone[i]:.2%}{average}: {verdict}')
     assert total is not None
     return total.mean()
 
@@ -190,7 +191,7 @@ def make_accuracy(
     def accuracy(weights: pretrained.Weights) -> float:
         variables = parallel.replicate({'': (weights.params, weights.state)})
         metrics = evaluation.evaluate(experiment, eval_step, variables, 'validation')
-        return metrics['validation/top1']
+        return evaluation.score(metrics, 'validation')
 
     return init_weights.model_metadata(experiment), accuracy
 

@@ -20,7 +20,13 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import config as schema
 from experiments import smoke
-from experiments.experiment import build, describe_data, describe_network, describe_steps
+from experiments.experiment import (
+    build,
+    describe_data,
+    describe_imbalance,
+    describe_network,
+    describe_steps,
+)
 from experiments.launch import cli, preemption
 from experiments.run import (
     data_record,
@@ -79,7 +85,8 @@ def train(
     log = progress.log
     workdir.check_config(directory, config)
     metric_writers.check_destinations(directory, config)
-    lines += [describe_network(experiment), *describe_data(experiment), describe_steps(experiment)]
+    lines += [describe_network(experiment), *describe_data(experiment)]
+    lines += [*describe_imbalance(experiment), describe_steps(experiment)]
     for line in (*lines, *schema.take_adaptations(config)):
         log(line)
     data = data_record.make_record(experiment.splits)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from experiments import config as schema
 from experiments.experiment import Experiment, init_variables
 from experiments.run import device_cached, parallel, step_metrics
+from experiments.run.losses import cross_entropy
 from experiments.run.predictions import LogitsFn
 from nfnets_jax import augment, optimizers
 from nfnets_jax.sam import sam_value_and_grad
@@ -141,7 +142,12 @@ def _make_loss_and_gradient(experiment: Experiment) -> Callable:
     def loss_fn(trained, batch, frozen, state, key):
         params = optimizers.combine(trained, frozen)
         outputs, state = experiment.model.apply(params, state, key, batch['image'], True)
-        losses = optax.softmax_cross_entropy(outputs['logits'], batch['target'])
+        losses = cross_entropy(
+            outputs['logits'],
+            batch['target'],
+            experiment.class_weights,
+            multi_label=experiment.multi_label,
+        )
         return jnp.mean(losses), (state, outputs['logits'])
 
     value_and_grad: Callable = jax.value_and_grad
@@ -243,6 +249,8 @@ def make_train_step(experiment: Experiment) -> jax.stages.Wrapped:
             trained, {'image': images, 'target': targets}, frozen, s.state, key
         )
         hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
+        if experiment.multi_label:
+            hits = _has_label(targets, logits)
         gradients, state, metrics = _mean_over_devices(
             gradients,
             state,
@@ -305,6 +313,12 @@ def _mean_over_devices(gradients, state: hk.State, metrics: dict, dtype: str):
     return gradients, hk.data_structures.merge(floats, counters), metrics
 
 
+def _has_label(targets: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns whether the highest class of each example is one of its labels, bool [N]."""
+    best = jnp.argmax(logits, axis=-1, keepdims=True)
+    return jnp.take_along_axis(targets, best, axis=-1)[:, 0] > 0.5  # mixed and smoothed, too
+
+
 # --------------------------------------------------------------------------------------- evaluate
 
 
@@ -312,29 +326,53 @@ def make_eval_step(experiment: Experiment, *, flip: bool = False) -> jax.stages.
     """Returns a parallel function (variables by name, batch) -> sums of metrics by name.
 
     The batch holds 'image', 'label' and 'mask', which is 0 for examples that do not count. For
-    `flip` see `make_logits_fn`.
+    `flip` see `make_logits_fn`. With several labels for an image, the result also has 'logits',
+    'label' and 'mask' of the whole batch, because average precision needs the order of all images.
     """
     logits_fn = make_logits_fn(experiment, flip=flip)
 
     def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:
         labels, mask = batch['label'], batch['mask']
-
-        def sums(params, state):
-            logits = logits_fn(params, state, batch['image'])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            _, ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-            hits = ranked == labels[:, None]
-            return {
-                'loss': jnp.sum(losses * mask),
-                'top1': jnp.sum(jnp.where(hits[:, 0], mask, 0)),
-                'top5': jnp.sum(jnp.where(hits.any(axis=1), mask, 0)),
-                'count': jnp.sum(mask),
+        sums = _multi_label_sums if experiment.multi_label else _sums
+        logits = {
+            name: logits_fn(params, state, batch['image'])
+            for name, (params, state) in variables.items()
+        }
+        totals = {name: sums(each, labels, mask) for name, each in logits.items()}
+        totals = jax.lax.psum(totals, parallel.AXIS)
+        if experiment.multi_label:
+            rows = {
+                name: {'logits': each, 'label': labels, 'mask': mask}
+                for name, each in logits.items()
             }
-
-        totals = {name: sums(*pair) for name, pair in variables.items()}
-        return jax.lax.psum(totals, parallel.AXIS)
+            rows = jax.lax.all_gather(rows, parallel.AXIS, tiled=True)
+            totals = {name: totals[name] | rows[name] for name in totals}
+        return totals
 
     return parallel.parallelize(eval_step)
+
+
+def _sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    _, ranked = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    hits = ranked == labels[:, None]
+    return {
+        'loss': jnp.sum(losses * mask),
+        'top1': jnp.sum(jnp.where(hits[:, 0], mask, 0)),
+        'top5': jnp.sum(jnp.where(hits.any(axis=1), mask, 0)),
+        'count': jnp.sum(mask),
+    }
+
+
+def _multi_label_sums(
+    logits: jax.Array, labels: jax.Array, mask: jax.Array
+) -> dict[str, jax.Array]:
+    losses = cross_entropy(logits, labels.astype(jnp.float32), multi_label=True)
+    return {
+        'loss': jnp.sum(losses * mask),
+        'top1': jnp.sum(jnp.where(_has_label(labels, logits), mask, 0)),
+        'count': jnp.sum(mask),
+    }
 
 
 def make_logits_fn(experiment: Experiment, *, flip: bool = False) -> LogitsFn:
@@ -342,8 +380,8 @@ def make_logits_fn(experiment: Experiment, *, flip: bool = False) -> LogitsFn:
 
     Args:
       experiment: the experiment with the network.
-      flip: whether to average the probabilities over each image and its mirror image; the logits
-        are then log probabilities.
+      flip: whether to average the probabilities over each image and its mirror image. The logits
+        are then log probabilities, or log odds where images may have several labels.
     """
     precision = schema.eval_precision(experiment.config)
     mean, std = experiment.image_spec.mean, experiment.image_spec.std
@@ -356,6 +394,9 @@ def make_logits_fn(experiment: Experiment, *, flip: bool = False) -> LogitsFn:
         if not flip:
             return forward(images)
         both = jnp.stack([forward(images), forward(images[:, :, ::-1])])
+        if experiment.multi_label:
+            there, absent = (jax.nn.logsumexp(jax.nn.log_sigmoid(x), axis=0) for x in (both, -both))
+            return there - absent
         return jax.nn.logsumexp(jax.nn.log_softmax(both), axis=0) - jnp.log(2.0)
 
     return logits_fn

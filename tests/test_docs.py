@@ -14,7 +14,7 @@ DOCUMENTS = sorted(
     ]
 )
 # Files of other projects, and the names of modules in earlier versions.
-FOREIGN = {'pretrain.py'}
+FOREIGN = {'pretrain.py', 'small.py'}
 OLD_NAMES = re.compile(r'<!-- old names -->.*?<!-- /old names -->', re.S)
 
 

@@ -21,7 +21,7 @@ def axis_label(axis: str) -> str:
 
 def is_percent(metric: str) -> bool:
     """Returns whether a metric is a fraction that is shown in percent."""
-    return metric.rpartition('/')[2] in ('top1', 'top5', 'clipped_fraction')
+    return metric.rpartition('/')[2] in ('top1', 'top5', 'map', 'auc', 'clipped_fraction')
 
 
 def scale(metric: str) -> float:

@@ -47,6 +47,10 @@ def _of_splits(metric: str) -> tuple[_Series, ...]:
     )
 
 
+_RANKING = (
+    _Panel('Mean average precision', _of_splits('map'), '{:.1f}%', percent=True),
+    _Panel('Area under the ROC curve', _of_splits('auc'), '{:.1f}%', percent=True),
+)
 _PANELS = (
     _Panel('Loss', _of_splits('loss'), '{:.3f}', log=True),
     _Panel('Top-1 accuracy', _of_splits('top1'), '{:.1f}%', percent=True),
@@ -72,18 +76,23 @@ def draw_curves(
 def curves(metrics: Sequence[Mapping[str, float]], *, title: str = '') -> Figure:
     """Draws loss, top-1, learning rate and clipped fraction over the steps of a run.
 
+    Where images have several labels, average precision and area under the ROC curve too.
+
     Args:
         metrics: lines of `metric_writers.read_metrics`; missing and non-finite values are left out.
         title: title above the panels.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-    figure = Figure(figsize=(12, 7.5), dpi=120, layout=layout)
+    several = any(name.endswith('/map') for record in metrics for name in record)
+    panels = (*_PANELS[:2], *(_RANKING if several else ()), *_PANELS[2:])
+    rows = len(panels) // 2
+    figure = Figure(figsize=(12, 3.75 * rows), dpi=120, layout=layout)
     if title:
         figure.suptitle(title, fontsize=15, fontweight='bold')
-    all_axes = figure.subplots(2, 2, sharex=True)
-    for axes, panel in zip(all_axes.flat, _PANELS, strict=True):
+    all_axes = figure.subplots(rows, 2, sharex=True)
+    for axes, panel in zip(all_axes.flat, panels, strict=True):
         _draw_panel(axes, panel, metrics)
-    for axes in all_axes[1]:
+    for axes in all_axes[-1]:
         axes.set_xlabel('step')
     return figure
 

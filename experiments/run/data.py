@@ -9,7 +9,7 @@ fine-tuning needs those that the weights were trained with.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -34,6 +34,10 @@ class DataConfig:
     name: Annotated[str, Field(f'A source: {", ".join(sources.SOURCES)}.')] = 'digits'
     skip_bad: Annotated[int, Field('Unreadable images to skip, in each process.', low=0)] = 0
     on_device: Annotated[bool, Field('Keep a small training set on the devices.')] = False
+    sampling: Annotated[
+        Literal['shuffled', 'balanced'],
+        Field('An epoch holds each training image once, or all classes equally often.'),
+    ] = 'shuffled'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ DATA_FILE = 'data.json'
 # Config keys that name the place of the data, and how to read them. They do not change the data.
 PLACES = ('data.path', 'data.data_dir')
 HANDLING = ('data.skip_bad', 'data.on_device')
+_SAME_DATA = (*PLACES, *HANDLING, 'data.sampling')
 
 # {'class_names': [...], 'splits': {split: {'num_examples': int, 'checksum': str}}}
 Record = Mapping[str, Any]
@@ -40,9 +41,7 @@ def make_record(splits: Mapping[str, sources.Source]) -> Record:
 
 def key(config: ConfigDict) -> str:
     """Returns a key that is equal for configs with the same data, wherever these are."""
-    options = {
-        name: x for name, x in config.data.items() if f'data.{name}' not in PLACES + HANDLING
-    }
+    options = {name: x for name, x in config.data.items() if f'data.{name}' not in _SAME_DATA}
     return json.dumps(options, sort_keys=True, default=list)
 
 

@@ -4,6 +4,7 @@ Every device holds all images and the order of two epochs. The training step com
 number which images it takes. Batches are bit for bit those of `train_batches`.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -31,6 +32,7 @@ class DeviceCachedBatches:
         transform: (image, None) -> uint8 [H, W, 3], without randomness; None: no transform.
         process_index, process_count: as in `train_batches`.
         bad: as in `train_batches`; all examples are counted when the images are read.
+        order: as in `train_batches`.
 
     Raises:
         UsageError: the images differ in size, or are more than `MAX_BYTES`.
@@ -49,8 +51,10 @@ class DeviceCachedBatches:
         process_index: int = 0,
         process_count: int = 1,
         bad: UnreadableExamples | None = None,
+        order: Callable[[int], np.ndarray] | None = None,
     ):
-        self._size, self._seed = len(source), seed
+        self._size = len(source)
+        self._epoch_order = order or functools.partial(epoch_order, self._size, seed)
         self._batch_size, self._step = batch_size, start_step
         self._epoch: int | None = None
         rows = batch_size // process_count
@@ -75,7 +79,7 @@ class DeviceCachedBatches:
 
     def _order(self, epoch: int) -> np.ndarray:
         """Returns the order of an epoch; the next readable example replaces an unreadable one."""
-        order = epoch_order(self._size, self._seed, epoch)
+        order = self._epoch_order(epoch)
         places = np.flatnonzero(self._readable[order])
         return order[places[np.searchsorted(places, np.arange(self._size)) % len(places)]]
 
@@ -98,7 +102,7 @@ def take(batch: dict, step: jax.Array, batch_size: int) -> dict:
         batch_size: examples in a batch, over all devices of all processes.
 
     Returns:
-        {'image': uint8 [b, H, W, 3], 'label': int32 [b], 'position': int32 [b]}.
+        {'image': uint8 [b, H, W, 3], 'label': int32 [b] or uint8 [b, K], 'position': int32 [b]}.
     """
     # Modulo 2 ** 32, so that the number of examples seen so far may overflow.
     before = step.astype(jnp.uint32) * jnp.uint32(batch_size) - batch['first'][0]

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
 
 from experiments.experiment import Experiment
-from experiments.run import parallel
+from experiments.run import parallel, ranking
 from nfnets_jax.data import pipeline
 
 
@@ -35,21 +36,29 @@ def evaluate(
 
     Returns:
       {'<split>/loss', '<split>/top1', '<split>/top5'} and '<split>_ema/...': means over the
-      examples. Where some may be skipped, '<split>/skipped_pictures' too.
+      examples. Where some may be skipped, '<split>/skipped_pictures' too. With several labels for
+      an image, top1 counts images whose highest class is one of their labels, and instead of top5
+      there are 'map' and 'auc': means over the classes, see `ranking`, without undefined ones.
     """
-    totals: dict[str, dict[str, float]] = {name: {} for name in variables}
+    found: dict[str, dict[str, list]] = {name: {} for name in variables}
     with open_eval_batches(experiment, split) as batches:
         for batch in batches:
-            for name, sums in jax.device_get(eval_step(variables, batch)).items():
-                for key, value in sums.items():
-                    totals[name][key] = totals[name].get(key, 0.0) + float(value)
-    metrics = {
-        f'{split}{name}/{key}': sums[key] / sums['count']
-        for name, sums in totals.items()
-        for key in ('loss', 'top1', 'top5')
-    }
+            for name, values in jax.device_get(eval_step(variables, batch)).items():
+                for key, value in values.items():
+                    found[name].setdefault(key, []).append(value)
+    metrics = {}
+    for name, values in found.items():
+        count = sum(map(float, values['count']))
+        for key in ('loss', 'top1', 'top5'):
+            if key in values:
+                metrics[f'{split}{name}/{key}'] = sum(map(float, values[key])) / count
+        if experiment.multi_label:
+            is_real = np.concatenate(values['mask']) == 1
+            scores, labels = (np.concatenate(values[key])[is_real] for key in ('logits', 'label'))
+            for key, of in (('map', ranking.average_precision), ('auc', ranking.roc_auc)):
+                metrics[f'{split}{name}/{key}'] = float(np.nanmean(of(scores, labels)))
     if experiment.skip_bad:
-        metrics[f'{split}/skipped_pictures'] = len(experiment.splits[split]) - totals['']['count']
+        metrics[f'{split}/skipped_pictures'] = len(experiment.splits[split]) - count
     return metrics
 
 
@@ -66,24 +75,33 @@ def open_eval_batches(experiment: Experiment, split: str) -> pipeline.Prefetch:
     return pipeline.Prefetch(batches, parallel.shard)
 
 
+_IN_WORDS = {'map': 'mAP', 'auc': 'AUC', 'top1': 'top-1', 'top5': 'top-5'}
+
+
 def describe_accuracy(metrics: Mapping[str, float]) -> str:
     """Returns a line like 'test top-1 98.88 %, top-5 100.00 % (EMA 99.16 %, 100.00 %)'.
 
-    The order of the splits is train, validation, test.
+    The order of the splits is train, validation, test; with several labels for an image that of the
+    metrics is mAP, AUC, top-1.
     """
     parts = []
     for split in ('train', 'validation', 'test'):
-        if f'{split}/top1' not in metrics:
+        shown = [name for name in _IN_WORDS if f'{split}/{name}' in metrics]
+        if not shown:
             continue
-        top1, top5 = (metrics[f'{split}/{name}'] for name in ('top1', 'top5'))
-        part = f'{split} top-1 {top1:.2%}, top-5 {top5:.2%}'
+        raw = ', '.join(f'{_IN_WORDS[name]} {metrics[f"{split}/{name}"]:.2%}' for name in shown)
+        part = f'{split} {raw}'
         if f'{split}_ema/top1' in metrics:
-            top1, top5 = (metrics[f'{split}_ema/{name}'] for name in ('top1', 'top5'))
-            part += f' (EMA {top1:.2%}, {top5:.2%})'
+            averaged = ', '.join(f'{metrics[f"{split}_ema/{name}"]:.2%}' for name in shown)
+            part += f' (EMA {averaged})'
         parts.append(part)
     return '; '.join(parts)
 
 
 def score(metrics: Mapping[str, float], split: str) -> float:
-    """Returns the score that chooses the best checkpoint: top-1, of the EMA if there is one."""
-    return metrics.get(f'{split}_ema/top1', metrics[f'{split}/top1'])
+    """Returns the score that chooses the best checkpoint, of the EMA if there is one.
+
+    It is the mean average precision with several labels for an image, else top-1.
+    """
+    name = 'map' if f'{split}/map' in metrics else 'top1'
+    return metrics.get(f'{split}_ema/{name}', metrics[f'{split}/{name}'])

@@ -109,6 +109,7 @@ def model_metadata(experiment: Experiment) -> pretrained.Metadata:
         options=options,
         num_classes=len(classes),
         class_names=classes,
+        multi_label=experiment.multi_label,
         train_size=spec.shape[0],
         test_size=spec.test_size,
         eval_mode=spec.test_mode,

@@ -222,10 +222,14 @@ def differences(
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
-    """Returns a field of a flat config; a missing option of the data has its default."""
+    """Returns a field of a flat config.
+
+    A missing option of the data has its default, and a field that earlier versions lacked has the
+    value of what these did.
+    """
     node, _, option = key.partition('.')
     if key in config or node != 'data' or config.get('data.name') not in sources.SOURCES:
-        return config.get(key)
+        return config.get(key, schema.ADDED_FIELDS.get(key))
     runner = default_config().data
     if option in runner:
         return runner[option]

@@ -185,9 +185,10 @@ def _final_state(experiment: Experiment, directory) -> TrainState:
 def _step_mib(experiment: Experiment) -> float:
     devices = jax.local_device_count()
     rows = parallel.local_batch_size(experiment.images_per_step) // devices
+    label = experiment.label_spec
     batch = {
         'image': jax.ShapeDtypeStruct((devices, rows, *experiment.image_spec.shape), np.uint8),
-        'label': jax.ShapeDtypeStruct((devices, rows), np.int32),
+        'label': jax.ShapeDtypeStruct((devices, rows, *label.shape), label.dtype),
         'position': jax.ShapeDtypeStruct((devices, rows), np.int32),
         'stop': jax.ShapeDtypeStruct((devices, 1), np.float32),
     }

@@ -286,7 +286,16 @@ def normalize(
 
 
 def soft_labels(labels: jax.Array, num_classes: int, smoothing: float = 0.0) -> jax.Array:
-    """Returns float32 [N, num_classes]: one-hot, `smoothing` of each spread over all classes."""
+    """Returns soft targets, float32 [N, num_classes].
+
+    Args:
+        labels: integers [N], which become one-hot, `smoothing` of each spread over all classes; or
+            [N, num_classes] of 0 and 1, which become t (1 - smoothing) + smoothing / 2.
+        num_classes: of the labels.
+        smoothing: from 0 to below 1.
+    """
+    if labels.ndim == 2:  # Each class is a question of its own, with two answers.
+        return labels.astype(jnp.float32) * (1 - smoothing) + smoothing / 2
     return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
 
 
@@ -307,9 +316,9 @@ def make_augment(
 
     Returns:
         augment(keys, images, labels) -> (images, targets), for keys [M] of `example_keys`, uint8
-        images [M, H, W, C] and int labels [M]: normalized images [N, H, W, C] of `dtype`, float32
-        targets [N, num_classes], where M = N * `images_per_example(config)`. It may be jitted; N
-        may be one device's share of the batch.
+        images [M, H, W, C] and M labels as of `soft_labels`: normalized images [N, H, W, C] of
+        `dtype`, float32 targets [N, num_classes], where M = N * `images_per_example(config)`. It
+        may be jitted; N may be one device's share of the batch.
 
     Raises:
         UsageError: an unknown key or a value out of range.

@@ -102,7 +102,8 @@ class ImageFolder:
         self.class_names = tuple(path.name for path in _class_directories(train))
         if len(self.class_names) < 2:
             raise UsageError(_one_class(root, train))
-        self._paths, self._labels = [], []
+        labels: list[int] = []
+        self._paths = []
         owners: dict[str, pathlib.Path] = {}
         for class_directory in _class_directories(directory, self.left_out):
             if class_directory.name not in self.class_names:
@@ -128,7 +129,8 @@ class ImageFolder:
                     name=str(paths[0].parent),
                 )
             self._paths += paths
-            self._labels += [label] * len(paths)
+            labels += [label] * len(paths)
+        self.labels = np.array(labels, np.int32)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -138,7 +140,7 @@ class ImageFolder:
             encoded = self._paths[index].read_bytes()
         except OSError as error:
             raise ImageError(f'cannot be read: {error.strerror}') from error
-        return {'image': encoded, 'label': self._labels[index]}
+        return {'image': encoded, 'label': int(self.labels[index])}
 
     def where(self, index: int) -> str:
         return str(self._paths[index])
@@ -146,7 +148,7 @@ class ImageFolder:
     def checksum(self) -> str:
         files = [
             (path.relative_to(self._directory).as_posix(), self.class_names[label])
-            for path, label in zip(self._paths, self._labels, strict=True)
+            for path, label in zip(self._paths, self.labels, strict=True)
         ]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()  # ASCII JSON: takes any name
 

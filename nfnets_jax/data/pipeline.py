@@ -1,6 +1,6 @@
 """Host batches of a source, in an order that is a pure function of (seed, position).
 
-Position p of the endless training stream is element p % n of the shuffle of epoch p // n, where the
+Position p of the endless training stream is element p % n of the order of epoch p // n, where the
 source has n examples. Training step s takes positions [s * batch_size, (s + 1) * batch_size), and
 process k takes the k-th share of them. The batch depends on nothing else, neither on the number of
 threads nor on earlier steps, so a run resumes from its step alone and no iterator state is saved.
@@ -86,12 +86,14 @@ def train_batches(
     process_count: int = 1,
     num_threads: int | None = None,
     bad: UnreadableExamples | None = None,
+    order: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[dict]:
     """Returns an endless iterator over this process's training batches.
 
-    Every epoch is a new shuffle of all examples and holds each of them once; a batch may straddle
-    two epochs. An unreadable example is replaced by the next one in that epoch's order, transformed
-    with the random numbers of the original position: the rest of the stream does not change.
+    By default every epoch is a new shuffle of all examples and holds each of them once; a batch may
+    straddle two epochs. An unreadable example is replaced by the next one in that epoch's order,
+    transformed with the random numbers of the original position: the rest of the stream does not
+    change.
 
     Args:
         source: see `nfnets_jax.data.sources`.
@@ -105,10 +107,11 @@ def train_batches(
         num_threads: threads that read and transform; by default one per core, or none without a
             transform (threads do not speed up copying memory).
         bad: counts and limits the examples that are skipped; by default none may be.
+        order: epoch -> indices of its examples, [len(source)]; by default `epoch_order` of `seed`.
 
     Returns:
         Iterator, with `close()`, of {'image': uint8 [b, H, W, 3], 'label': int32 [b]}, where
-        b = batch_size / process_count.
+        b = batch_size / process_count; with several labels for an image they are uint8 [b, K].
 
     Raises:
         UsageError: invalid sizes; later, at its batch, an image that cannot be read.
@@ -121,7 +124,7 @@ def train_batches(
         )
     if seed < 0:
         raise UsageError(f'seed={seed}: must not be negative')
-    order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, size, seed))
+    order = functools.lru_cache(maxsize=2)(order or functools.partial(epoch_order, size, seed))
     bad = UnreadableExamples() if bad is None else bad
 
     def example(position: int) -> dict:
@@ -161,8 +164,8 @@ def eval_batches(
         source, batch_size, process_index, process_count, num_threads, bad: as in `train_batches`.
 
     Returns:
-        Iterator of {'image': [b, H, W, 3], 'label': int32 [b], 'index': int32 [b], the example's
-        place in the source, 'mask': float32 [b], 1 where real}.
+        Iterator of {'image': [b, H, W, 3], 'label': as in `train_batches`, 'index': int32 [b], the
+        example's place in the source, 'mask': float32 [b], 1 where real}.
 
     Raises:
         UsageError: as `train_batches`, except that `batch_size` may exceed the source.
@@ -244,17 +247,16 @@ def _read(source: Source, index: int, transform: Callable | None, rng=None) -> d
     """Returns one example, its image transformed; errors name the example."""
     try:
         example = source[index]
-        if not 0 <= example['label'] < len(source.class_names):
-            raise ImageError(
-                f'its label, {example["label"]}, is not one of {len(source.class_names)} classes'
-            )
+        label = example['label']
+        if not np.ndim(label) and not 0 <= label < len(source.class_names):
+            raise ImageError(f'its label, {label}, is not one of {len(source.class_names)} classes')
         image = transform(example['image'], rng) if transform else example['image']
     except ImageError as error:
         raise ImageError(f'{source.where(index)}: {error} (example {index})') from error
     except BaseException as error:  # perhaps not the image's fault, but say where it happened
         error.add_note(f'while reading {source.where(index)} (example {index})')
         raise
-    return {'image': image, 'label': np.int32(example['label'])}
+    return {'image': image, 'label': label if np.ndim(label) else np.int32(label)}
 
 
 def _batches(

@@ -44,19 +44,30 @@ def _in_random_orders(count: int, seed: int, number: int, start: int, stop: int)
     return np.concatenate(orders)[start - first * count : stop - first * count]
 
 
+def class_counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns how many examples have each class, int64 [num_classes].
+
+    Args:
+      labels: integers [N], of every example, or [N, num_classes] of 0 and 1.
+      num_classes: the number of classes.
+    """
+    if labels.ndim == 2:
+        return labels.sum(axis=0, dtype=np.int64)
+    return np.bincount(labels, minlength=num_classes)
+
+
 def class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Returns weights of the classes that are inversely proportional to their numbers of examples.
 
-    The mean weight of an example is 1, as with scikit-learn's class_weight='balanced'.
+    The mean weight of a label is 1, as with scikit-learn's class_weight='balanced'.
 
     Args:
-      labels: integers [N], of every example.
-      num_classes: the number of classes.
+      labels, num_classes: as in `class_counts`.
 
     Returns:
       float32 [num_classes]; 1 for a class without examples.
     """
-    counts = np.bincount(labels, minlength=num_classes)
+    counts = class_counts(labels, num_classes)
     there = np.count_nonzero(counts)
-    weights = len(labels) / (there * np.maximum(counts, 1))
+    weights = counts.sum() / (there * np.maximum(counts, 1))
     return np.where(counts, weights, 1).astype(np.float32)

@@ -3,11 +3,14 @@
 A source is any object with
 
 * `len(source)`: the number of examples;
-* `source[i]`: {'image': array or bytes, 'label': int}, for 0 <= i < len(source); the image is uint8
-  [H, W, 3], or the bytes of an encoded image (JPEG, PNG, ...), which a transform of
-  `nfnets_jax.data.preprocessing` decodes;
+* `source[i]`: {'image': array or bytes, 'label': int}, for 0 <= i < len(source); where images may
+  have several labels, uint8 [K], 1 for each that it has; the image is uint8 [H, W, 3], or the bytes
+  of an encoded image (JPEG, PNG, ...), which a transform of `nfnets_jax.data.preprocessing`
+  decodes;
 * `source.where(i)`: the file or index of example i, for errors;
 * `source.class_names`: tuple of str, label -> name;
+* `source.labels`: int32 [N] or uint8 [N, K], the labels of every example; None if they are known
+  only by reading all examples, as `read_labels` does;
 * `source.name`: str;
 * `source.origin`: str, the directory, file or package that the examples come from;
 * `source.left_out`: dict, kind of file -> how many were ignored beside the examples;
@@ -29,7 +32,7 @@ import numpy as np
 
 from nfnets_jax import fields, files
 from nfnets_jax.data.folder import ImageFolder
-from nfnets_jax.data.preprocessing import resize
+from nfnets_jax.data.preprocessing import ImageError, resize
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.data.table import ImageTable
 from nfnets_jax.data.tfds import TfdsSource
@@ -42,6 +45,9 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def labels(self) -> np.ndarray | None: ...
 
     @property
     def name(self) -> str: ...
@@ -59,6 +65,19 @@ class Source(Protocol):
     def where(self, index: int, /) -> str: ...
 
     def checksum(self) -> str: ...
+
+
+def read_labels(source: Source) -> np.ndarray:
+    """Returns `source.labels`; reads every example of a source that does not hold them."""
+    if source.labels is not None:
+        return source.labels
+    labels = np.zeros(len(source), np.int32)
+    for index in range(len(source)):
+        try:
+            labels[index] = source[index]['label']
+        except ImageError as error:
+            raise ImageError(f'{source.where(index)}: {error}') from error
+    return labels
 
 
 class Identity(NamedTuple):
@@ -98,7 +117,8 @@ class ArraySource:
 
     Args:
         images: uint8 [N, H, W, 3].
-        labels: integers [N], each in [0, len(class_names)).
+        labels: integers [N], each in [0, len(class_names)), or [N, 1]. Where images may have
+            several labels, or none: [N, K] of 0 and 1, a column for each class.
         class_names: names of the classes; by default '0', '1', ... up to the largest label.
         name: the source's name in messages.
         origin: the file or package that they come from.
@@ -109,23 +129,35 @@ class ArraySource:
     def __init__(
         self, images, labels, class_names=None, name: str = 'arrays', origin: str = 'memory'
     ):
-        images, labels = np.asarray(images), np.asarray(labels)
+        images, labels = np.asarray(images), _squeeze(np.asarray(labels))
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise UsageError(
                 f'{name}: images must be uint8 [N, H, W, 3], '
                 f'not {images.dtype} {list(images.shape)}'
             )
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
+        several = labels.ndim == 2 and labels.dtype.kind in 'biuf'
+        if labels.shape[:1] != images.shape[:1] or not (several or _is_integer_each(labels)):
             raise UsageError(
-                f'{name}: labels must be {len(images)} integers, one for each image, '
-                f'not {labels.dtype} {list(labels.shape)}'
+                f'{name}: labels must be {len(images)} integers, one for each image, or '
+                f'[{len(images)}, classes] of 0 and 1, not {labels.dtype} {list(labels.shape)}'
             )
+        if several and (wrong := labels[(labels != 0) & (labels != 1)]).size:
+            raise UsageError(f'{name}: labels [N, classes] must be 0 or 1, not {wrong[0]}')
         if class_names is None:
-            class_names = map(str, range(labels.max(initial=-1) + 1))
-        self.images, self.labels = images, labels.astype(np.int32)
+            class_names = map(str, range(_num_classes(labels)))
+        self.images, self.labels = images, labels.astype(np.uint8 if several else np.int32)
         self.name, self.origin = name, origin
         self.class_names = tuple(class_names)
-        if labels.size and not 0 <= labels.min() <= labels.max() < len(self.class_names):
+        if several and labels.shape[1] != len(self.class_names):
+            raise UsageError(
+                f'{name}: labels have {labels.shape[1]} columns, but there are '
+                f'{len(self.class_names)} classes'
+            )
+        if (
+            not several
+            and labels.size
+            and not 0 <= labels.min() <= labels.max() < len(self.class_names)
+        ):
             raise UsageError(
                 f'{name}: labels run from {labels.min()} to {labels.max()}, '
                 f'but there are {len(self.class_names)} classes'
@@ -135,7 +167,8 @@ class ArraySource:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        return {'image': self.images[index], 'label': int(self.labels[index])}
+        label = self.labels[index]
+        return {'image': self.images[index], 'label': label if label.ndim else int(label)}
 
     def where(self, index: int) -> str:
         return f'{self.name}[{index}]'
@@ -143,8 +176,22 @@ class ArraySource:
     def checksum(self) -> str:
         digest = hashlib.sha256(f'{self.images.dtype.str} {self.images.shape}'.encode())
         digest.update(np.ascontiguousarray(self.images).data)
-        digest.update(self.labels.astype('<i4'))
+        digest.update(self.labels.astype('<i4').tobytes())
         return digest.hexdigest()
+
+
+def _squeeze(labels: np.ndarray) -> np.ndarray:
+    """Returns labels [N, 1], as MedMNIST stores them, as [N]; others unchanged."""
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+
+
+def _is_integer_each(labels: np.ndarray) -> bool:
+    return labels.ndim == 1 and labels.dtype.kind in 'iu'
+
+
+def _num_classes(labels: np.ndarray) -> int:
+    """Returns the number of classes that labels [N] or [N, K] speak of."""
+    return labels.shape[1] if labels.ndim == 2 else labels.max(initial=-1) + 1
 
 
 @functools.cache
@@ -229,7 +276,7 @@ class ArrayFile(ArraySource):
     lists other names of the splits. If there is val but no test, 'test' is val, and there is no
     'validation'.
 
-    Images are uint8 [N, H, W, 3], labels integers from 0. `left_out` names the other arrays.
+    Images are uint8 [N, H, W, 3], labels as in `ArraySource`. `left_out` names the other arrays.
 
     Raises:
         MissingSplit: 'validation' if there is none.
@@ -247,9 +294,12 @@ class ArrayFile(ArraySource):
                 if split == 'validation' and split not in found:
                     raise MissingSplit(f'{path}: no split besides those to train and test on')
                 images, labels = (file[name] for name in found[split])
+                every = {s: _squeeze(file[pair[1]]) for s, pair in found.items()}
+                if len({each.ndim for each in every.values()}) > 1:
+                    raise ValueError('one split has several labels for an image, another has one')
                 names = file.get('class_names')
                 if names is None:
-                    names = range(1 + max(file[found[s][1]].max() for s in ('train', 'test')))
+                    names = range(max(_num_classes(every[s]) for s in ('train', 'test')))
                 known = {'class_names', *(name for pair in found.values() for name in pair)}
                 others = {name: 1 for name in file.files if name not in known}
         except MissingSplit:
@@ -362,7 +412,12 @@ def open_source(name: str, split: str, **options: Any) -> Source:
     """
     source = _source_class(name)(split, **options)
     used = source.class_names
-    if split == 'train' and isinstance(source, ArraySource):
+    if source.labels is not None and source.labels.ndim == 2:
+        if not np.ptp(source.labels, axis=0).any():
+            raise UsageError(
+                f'{source.name}: of no class are there images that have it and images that do not'
+            )
+    elif split == 'train' and isinstance(source, ArraySource):
         used = tuple(source.class_names[label] for label in np.unique(source.labels))
     if len(used) < 2:
         raise UsageError(

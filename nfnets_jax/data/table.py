@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
+import numpy as np
+
 from nfnets_jax import extras, fields, files
 from nfnets_jax.data.folder import hold_out
 from nfnets_jax.data.preprocessing import ImageError
@@ -109,7 +111,7 @@ class ImageTable:
                     f'has{nearest(label, self.class_names)}'
                 )
         self._images = [image for image, _ in chosen]
-        self._labels = [numbers[label] for _, label in chosen]
+        self.labels = np.array([numbers[label] for _, label in chosen], np.int32)
         if not os.path.exists(self.where(0)):
             raise UsageError(
                 f'{path}: its image {self._images[0]!r} is not in {self._root}; say where the '
@@ -122,7 +124,7 @@ class ImageTable:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             with open(self.where(index), 'rb') as file:
-                return {'image': file.read(), 'label': self._labels[index]}
+                return {'image': file.read(), 'label': int(self.labels[index])}
         except OSError as error:
             raise ImageError(f'cannot be read: {error.strerror}') from error
 
@@ -132,7 +134,7 @@ class ImageTable:
     def checksum(self) -> str:
         rows = [
             (image, self.class_names[label])
-            for image, label in zip(self._images, self._labels, strict=True)
+            for image, label in zip(self._images, self.labels, strict=True)
         ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

@@ -41,6 +41,8 @@ class TfdsSource:
         UsageError: data that are not there, not prepared or damaged, or a split without examples.
     """
 
+    labels = None  # They are stored beside the images, and read with them.
+
     @fields.checked('data')
     def __init__(
         self,

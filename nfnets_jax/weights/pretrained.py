@@ -33,6 +33,8 @@ class Metadata:
       options: options of `create_model`, without the name and the number of classes.
       num_classes: size of the logits; 0 for a network of features.
       class_names: names of the classes in the order of the logits; empty if unknown.
+      multi_label: whether an image may have several of the classes: their probabilities are the
+        sigmoids of the logits, not the softmax.
       train_size, test_size: side of the images in pixels.
       eval_mode: how an image becomes `test_size` pixels, a mode of `make_transform`; by default
         that of the model's authors, `Variant.eval_mode`.
@@ -43,6 +45,7 @@ class Metadata:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     num_classes: int | None = None
     class_names: tuple[str, ...] = ()
+    multi_label: bool = False
     train_size: int | None = None
     test_size: int | None = None
     eval_mode: str = ''
@@ -234,8 +237,9 @@ def describe(weights: Weights) -> str:
     """Returns a line like 'NF-ResNet-8, 78,045 parameters, 10 classes, 16 px (crop_resize)'."""
     metadata = weights.metadata
     parameters = sum(leaf.size for module in weights.params.values() for leaf in module.values())
+    several = ' (multi-label)' if metadata.multi_label else ''
     return (
-        f'{metadata.model}, {parameters:,} parameters, {metadata.num_classes} classes, '
+        f'{metadata.model}, {parameters:,} parameters, {metadata.num_classes} classes{several}, '
         f'{metadata.test_size} px ({metadata.eval_mode})'
     )
 
@@ -427,6 +431,7 @@ _METADATA_RULES: dict[str, Callable[[Any], bool]] = {
     'train_size': _is_size,
     'test_size': _is_size,
     'class_names': lambda value: all(isinstance(name, str) for name in value),
+    'multi_label': lambda value: isinstance(value, bool),
     'eval_mode': lambda value: isinstance(value, str),
     'mean': _is_per_channel,
     'std': lambda value: _is_per_channel(value) and min(value) > 0,

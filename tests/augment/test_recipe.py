@@ -80,6 +80,29 @@ def test_soft_labels():
     np.testing.assert_array_equal(augment.soft_labels(jnp.array([1]), 3), [[0, 1, 0]])
 
 
+def test_soft_labels_of_several_for_an_image():
+    """Each class is one of two: smoothing moves 1 and 0 towards the middle."""
+    labels = np.array([[1, 1, 0], [0, 0, 0]], np.uint8)
+    targets = augment.soft_labels(jnp.asarray(labels), 3, 0.1)
+    assert targets.dtype == jnp.float32
+    np.testing.assert_allclose(targets, [[0.95, 0.95, 0.05], [0.05] * 3], rtol=1e-6)
+    np.testing.assert_array_equal(augment.soft_labels(jnp.asarray(labels), 3), labels)
+
+
+@pytest.mark.parametrize('pairs', ['batch', 'distinct'])
+def test_several_labels_are_mixed_like_one(pairs, images):
+    """The targets of unions of two one-hot labels are the sums of their targets."""
+    config = {'mixup': 0.4, 'cutmix': 1.0, 'mix_pairs': pairs}
+    apply = augment.make_augment(config, 6)
+    one, other = np.arange(N) % 3, 3 + np.arange(N) % 2
+    several = np.eye(6, dtype=np.uint8)[one] + np.eye(6, dtype=np.uint8)[other]
+    (mixed, targets), (_, of_one), (_, of_other) = (
+        apply(keys(), images, jnp.asarray(labels)) for labels in (several, one, other)
+    )
+    np.testing.assert_allclose(targets, of_one + of_other, rtol=1e-6)
+    assert len(mixed) == len(targets)
+
+
 def test_augment_without_options_only_normalises(images):
     labels = jnp.arange(N) % 10
     out, targets = augment.make_augment({}, 10)(keys(), images, labels)

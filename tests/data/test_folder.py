@@ -1,12 +1,13 @@
 import os
 import pathlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from nfnets_jax.data.folder import ImageFolder
 from nfnets_jax.data.preprocessing import SUFFIXES, ImageError, decode
-from nfnets_jax.data.sources import identify
+from nfnets_jax.data.sources import identify, read_labels
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 
@@ -29,6 +30,7 @@ def test_with_split_directories(tmp_path):
         f'{name}/{i}'.encode() for name in ('cat', 'dog') for i in range(3)
     ]
     assert [test[i]['label'] for i in range(len(test))] == [1, 1]
+    np.testing.assert_array_equal(read_labels(test), [1, 1])
     assert train.where(4) == str(tmp_path / 'train' / 'dog' / '1.jpg')
 
 

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from nfnets_jax.data.pipeline import (
     train_batches,
 )
 from nfnets_jax.data.preprocessing import ImageError, make_transform
+from nfnets_jax.data.sampling import balanced_order
 from nfnets_jax.data.sources import ArraySource, ImageFolder
 from nfnets_jax.errors import UsageError
 
@@ -100,6 +102,18 @@ def test_processes_share_the_same_global_batches(source, process_count, start_st
         parts = [share[step] for share in shares]
         joined = {key: np.concatenate([part[key] for part in parts]) for key in whole[step]}
         chex.assert_trees_all_equal(whole[step], joined)
+
+
+def test_the_order_may_be_another(source):
+    """A function of the epoch alone, so that every process and every resumed run has it, too."""
+    order = functools.partial(balanced_order, np.arange(SIZE) < 10, 3)
+    arguments = {'batch_size': 50, 'seed': 3, 'order': order}
+    stream = labels(take(train_batches(source, **arguments), 6))
+    np.testing.assert_array_equal(stream[:SIZE], order(0))
+    np.testing.assert_array_equal(stream[SIZE : 2 * SIZE], order(1))
+    arguments |= {'start_step': 3, 'process_count': 2, 'process_index': 1}
+    share = labels(take(train_batches(source, **arguments), 3))
+    np.testing.assert_array_equal(share.reshape(3, 25), stream.reshape(6, 50)[3:, 25:])
 
 
 def test_transform_sees_new_random_numbers_in_every_epoch(source):

@@ -135,6 +135,35 @@ def test_array_source_returns_what_it_was_given():
     assert ArraySource(images, [0, 2]).class_names == ('0', '1', '2')
 
 
+def test_images_may_have_several_labels(tmp_path):
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    labels = np.array([[1, 1, 0], [0, 0, 0], [0, 1, 0]])
+    for given in (labels, labels.astype(bool), labels.astype(float), np.asfortranarray(labels)):
+        source = ArraySource(images, given)
+        np.testing.assert_array_equal(source[0]['label'], [1, 1, 0])
+        assert (source.labels.dtype, source.class_names) == (np.uint8, ('0', '1', '2'))
+        assert source.checksum() == ArraySource(images, labels).checksum()
+    assert source.checksum() != ArraySource(images, labels[::-1]).checksum()
+
+    path = tmp_path / 'several.npz'
+    arrays = {'train_images': images, 'test_images': images, 'test_labels': labels}
+    np.savez(path, train_labels=labels, **arrays)
+    assert open_source('arrays', 'train', path=path).class_names == ('0', '1', '2')
+    np.savez(path, train_labels=[0, 1, 2], **arrays)
+    with pytest.raises(UsageError, match='one split has several labels for an image, another has'):
+        open_source('arrays', 'train', path=path)
+    np.savez(path, train_labels=np.repeat(labels[:1], 3, 0), **arrays)
+    with pytest.raises(UsageError, match='of no class are there images that have it and images'):
+        open_source('arrays', 'train', path=path)
+
+
+def test_a_single_column_of_labels_counts_as_one_label():
+    """As MedMNIST stores them."""
+    source = ArraySource(np.zeros((3, 4, 4, 3), np.uint8), [[0], [2], [1]])
+    np.testing.assert_array_equal(source.labels, [0, 2, 1])
+    assert source[1]['label'] == 2
+
+
 @pytest.mark.parametrize(
     ('images', 'labels', 'match'),
     [
@@ -144,6 +173,9 @@ def test_array_source_returns_what_it_was_given():
         (np.zeros((2, 4, 4, 3), np.uint8), [0.0, 1.0], 'labels must be 2 integers'),
         (np.zeros((2, 4, 4, 3), np.uint8), [0, 2], 'from 0 to 2, but there are 2 classes'),
         (np.zeros((2, 4, 4, 3), np.uint8), [-1, 1], 'from -1 to 1'),
+        (np.zeros((2, 4, 4, 3), np.uint8), [[0, 1], [2, 0]], r'\[N, classes\] .* 0 or 1, not 2'),
+        (np.zeros((2, 4, 4, 3), np.uint8), [[0, 1]], r'or \[2, classes\] of 0 and 1, not'),
+        (np.zeros((2, 4, 4, 3), np.uint8), [[0, 1, 0]] * 2, '3 columns, but there are 2 classes'),
     ],
 )
 def test_array_source_refuses_what_does_not_fit(images, labels, match):

@@ -8,7 +8,7 @@ import pytest
 from experiments import prepare_data
 from nfnets_jax.data import tfds
 from nfnets_jax.data.preprocessing import decode
-from nfnets_jax.data.sources import identify, open_source
+from nfnets_jax.data.sources import identify, open_source, read_labels
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 from tests.tfds_builders import open_prepared
@@ -36,7 +36,10 @@ def test_splits_hold_every_picture_once(prepared):
     assert sorted(values(train) + values(test)) == list(range(26))
     assert (len(train), len(test)) == (20, 6)
     assert train.class_names == ('ape', 'bee', 'cat')
-    assert [train[i]['label'] for i in range(20)] == [value % 3 for value in values(train)]
+    expected = [value % 3 for value in values(train)]
+    assert [train[i]['label'] for i in range(20)] == expected
+    assert train.labels is None
+    np.testing.assert_array_equal(read_labels(train), expected)
     assert train.where(3) == 'tiny_pictures/train[3]'
 
 
