@@ -190,7 +190,7 @@ def main() -> None:
     )
 
 
-if __name__ == '_main__':
+if __name__ == '__main__':
     _DATASET = flags.DEFINE_string('dataset', None, 'Name of the data set in TFDS.', required=True)
     _DATA_DIR = cli.define_path(
         'data_dir', DEFAULT_DATA_DIR, 'Directory of the prepared data sets.'

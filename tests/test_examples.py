@@ -86,6 +86,7 @@ def test_a_command_runs_as_a_file(name, tmp_path):
     )
     for done in (as_file, as_module):
         assert 'Traceback' not in done.stderr
+        assert 'flags:' in done.stdout or 'usage:' in done.stdout
     assert (as_file.returncode, as_file.stdout.splitlines()[1:]) == (
         as_module.returncode,
         as_module.stdout.splitlines()[1:],
