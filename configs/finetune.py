@@ -13,28 +13,42 @@ Arguments, separated by commas:
   freeze   a regular expression for the names of frozen parameters, like
            freeze=.*/stem_conv./.*; freeze=body trains only the new head (batch norm still updates
            its running statistics).
+  layer_decay  a factor like 0.75 by which the learning rate falls from block to block, from the
+           head to the stem.
+  recipe   published: the papers' for fine-tuning from JFT as it is, whatever the number of images.
 
-The recipe is the papers' for fine-tuning from JFT: 15,000 steps of 2048 images, learning rate 0.1
-after 5,000 steps of warm-up and then along a cosine, moving average 0.9999. NFNets have SAM (rho
-0.05), weight decay 1e-5, dropout 0.25 and stochastic depth 0.1; ResNets have none of them. A small
-data set needs less: --config.duration='500 steps' --config.batch_size=256; the warm-up stays a
-third of the duration. With fewer than 2048 training images, the default batch is an eighth of them,
-rounded down to a power of two, and the run prints it at the start. docs/pretrained.md has an
-example with its results.
+The recipe is the papers': 15,000 steps of 2048 images, learning rate 0.1 after 5,000 steps of
+warm-up and then along a cosine, moving average 0.9999. NFNets have SAM (rho 0.05), weight decay
+1e-5, dropout 0.25 and stochastic depth 0.1; ResNets have none of them. With fewer than 500,000
+training images, steps, warm-up and batch are those of BiT's HyperRule (arXiv 1912.11370): below
+20,000 images 500 steps, 100 of them warm-up, else 10,000 and 500; 512 images a step, or with few an
+eighth of them, rounded down to a power of two. The run prints at the start what was chosen.
+docs/pretrained.md has an example with its results.
 """
 
+import dataclasses
 import pathlib
+
+from ml_collections import ConfigDict
 
 from experiments.config import adapted, default_config
 from nfnets_jax import models
 from nfnets_jax.data.sources import open_source
 from nfnets_jax.errors import UsageError, nearest
-from nfnets_jax.optimizers import PUBLISHED_GROUPS
-from nfnets_jax.weights.pretrained import Metadata, load_metadata
+from nfnets_jax.optimizers import PUBLISHED_GROUPS, layer_decay_groups
+from nfnets_jax.weights.pretrained import Metadata, load_metadata, variable_shapes
 
-_BATCH_SIZE = 2048
-_ARGUMENTS = ('data', 'weights', 'model', 'freeze')
-VARIANTS = ('data=DIRECTORY[,weights=FILE][,model=NAME][,freeze=PATTERN]',)
+_ARGUMENTS = ('data', 'weights', 'model', 'freeze', 'layer_decay', 'recipe')
+# What depends on the number of images, as published.
+_PUBLISHED = {
+    'batch_size': 2048,
+    'duration': '15000 steps',
+    'optimizer.schedule.warmup': '33.3%',
+}
+VARIANTS = (
+    'data=DIRECTORY[,weights=FILE][,model=NAME][,freeze=PATTERN][,layer_decay=FACTOR]'
+    '[,recipe=published]',
+)
 
 
 def get_config(arguments: str = ''):
@@ -69,24 +83,31 @@ def get_config(arguments: str = ''):
         if getattr(metadata, key) != getattr(Metadata(), key):  # The runner's default as well.
             config.data[key] = getattr(metadata, key)
     config.augment.flip = True
-    config.batch_size = _batch_size(given['data'])
-    config.duration = '15000 steps'
+    config.update_from_flattened_dict(_PUBLISHED)
     config.ema = 0.9999
     optimizer = config.optimizer
     optimizer.learning_rate = 0.1
     optimizer.scale_lr_by_batch = False
-    optimizer.schedule.warmup = '33.3%'
     is_nfnet = published.family == 'NFNet'
     config.sam.rho = 0.05 if is_nfnet else 0.0
     optimizer.weight_decay = 1e-5 if is_nfnet else 0.0
     if 'drop_rate' in models.model_options(name):
         config.model.drop_rate = 0.25 if is_nfnet else 0.0
         config.model.stochdepth_rate = 0.1 if is_nfnet else 0.0
-    if pattern := given.get('freeze'):
+    pattern = given.get('freeze')
+    if pattern == 'body':
+        optimizer.groups = head_only('linear_2' if name == 'SmallCNN' else 'linear')
+    elif pattern:
+        optimizer.groups = ({'match': pattern, 'freeze': True}, *PUBLISHED_GROUPS)
+    if decay := given.get('layer_decay'):
         if pattern == 'body':
-            optimizer.groups = head_only('linear_2' if name == 'SmallCNN' else 'linear')
-        else:
-            optimizer.groups = ({'match': pattern, 'freeze': True}, *PUBLISHED_GROUPS)
+            raise UsageError(f'layer_decay={decay}: freeze=body trains only the head')
+        shapes, _ = variable_shapes(dataclasses.replace(metadata, model=name, num_classes=1))
+        optimizer.groups = layer_decay_groups(shapes, _factor(decay), optimizer.groups)
+    if (recipe := given.get('recipe')) is None:
+        _adapt(config, given['data'])
+    elif recipe != 'published':
+        raise UsageError(f"recipe={recipe}: must be 'published', or left out")
     config.eval.every = config.checkpoint.every = '10%'
     config.eval.report = True
     config.log_every = '1%'
@@ -108,18 +129,32 @@ def _source(path: str) -> str:
     return sources.get(pathlib.PurePath(path).suffix.lower(), 'folder')
 
 
-def _batch_size(path: str) -> int:
-    """Returns the papers' batch size, or one that fits a small folder, which the run prints."""
+def _adapt(config: ConfigDict, path: str) -> None:
+    """Replaces batch, duration and warm-up by those of BiT's HyperRule if the images are few."""
     try:
-        examples = len(open_source(_source(path), 'train', path=path))
+        images = len(open_source(_source(path), 'train', path=path))
     except UsageError:
-        return _BATCH_SIZE  # Opening the data later reports the error with the config's key.
-    if examples >= _BATCH_SIZE:
-        return _BATCH_SIZE
-    fitting = 1 << max(examples // 8, min(examples, 8), 1).bit_length() - 1
-    why = f'instead of {_BATCH_SIZE}, for there are {examples:,} training images'
-    adapted('batch_size', fitting, why)
-    return fitting
+        return  # Opening the data later reports the error with the config's key.
+    if images >= 500_000:
+        return
+    # HyperRule's schedules have 100 steps of warm-up in 500, and 500 in 10,000.
+    duration, warmup = ('500 steps', '20%') if images < 20_000 else ('10000 steps', '5%')
+    chosen = {
+        'batch_size': min(512, 1 << max(images // 8, min(images, 8), 1).bit_length() - 1),
+        'duration': duration,
+        'optimizer.schedule.warmup': warmup,
+    }
+    config.update_from_flattened_dict(chosen)
+    for key, value in chosen.items():
+        published = _PUBLISHED[key]
+        adapted(key, value, f'instead of {published}, for there are {images:,} training images')
+
+
+def _factor(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f'layer_decay={text}: must be a number like 0.75') from None
 
 
 def _parse(arguments: str) -> dict[str, str]:

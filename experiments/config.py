@@ -7,6 +7,8 @@ the library declares its own fields (augment, optimizer, and the options of mode
 import contextlib
 import copy
 import dataclasses
+import functools
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
@@ -175,7 +177,7 @@ def adapted(key: str, value: Any, why: str) -> None:
     """Records that a config file chose a value by what it found; see `take_adaptations`.
 
     Args:
-      key: of a field at the top of the config.
+      key: dotted key of a field.
       value: what was chosen.
       why: follows the value in the line.
     """
@@ -187,7 +189,7 @@ def take_adaptations(config: ConfigDict) -> list[str]:
     told = [
         f'config.{key}={value} {why}'
         for key, (value, why) in _adapted.items()
-        if config[key] == value
+        if functools.reduce(operator.getitem, key.split('.'), config) == value
     ]
     _adapted.clear()
     return told

@@ -189,7 +189,7 @@ def main() -> None:
         cli.check_out(pathlib.Path(args.out), ('.png',))
     experiment = prepare(config, steps)
     lines = [describe_network(experiment), *describe_data(experiment), describe_steps(experiment)]
-    for line in (*lines, *schema.take_adaptations(config), 'compiling'):
+    for line in (*lines, *schema.take_adaptations(experiment.config), 'compiling'):
         print(line, file=sys.stderr, flush=True)
     rates, losses = learning_rates(low, high, steps), []
     with Progress(steps) as progress:

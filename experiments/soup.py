@@ -160,7 +160,7 @@ def _network(metadata: pretrained.Metadata) -> dict[str, Any]:
         return {'model': None}
     options = models.resolved_options(metadata.model, **metadata.options)
     kept = {key: value for key, value in options.items() if key not in init_weights.FREE_OPTIONS}
-    return kept | {'num_classes': metadata.num_classes}
+    return kept | {'num_classes': metadata.num_classes, 'multi_label': metadata.multi_label}
 
 
 def make_accuracy(

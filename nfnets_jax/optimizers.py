@@ -287,6 +287,57 @@ def assign_groups(
     return {name: groups[name] for name in names}
 
 
+def layer_decay_groups(
+    params: optax.Params, decay: float, rules: Sequence[Mapping] = PUBLISHED_GROUPS
+) -> tuple[dict, ...]:
+    """Returns rules whose learning rates fall by a factor from the head of a network to its stem.
+
+    A layer is a residual block, or the stem; the last block includes the convolution after it. Each
+    has `decay` times the learning rate of the layer above it. The head keeps its own, as do
+    parameters outside of all layers. timm's `param_groups_layer_decay` has the same layers.
+
+    Args:
+        params: the model's parameters, or their shapes.
+        decay: factor for each layer, like 0.75.
+        rules: rules for all layers, of which each layer gets a copy with its own `lr_scale`.
+
+    Raises:
+        UsageError: the network has no blocks, or a rule is wrong, see `assign_groups`.
+    """
+    if not 0 < decay <= 1:
+        raise UsageError(f'layer_decay={decay}: must be above 0 and at most 1')
+    groups = assign_groups(rules, params)
+    found = filter(None, map(_BLOCK.match, groups))
+    blocks = {int(match['index'] or 0): match['module'] for match in found}
+    if not blocks:
+        raise UsageError(f'layer_decay={decay}: the network has no residual blocks')
+    layers = [f'{blocks[index]}/' for index in sorted(blocks)]
+    layers[-1] = f'{layers[-1]}|{_AFTER_BLOCKS}'
+
+    def deciding(names: Sequence[str]) -> list[Mapping]:
+        kept = {groups[name] for name in names}
+        return [rule for rule in rules if Group(**rule) in kept]
+
+    made, rest = [], list(groups)
+    for depth, layer in enumerate((*reversed(layers), _STEM), 1):
+        names = [name for name in rest if re.match(layer, name)]
+        rest = [name for name in rest if name not in names]
+        made += [
+            {
+                **rule,
+                'match': f'(?={layer})(?:{rule["match"]})',
+                'lr_scale': rule.get('lr_scale', 1.0) * decay**depth,
+            }
+            for rule in deciding(names)
+        ]
+    return (*made, *map(dict, deciding(rest)))
+
+
+_STEM = r'[^/]+/~/(?:stem_conv\d+|initial_conv)/'
+_BLOCK = re.compile(r'(?P<module>[^/]+/~/\w*block\w*?(?:_(?P<index>\d+))?)/')
+_AFTER_BLOCKS = r'[^/]+/~/(?:final_conv|final_bn)/'
+
+
 def ema_decay(step: jax.typing.ArrayLike, max_decay: float = 0.99999) -> jax.Array:
     """Returns the decay of the parameters' moving average after update `step` (from 0).
 

@@ -340,6 +340,67 @@ def test_published_groups_on_every_family(model):
             assert groups[f'{module}/{name}'].decay == is_weight, (module, name, shape)
 
 
+# Blocks of each network; its layers are these, the stem and the head.
+BLOCKS = {model: 12 if model == 'NFNet-F0' else 16 for model in MODELS}
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_learning_rates_fall_from_block_to_block_on_every_family(model):
+    tree = json.loads((PARAM_TREES / f'{model}.json').read_text())
+    params = {
+        module: {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in leaves.items()}
+        for module, leaves in tree.items()
+    }
+    plain = optimizers.assign_groups(optimizers.PUBLISHED_GROUPS, params)
+    rules = optimizers.layer_decay_groups(params, 0.75)
+    groups = optimizers.assign_groups(rules, params)
+    assert {name: (group.clip, group.decay, group.freeze) for name, group in groups.items()} == {
+        name: (group.clip, group.decay, group.freeze) for name, group in plain.items()
+    }
+    for name, group in groups.items():
+        part = (name.split('/') + [''])[2]
+        if 'block' in part:
+            index = part.removeprefix('res_block_v2').rpartition('_')[2]
+            layer = 1 + (int(index) if index.isdecimal() else 0)
+        elif part.startswith('final'):
+            layer = BLOCKS[model]
+        elif part.startswith(('stem', 'initial')):
+            layer = 0
+        else:  # the head, and Fixup's biases outside of blocks
+            layer = BLOCKS[model] + 1
+        expected = 0.75 ** (BLOCKS[model] + 1 - layer)  # timm's formula
+        assert group.lr_scale == pytest.approx(expected, rel=1e-12), name
+
+
+def test_layers_keep_the_order_and_the_factors_of_the_rules():
+    params = {
+        'Net/~/initial_conv': {'w': (3,), 'gain': (3,)},
+        'Net/~/block': {'w': (3,), 'gain': (3,)},
+        'Net/~/block_1/~/conv0': {'w': (3,)},
+        'Net/~/linear': {'w': (3,)},
+    }
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
+        params,
+        is_leaf=lambda x: type(x) is tuple,
+    )
+    rules = (
+        {'match': '.*/gain|Net/~/linear/w', 'lr_scale': 10.0, 'clip': False},
+        {'match': '.*/initial_conv/.*', 'freeze': True},
+        {'match': '.*'},
+    )
+    groups = optimizers.assign_groups(optimizers.layer_decay_groups(params, 0.5, rules), params)
+    found = {name: (group.lr_scale, group.clip, group.freeze) for name, group in groups.items()}
+    assert found == {
+        'Net/~/initial_conv/w': (0.125, True, True),
+        'Net/~/initial_conv/gain': (1.25, False, False),
+        'Net/~/block/w': (0.25, True, False),
+        'Net/~/block/gain': (2.5, False, False),
+        'Net/~/block_1/~/conv0/w': (0.5, True, False),
+        'Net/~/linear/w': (10.0, False, False),
+    }
+
+
 def test_there_are_published_parameter_trees():
     assert len(MODELS) == 7
 

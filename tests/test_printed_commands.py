@@ -93,6 +93,7 @@ NOT_RUN = {
     r'(srun|scancel) .*': 'needs SLURM',
     r'python -m experiments.train .*nfnet-0\.nfnet.*': 'needs Kubernetes',
     r'mount .*': 'needs the rights to mount',
+    r'python -m experiments.soup .*--workdir=.*': 'needs several checkpoints; test_soup.py has it',
     r'python -m experiments.train .*--workdir=/mnt/small/run': 'is for the full disk mounted there',
     r'\S+python -m pytest -m slow': 'is this suite',
     r'python -m pytest tests/\S+|\S+python -m pytest tests/\S+': 'is part of this suite',
@@ -138,7 +139,12 @@ SHRINK = {
     ),
     r'.*experiments.study .*configs/studies/.*': _TINY_STUDY,
     r'.*experiments.signal_propagation .*': '--model=NF-ResNet-8 --against=ResNet-8 --size=16',
-    r'.*experiments.(evaluate|classify|export|report|models|scaling|augment_gallery)\b.*': '',
+    r'.*experiments.lr_find .*configs/digits.py.*': (
+        "--steps=10 --config.batch_size=8 --config.model.widths='(8,)' --config.model.depths='(1,)'"
+    ),
+    r'.*experiments.lr_find .*finetune.py.*': '--steps=10 --config.batch_size=4',
+    r'.*experiments.(classify|embed|soup|evaluate|export)\b.*': '',
+    r'.*experiments.(report|models|scaling|augment_gallery)\b.*': '',
     r'.*benchmarks.optimizer.*': '--model=NF-ResNet-8 --rounds=1',
     r'.*benchmarks.(train_step|inference).*': _TINY_MODEL,
     r'.*benchmarks.(sam|frozen).*': _TINY_MODEL,
@@ -164,8 +170,11 @@ FAST = {
 # The exit status of those that show what a mistake looks like.
 STATUS = {r'.*experiments.classify .* README.md': 2}
 
-_FILES = ('F0_haiku.npz', *(f'{x}.safetensors' for x in ('W', 'mine', 'caltech', 'cifar')))
-_FOLDERS = ('PATH_TO_FOLDERS', 'caltech101', 'cifar10', 'mine', 'PICTURE_OR_DIRECTORY')
+_FILES = (
+    'F0_haiku.npz',
+    *(f'{x}.safetensors' for x in ('W', 'A', 'B', 'mine', 'caltech', 'cifar')),
+)
+_FOLDERS = ('PATH_TO_FOLDERS', 'caltech101', 'cifar10', 'mine', 'IMAGE_OR_DIRECTORY')
 _IMAGES = (
     *('test/Faces/image_0007.jpg', 'test/Motorbikes/image_0050.jpg', 'IMAGE'),
     *('pair0.png', 'pair1.png'),
@@ -313,7 +322,7 @@ def workplace(request, materials, tmp_path):
     """A function (command) -> a directory of its own that has what the command reads."""
 
     def prepare(command: str) -> pathlib.Path:
-        reads_run = re.search(r'experiments.(evaluate|export)', command)
+        reads_run = re.search(r'experiments.(evaluate|export|embed)', command)
         for file in materials.iterdir():
             if file.name not in ('run', 'validated', 'study', 'docs', 'DIR'):
                 (tmp_path / file.name).symlink_to(file)
@@ -443,7 +452,7 @@ def test_the_flags_of_every_command_are_known(workplace):
         input=json.dumps(list(commands.values())),
         capture_output=True,
         text=True,
-        cwd=workplace('weights=runs/pretrained'),
+        cwd=workplace('weights=runs/pretrained weights=runs/head'),
         env={**os.environ, 'PYTHONPATH': str(ROOT)},
     )
     assert done.returncode == 0, done.stderr

@@ -81,6 +81,64 @@ def test_nfnets_have_the_papers_recipe():
     assert (config.optimizer.learning_rate, config.optimizer.scale_lr_by_batch) == (0.1, False)
 
 
+@pytest.mark.parametrize(
+    ('images', 'chosen'),
+    [
+        (1, (1, '500 steps', '20%')),
+        (3, (2, '500 steps', '20%')),
+        (16, (8, '500 steps', '20%')),
+        (63, (8, '500 steps', '20%')),
+        (64, (8, '500 steps', '20%')),
+        (1000, (64, '500 steps', '20%')),
+        (2047, (128, '500 steps', '20%')),
+        (3030, (256, '500 steps', '20%')),
+        (19_999, (512, '500 steps', '20%')),
+        (20_000, (512, '10000 steps', '5%')),
+        (499_999, (512, '10000 steps', '5%')),
+        (500_000, (2048, '15000 steps', '33.3%')),
+    ],
+)
+def test_duration_warm_up_and_batch_follow_from_the_number_of_images(images, chosen, monkeypatch):
+    """The steps, the steps of warm-up and the batch of BiT's HyperRule."""
+    monkeypatch.setattr(finetune, 'open_source', lambda *_, **__: range(images))
+    config = finetune.get_config('model=NFNet-F0,data=there')
+    optimizer = config.optimizer
+    assert (config.batch_size, config.duration, optimizer.schedule.warmup) == chosen
+    told = schema.take_adaptations(config)
+    assert len(told) == (0 if images == 500_000 else 3)
+    assert not schema.take_adaptations(config), 'it was told'
+    config = finetune.get_config('model=NFNet-F0,data=there,recipe=published')
+    optimizer = config.optimizer
+    published = (2048, '15000 steps', '33.3%')
+    assert (config.batch_size, config.duration, optimizer.schedule.warmup) == published
+    assert not schema.take_adaptations(config)
+
+
+def test_what_the_command_line_overrides_is_not_told(monkeypatch):
+    monkeypatch.setattr(finetune, 'open_source', lambda *_, **__: range(16))
+    config = finetune.get_config('model=NFNet-F0,data=there')
+    config.optimizer.schedule.warmup = '0 steps'
+    config.batch_size = 4
+    why = 'for there are 16 training images'
+    assert schema.take_adaptations(config) == [
+        f'config.duration=500 steps instead of 15000 steps, {why}'
+    ]
+
+
+def test_learning_rates_fall_from_the_head_to_the_stem(weights, folder):
+    arguments = f'weights={weights},data={folder},layer_decay=0.5,freeze=.*/initial_conv/gain'
+    groups = build(small(arguments)).optimizer.groups
+    scales = {name.split('/')[2]: group.lr_scale for name, group in groups.items()}
+    assert scales == {
+        'linear': 1.0,
+        'nf_res_block_1': 0.5,
+        'nf_res_block': 0.25,
+        'initial_conv': 0.125,
+    }
+    frozen = {name for name, group in groups.items() if group.freeze}
+    assert frozen == {'NF_ResNet/~/initial_conv/gain'}
+
+
 def test_resnets_have_it_without_regularisation():
     config = finetune.get_config('model=NF-ResNet-50,data=there')
     assert config.sam.rho == 0
@@ -97,6 +155,12 @@ def test_resnets_have_it_without_regularisation():
         ('data=x,model', 'key=value'),
         ('data=x,model=NFNet-G0', "did you mean 'NFNet-F0'"),
         ('data=x,weights=absent.npz', r'absent\.npz: No such file'),
+        ('data=x,model=NFNet-F0,recipe=papers', "must be 'published', or left out"),
+        ('data=x,model=NFNet-F0,layer_decay=much', 'layer_decay=much: must be a number'),
+        ('data=x,model=NFNet-F0,layer_decay=1.5', 'layer_decay=1.5: must be above 0'),
+        ('data=x,model=SmallCNN,layer_decay=0.5', 'the network has no residual blocks'),
+        ('data=x,model=NFNet-F0,freeze=body,layer_decay=0.5', 'freeze=body trains only the head'),
+        ('data=x,model=NF-ResNet-8,freeze=stem,layer_decay=0.5', "match='stem' matches no"),
     ],
 )
 def test_wrong_arguments_are_told(arguments, problem):
@@ -257,6 +321,7 @@ def test_the_directory_of_a_run_is_fine_tuned_from_the_command_line(
     assert process.returncode == 0, err
     assert err.count('parameters matched') == 1
     assert 'config.batch_size=8 instead of 2048, for there are 16 training images\n' in err
+    assert 'config.optimizer.schedule.warmup=20% instead of 33.3%, for there are 16 ' in err
     assert 'steps: 2 of 8 images' in err
     assert load_pretrained(tmp_path / 'run').metadata.class_names == ('dark', 'light')
     assert f'report: {tmp_path}/run/report/test\n' in err
@@ -300,26 +365,6 @@ def test_metadata_that_are_written_down_are_read_without_an_array(
     assert pretrained.load_metadata(path) == expected
     with pytest.raises(UsageError, match='weights of NFNet-F0: they are those of NF-ResNet-8'):
         pretrained.load_metadata(path, 'NFNet-F0')
-
-
-@pytest.mark.parametrize(
-    ('examples', 'batch_size'), [(3, 2), (16, 8), (63, 8), (64, 8), (1000, 64), (2047, 128)]
-)
-def test_the_batch_fits_a_small_folder(examples, batch_size, monkeypatch):
-    monkeypatch.setattr(finetune, 'open_source', lambda *args, **options: range(examples))
-    config = finetune.get_config('model=NFNet-F0,data=there')
-    assert config.batch_size == batch_size
-    told = f'config.batch_size={batch_size} instead of 2048, for there are {examples:,} training '
-    assert schema.take_adaptations(config) == [f'{told}images']
-    assert not schema.take_adaptations(config), 'it was told'
-    config = finetune.get_config('model=NFNet-F0,data=there')
-    config.batch_size = 3
-    assert not schema.take_adaptations(config)
-
-
-def test_a_large_folder_has_the_papers_batch(monkeypatch):
-    monkeypatch.setattr(finetune, 'open_source', lambda *args, **options: range(2048))
-    assert finetune.get_config('model=NFNet-F0,data=there').batch_size == 2048
 
 
 def test_six_steps_are_a_duration_like_any(weights, folder):
