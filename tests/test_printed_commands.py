@@ -130,7 +130,7 @@ _TINY_MODEL = '--model=NF-ResNet-8 --image-size=16 --batch=2 --rounds=1'
 SHRINK = {
     r'python -m experiments.train --help': '',
     r'.*experiments.train .*configs/imagenet/.*': '--config.smoke=true',
-    r'.*experiments.train .*configs/digits.*': _TINY_DIGITS,
+    r'.*experiments.train .*(configs/digits|small.py).*': _TINY_DIGITS,
     r'.*experiments.train .*(finetune.py|pretrain.py).*': _TINY_IMAGES,
     r'.*experiments.study .*finetune.py:caltech101.*': (
         f'{_TINY_STUDY} --config.base.batch_size=4 --config.base.data.image_size=16 '
@@ -175,7 +175,10 @@ _FILES = (
     *(f'{x}.safetensors' for x in ('W', 'A', 'B', 'mine', 'caltech', 'cifar')),
 )
 _FOLDERS = ('PATH_TO_FOLDERS', 'caltech101', 'cifar10', 'mine', 'IMAGE_OR_DIRECTORY')
-_IMAGES = ('test/Faces/image_0007.jpg', 'test/Motorbikes/image_0050.jpg', 'IMAGE')
+_IMAGES = (
+    *('test/Faces/image_0007.jpg', 'test/Motorbikes/image_0050.jpg', 'IMAGE'),
+    *('pair0.png', 'pair1.png'),
+)
 
 
 def matching(patterns, command: str) -> list[str]:
@@ -273,7 +276,13 @@ def materials(tmp_path_factory):
     np.savez(path / 'cifar10.npz', **arrays)
     text = (ROOT / 'docs' / 'pretrained.md').read_text(encoding='utf-8')
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
-    (path / 'pretrain.py').write_text(next(b for b in blocks if 'def get_config(data' in b))
+    pretrain, small = (block for block in blocks if 'def get_config(data' in block)
+    (path / 'pretrain.py').write_text(pretrain)
+    (path / 'small.py').write_text(small)
+    pairs = next(block for block in blocks if "'pairs.npz'" in block)
+    (path / 'make_pairs.py').write_text(pairs)
+    done = shell('python make_pairs.py', path)
+    assert done.returncode == 0, done.stderr
     return path
 
 
