@@ -39,7 +39,7 @@ def test_spectrograms_are_told_apart_by_weights_of_color_images(tmp_path, capsys
     model = pretrained.network(metadata)
     variables = model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32), True)
     pretrained.save_weights(tmp_path / 'W', pretrained.Weights(*variables, metadata))
-    losses, precision = spectrograms.main(tmp_path / 'W', steps=30, clips=32)
+    losses, precision = spectrograms.main(tmp_path / 'W', steps=12, clips=16)
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert precision.shape == (4,)
     assert 'average precision: rising 0.' in capsys.readouterr().out

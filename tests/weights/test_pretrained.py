@@ -179,7 +179,7 @@ def test_another_model_than_the_one_named_is_told(weights, tmp_path):
         ),
         (
             '{"model": "NF-ResNet-8", "num_classes": 3, "options": {"foo": 1}}',
-            "w.safetensors: .*'foo'",
+            'w.safetensors: .*: unknown key foo of NF-ResNet-8',
         ),
         (
             '{"model": "NF-ResNet-8", "num_classes": 3, "options": {"width": 1e300}}',
