@@ -69,7 +69,9 @@ def compare(args: argparse.Namespace) -> list[dict]:
             command = [interpreter, __file__, f'--row={row}']
             for key in ('images', 'batches', 'threads'):
                 command.append(f'--{key}={getattr(args, key)}')
-            environment = os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
+            environment = os.environ | {
+                'PYTHONPATH': str(pathlib.Path(__file__).resolve().parents[1])
+            }
             result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
             if result.returncode:  # It has printed the error.
                 sys.exit(result.returncode)

@@ -191,7 +191,9 @@ def _is_integer_each(labels: np.ndarray) -> bool:
 
 def _num_classes(labels: np.ndarray) -> int:
     """Returns the number of classes that labels [N] or [N, K] speak of."""
-    return labels.shape[1] if labels.ndim == 2 else labels.max(initial=-1) + 1
+    if labels.ndim == 2:
+        return labels.shape[1]
+    return int(labels.max()) + 1 if labels.size else 0  # as a Python int, which cannot overflow
 
 
 @functools.cache

@@ -247,3 +247,15 @@ def test_identity_of_arrays_sees_pixels_labels_and_names():
     assert first not in [identify(other) for other in others]
     assert identify(Digits('train')) != identify(Digits('test'))
     assert identify(Digits('test')) == identify(open_source('digits', 'test'))
+
+
+@pytest.mark.parametrize('dtype', ['uint8', 'int8', 'int64'])
+def test_labels_may_be_of_any_integer_type(tmp_path, dtype):
+    images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 100, 127, 1], dtype)
+    arrays = {f'{s}_images': images for s in ('train', 'test')}
+    np.savez(tmp_path / 'a.npz', **arrays, train_labels=labels, test_labels=labels)
+    source = open_source('arrays', 'train', path=str(tmp_path / 'a.npz'))
+    assert len(source.class_names) == 128
+    assert source[2]['label'] == 127
+    largest = ArraySource(images, np.array([0, 255, 1, 2], np.uint8))
+    assert len(largest.class_names) == 256
