@@ -19,6 +19,15 @@ from nfnets_jax.files import expand
 
 T = TypeVar('T')
 
+# Options of sources that hold out a share of every class, see `hold_out`.
+TestFraction = Annotated[
+    float | None,
+    Field(
+        'Share of each class to test on, where there are no splits; None: 0.2.', above=0, below=1
+    ),
+]
+SplitSeed = Annotated[int | None, Field('Seed that draws them; None: 0.', low=0)]
+
 # Files that file managers create, besides names that begin with a dot.
 _HIDDEN = frozenset(('Thumbs.db', 'desktop.ini', '__MACOSX', '@eaDir'))
 
@@ -61,15 +70,8 @@ class ImageFolder:
         ] = '',
         validation_split: Annotated[str, Field('Its directory to validate on.')] = '',
         test_split: Annotated[str, Field('Its directory to test on.')] = '',
-        test_fraction: Annotated[
-            float | None,
-            Field(
-                'Share of each class to test on, where there are no splits; None: 0.2.',
-                above=0,
-                below=1,
-            ),
-        ] = None,
-        split_seed: Annotated[int | None, Field('Seed that draws them; None: 0.', low=0)] = None,
+        test_fraction: TestFraction = None,
+        split_seed: SplitSeed = None,
     ):
         check_split('folder', split, SPLITS)
         root = pathlib.Path(expand(path))

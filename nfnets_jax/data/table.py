@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from nfnets_jax import extras, fields, files
-from nfnets_jax.data.folder import hold_out
+from nfnets_jax.data.folder import SplitSeed, TestFraction, hold_out
 from nfnets_jax.data.preprocessing import ImageError
 from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
@@ -64,15 +64,8 @@ class ImageTable:
         label_column: Annotated[str, Field("Its column of labels; '': found by its name.")] = '',
         split_column: Annotated[str, Field("Its column of splits; '': found by its name.")] = '',
         suffix: Annotated[str, Field("Appended to every path, such as '.jpg'.")] = '',
-        test_fraction: Annotated[
-            float | None,
-            Field(
-                'Share of each class to test on, where there are no splits; None: 0.2.',
-                above=0,
-                below=1,
-            ),
-        ] = None,
-        split_seed: Annotated[int | None, Field('Seed that draws them; None: 0.', low=0)] = None,
+        test_fraction: TestFraction = None,
+        split_seed: SplitSeed = None,
     ):
         check_split('table', split, SPLITS)
         table = pathlib.Path(files.expand(path))
