@@ -9,7 +9,6 @@ Nothing else is written. All rates are values of config.optimizer.learning_rate,
 config.optimizer.scale_lr_by_batch.
 """
 
-import io
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,11 +29,10 @@ from experiments.experiment import (
     describe_steps,
 )
 from experiments.launch import cli
-from experiments.run import init_weights, parallel
+from experiments.run import curves, init_weights, parallel
 from experiments.run.batches import open_batches
 from experiments.run.progress import Progress
 from experiments.train_step import init_state, make_train_step
-from nfnets_jax import files
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError
 
@@ -213,9 +211,7 @@ def main() -> None:
               f'{found.largest:.2g}')  # fmt: skip
         print(describe_scale(config))
     if args.out is not None:
-        png = io.BytesIO()
-        draw(rates, losses, smoothed, found).savefig(png, format='png')
-        files.atomic_write(args.out, png.getvalue())
+        curves.write_figure(args.out, draw(rates, losses, smoothed, found))
         print(f'curve: {args.out}')
 
 

@@ -68,8 +68,13 @@ def draw_curves(
     metrics: Sequence[Mapping[str, float]], path: str | os.PathLike, *, title: str = ''
 ) -> None:
     """Writes `curves` to a PNG file, whole or not at all."""
+    write_figure(path, curves(metrics, title=title))
+
+
+def write_figure(path: str | os.PathLike, figure: Figure) -> None:
+    """Writes a figure as PNG, atomically."""
     png = io.BytesIO()
-    curves(metrics, title=title).savefig(png, format='png')
+    figure.savefig(png, format='png')
     files.atomic_write(path, png.getvalue())
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from experiments.experiment import Experiment
-from experiments.run import parallel, ranking
+from experiments.run import parallel
 from nfnets_jax.data import pipeline
 
 
@@ -53,6 +53,8 @@ def evaluate(
             if key in values:
                 metrics[f'{split}{name}/{key}'] = sum(map(float, values[key])) / count
         if experiment.multi_label:
+            from experiments.run import ranking  # here: scipy.stats is slow to import
+
             is_real = np.concatenate(values['mask']) == 1
             scores, labels = (np.concatenate(values[key])[is_real] for key in ('logits', 'label'))
             for key, of in (('map', ranking.average_precision), ('auc', ranking.roc_auc)):

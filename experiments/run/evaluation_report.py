@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.experiment import Experiment
-from experiments.run import parallel
+from experiments.run import curves, parallel
 from experiments.run.predictions import LogitsFn, Predictions, make_predict_step, predict
 from nfnets_jax import files
 from nfnets_jax.data.preprocessing import decode
@@ -179,23 +179,28 @@ def write_report(
         ('image', 'label', 'predicted', 'probability', 'probability_of_label'),
         _prediction_rows(predictions, source),
     )
-    write_figure(path / 'confusion.png', draw_confusion(confusion, names, title))
-    write_figure(path / 'calibration.png', draw_calibration(calibration(predictions), title))
-    write_figure(path / 'worst.png', draw_worst(predictions, source, title))
+    curves.write_figure(path / 'confusion.png', draw_confusion(confusion, names, title))
+    curves.write_figure(path / 'calibration.png', draw_calibration(calibration(predictions), title))
+    curves.write_figure(path / 'worst.png', draw_worst(predictions, source, title))
     files.atomic_write(path / 'summary.json', json.dumps(summary, indent=2) + '\n')
     return summary
 
 
 def _prediction_rows(predictions: Predictions, source: Source) -> Iterable[tuple[Any, ...]]:
-    probabilities = np.exp(predictions.log_probabilities)
-    rows = zip(predictions.indices, predictions.labels, predictions.predicted, strict=True)
-    for row, (index, label, predicted) in enumerate(rows):
+    rows = zip(
+        predictions.indices,
+        predictions.labels,
+        predictions.predicted,
+        predictions.log_probabilities,
+        strict=True,
+    )
+    for index, label, predicted, log_probabilities in rows:
         yield (
             source.where(int(index)),
             source.class_names[label],
             source.class_names[predicted],
-            f'{probabilities[row, predicted]:.6g}',
-            f'{probabilities[row, label]:.6g}',
+            f'{np.exp(log_probabilities[predicted]):.6g}',
+            f'{np.exp(log_probabilities[label]):.6g}',
         )
 
 
@@ -206,13 +211,6 @@ def write_csv(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence
     writer.writerow(header)
     writer.writerows(rows)
     files.atomic_write(path, text.getvalue())
-
-
-def write_figure(path: pathlib.Path, figure: Figure) -> None:
-    """Writes a figure as PNG."""
-    png = io.BytesIO()
-    figure.savefig(png, format='png')
-    files.atomic_write(path, png.getvalue())
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], title: str) -> Figure:

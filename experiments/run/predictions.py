@@ -1,13 +1,13 @@
 """The logits of every example of a split, for reports and for comparisons image by image."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 
 from experiments.experiment import Experiment
 from experiments.run import parallel
@@ -17,7 +17,8 @@ from experiments.run.evaluation import open_eval_batches
 LogitsFn = Callable[[hk.Params, hk.State, jax.Array], jax.Array]
 
 
-class Predictions(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Predictions:
     """What a network says about the examples of a split that can be read, in the source's order.
 
     Attributes:
@@ -30,12 +31,14 @@ class Predictions(NamedTuple):
     labels: np.ndarray
     indices: np.ndarray
 
-    @property
+    @functools.cached_property
     def log_probabilities(self) -> np.ndarray:
         """Float64 [N, classes]."""
+        import scipy.special  # here: a slow import that only reports need
+
         return scipy.special.log_softmax(self.logits.astype(np.float64), axis=1)
 
-    @property
+    @functools.cached_property
     def predicted(self) -> np.ndarray:
         """The most probable class of each example, int64 [N]."""
         return np.argmax(self.logits, axis=1)
