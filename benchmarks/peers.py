@@ -1,4 +1,4 @@
-"""timm's networks on PyTorch, to measure beside ours; needs torch and timm."""
+"""The networks on PyTorch, to measure beside ours: timm's, and small ResNets written here."""
 
 import importlib.util
 import time
@@ -14,15 +14,103 @@ NAMES = {
 }
 
 
-def available(model: str) -> bool:
-    """Returns whether timm is installed and has the network."""
-    return model in NAMES and all(map(importlib.util.find_spec, ('torch', 'timm')))
+# ResNets for small images and their numbers of blocks in each of three stages.
+SMALL = {
+    f'{kind}-{6 * blocks + 2}': blocks for kind in ('ResNet', 'NF-ResNet') for blocks in (1, 3, 9)
+}
+
+
+def available(model: str, row: str) -> bool:
+    """Returns whether the packages of a row are installed and have the network."""
+    needed, models = (('torch', 'timm'), NAMES) if row.startswith('timm') else (('torch',), SMALL)
+    return model in models and all(map(importlib.util.find_spec, needed))
+
+
+def small_train_step(model: str, batch: int, size: int):
+    """Returns (one training step, seconds for the first) of a network of `SMALL` without AGC.
+
+    Momentum and decay are PyTorch's.
+    """
+    import torch
+
+    network = small_resnet(model).to(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    labels = torch.arange(batch) % 10
+    optimizer = torch.optim.SGD(
+        network.parameters(), 1e-3, momentum=0.9, nesterov=True, weight_decay=2e-5
+    )
+
+    def step():
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return _timed_first(step)
+
+
+def small_resnet(model: str):
+    """Returns a network of `SMALL` with 10 classes, like ours of that name."""
+    import torch
+    from torch import nn
+
+    normalizer_free = model.startswith('NF-')
+
+    class ScaledWSConv(nn.Conv2d):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+
+        def forward(self, x):
+            variance, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
+            scale = torch.rsqrt(torch.clamp(variance * self.weight[0].numel(), min=1e-4))
+            weight = (self.weight - mean) * scale * self.gain
+            return self._conv_forward(x, weight, self.bias)
+
+    def conv(inputs, outputs, kernel, stride=1):
+        kind = ScaledWSConv if normalizer_free else nn.Conv2d
+        return kind(inputs, outputs, kernel, stride, kernel // 2, bias=normalizer_free)
+
+    def norm(channels):
+        return nn.Identity() if normalizer_free else nn.BatchNorm2d(channels)
+
+    class Block(nn.Module):
+        def __init__(self, inputs, outputs, stride, beta):
+            super().__init__()
+            self.beta = beta
+            self.norm0, self.norm1 = norm(inputs), norm(outputs)
+            self.conv0, self.conv1 = conv(inputs, outputs, 3, stride), conv(outputs, outputs, 3)
+            self.shortcut = conv(inputs, outputs, 1, stride) if inputs != outputs else None
+            self.skip_gain = nn.Parameter(torch.zeros(())) if normalizer_free else None
+
+        def forward(self, x):
+            out = self.norm0(x).relu()
+            if normalizer_free:
+                out = out * (RELU_GAIN * self.beta)
+            shortcut = x if self.shortcut is None else self.shortcut(out)
+            out = self.norm1(self.conv0(out)).relu()
+            out = self.conv1(out * RELU_GAIN if normalizer_free else out)
+            return shortcut + (0.2 * self.skip_gain * out if normalizer_free else out)
+
+    blocks, inputs = [], 16
+    variance = 1.0
+    for outputs in (16, 32, 64):
+        for _ in range(SMALL[model]):
+            changes = inputs != outputs  # then the shortcut starts anew, with a variance of 1
+            blocks.append(Block(inputs, outputs, 2 if changes else 1, variance**-0.5))
+            variance, inputs = (1.0 if changes else variance) + 0.04, outputs
+    last = nn.Identity() if normalizer_free else nn.BatchNorm2d(inputs)
+    head = nn.Linear(inputs, 10)
+    pool = nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(conv(3, 16, 3), *blocks, last, nn.ReLU(), pool, nn.Flatten(), head)
+
+
+RELU_GAIN = 1.7128585504496627
 
 
 def train_step(
     model: str, batch: int, size: int, *, autocast: bool = False, compiled: bool = False, bare=False
 ):
-    """Returns (one training step, seconds to compile).
+    """Returns (one training step, seconds to compile) of timm's network.
 
     AGC and the moving average of the parameters are timm's, momentum and decay PyTorch's.
 

@@ -12,8 +12,11 @@ parameters. Rows, which take turns in one process:
     timm bare       the same without AGC, weight decay and moving average
     timm autocast   the whole step under bfloat16 autocast
     timm compiled   under torch.compile, with autocast if --dtype=bfloat16
+    torch           a small ResNet or NF-ResNet on PyTorch: eager, channels_last, without AGC and
+                    moving average
+    bare            ours without AGC and moving average
 
-Without timm its rows are left out. `processor` is the time of all the host's processors in seconds
+Rows of packages that are not installed, or of networks they lack, are left out. `processor` is the time of all the host's processors in seconds
 a step: compare it on a machine that runs other programs. `MFU` counts 3 x 2 operations a
 multiply-accumulate against the device's published bfloat16 peak, or --peak-tflops. `memory` is what
 XLA allocates for the program, with its arguments, in MB.
@@ -34,14 +37,15 @@ from experiments.run import accelerators
 from nfnets_jax import adaptive_grad_clip, create_model, models
 from nfnets_jax.convolution import conv
 
-ROWS = ('ours', 'plain', 'timm', 'timm bare', 'timm autocast', 'timm compiled')
+ROWS = ('ours', 'bare', 'plain', 'timm', 'timm bare', 'timm autocast', 'timm compiled', 'torch')
 
 
-def our_step(model: str, batch: int, size: int, dtype: str):
+def our_step(model: str, batch: int, size: int, dtype: str, *, bare: bool = False):
     """Returns (one training step, seconds to compile, MB)."""
-    network = hk.transform_with_state(lambda images: create_model(model, 1000)(images, True))
+    num_classes = 10 if model in peers.SMALL else 1000
+    network = hk.transform_with_state(lambda images: create_model(model, num_classes)(images, True))
     optimizer = optax.chain(
-        adaptive_grad_clip(0.01),
+        optax.identity() if bare else adaptive_grad_clip(0.01),
         optax.add_decayed_weights(2e-5),
         optax.sgd(1e-3, momentum=0.9, nesterov=True),
     )

@@ -172,29 +172,29 @@ def nhwc_grads(options: ConvOptions, x: Array, w: Array) -> Array:
 
 
 def _nhwc_grads_forward(options, x, w):
-    return xla(options, x, w), (x, w)
+    # XLA writes a padded array as fast as an unpadded one; both passes read it.
+    lengths = x.shape[1:3]
+    pads = [(0, 0, 0), *((*_pads(options, w.shape[0], n), 0) for n in lengths), (0, 0, 0)]
+    padded = jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
+    return xla(options._replace(padding='VALID'), padded, w), (padded, lengths, w)
 
 
 def _nhwc_grads_backward(options, residuals, cotangent):
     """Returns convolutions with stride 1 only: the stride dilates the cotangent."""
-    x, w = residuals
+    x, lengths, w = residuals
     stride, kernel = options.stride, w.shape[0]
-    around_cotangent, around_x = [], []
-    for length, out in zip(x.shape[1:3], cotangent.shape[1:3], strict=True):
+    around = []
+    for length, out in zip(lengths, cotangent.shape[1:3], strict=True):
         low, _ = _pads(options, kernel, length)
-        spread = (out - 1) * stride + 1
-        around_cotangent.append((kernel - 1 - low, length - spread + low))
-        around_x.append((low, spread + kernel - 1 - length - low))
+        around.append((kernel - 1 - low, length - ((out - 1) * stride + 1) + low))
     to_x = jax.lax.conv_general_dilated(
         cotangent,
         jnp.flip(w, (0, 1)).swapaxes(2, 3),
         (1, 1),
-        around_cotangent,
+        around,
         lhs_dilation=(stride, stride),
         dimension_numbers=LAYOUT,
     )
-    padding = [(0, 0, 0), *((low, high, 0) for low, high in around_x), (0, 0, 0)]
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
     return to_x, _weight_gradient(stride, kernel, x, cotangent).astype(w.dtype)
 
 
@@ -215,14 +215,14 @@ def _weight_gradient(stride: int, kernel: int, x: Array, cotangent: Array) -> Ar
       x: [N, H, W, in], padded: the kernel is inside at each of its places.
       cotangent: [N, H', W', out].
     """
-    batch, height, width, _ = cotangent.shape
+    batch, height, width, outputs = cotangent.shape
     inputs = x.shape[-1]
     examples = _largest_divisor(batch, 16) if isinstance(batch, int) else 1
     if examples < 4:  # The batch size is symbolic or nearly prime.
         examples = batch
     rows = _largest_divisor(height, PATCHES // (kernel * kernel * inputs * width * 16))
-    x_size = (examples, (rows - 1) * stride + kernel, *x.shape[2:])
-    cotangent_size = (examples, rows, *cotangent.shape[2:])
+    cotangent_size = (examples, rows, width, outputs)
+    x_size = (examples, *((n - 1) * stride + kernel for n in (rows, width)), inputs)
 
     def part(example: int | Array, row: int | Array) -> Array:
         x_part = jax.lax.dynamic_slice(x, (example, row * stride, 0, 0), x_size)
