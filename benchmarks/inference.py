@@ -65,7 +65,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     names = ['ours', 'folded']
-    if peers.available(args.model):
+    if peers.available(args.model, 'timm'):
         names += ['timm', 'timm autocast']
     prepared = {
         (name, batch): prepare(name, batch, args) for name in names for batch in (args.batch, 1)

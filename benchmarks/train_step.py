@@ -16,25 +16,25 @@ parameters. Rows, which take turns in one process:
                     moving average
     bare            ours without AGC and moving average
 
-Rows of packages that are not installed, or of networks they lack, are left out. `processor` is the time of all the host's processors in seconds
-a step: compare it on a machine that runs other programs. `MFU` counts 3 x 2 operations a
-multiply-accumulate against the device's published bfloat16 peak, or --peak-tflops. `memory` is what
-XLA allocates for the program, with its arguments, in MB.
+Rows of packages that are not installed, or that lack the network, are left out. `processor` is the
+time of all the host's processors in seconds a step: compare it on a machine that runs other
+programs. `MFU` counts 3 x 2 operations a multiply-accumulate against the device's published
+bfloat16 peak, or --peak-tflops. `memory` is what XLA allocates for the program, with its arguments,
+in MB. Our rows run on one device, or with --cpu-devices=2 on two cores of a CPU as the runner does.
 """
 
 import argparse
 import time
 from unittest import mock
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
 
 from benchmarks import peers, timing
 from experiments.launch import cli
-from experiments.run import accelerators
-from nfnets_jax import adaptive_grad_clip, create_model, models
+from experiments.run import accelerators, parallel
+from nfnets_jax import adaptive_grad_clip, models
 from nfnets_jax.convolution import conv
 
 ROWS = ('ours', 'bare', 'plain', 'timm', 'timm bare', 'timm autocast', 'timm compiled', 'torch')
@@ -43,43 +43,49 @@ ROWS = ('ours', 'bare', 'plain', 'timm', 'timm bare', 'timm autocast', 'timm com
 def our_step(model: str, batch: int, size: int, dtype: str, *, bare: bool = False):
     """Returns (one training step, seconds to compile, MB)."""
     num_classes = 10 if model in peers.SMALL else 1000
-    network = hk.transform_with_state(lambda images: create_model(model, num_classes)(images, True))
+    options = {'cross_replica_axis': parallel.AXIS} if model.startswith('ResNet') else {}
+    network = models.build(model, num_classes, **options)
     optimizer = optax.chain(
         optax.identity() if bare else adaptive_grad_clip(0.01),
         optax.add_decayed_weights(2e-5),
         optax.sgd(1e-3, momentum=0.9, nesterov=True),
     )
     images = jax.random.normal(jax.random.key(0), (batch, size, size, 3), dtype)
-    labels = jnp.arange(batch)
+    labels = jnp.arange(batch) % num_classes
 
     def init(key):
-        params, state = network.init(key, images.astype(jnp.float32))
-        return params, state, optimizer.init(params), jax.tree.map(jnp.copy, params), key
+        params, state = network.init(key, images[:1].astype(jnp.float32), True)
+        average = () if bare else jax.tree.map(jnp.copy, params)
+        return params, state, optimizer.init(params), average, key
 
-    def step(train_state):
+    def step(train_state, examples):
         params, state, opt_state, average, key = train_state
         key, model_key = jax.random.split(key)
 
         def loss_fn(params):
-            outputs, new_state = network.apply(params, state, model_key, images)
+            images, labels = examples
+            outputs, new_state = network.apply(params, state, model_key, images, True)
             losses = optax.softmax_cross_entropy_with_integer_labels(outputs['logits'], labels)
             return jnp.mean(losses), new_state
 
-        gradients, state = jax.grad(loss_fn, has_aux=True)(params)
+        gradients, state = jax.grad(loss_fn, has_aux=True)(params)  # The state is synchronized.
+        gradients = jax.lax.pmean(gradients, parallel.AXIS)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
         params = optax.apply_updates(params, updates)
-        average = optax.incremental_update(params, average, 1e-4)
+        average = () if bare else optax.incremental_update(params, average, 1e-4)
         return params, state, opt_state, average, key
 
-    train_state = jax.jit(init)(jax.random.key(1))
+    train_state = parallel.replicate(jax.jit(init)(jax.random.key(1)))
+    examples = parallel.shard((images, labels))
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(train_state).compile()
+    compiled = parallel.parallelize(step, donate_replicated=True).lower(train_state, examples)
+    compiled = compiled.compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
 
     def run():
         nonlocal train_state
-        train_state = compiled(train_state)
+        train_state = compiled(train_state, examples)
         return train_state
 
     return run, seconds, (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e6
@@ -87,8 +93,11 @@ def our_step(model: str, batch: int, size: int, dtype: str, *, bare: bool = Fals
 
 def prepare(row: str, args: argparse.Namespace):
     """Returns (one training step, seconds to compile, MB or None) of a row."""
-    if row == 'ours':
-        return our_step(args.model, args.batch, args.image_size, args.dtype)
+    if row in ('ours', 'bare'):
+        bare = row == 'bare'
+        return our_step(args.model, args.batch, args.image_size, args.dtype, bare=bare)
+    if row == 'torch':
+        return *peers.small_train_step(args.model, args.batch, args.image_size), None
     if row == 'plain':
         with mock.patch.object(conv, 'TABLE', {}):
             return our_step(args.model, args.batch, args.image_size, args.dtype)
@@ -109,12 +118,17 @@ def main(argv=None):
     parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
     parser.add_argument('--rows', default='ours,plain,timm,timm bare', help=','.join(ROWS))
     parser.add_argument('--peak-tflops', type=float)
+    parser.add_argument('--cpu-devices', type=int, default=1, help='cores that our rows share')
     args = parser.parse_args(argv)
     wanted = args.rows.split(',')
     if unknown := set(wanted) - set(ROWS):
         parser.error(f'--rows: {", ".join(unknown)} is not one of {", ".join(ROWS)}')
-    if not peers.available(args.model):
-        wanted = [row for row in wanted if not row.startswith('timm')]
+    jax.config.update('jax_num_cpu_devices', args.cpu_devices)
+    wanted = [
+        row
+        for row in wanted
+        if not row.startswith(('timm', 'torch')) or peers.available(args.model, row)
+    ]
 
     prepared = {row: prepare(row, args) for row in wanted}
     times = timing.in_turns({row: run for row, (run, *_) in prepared.items()}, args.rounds)

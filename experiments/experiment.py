@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import haiku as hk
 import jax
@@ -43,6 +43,7 @@ class Experiment:
     checkpoint_every: int
     profile_steps: int
     num_parameters: int
+    devices: Sequence[jax.Device]  # of a split CPU; elsewhere (), which means all
 
     @property
     def label_spec(self) -> jax.ShapeDtypeStruct:
@@ -119,6 +120,8 @@ def build(
             f'config.model.cross_replica_axis={axis!r}: must be {parallel.AXIS!r}, or None'
         )
     options = config.model.to_dict()
+    if parallel.cpu_is_split() and 'cross_replica_axis' in models.model_options(options['name']):
+        options['cross_replica_axis'] = parallel.AXIS  # Else its cores would not equal one device.
     model = models.build(options.pop('name'), num_classes, **options)
     with naming('model'):
         params, _ = jax.eval_shape(lambda: init_variables(model, config.seed, image_spec.shape))
@@ -138,8 +141,10 @@ def build(
             f"{len(train_source)}: halve the batch, or choose 'batch'"
         )
     class_weights = None
+    devices = _cpu_devices(config)
     if training:
-        _check_batch_fits_devices(config, images_per_step, image_spec)
+        with parallel.using(devices):
+            _check_batch_fits_devices(config, images_per_step, image_spec)
         if config.class_weights == 'balanced':
             class_weights = sampling.class_weights(read_labels(train_source), num_classes)
     optimizer = optimizers.create(
@@ -169,6 +174,7 @@ def build(
         checkpoint_every=steps('checkpoint.every', config.checkpoint.every, total_steps),
         profile_steps=steps('profile', config.profile, total_steps, minimum=0),
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        devices=devices,
     )
 
 
@@ -200,6 +206,44 @@ def _check_batch_fits_devices(
             jax.ShapeDtypeStruct((rows, *image_spec.shape), jnp.uint8),
             jax.ShapeDtypeStruct((rows,), jnp.int32),
         )
+
+
+def _cpu_devices(config: ConfigDict) -> Sequence[jax.Device]:
+    """Returns the cores of a split CPU that together compute what one device does, up to rounding.
+
+    Each takes a multiple of 4 images, as MixUp and CutMix together need. () means all devices.
+    """
+    if not parallel.cpu_is_split():
+        return ()
+    cores = jax.local_devices()
+    if config.accumulate > 1 or computed_per_device(config, has_statistics=False):
+        return cores[:1]
+    fitting = (n for n in range(len(cores), 1, -1) if config.batch_size % (4 * n) == 0)
+    return cores[: next(fitting, 1)]
+
+
+def computed_per_device(config: ConfigDict, *, has_statistics: bool) -> list[str]:
+    """Names what depends on which examples share a device, and so on the number of devices.
+
+    Args:
+      config: of an experiment.
+      has_statistics: whether the network has batch norm's.
+    """
+    options = config.model
+    published = models.variant_info(options.name)
+
+    def rate(option: str) -> float:
+        given = options.get(option)
+        return getattr(published, option) if given is None else given
+
+    synchronized = parallel.cpu_is_split() or options.get('cross_replica_axis')
+    holds = {
+        'the ascent of SAM': config.sam.rho > 0,
+        'the statistics of batch norm': has_statistics and not synchronized,
+        'dropout': rate('drop_rate') > 0,
+        'stochastic depth': rate('stochdepth_rate') > 0,
+    }
+    return [name for name, held in holds.items() if held]
 
 
 def _check_sampling(config: ConfigDict, source: Source) -> None:
@@ -287,4 +331,6 @@ def describe_steps(experiment: Experiment) -> str:
 
 def describe_devices() -> str:
     """Returns a text like '8 devices in 2 processes (TPU v4)'."""
-    return f'{parallel.describe_devices()} ({jax.devices()[0].device_kind})'
+    kind = jax.devices()[0].device_kind
+    cores = parallel.cpu_is_split() and parallel.device_count() > 1
+    return f'{parallel.describe_devices()} ({f"cores of one {kind}" if cores else kind})'

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
@@ -80,7 +79,7 @@ def range_test(experiment: Experiment, rates: np.ndarray) -> Iterator[float]:
     scale = float(np.asarray(experiment.optimizer.hyperparameters.learning_rate))
     train_step = make_train_step(experiment)
     state = parallel.replicate(init_state(experiment, weights))
-    stop = {'stop': parallel.shard(np.zeros((jax.local_device_count(), 1), np.float32))}
+    stop = {'stop': parallel.shard(np.zeros((len(parallel.local_devices()), 1), np.float32))}
     losses, best = [], np.inf
     with open_batches(experiment, 0, pipeline.UnreadableExamples(experiment.skip_bad)) as batches:
         for rate in rates:

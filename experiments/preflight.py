@@ -61,7 +61,7 @@ def preflight(config: ConfigDict, target: Target, plan: Mapping, waiting: Waitin
       UsageError: a mistake in the config, or a batch that does not split over the devices.
     """
     open_source = functools.partial(planned_data.open_source, **plan)
-    with parallel.compiling_for(target.devices):
+    with parallel.using(target.devices):
         if config.get('smoke'):
             config = smoke.shrink(config)
         experiment = build(config, open_source=open_source)

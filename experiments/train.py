@@ -74,31 +74,34 @@ def train(
         directory or the images failed during the run.
       DivergedError: the loss or the gradient is not finite. Nothing has been saved since.
     """
-    # ---------------------------------------------------------------------------------- experiment
-    lines = []
-    if config.get('smoke'):
-        config = smoke.shrink(config)
-        lines.append(smoke.describe_shrunk(config))
-    experiment = build(config)
-    total_steps, watched = experiment.total_steps, experiment.watched
-    progress = Progress(total_steps, enabled=not quiet)
-    log = progress.log
-    workdir.check_config(directory, config)
-    metric_writers.check_destinations(directory, config)
-    lines += [describe_network(experiment), *describe_data(experiment)]
-    lines += [*describe_imbalance(experiment), describe_steps(experiment)]
-    for line in (*lines, *schema.take_adaptations(config)):
-        log(line)
-    data = data_record.make_record(experiment.splits)
-    workdir.assert_same(config, data)
-    for change in workdir.free_changes(directory, config):
-        log(f'resuming with a changed config: {change}')
-    weights = init_weights.load_for_new_run(experiment, directory, log)
-
-    # ------------------------------------------------------------------ devices and compiled steps
-    init, train_step, eval_step = compile_programs(experiment, {} if programs is None else programs)
-    template = jax.eval_shape(lambda: init_state(experiment, init=init))
     with contextlib.ExitStack() as stack:
+        # ------------------------------------------------------------------------------ experiment
+        lines = []
+        if config.get('smoke'):
+            config = smoke.shrink(config)
+            lines.append(smoke.describe_shrunk(config))
+        experiment = build(config)
+        stack.enter_context(parallel.using(experiment.devices))
+        total_steps, watched = experiment.total_steps, experiment.watched
+        progress = Progress(total_steps, enabled=not quiet)
+        log = progress.log
+        workdir.check_config(directory, config)
+        metric_writers.check_destinations(directory, config)
+        lines += [describe_network(experiment), *describe_data(experiment)]
+        lines += [*describe_imbalance(experiment), describe_steps(experiment)]
+        for line in (*lines, *schema.take_adaptations(config)):
+            log(line)
+        data = data_record.make_record(experiment.splits)
+        workdir.assert_same(config, data)
+        for change in workdir.free_changes(directory, config):
+            log(f'resuming with a changed config: {change}')
+        weights = init_weights.load_for_new_run(experiment, directory, log)
+
+        # -------------------------------------------------------------- devices and compiled steps
+        programs = {} if programs is None else programs
+        init, train_step, eval_step = compile_programs(experiment, programs)
+        template = jax.eval_shape(lambda: init_state(experiment, init=init))
+
         # --------------------------------------------------------------------------- run directory
         metadata = init_weights.model_metadata(experiment)
         path = stack.enter_context(workdir.claimed(directory, config, data, metadata))
@@ -218,6 +221,7 @@ def train(
 
 
 def main() -> None:
+    parallel.split_cpu(flags.FLAGS.cpu_devices)
     try:
         summary = train(flags.FLAGS.config, flags.FLAGS.workdir)
     except DivergedError as error:
@@ -233,5 +237,12 @@ def main() -> None:
 if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', None, 'Config file[:variant].', lock_config=True)
     cli.define_workdir('Directory for checkpoints, metrics and config.')
+    flags.DEFINE_integer(
+        'cpu_devices',
+        None,
+        'Cores of a CPU to train on, each as a device; by default all, or one where results would '
+        'depend on their number.',
+        lower_bound=1,
+    )
     flags.mark_flags_as_required(['config', 'workdir'])
     cli.run(main, distributed=True)

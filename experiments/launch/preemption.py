@@ -27,7 +27,7 @@ class PreemptionSignal:
     """A request to stop, to this or another process of the run."""
 
     def __init__(self):
-        zeros = np.zeros(jax.local_device_count(), np.float32)
+        zeros = np.zeros(len(parallel.local_devices()), np.float32)
         self._no, self._yes = parallel.shard(zeros), parallel.shard(zeros + 1)
         self._pending: collections.deque[jax.Array] = collections.deque()
         self._requested = threading.Event()

@@ -132,5 +132,5 @@ def _read_all(source: Source, transform: Callable | None, bad: UnreadableExample
 
 def _everywhere(tree):
     """Copies a tree to every device of this process: leaves [devices, 1, ...], split by device."""
-    devices = jax.local_device_count()
+    devices = len(parallel.local_devices())
     return parallel.shard(jax.tree.map(lambda x: np.broadcast_to(x, (devices, *x.shape)), tree))

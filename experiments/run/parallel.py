@@ -9,6 +9,7 @@ are plain arrays. Batches do have the leading device axis that pmap maps over.
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,36 +21,71 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nfnets_jax.errors import UsageError
 
 AXIS = 'devices'
-_planned: Sequence[jax.Device] = ()
+_chosen: Sequence[jax.Device] = ()
+_cpu_is_split = False
 
 
 @contextlib.contextmanager
-def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
-    """Builds programs for devices that this machine need not have. They compile, but do not run.
+def using(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Builds and runs programs on these devices instead of all; () changes nothing.
 
     Args:
-      devices: all of a topology of `jax.experimental.topologies`.
+      devices: of this process; or all of a topology of `jax.experimental.topologies`, which this
+        machine need not have: programs for them compile, but do not run.
     """
-    global _planned
-    before, _planned = _planned, devices
+    global _chosen
+    before, _chosen = _chosen, devices or _chosen
     try:
         yield
     finally:
-        _planned = before
+        _chosen = before
+
+
+def split_cpu(most: int | None = None) -> None:
+    """Makes a device of each core of a CPU, for `using`; before JAX starts.
+
+    Changes nothing where several processes train together, and where XLA_FLAGS says how many
+    devices a CPU is.
+
+    Args:
+      most: how many at most; None: as many as there are cores.
+    """
+    global _cpu_is_split
+    if jax.distributed.is_initialized() or _CPU_DEVICES in os.environ.get('XLA_FLAGS', ''):
+        return
+    if hasattr(os, 'sched_getaffinity'):
+        cores = len(os.sched_getaffinity(0))  # A container may have fewer than the machine.
+    else:
+        cores = os.cpu_count() or 1
+    jax.config.update('jax_num_cpu_devices', min(cores, most or cores))
+    _cpu_is_split = jax.default_backend() == 'cpu'
+
+
+_CPU_DEVICES = 'xla_force_host_platform_device_count'
+
+
+def cpu_is_split() -> bool:
+    """Returns whether the devices are the cores of one CPU, made by `split_cpu`."""
+    return _cpu_is_split
+
+
+def local_devices() -> Sequence[jax.Device]:
+    """Returns the devices of this process that a step runs on."""
+    return _chosen or jax.local_devices()
 
 
 def device_count() -> int:
     """Returns how many devices a step runs on, those of all processes together."""
-    return len(_planned) or jax.device_count()
+    return len(_chosen) or jax.device_count()
 
 
 def process_count() -> int:
     """Returns how many processes a step runs in."""
-    return len({device.process_index for device in _planned}) or jax.process_count()
+    return len({device.process_index for device in _chosen}) or jax.process_count()
 
 
 def _placement(spec: PartitionSpec) -> NamedSharding:
-    return NamedSharding(Mesh(np.asarray(jax.local_devices()), (AXIS,)), spec)
+    return NamedSharding(Mesh(np.asarray(local_devices()), (AXIS,)), spec)
 
 
 def local_batch_size(global_batch: int, key: str = 'batch_size') -> int:
@@ -75,7 +111,7 @@ def replicate(tree: Any) -> Any:
 
 def shard(batch: Any) -> Any:
     """Splits host arrays [b, ...] over this process's devices: [devices, b / devices, ...]."""
-    devices = jax.local_device_count()
+    devices = len(local_devices())
     split = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
     return jax.device_put(split, _placement(PartitionSpec(AXIS)))
 
@@ -110,7 +146,7 @@ def parallelize(
     return jax.pmap(
         traced_once,
         axis_name=AXIS,
-        devices=_planned or None,
+        devices=_chosen or None,
         in_axes=(None, 0),
         out_axes=None,
         donate_argnums=(0,) if donate_replicated else (),

@@ -3,15 +3,13 @@
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 
-from experiments.experiment import Experiment
+from experiments.experiment import Experiment, computed_per_device
 from experiments.run import metric_writers, parallel, step_metrics
 from experiments.run.checkpoints import Checkpoints
 from experiments.train_step import TrainState
-from nfnets_jax import models
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights.checkpoints import DamagedCheckpointError
 
@@ -42,31 +40,10 @@ def describe_resumption(
     if then is None or then == now:
         return line
     line += f', with {now} instead of {then}: the same batches, equal up to rounding'
-    local = computed_per_device(experiment, template.state)
+    local = computed_per_device(experiment.config, has_statistics=bool(template.state))
     if local and now.split()[0] != then.split()[0]:
         line += f', except for what each device computes by itself: {", ".join(local)}'
     return line
-
-
-def computed_per_device(experiment: Experiment, model_state: Any) -> list[str]:
-    """Names what depends on which examples share a device, and so on the number of devices.
-
-    `model_state` is the state of the network, or its shapes; empty without batch norm.
-    """
-    options = experiment.config.model
-    published = models.variant_info(options.name)
-
-    def rate(option: str) -> float:
-        given = options.get(option)
-        return getattr(published, option) if given is None else given
-
-    holds = {
-        'the ascent of SAM': experiment.config.sam.rho > 0,
-        'the statistics of batch norm': model_state and not options.get('cross_replica_axis'),
-        'dropout': rate('drop_rate') > 0,
-        'stochastic depth': rate('stochdepth_rate') > 0,
-    }
-    return [name for name, held in holds.items() if held]
 
 
 def recorded_metrics(path: pathlib.Path, step: int) -> dict[str, float]:

@@ -56,7 +56,7 @@ def write_summary(
         'images_per_second': throughput.images / throughput.seconds if throughput.images else None,
         'training_seconds': throughput.seconds,
         'compile_seconds': throughput.compile_seconds,
-        'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        'devices': f'{parallel.device_count()} x {jax.devices()[0].device_kind}',
         'versions': {'python': platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import jax
 
 from experiments.experiment import Experiment
-from experiments.run import accelerators
+from experiments.run import accelerators, parallel
 from nfnets_jax import models
 from nfnets_jax.data.pipeline import Prefetch
 
@@ -40,7 +40,7 @@ class Throughput:
 
     def __init__(self, batch_size: int, batches: Prefetch, flops_per_image: float):
         self._batch_size, self._batches = batch_size, batches
-        self._flops = flops_per_image / jax.device_count()
+        self._flops = flops_per_image / parallel.device_count()
         self._peak = accelerators.peak_flops(jax.devices()[0].device_kind)
         self._begun = time.perf_counter()
         self.compile_seconds: float | None = None
@@ -103,7 +103,7 @@ def memory_gib() -> float:
 
     Devices without memory of their own (CPUs) do not count it; there it is that of the process.
     """
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    stats = [device.memory_stats() or {} for device in parallel.local_devices()]
     peak = max(one.get('peak_bytes_in_use', 0) for one in stats)
     if not peak:
         kilobyte = 1 if sys.platform == 'darwin' else 1024  # macOS counts bytes

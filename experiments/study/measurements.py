@@ -183,7 +183,7 @@ def _final_state(experiment: Experiment, directory) -> TrainState:
 
 
 def _step_mib(experiment: Experiment) -> float:
-    devices = jax.local_device_count()
+    devices = len(parallel.local_devices())
     rows = parallel.local_batch_size(experiment.images_per_step) // devices
     label = experiment.label_spec
     batch = {

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import pathlib
 import re
 import shutil
@@ -14,9 +15,8 @@ import optax
 import pytest
 
 from configs.finetune import head_only
-from experiments.experiment import build
+from experiments.experiment import build, computed_per_device
 from experiments.run import parallel, step_metrics
-from experiments.run.recovery import computed_per_device
 from experiments.train import train
 from experiments.train_step import (
     compile_programs,
@@ -381,7 +381,43 @@ def test_a_run_with_frozen_parameters_of_an_earlier_version_goes_on(tiny, tmp_pa
 def test_what_depends_on_the_number_of_devices_is_known(tiny, changes, named):
     experiment = build(tiny(**changes))
     state = jax.eval_shape(lambda: init_state(experiment)).state
-    assert computed_per_device(experiment, state) == named
+    assert computed_per_device(experiment.config, has_statistics=bool(state)) == named
+
+
+@pytest.fixture
+def split_cpu(monkeypatch):
+    """The four devices of the tests count as the cores of one CPU."""
+    monkeypatch.setattr(parallel, '_cpu_is_split', True)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'cores'),
+    [
+        ({}, 4),
+        ({'model': {'name': 'ResNet-8', **ONE_BLOCK}}, 4),
+        ({'batch_size': 40}, 2),  # 10 images a core could not be mixed
+        ({'batch_size': 62}, 1),
+        ({'accumulate': 2}, 1),
+        ({'sam__rho': 0.05}, 1),
+        ({'model__stochdepth_rate': 0.1}, 1),
+    ],
+)
+def test_as_many_cores_train_as_leave_the_result_alone(tiny, split_cpu, changes, cores):
+    assert len(build(tiny(**changes)).devices) == cores
+
+
+def test_the_cores_of_a_cpu_compute_what_one_device_does(tiny, split_cpu, tmp_path, monkeypatch):
+    """Batch norm included: its statistics are those of the whole batch."""
+    config = tiny(model={'name': 'ResNet-8', **ONE_BLOCK}, duration='2 steps', augment__mixup=0.2)
+    train(config, tmp_path / 'cores', quiet=True)
+    with parallel.using(jax.devices()[:1]):
+        monkeypatch.setattr(jax, 'local_devices', lambda: jax.devices()[:1])
+        train(config, tmp_path / 'one', quiet=True)
+    summary = json.loads((tmp_path / 'cores' / 'summary.json').read_text())
+    assert summary['devices'] == '4 x cpu'
+    cores, one = (final_state(tmp_path / name) for name in ('cores', 'one'))
+    chex.assert_trees_all_close(cores.params, one.params, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(cores.state, one.state, rtol=1e-4, atol=1e-5)
 
 
 MIXED = {

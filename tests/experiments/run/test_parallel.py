@@ -19,6 +19,22 @@ def test_tests_run_on_several_devices():
     assert jax.local_device_count() == 4
 
 
+def test_a_step_runs_on_the_chosen_devices():
+    chosen = jax.local_devices()[1:3]
+    with parallel.using(chosen):
+        assert parallel.device_count() == 2
+        sharded = parallel.shard(BATCH)
+        new = parallel.parallelize(gradient_step)(parallel.replicate(np.zeros(3, 'f4')), sharded)
+    assert new.devices() == sharded['x'].devices() == set(chosen)
+    assert parallel.device_count() == 4
+
+
+def test_the_devices_that_xla_flags_name_are_left_alone():
+    parallel.split_cpu(2)
+    assert jax.config.jax_num_cpu_devices == -1
+    assert not parallel.cpu_is_split()
+
+
 def test_replicate_keeps_shapes_and_reaches_every_device():
     tree = parallel.replicate({'w': np.ones((2, 3)), 'n': jnp.int32(7)})
     chex.assert_shape(tree['w'], (2, 3))
