@@ -263,6 +263,9 @@ def materials(tmp_path_factory):
     for folder in (*_FOLDERS, *splits):
         for index, label in enumerate(('cat', 'dog', 'fox') * 8):
             save_image(path / folder / label / f'{index}.jpg', index)
+    tagged = [f'mine/{label}/{i}.jpg,{label}|{"odd" if i % 2 else "even"}'
+              for i, label in enumerate(('cat', 'dog', 'fox') * 8)]  # fmt: skip
+    (path / 'tags.csv').write_text('\n'.join(['image,label', *tagged]))
     for index, name in enumerate(_IMAGES):
         save_image(path / name, index)
     for index in range(4):
