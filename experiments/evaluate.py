@@ -68,8 +68,6 @@ def evaluate(
     """
     fields = parallel.from_primary(_read_fields, directory)
     evaluator = _Evaluator(fields, directory, **{'split': 'test'} | options)
-    if report and evaluator.multi_label:
-        raise UsageError('--report is made for images with one label: leave it out')
     step, state = None, evaluator.template
     if parallel.is_primary():
         step, state = _restore(directory, checkpoint, evaluator.template)
@@ -133,8 +131,7 @@ class _Evaluator:
       image_size: side of the images in pixels; None: as in training.
       flip: whether to average over each image and its mirror image.
 
-    Attributes: the `split`, the `template` of a state, `lines` that describe network and data, and
-    whether the data are `multi_label`.
+    Attributes: the `split`, the `template` of a state, and `lines` that describe network and data.
     """
 
     def __init__(
@@ -159,7 +156,6 @@ class _Evaluator:
             if image_size is not None:
                 config.data.test_image_size = image_size
         self._experiment = experiment = build(config, training=False)
-        self.multi_label = experiment.multi_label
         self.split = split = split or experiment.watched
         if split not in experiment.splits:
             raise UsageError(f'--split={split}: no such split{nearest(split, experiment.splits)}')
