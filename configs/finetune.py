@@ -29,7 +29,6 @@ docs/pretrained.md has an example with its results.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +36,7 @@ from ml_collections import ConfigDict
 
 from experiments.config import adapted, default_config
 from nfnets_jax import models
-from nfnets_jax.data.sources import open_source
+from nfnets_jax.data.sources import open_source, source_of
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.optimizers import PUBLISHED_GROUPS, layer_decay_groups
 from nfnets_jax.weights.pretrained import Metadata, load_metadata, variable_shapes
@@ -77,7 +76,7 @@ def get_config(arguments: str = ''):
         for option, value in metadata.options.items()
     }
     config.init = {'weights': weights, 'new_head': True}
-    source = {'name': _source(given['data']), 'path': given['data']} | _table_options(given)
+    source = {'name': source_of(given['data']), 'path': given['data']} | _table_options(given)
     config.data.update(
         **source,
         image_size=metadata.train_size or published.train_size,
@@ -126,12 +125,6 @@ def head_only(head: str = 'linear') -> tuple[dict, ...]:
         {'match': rf'[^/]+/~/{head}/b', 'decay': False},
         {'match': r'.*', 'freeze': True},
     )
-
-
-def _source(path: str) -> str:
-    """Returns the name of the source that reads a directory or a file."""
-    sources = dict.fromkeys(('.csv', '.tsv', '.parquet'), 'table') | {'.npz': 'arrays'}
-    return sources.get(pathlib.PurePath(path).suffix.lower(), 'folder')
 
 
 def _table_options(given: Mapping[str, str]) -> dict[str, Any]:

@@ -67,7 +67,13 @@ def multi_label_metrics(predictions: Predictions) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
 
 
-_IN_WORDS = {'map': 'mAP', 'auc': 'AUC', 'top1': 'top-1', 'top5': 'top-5'}
+_IN_WORDS = {
+    'map': 'mAP',
+    'auc': 'AUC',
+    'top1': 'top-1',
+    'top5': 'top-5',
+    'real_top1': 'ReaL top-1',
+}
 
 
 def describe_accuracy(metrics: Mapping[str, float]) -> str:

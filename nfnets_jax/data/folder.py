@@ -12,7 +12,7 @@ import numpy as np
 
 from nfnets_jax import fields
 from nfnets_jax.data.preprocessing import SUFFIXES, ImageError, is_image
-from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingData, MissingSplit, check_split
+from nfnets_jax.data.splits import ALL, SPLIT_NAMES, SPLITS, MissingData, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.fields import Field
 from nfnets_jax.files import expand
@@ -49,10 +49,10 @@ class ImageFolder:
     is reached twice in a class counts once.
 
     The directories of the splits are relative to `path`, by default those with a name of
-    `SPLIT_NAMES`. `split` is 'train', 'validation' or 'test'.
+    `SPLIT_NAMES`. `split` is 'train', 'validation' or 'test', or 'all' where there are no splits.
 
     Raises:
-        MissingSplit: 'validation' if there is none.
+        MissingSplit: 'validation' if there is none, 'all' if there are splits.
         UsageError: another layout, a single class, a class without images, one file in two classes,
             or a directory that cannot be read.
     """
@@ -73,7 +73,7 @@ class ImageFolder:
         test_fraction: TestFraction = None,
         split_seed: SplitSeed = None,
     ):
-        check_split('folder', split, SPLITS)
+        check_split('folder', split, (*SPLITS, ALL))
         root = pathlib.Path(expand(path))
         if not path or not root.is_dir():
             raise MissingData(
@@ -92,6 +92,8 @@ class ImageFolder:
                     )
         if split == 'validation' and split not in (layout or ()):
             raise MissingSplit(f'{root}: no split besides those to train and test on')
+        if layout and split == ALL:
+            raise MissingSplit(f'{root}: holds splits')
         if layout and split not in layout:
             others = SPLIT_NAMES['test'] + SPLIT_NAMES['validation']
             raise MissingSplit(
@@ -122,7 +124,7 @@ class ImageFolder:
                 )
             owners |= files
             paths = sorted(files.values())
-            if not layout:
+            if not layout and split != ALL:
                 paths = hold_out(
                     paths,
                     split,

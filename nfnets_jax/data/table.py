@@ -15,7 +15,7 @@ import numpy as np
 from nfnets_jax import extras, fields, files
 from nfnets_jax.data.folder import SplitSeed, TestFraction, hold_out
 from nfnets_jax.data.preprocessing import ImageError
-from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
+from nfnets_jax.data.splits import ALL, SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.fields import Field
 
@@ -54,7 +54,7 @@ class ImageTable:
     With `label_separator` or `label_columns` an image may have several labels, or none, and
     `labels` is uint8 [N, K]. The share to hold out is then one of all rows.
 
-    `split` is 'train', 'validation' or 'test'.
+    `split` is 'train', 'validation' or 'test', or 'all' where there are no splits.
 
     Raises:
         MissingSplit: the table has no such split.
@@ -85,7 +85,7 @@ class ImageTable:
         test_fraction: TestFraction = None,
         split_seed: SplitSeed = None,
     ):
-        check_split('table', split, SPLITS)
+        check_split('table', split, (*SPLITS, ALL))
         table = pathlib.Path(files.expand(path))
         self._root = pathlib.Path(files.expand(root)) if root else table.parent
         columns = _read(table)
@@ -115,7 +115,7 @@ class ImageTable:
         rows: dict[str, list[Row]] = collections.defaultdict(list)
         for i, (image, names) in enumerate(zip(images, labels, strict=True)):
             if image and (names or several):
-                owner = _split_name(splits[i], table, i + 2) if splits else 'all'
+                owner = _split_name(splits[i], table, i + 2) if splits else ALL
                 rows[owner].append((image + suffix, names))
             else:
                 self.left_out['rows without ' + ('a label' if image else 'a path')] += 1
@@ -129,12 +129,12 @@ class ImageTable:
         if label_columns:
             self.class_names = tuple(chosen)
         else:
-            training = rows['all'] + rows['train']
+            training = rows[ALL] + rows['train']
             self.class_names = _class_names(name for _, names in training for name in names)
         numbers = {name: number for number, name in enumerate(self.class_names)}
-        if not splits and split != 'validation':
+        if not splits and split not in ('validation', ALL):
             groups = [str(path)] if several else self.class_names
-            rows[split] = _held_out(rows['all'], split, groups, test_fraction, split_seed or 0)
+            rows[split] = _held_out(rows[ALL], split, groups, test_fraction, split_seed or 0)
         if not (found := rows[split]):
             raise MissingSplit(f'{path}: no rows of the split {split!r}')
         for image, names in found:
