@@ -93,7 +93,7 @@ NOT_RUN = {
     r'(srun|scancel) .*': 'needs SLURM',
     r'python -m experiments.train .*nfnet-0\.nfnet.*': 'needs Kubernetes',
     r'mount .*': 'needs the rights to mount',
-    r'python -m experiments.evaluate --workdir=runs/imagenet .*': 'needs ImageNet',
+    r'python -m experiments.(evaluate|train) .*--workdir=runs/imagenet .*': 'needs ImageNet',
     r'python -m experiments.soup .*--workdir=.*': 'needs several checkpoints; test_soup.py has it',
     r'python -m experiments.train .*--workdir=/mnt/small/run': 'is for the full disk mounted there',
     r'\S+python -m pytest -m slow': 'is this suite',

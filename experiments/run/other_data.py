@@ -20,7 +20,7 @@ from nfnets_jax.weights.pretrained import Metadata
 # Options that say where the images of a run are, and which of them are its splits.
 _OF_THE_PLACE = (
     *('path', 'root', 'train_split', 'validation_split', 'test_split'),
-    *('test_fraction', 'split_seed'),
+    *('val_labels', 'test_fraction', 'split_seed'),
 )
 _KEPT = ('mean', 'std', 'skip_bad')  # of the config, whatever the source
 
