@@ -50,15 +50,18 @@ def other_config(config: ConfigDict, path: str, metadata: Metadata) -> ConfigDic
     return config
 
 
-def open_other(config: ConfigDict, metadata: Metadata, split: str | None) -> Source:
+def open_other(
+    config: ConfigDict, metadata: Metadata, split: str | None = None, default: str = 'test'
+) -> Source:
     """Opens other data, with the labels of a run.
 
-    Where they have no splits these are all images; else the split, by default 'test'.
+    Where they have no splits these are all images.
 
     Args:
       config: from `other_config`.
       metadata: of the run.
-      split: that of the other data.
+      split: that of the other data, which then must have splits; None: the default, if they do.
+      default: a split.
 
     Raises:
       UsageError: the data are not there, or their classes are not those of the run.
@@ -66,7 +69,8 @@ def open_other(config: ConfigDict, metadata: Metadata, split: str | None) -> Sou
     name, path, given = config.data.name, config.data.path, config.data.to_dict()
     options = {key: given[key] for key in sources.source_options(name) if key in given}
     try:
-        source = RenumberedSource(_open(name, split, options), metadata.class_names)
+        own = _open(name, split, default, options)
+        source = RenumberedSource(own, metadata.class_names)
     except UsageError as error:
         raise UsageError(f'--data={path}: {error}') from error
     several = source.labels is not None and source.labels.ndim == 2
@@ -79,11 +83,11 @@ def open_other(config: ConfigDict, metadata: Metadata, split: str | None) -> Sou
     return source
 
 
-def _open(name: str, split: str | None, options: Mapping[str, Any]) -> Source:
+def _open(name: str, split: str | None, default: str, options: Mapping[str, Any]) -> Source:
     try:
         source = sources.open_source(name, ALL, **options)
     except MissingSplit:
-        return sources.open_source(name, split or 'test', **options)
+        return sources.open_source(name, split or default, **options)
     if split is not None:
         raise UsageError(f'it holds no splits, but --split={split}: leave that out')
     return source
