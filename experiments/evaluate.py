@@ -175,6 +175,8 @@ class _Evaluator:
         if other:
             for name in {'path', 'data_dir'} & set(data):
                 raise UsageError(f'--config.data.{name} is of the data of the run: leave it out')
+            if not fields['metadata']:
+                raise UsageError(f'{directory} holds no model.json, by which --data is prepared')
             metadata = pretrained.decode_metadata(fields['metadata'], directory)
             config = other_data.other_config(config, other, metadata)
             source = other_data.open_other(config, metadata, split)

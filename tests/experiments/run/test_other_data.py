@@ -131,3 +131,9 @@ def test_mistakes_are_one_line(run, test_images, tmp_path):
             evaluate(directory, **options)
         assert message in str(error.value)
         assert '\n' not in str(error.value)
+
+
+def test_a_run_that_does_not_say_its_classes_is_one_line(run, tmp_path):
+    (tmp_path / 'config.json').write_text((run[0] / 'config.json').read_text())
+    with pytest.raises(UsageError, match=r'holds no model\.json, by which --data is prepared'):
+        evaluate(tmp_path, other='x')
