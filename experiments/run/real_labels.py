@@ -50,13 +50,13 @@ def image_numbers(source: Source, count: int) -> np.ndarray:
     Raises:
       UsageError: it is not such a source.
     """
-    names = source.class_names
-    if len(names) != _CLASSES or (
-        all(map(_WORDNET.fullmatch, names)) and list(names) != sorted(names)
-    ):
+    names = list(source.class_names)
+    in_order = all(map(_WORDNET.fullmatch, names)) and names == sorted(names)
+    if len(names) != _CLASSES or not (in_order or names == list(map(str, range(_CLASSES)))):
         raise UsageError(
             f'--real: the labels are for the {_CLASSES} classes of ImageNet in the order of their '
-            f'WordNet IDs, but {source.name} has {len(names):,} classes, the first {names[0]!r}'
+            f'WordNet IDs, or their numbers in it, but {source.name} has {len(names):,} classes, '
+            f'the first {names[0]!r}'
         )
     found = [_IMAGE.search(source.where(index)) for index in range(len(source))]
     numbers = np.array([int(match[1]) - 1 if match else -1 for match in found])

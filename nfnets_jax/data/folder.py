@@ -115,7 +115,7 @@ class ImageFolder:
         self.name, self.origin, self._directory = f'{root} ({split})', str(directory), directory
         self.left_out: collections.Counter[str] = collections.Counter()
         self.class_names = tuple(path.name for path in _class_directories(train))
-        if len(self.class_names) < 2:
+        if len(self.class_names) < 2 and split != ALL:
             raise UsageError(_one_class(root, train))
         labels: list[int] = []
         self._paths = []

@@ -34,7 +34,7 @@ import numpy as np
 from nfnets_jax import fields, files
 from nfnets_jax.data.folder import ImageFolder
 from nfnets_jax.data.preprocessing import ImageError, resize
-from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
+from nfnets_jax.data.splits import ALL, SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.data.table import ImageTable
 from nfnets_jax.data.tfds import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
@@ -428,7 +428,7 @@ def open_source(name: str, split: str, **options: Any) -> Source:
             )
     elif split == 'train' and isinstance(source, ArraySource):
         used = tuple(source.class_names[label] for label in np.unique(source.labels))
-    if len(used) < 2:
+    if len(used) < 2 and split != ALL:
         raise UsageError(
             f'{source.name}: one class only, {", ".join(map(repr, used))}: there is nothing to '
             'tell apart'

@@ -210,10 +210,14 @@ def _read_parquet(path: pathlib.Path) -> dict[str, Sequence[str]]:
     with extras.optional():
         from pyarrow import parquet
     table = parquet.read_table(path)
-    return {
-        name: ['' if value is None else str(value) for value in table[name].to_pylist()]
-        for name in table.column_names
-    }
+    return {name: list(map(_as_text, table[name].to_pylist())) for name in table.column_names}
+
+
+def _as_text(value: Any) -> str:
+    """Returns a value of a Parquet file as a .csv would have it; '|' separates those of a list."""
+    if isinstance(value, list):
+        return '|'.join(map(_as_text, value))
+    return '' if value is None else str(value)
 
 
 def _column(

@@ -148,6 +148,19 @@ def test_several_labels_for_an_image(several, kind):
     assert source.class_names == (f'{prefix}big', f'{prefix}red', f'{prefix}wild')
 
 
+def test_a_parquet_column_of_lists_has_several_labels(images, tmp_path):
+    pa = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+
+    paths = [path for path, _ in rows_of(images)]
+    table = pa.table({'image': paths, 'label': SEVERAL, 'split': ['train'] * 6 + ['test'] * 6})
+    parquet.write_table(table, tmp_path / 't.parquet')
+    options = {'path': str(tmp_path / 't.parquet'), 'root': str(images), 'label_separator': '|'}
+    source = open_source('table', 'test', **options)
+    expected = MultiLabelBinarizer(classes=['big', 'red', 'wild']).fit_transform(SEVERAL[6:])
+    np.testing.assert_array_equal(source.labels, expected)
+
+
 def test_the_identity_sees_each_of_several_labels(several, images, tmp_path):
     options = several[0]['separator']
     text = pathlib.Path(options['path']).read_text()

@@ -1,6 +1,7 @@
 """Evaluation on data that a run was not trained on."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -80,6 +81,11 @@ def test_some_of_the_classes_are_enough(run, test_images, tmp_path):
     assert images == dict(zip(test_images.class_names, counts.tolist(), strict=True))
     summary = json.loads((tmp_path / 'report' / 'summary.json').read_text())
     assert summary['top1'] == found['test_ema/top1']
+    shutil.rmtree(tmp_path / 'some' / 'n2')
+    one = evaluate(directory, other=str(tmp_path / 'some'), report=str(tmp_path / 'report'))
+    summary = json.loads((tmp_path / 'report' / 'summary.json').read_text())
+    assert summary['images'] == counts[3]
+    assert summary['top1'] == one['test_ema/top1']
 
 
 def test_directories_of_numbers_are_labels_in_the_order_of_the_run(run, test_images, tmp_path):

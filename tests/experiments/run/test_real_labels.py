@@ -75,6 +75,8 @@ def test_what_is_no_list_of_labels_is_one_line(tmp_path, labels):
     [
         (Validation([1], WORDNET[:10]), 'has 10 classes'),
         (Validation([1], WORDNET[::-1]), 'in the order of their WordNet IDs'),
+        (Validation([1], sorted(map(str, range(1000)))), 'or their numbers in it'),
+        (Validation([1], tuple(f'tench {i:03d}' for i in range(1000))), "the first 'tench 000'"),
         (Validation([1, 61]), 'ILSVRC2012_val_00000061.JPEG is not called like an image of'),
         (ArraySource(np.zeros((1, 2, 2, 3), np.uint8), [0], WORDNET), 'arrays.0. is not called'),
     ],
