@@ -15,6 +15,8 @@ Arguments, separated by commas:
            its running statistics).
   layer_decay  a factor like 0.75 by which the learning rate falls from block to block, from the
            head to the stem.
+  label_separator, label_columns
+           of a table whose images have several labels: label_separator=; label_columns=has_*
   recipe   published: the papers' for fine-tuning from JFT as it is, whatever the number of images.
 
 The recipe is the papers': 15,000 steps of 2048 images, learning rate 0.1 after 5,000 steps of
@@ -27,18 +29,20 @@ docs/pretrained.md has an example with its results.
 """
 
 import dataclasses
-import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from experiments.config import adapted, default_config
 from nfnets_jax import models
-from nfnets_jax.data.sources import open_source
+from nfnets_jax.data.sources import open_source, source_of
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.optimizers import PUBLISHED_GROUPS, layer_decay_groups
 from nfnets_jax.weights.pretrained import Metadata, load_metadata, variable_shapes
 
-_ARGUMENTS = ('data', 'weights', 'model', 'freeze', 'layer_decay', 'recipe')
+_TABLE_OPTIONS = ('label_separator', 'label_columns')
+_ARGUMENTS = ('data', 'weights', 'model', 'freeze', 'layer_decay', *_TABLE_OPTIONS, 'recipe')
 # What depends on the number of images, as published.
 _PUBLISHED = {
     'batch_size': 2048,
@@ -47,7 +51,7 @@ _PUBLISHED = {
 }
 VARIANTS = (
     'data=DIRECTORY[,weights=FILE][,model=NAME][,freeze=PATTERN][,layer_decay=FACTOR]'
-    '[,recipe=published]',
+    '[,label_separator=TEXT][,label_columns=PATTERN][,recipe=published]',
 )
 
 
@@ -72,9 +76,9 @@ def get_config(arguments: str = ''):
         for option, value in metadata.options.items()
     }
     config.init = {'weights': weights, 'new_head': True}
+    source = {'name': source_of(given['data']), 'path': given['data']} | _table_options(given)
     config.data.update(
-        name=_source(given['data']),
-        path=given['data'],
+        **source,
         image_size=metadata.train_size or published.train_size,
         test_image_size=metadata.test_size or published.test_size,
         test_mode=metadata.eval_mode,
@@ -105,7 +109,7 @@ def get_config(arguments: str = ''):
         shapes, _ = variable_shapes(dataclasses.replace(metadata, model=name, num_classes=1))
         optimizer.groups = layer_decay_groups(shapes, _factor(decay), optimizer.groups)
     if (recipe := given.get('recipe')) is None:
-        _adapt(config, given['data'])
+        _adapt(config, source)
     elif recipe != 'published':
         raise UsageError(f"recipe={recipe}: must be 'published', or left out")
     config.eval.every = config.checkpoint.every = '10%'
@@ -123,16 +127,18 @@ def head_only(head: str = 'linear') -> tuple[dict, ...]:
     )
 
 
-def _source(path: str) -> str:
-    """Returns the name of the source that reads a directory or a file."""
-    sources = dict.fromkeys(('.csv', '.tsv', '.parquet'), 'table') | {'.npz': 'arrays'}
-    return sources.get(pathlib.PurePath(path).suffix.lower(), 'folder')
+def _table_options(given: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the options of the table among the arguments."""
+    found: dict[str, Any] = {key: given[key] for key in _TABLE_OPTIONS if key in given}
+    if 'label_columns' in found:
+        found['label_columns'] = (found['label_columns'],)
+    return found
 
 
-def _adapt(config: ConfigDict, path: str) -> None:
+def _adapt(config: ConfigDict, source: Mapping[str, Any]) -> None:
     """Replaces batch, duration and warm-up by those of BiT's HyperRule if the images are few."""
     try:
-        images = len(open_source(_source(path), 'train', path=path))
+        images = len(open_source(split='train', **source))
     except UsageError:
         return  # Opening the data later reports the error with the config's key.
     if images >= 500_000:

@@ -12,6 +12,9 @@ and its mirror image.
 
 The data must be those that the run was trained on. If they have moved, give --config.data.path=...
 or --config.data.data_dir=...; --config.data.skip_bad=1 skips an unreadable image.
+
+--data=PATH evaluates on other images of the same classes instead: a directory, a table or arrays.
+--real=real.json adds the accuracy on ImageNet's reassessed labels, ReaL.
 """
 
 import json
@@ -23,17 +26,29 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from experiments.experiment import build, describe_data, describe_devices, describe_network
 from experiments.launch import cli
-from experiments.run import data_record, evaluation, parallel, workdir
+from experiments.run import (
+    data_record,
+    evaluation,
+    other_data,
+    parallel,
+    real_labels,
+    workdir,
+)
+from experiments.run.predictions import make_predict_step, predict
 from experiments.run.summary import SUMMARY_FILE
 from experiments.train_step import TrainState, init_state, make_eval_step, make_logits_fn
 from nfnets_jax import files
+from nfnets_jax.data import sources
+from nfnets_jax.data.sources import Source
 from nfnets_jax.data.splits import SPLITS
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.weights import pretrained
 from nfnets_jax.weights.checkpoints import CheckpointReader, DamagedCheckpointError
 
 EVALUATIONS_FILE = 'evaluations.jsonl'
@@ -48,6 +63,7 @@ def evaluate(
     checkpoint: str = 'latest',
     *,
     report: str | None = None,
+    real: str | None = None,
     log: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> dict:
@@ -60,6 +76,7 @@ def evaluate(
       checkpoint: 'latest', 'best' or a step.
       report: a directory for the report of `run.evaluation_report`, of the moving average if there
         is one.
+      real: file of reassessed labels, see `run.real_labels`; adds '<split>/real_top1'.
       log: receives lines about network, data and checkpoint before anything is compiled.
       **options: options of `_Evaluator`; the split is 'test' by default.
 
@@ -67,9 +84,10 @@ def evaluate(
       UsageError: there is no such run or checkpoint, it is damaged, or its data have changed.
     """
     fields = parallel.from_primary(_read_fields, directory)
-    evaluator = _Evaluator(fields, directory, **{'split': 'test'} | options)
-    if report and evaluator.multi_label:
-        raise UsageError('--report is made for images with one label: leave it out')
+    options = {'split': None if options.get('other') else 'test'} | options
+    evaluator = _Evaluator(fields, directory, **options)
+    if real:
+        evaluator.use_real_labels(real)
     step, state = None, evaluator.template
     if parallel.is_primary():
         step, state = _restore(directory, checkpoint, evaluator.template)
@@ -116,9 +134,12 @@ def watch(
 
 
 def _read_fields(directory: str) -> dict:
-    """Returns the config of a run and the record of its data."""
+    """Returns the config of a run, the record of its data and its metadata, as text."""
     config = workdir.as_json(workdir.load_config(directory))
-    return {'config': config, 'data': data_record.read(directory)}
+    fields = {'config': config, 'data': data_record.read(directory), 'metadata': ''}
+    if (pathlib.Path(directory) / 'model.json').exists():
+        fields['metadata'] = pretrained.encode_metadata(pretrained.load_metadata(directory))
+    return fields
 
 
 class _Evaluator:
@@ -132,9 +153,9 @@ class _Evaluator:
       data: options of config.data that differ, see `DATA_OPTIONS`.
       image_size: side of the images in pixels; None: as in training.
       flip: whether to average over each image and its mirror image.
+      other: path of other data with the same classes, see `run.other_data`; then `split` is theirs.
 
-    Attributes: the `split`, the `template` of a state, `lines` that describe network and data, and
-    whether the data are `multi_label`.
+    Attributes: the `split`, the `template` of a state, and `lines` that describe network and data.
     """
 
     def __init__(
@@ -147,8 +168,19 @@ class _Evaluator:
         data: Mapping[str, Any] = MappingProxyType({}),
         image_size: int | None = None,
         flip: bool = False,
+        other: str | None = None,
     ):
         config = ConfigDict(fields['config'])
+        open_source: Callable[..., Source] = sources.open_source
+        if other:
+            for name in {'path', 'data_dir'} & set(data):
+                raise UsageError(f'--config.data.{name} is of the data of the run: leave it out')
+            if not fields['metadata']:
+                raise UsageError(f'{directory} holds no model.json, by which --data is prepared')
+            metadata = pretrained.decode_metadata(fields['metadata'], directory)
+            config = other_data.other_config(config, other, metadata)
+            source = other_data.open_other(config, metadata, split)
+            open_source, split = other_data.opener(source, config, metadata), 'test'
         if batch_size is not None:
             config.eval.batch_size = batch_size
         with config.data.ignore_type():
@@ -158,28 +190,44 @@ class _Evaluator:
                 config.data[name] = value
             if image_size is not None:
                 config.data.test_image_size = image_size
-        self._experiment = experiment = build(config, training=False)
-        self.multi_label = experiment.multi_label
+        self._experiment = experiment = build(config, training=False, open_source=open_source)
         self.split = split = split or experiment.watched
         if split not in experiment.splits:
             raise UsageError(f'--split={split}: no such split{nearest(split, experiment.splits)}')
-        if fields['data']:
+        if fields['data'] and not other:
             found = data_record.make_record(experiment.splits)
             if changed := data_record.changes(fields['data'], found, (split,)):
                 raise UsageError(
                     f'--workdir={directory} holds a run on other data: '
                     f'{data_record.in_words(changed, "give --config.data.path of the same data")}'
                 )
+        described = describe_data(experiment)
+        if other:
+            described = iter([other_data.describe(experiment.test_source)])
         self.lines = [
             describe_network(experiment),
-            *describe_data(experiment),
-            f'evaluation: the {split} images, on {describe_devices()}',
+            *described,
+            f'evaluation: {"these" if other else f"the {split}"} images, on {describe_devices()}',
         ]
         self.template = jax.eval_shape(lambda: init_state(experiment))
         self._flip, self._step = flip, make_eval_step(experiment, flip=flip)
+        self._real: tuple[list[list[int]], np.ndarray] | None = None
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        return evaluation.evaluate(self._experiment, self._step, _placed(state), self.split)
+        variables = _placed(state)
+        found = evaluation.evaluate(self._experiment, self._step, variables, self.split)
+        if self._real:
+            labels, numbers = self._real
+            step = make_predict_step(make_logits_fn(self._experiment, flip=self._flip))
+            for name, each in predict(self._experiment, step, variables, self.split).items():
+                found[f'{self.split}{name}/real_top1'] = real_labels.top1(each, numbers, labels)
+        return found
+
+    def use_real_labels(self, path: str) -> None:
+        """Adds the accuracy on the reassessed labels in a file to the results."""
+        labels = real_labels.read(path)
+        source = self._experiment.splits[self.split]
+        self._real = labels, real_labels.image_numbers(source, len(labels))
 
     def write_report(self, state: TrainState, directory: str) -> None:
         from experiments.run import evaluation_report  # here: Matplotlib is slow to import
@@ -266,16 +314,18 @@ def main() -> None:
         'data': {name: value for name, value in given.items() if value is not None},
         'log': lambda line: print(line, file=sys.stderr, flush=True),
     }
-    options |= {'image_size': args.image_size, 'flip': args.tta == 'flip'}
+    options |= {'image_size': args.image_size, 'flip': args.tta == 'flip', 'other': args.data}
     options |= {'split': args.split} if args.split else {}
     if args.watch:
         if args.checkpoint != 'latest':
             raise UsageError('--watch evaluates all checkpoints: leave --checkpoint out')
-        if args.report:
-            raise UsageError('--watch evaluates all checkpoints: leave --report out')
+        for flag in ('report', 'data', 'real'):
+            if args[flag].value:
+                raise UsageError(f'--watch evaluates all checkpoints: leave --{flag} out')
         found = watch(args.workdir, **options)
     else:
-        found = iter([evaluate(args.workdir, args.checkpoint, report=args.report, **options)])
+        asked = {'report': args.report, 'real': args.real}
+        found = iter([evaluate(args.workdir, args.checkpoint, **asked, **options)])
     for results in found:
         if parallel.is_primary():
             line = f'step {results["step"]:,}: {evaluation.describe_accuracy(results)}'
@@ -309,6 +359,10 @@ if __name__ == '__main__':
     cli.define_path(
         'report', None, 'Directory for a report: by class, confusions, calibration, mistakes.'
     )
+    cli.define_path(
+        'data', None, 'Other images of the same classes: a directory, a table or an .npz file.'
+    )
+    cli.define_path('real', None, "Reassessed labels of ImageNet's validation images: real.json.")
     cli.define_path('config.data.path', None, 'Where the same data are now.')
     cli.define_path('config.data.data_dir', None, 'Where the same TFDS data sets are now.')
     flags.DEFINE_integer('config.data.skip_bad', None, 'How many unreadable images to skip.')

@@ -29,8 +29,8 @@ from experiments import scaling, smoke, train_step
 from experiments.experiment import Experiment, build
 from experiments.launch import cli
 from experiments.run import compiled_text, parallel, planned_data, step_parts, targets
+from experiments.run.batches import eval_batch_size
 from experiments.run.compiled_text import Instruction, Program
-from experiments.run.evaluation import eval_batch_size
 from experiments.run.targets import Compiled, Target, compile_program
 from experiments.run.throughput import flops_per_image
 from nfnets_jax import files, models
@@ -257,6 +257,7 @@ def _eval_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     return {
         'image': _split(jnp.uint8, rows, height, width, channels),
         'label': _split(label.dtype, rows, *label.shape),
+        'index': _split(jnp.int32, rows),
         'mask': _split(jnp.float32, rows),
     }
 

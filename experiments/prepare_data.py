@@ -2,12 +2,18 @@
 
     python -m experiments.prepare_data --dataset=cifar10 --data_dir=~/tensorflow_datasets
 
-It downloads the data set and writes ArrayRecord files; TensorFlow is not needed. A data set that
-exists as TFRecords is converted beside them. If it was stopped, run it again: finished downloads
-and files are kept, and nothing unfinished is used, because a data set counts as prepared only when
-its dataset_info.json says so, which is written last.
+With --shards it converts files that others have prepared: tar files of WebDataset, or Parquet files
+with image bytes, as of Hugging Face; the data set then has the name that --dataset gives.
+
+    python -m experiments.prepare_data --shards=DIRECTORY --dataset=my_images
+
+Without, it downloads the data set and writes ArrayRecord files; TensorFlow is not needed. A data
+set that exists as TFRecords is converted beside them. If it was stopped, run it again: finished
+downloads and files are kept, and nothing unfinished is used, because a data set counts as prepared
+only when its dataset_info.json says so, which is written last.
 """
 
+import contextlib
 import io
 import os
 import pathlib
@@ -20,7 +26,10 @@ import tqdm
 from absl import flags
 from PIL import Image
 
+from experiments import convert_shards
+from experiments.export import read_class_names
 from experiments.launch import cli
+from nfnets_jax import files
 from nfnets_jax.data.tfds import DEFAULT_DATA_DIR, open_builder
 from nfnets_jax.errors import UsageError
 
@@ -45,11 +54,47 @@ def prepare_dataset(dataset: str, data_dir: str) -> pathlib.Path:
     directory = pathlib.Path(builder.data_dir)
     if builder.info.splits and 'array_record' in formats:
         return directory
-    try:
+    with _resumable(dataset, directory):
         if builder.info.splits and 'tfrecord' in formats:
             _convert(builder)
         else:
             _download_and_prepare(builder)
+    return directory
+
+
+def prepare_shards(
+    shards: str, dataset: str, data_dir: str, classes: str | None = None, label_column: str = ''
+) -> pathlib.Path:
+    """Converts shards of others to a data set of ArrayRecord files, unless that is done.
+
+    Args:
+        shards: their directory, see `nfnets_jax.data.shards`.
+        dataset: the name that the data set shall have.
+        data_dir: directory of the prepared data sets.
+        classes: a file with the names of the classes, one a line, where labels are integers.
+        label_column: see `nfnets_jax.data.shards.read_shard`.
+
+    Returns:
+        The directory of the data set.
+
+    Raises:
+        UsageError: a shard is damaged, or there is no space on the disk.
+    """
+    root = pathlib.Path(files.expand(data_dir))
+    if not (root / dataset).exists():
+        _check_space(dataset, convert_shards.size(shards), root)
+    names = read_class_names(classes) if classes else ()
+    with _resumable(dataset, root / dataset):
+        return convert_shards.convert(
+            shards, dataset, root, classes=names, label_column=label_column
+        )
+
+
+@contextlib.contextmanager
+def _resumable(dataset: str, directory: pathlib.Path) -> Iterator[None]:
+    """Turns errors of the disk into one line that says how to go on."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:
         reason = getattr(error, 'strerror', None) or str(error).partition(';')[0]
         # ArrayRecord's writer reports a full disk by a RuntimeError.
@@ -58,7 +103,6 @@ def prepare_dataset(dataset: str, data_dir: str) -> pathlib.Path:
         raise UsageError(
             f'{dataset} is not prepared: {reason} ({directory}); the same command continues'
         ) from error
-    return directory
 
 
 def _download_and_prepare(builder) -> None:
@@ -73,7 +117,9 @@ def _download_and_prepare(builder) -> None:
                 f'imagenet2012 needs {" and ".join(missing)} in {manual}: download them by hand '
                 'from https://image-net.org/download-images (148 GB; as much again is written)'
             )
-    _check_space(builder, root)
+    # TFDS knows the size of most data sets.
+    needed = int(builder.info.download_size or 0) + int(builder.info.dataset_size or 0)
+    _check_space(builder.name, needed, root)
     _without_tensorflow(builder)
     config = tfds.download.DownloadConfig(manual_dir=str(manual), try_download_gcs=False)
     try:
@@ -91,14 +137,13 @@ def _download_and_prepare(builder) -> None:
         raise
 
 
-def _check_space(builder, root: pathlib.Path) -> None:
-    """Raises a UsageError if the disk is too small; TFDS knows the size of most data sets."""
-    needed = int(builder.info.download_size or 0) + int(builder.info.dataset_size or 0)
+def _check_space(name: str, needed: int, root: pathlib.Path) -> None:
+    """Raises a UsageError if the disk has less space than a data set needs, in bytes."""
     there = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
         raise UsageError(
-            f'{builder.name} needs {needed / 1e9:.1f} GB in {root}, where {free / 1e9:.1f} GB are '
+            f'{name} needs {needed / 1e9:.1f} GB in {root}, where {free / 1e9:.1f} GB are '
             'free: make room or choose another --data_dir'
         )
 
@@ -183,7 +228,14 @@ def read_tfrecords(path: str | os.PathLike) -> Iterator[bytes]:
 
 
 def main() -> None:
-    directory = prepare_dataset(_DATASET.value, _DATA_DIR.value)
+    if _SHARDS.value is None:
+        for flag in (_CLASSES, _LABEL_COLUMN):
+            if flag.value:
+                raise UsageError(f'--{flag.name} is for --shards: leave it out')
+        directory = prepare_dataset(_DATASET.value, _DATA_DIR.value)
+    else:
+        options = _DATASET.value, _DATA_DIR.value, _CLASSES.value, _LABEL_COLUMN.value
+        directory = prepare_shards(_SHARDS.value, *options)
     print(
         f'{_DATASET.value} is prepared in {directory}; train with --config.data.name=tfds '
         f'--config.data.dataset={_DATASET.value} --config.data.data_dir={_DATA_DIR.value}'
@@ -191,7 +243,18 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    _DATASET = flags.DEFINE_string('dataset', None, 'Name of the data set in TFDS.', required=True)
+    _DATASET = flags.DEFINE_string(
+        'dataset', None, 'Name of the data set in TFDS; with --shards a new one.', required=True
+    )
+    _SHARDS = cli.define_path('shards', None, 'Directory of .tar or .parquet files to convert.')
+    _CLASSES = cli.define_path(
+        'classes',
+        None,
+        'With --shards: names of the classes, one a line, where labels are integers.',
+    )
+    _LABEL_COLUMN = flags.DEFINE_string(
+        'label_column', '', 'With --shards: column of labels, or their key in .json.'
+    )
     _DATA_DIR = cli.define_path(
         'data_dir', DEFAULT_DATA_DIR, 'Directory of the prepared data sets.'
     )

@@ -8,7 +8,8 @@ The members are all --weights (files, published names or runs) and the --checkpo
 --workdir. All must be of one network with the same classes; statistics of batch norm are averaged
 as well. --greedy is recipe 1 of the paper: it takes the members in the order of their top-1 on the
 validation images of --workdir or --config, and keeps each with which that of the average does not
-fall. It never looks at the test images.
+fall. It never looks at the test images. --data names other images to choose by, of the same
+classes: the validation split of a directory, a table or arrays, or all if there are no splits.
 """
 
 import functools
@@ -21,9 +22,16 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments.experiment import build, describe_data
+from experiments.experiment import Experiment, build, describe_data
 from experiments.launch import cli, weights_flags
-from experiments.run import data_record, evaluation, init_weights, parallel, workdir
+from experiments.run import (
+    data_record,
+    evaluation,
+    init_weights,
+    other_data,
+    parallel,
+    workdir,
+)
 from experiments.train_step import make_eval_step
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError
@@ -164,7 +172,10 @@ def _network(metadata: pretrained.Metadata) -> dict[str, Any]:
 
 
 def make_accuracy(
-    config: ConfigDict, directory: str | None, log: Callable[[str], None]
+    config: ConfigDict,
+    directory: str | None,
+    log: Callable[[str], None],
+    other: str | None = None,
 ) -> tuple[pretrained.Metadata, Callable[[pretrained.Weights], float]]:
     """Returns what weights must be of, and the function weights -> top-1 on the validation images.
 
@@ -172,10 +183,13 @@ def make_accuracy(
       config: of a run, which names the data.
       directory: of that run, with the record of its data; None if there is none.
       log: receives lines about the data.
+      other: path of other data to validate on, with the classes of the run in `directory`.
 
     Raises:
       UsageError: there are no validation images, or the data of the run have changed.
     """
+    if other and directory:
+        return _accuracy_on_other(config, directory, log, other)
     experiment = build(config, training=False)
     if experiment.validation_source is None:
         raise UsageError(
@@ -186,14 +200,30 @@ def make_accuracy(
         data_record.assert_unchanged(directory, data_record.make_record(experiment.splits))
     for line in describe_data(experiment):
         log(line)
+    return init_weights.model_metadata(experiment), _accuracy(experiment, 'validation')
+
+
+def _accuracy_on_other(
+    config: ConfigDict, directory: str, log: Callable[[str], None], path: str
+) -> tuple[pretrained.Metadata, Callable[[pretrained.Weights], float]]:
+    metadata = pretrained.load_metadata(directory)
+    config = other_data.other_config(config, path, metadata)
+    source = other_data.open_other(config, metadata, default='validation')
+    log(other_data.describe(source))
+    open_source = other_data.opener(source, config, metadata)
+    experiment = build(config, training=False, open_source=open_source)
+    return init_weights.model_metadata(experiment), _accuracy(experiment, 'test')
+
+
+def _accuracy(experiment: Experiment, split: str) -> Callable[[pretrained.Weights], float]:
     eval_step = make_eval_step(experiment)
 
     def accuracy(weights: pretrained.Weights) -> float:
         variables = parallel.replicate({'': (weights.params, weights.state)})
-        metrics = evaluation.evaluate(experiment, eval_step, variables, 'validation')
-        return evaluation.score(metrics, 'validation')
+        metrics = evaluation.evaluate(experiment, eval_step, variables, split)
+        return evaluation.score(metrics, split)
 
-    return init_weights.model_metadata(experiment), accuracy
+    return accuracy
 
 
 def main() -> None:
@@ -204,6 +234,8 @@ def main() -> None:
         weights_flags.check_workdir(args.workdir)
     if args.checkpoints is not None and args.workdir is None:
         raise UsageError('--checkpoints are those of a run: give its --workdir')
+    if not args.greedy and args.data is not None:
+        raise UsageError('--data names the validation images of --greedy: give both or neither')
     if not args.greedy and args.config is not None:
         raise UsageError('--config names the validation images of --greedy: give both or neither')
     members = list(find_members(args.weights or (), args.workdir, args.checkpoints, args.ema))
@@ -228,7 +260,9 @@ def main() -> None:
             raise UsageError('--greedy needs --workdir or --config: whose validation images?')
         own = args.config is None  # the config of the run
         config = workdir.load_config(args.workdir) if own else args.config
-        wanted, accuracy = make_accuracy(config, args.workdir if own else None, log)
+        if args.data is not None and not own:
+            raise UsageError('--data is for the run of --workdir: leave it or --config out')
+        wanted, accuracy = make_accuracy(config, args.workdir if own else None, log, args.data)
         check_same(first.name, first.metadata, 'the config of the validation images', wanted)
         weights = greedy(members, accuracy, log)
     else:
@@ -248,5 +282,6 @@ if __name__ == '__main__':
     config_flags.DEFINE_config_file(
         'config', None, 'Config file whose validation images --greedy uses.', lock_config=True
     )
+    cli.define_path('data', None, 'Other images that --greedy uses, of the classes of --workdir.')
     cli.define_path('out', None, 'The .safetensors to write.', required=True)
     cli.run(main)

@@ -19,7 +19,7 @@ from experiments import config as schema
 from experiments.experiment import Experiment, init_variables
 from experiments.run import device_cached, parallel, step_metrics
 from experiments.run.losses import cross_entropy
-from experiments.run.predictions import LogitsFn
+from experiments.run.predictions import LogitsFn, make_predict_step
 from nfnets_jax import augment, optimizers
 from nfnets_jax.sam import sam_value_and_grad
 
@@ -326,28 +326,19 @@ def make_eval_step(experiment: Experiment, *, flip: bool = False) -> jax.stages.
     """Returns a parallel function (variables by name, batch) -> sums of metrics by name.
 
     The batch holds 'image', 'label' and 'mask', which is 0 for examples that do not count. For
-    `flip` see `make_logits_fn`. With several labels for an image, the result also has 'logits',
-    'label' and 'mask' of the whole batch, because average precision needs the order of all images.
+    `flip` see `make_logits_fn`. With several labels for an image it is that of `make_predict_step`,
+    because average precision needs the order of all images.
     """
     logits_fn = make_logits_fn(experiment, flip=flip)
+    if experiment.multi_label:
+        return make_predict_step(logits_fn)
 
     def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:
-        labels, mask = batch['label'], batch['mask']
-        sums = _multi_label_sums if experiment.multi_label else _sums
-        logits = {
-            name: logits_fn(params, state, batch['image'])
+        sums = {
+            name: _sums(logits_fn(params, state, batch['image']), batch['label'], batch['mask'])
             for name, (params, state) in variables.items()
         }
-        totals = {name: sums(each, labels, mask) for name, each in logits.items()}
-        totals = jax.lax.psum(totals, parallel.AXIS)
-        if experiment.multi_label:
-            rows = {
-                name: {'logits': each, 'label': labels, 'mask': mask}
-                for name, each in logits.items()
-            }
-            rows = jax.lax.all_gather(rows, parallel.AXIS, tiled=True)
-            totals = {name: totals[name] | rows[name] for name in totals}
-        return totals
+        return jax.lax.psum(sums, parallel.AXIS)
 
     return parallel.parallelize(eval_step)
 
@@ -360,17 +351,6 @@ def _sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, ja
         'loss': jnp.sum(losses * mask),
         'top1': jnp.sum(jnp.where(hits[:, 0], mask, 0)),
         'top5': jnp.sum(jnp.where(hits.any(axis=1), mask, 0)),
-        'count': jnp.sum(mask),
-    }
-
-
-def _multi_label_sums(
-    logits: jax.Array, labels: jax.Array, mask: jax.Array
-) -> dict[str, jax.Array]:
-    losses = cross_entropy(logits, labels.astype(jnp.float32), multi_label=True)
-    return {
-        'loss': jnp.sum(losses * mask),
-        'top1': jnp.sum(jnp.where(_has_label(labels, logits), mask, 0)),
         'count': jnp.sum(mask),
     }
 

@@ -93,6 +93,7 @@ NOT_RUN = {
     r'(srun|scancel) .*': 'needs SLURM',
     r'python -m experiments.train .*nfnet-0\.nfnet.*': 'needs Kubernetes',
     r'mount .*': 'needs the rights to mount',
+    r'python -m experiments.(evaluate|train) .*--workdir=runs/imagenet .*': 'needs ImageNet',
     r'python -m experiments.soup .*--workdir=.*': 'needs several checkpoints; test_soup.py has it',
     r'python -m experiments.train .*--workdir=/mnt/small/run': 'is for the full disk mounted there',
     r'\S+python -m pytest -m slow': 'is this suite',
@@ -263,8 +264,13 @@ def materials(tmp_path_factory):
     for folder in (*_FOLDERS, *splits):
         for index, label in enumerate(('cat', 'dog', 'fox') * 8):
             save_image(path / folder / label / f'{index}.jpg', index)
+    tagged = [f'mine/{label}/{i}.jpg,{label}|{"odd" if i % 2 else "even"}'
+              for i, label in enumerate(('cat', 'dog', 'fox') * 8)]  # fmt: skip
+    (path / 'tags.csv').write_text('\n'.join(['image,label', *tagged]))
     for index, name in enumerate(_IMAGES):
         save_image(path / name, index)
+    for index in range(10):  # classes of configs/digits.py
+        save_image(path / 'other' / str(index) / f'{index}.jpg', index)
     for index in range(4):
         save_image(path / 'DIR' / f'{index}.jpg', index)
     rng = np.random.RandomState(0)

@@ -38,6 +38,20 @@ class ImagenetLike(TinyPictures):
     SPLITS = {'train': (0, 20), 'validation': (20, 24)}
 
 
+class NamedPictures(TinyPictures):
+    """Pictures with the names that their files had, as in ImageNet."""
+
+    SPLITS = {'train': (0, 20), 'validation': (20, 24)}
+
+    def _info(self):
+        features = {'file_name': tfds.features.Text(), **super()._info().features}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, start, stop):
+        for i, example in super()._generate_examples(start, stop):
+            yield i, example | {'file_name': f'ILSVRC2012_val_{i + 1:08d}.JPEG'}
+
+
 class ThreeSplits(TinyPictures):
     SPLITS = {'train': (0, 10), 'validation': (10, 16), 'test': (16, 20)}
 

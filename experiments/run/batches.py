@@ -1,4 +1,4 @@
-"""The training batches of this process, on its devices."""
+"""The batches of this process, on its devices."""
 
 import functools
 
@@ -35,3 +35,26 @@ def open_batches(
     position = np.arange(process * rows, (process + 1) * rows, dtype=np.int32)
     batches = pipeline.train_batches(source, **options)
     return pipeline.Prefetch(batches, lambda b: parallel.shard(b | {'position': position}))
+
+
+def eval_batch_size(experiment: Experiment) -> int:
+    """Returns the examples of a step of evaluation, over all devices; a multiple of their number.
+
+    It is the same for all splits, because the step is compiled once.
+    """
+    devices = parallel.device_count()
+    longest = max(map(len, experiment.evaluated.values()))
+    return -(-min(experiment.config.eval.batch_size, longest) // devices) * devices
+
+
+def open_eval_batches(experiment: Experiment, split: str) -> pipeline.Prefetch:
+    """Returns this process's batches of a split on its devices; see `pipeline.eval_batches`."""
+    batches = pipeline.eval_batches(
+        experiment.splits[split],
+        batch_size=eval_batch_size(experiment),
+        transform=experiment.image_spec.test_transform,
+        bad=pipeline.UnreadableExamples(experiment.skip_bad),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return pipeline.Prefetch(batches, parallel.shard)

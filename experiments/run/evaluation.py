@@ -6,18 +6,8 @@ import jax
 import numpy as np
 
 from experiments.experiment import Experiment
-from experiments.run import parallel
-from nfnets_jax.data import pipeline
-
-
-def eval_batch_size(experiment: Experiment) -> int:
-    """Returns the examples of a step of evaluation, over all devices; a multiple of their number.
-
-    It is the same for all splits, because the step is compiled once.
-    """
-    devices = parallel.device_count()
-    longest = max(map(len, experiment.evaluated.values()))
-    return -(-min(experiment.config.eval.batch_size, longest) // devices) * devices
+from experiments.run.batches import open_eval_batches
+from experiments.run.predictions import Predictions, predict
 
 
 def evaluate(
@@ -40,44 +30,50 @@ def evaluate(
       an image, top1 counts images whose highest class is one of their labels, and instead of top5
       there are 'map' and 'auc': means over the classes, see `ranking`, without undefined ones.
     """
-    found: dict[str, dict[str, list]] = {name: {} for name in variables}
-    with open_eval_batches(experiment, split) as batches:
-        for batch in batches:
-            for name, values in jax.device_get(eval_step(variables, batch)).items():
-                for key, value in values.items():
-                    found[name].setdefault(key, []).append(value)
     metrics = {}
-    for name, values in found.items():
-        count = sum(map(float, values['count']))
-        for key in ('loss', 'top1', 'top5'):
-            if key in values:
-                metrics[f'{split}{name}/{key}'] = sum(map(float, values[key])) / count
-        if experiment.multi_label:
-            from experiments.run import ranking  # here: scipy.stats is slow to import
-
-            is_real = np.concatenate(values['mask']) == 1
-            scores, labels = (np.concatenate(values[key])[is_real] for key in ('logits', 'label'))
-            for key, of in (('map', ranking.average_precision), ('auc', ranking.roc_auc)):
-                metrics[f'{split}{name}/{key}'] = float(np.nanmean(of(scores, labels)))
+    if experiment.multi_label:
+        for name, predictions in predict(experiment, eval_step, variables, split).items():
+            count = len(predictions.labels)
+            for key, value in multi_label_metrics(predictions).items():
+                metrics[f'{split}{name}/{key}'] = value
+    else:
+        sums: dict[str, dict[str, list]] = {name: {} for name in variables}
+        with open_eval_batches(experiment, split) as batches:
+            for batch in batches:
+                for name, values in jax.device_get(eval_step(variables, batch)).items():
+                    for key, value in values.items():
+                        sums[name].setdefault(key, []).append(float(value))
+        for name, values in sums.items():
+            count = sum(values.pop('count'))
+            metrics |= {f'{split}{name}/{key}': sum(x) / count for key, x in values.items()}
     if experiment.skip_bad:
         metrics[f'{split}/skipped_pictures'] = len(experiment.splits[split]) - count
     return metrics
 
 
-def open_eval_batches(experiment: Experiment, split: str) -> pipeline.Prefetch:
-    """Returns this process's batches of a split on its devices; see `pipeline.eval_batches`."""
-    batches = pipeline.eval_batches(
-        experiment.splits[split],
-        batch_size=eval_batch_size(experiment),
-        transform=experiment.image_spec.test_transform,
-        bad=pipeline.UnreadableExamples(experiment.skip_bad),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return pipeline.Prefetch(batches, parallel.shard)
+def multi_label_metrics(predictions: Predictions) -> dict[str, float]:
+    """Returns 'loss', 'top1', 'map' and 'auc' where images may have several labels.
+
+    They are those that `evaluate` describes; without any defined class 'map' and 'auc' are NaN.
+    """
+    from experiments.run import ranking  # here: scipy.stats is slow to import
+
+    by_class = {
+        name: of(predictions.logits, predictions.labels)
+        for name, of in (('map', ranking.average_precision), ('auc', ranking.roc_auc))
+    }
+    figures = {'loss': predictions.losses.mean(), 'top1': predictions.is_correct.mean()}
+    figures |= {name: values[~np.isnan(values)].mean() for name, values in by_class.items()}
+    return {name: float(value) for name, value in figures.items()}
 
 
-_IN_WORDS = {'map': 'mAP', 'auc': 'AUC', 'top1': 'top-1', 'top5': 'top-5'}
+_IN_WORDS = {
+    'map': 'mAP',
+    'auc': 'AUC',
+    'top1': 'top-1',
+    'top5': 'top-5',
+    'real_top1': 'ReaL top-1',
+}
 
 
 def describe_accuracy(metrics: Mapping[str, float]) -> str:

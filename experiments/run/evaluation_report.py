@@ -9,8 +9,6 @@ predictions.csv   each image with its label and its most probable class
 worst.png         the images whose label was given the least probability
 """
 
-import csv
-import io
 import json
 import os
 import pathlib
@@ -20,53 +18,30 @@ from typing import Any, NamedTuple
 import haiku as hk
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from experiments.experiment import Experiment
-from experiments.run import curves, parallel
+from experiments.run import curves, multi_label_report, parallel
 from experiments.run.predictions import LogitsFn, Predictions, make_predict_step, predict
+from experiments.run.report_parts import (
+    WORST,
+    Calibration,
+    calibrate,
+    draw_calibration,
+    draw_images,
+    printable,
+    write_csv,
+)
 from nfnets_jax import files
-from nfnets_jax.data.preprocessing import decode
 from nfnets_jax.data.sources import Source
 
-_BLUE, _GREY = '#0072B2', '#666666'
 _WRITTEN_CLASSES = 20  # up to here every entry of confusion.png has its number
 _NAMED_CLASSES = 60  # up to here its rows and columns have the names of their classes
-_WORST = 24  # images in worst.png
-_THUMBNAIL = 160  # pixels
 
 
-class Calibration(NamedTuple):
-    """Accuracy against confidence, which is the probability of the most probable class.
-
-    Attributes:
-      counts: examples in each bin, int64 [bins]; the bins divide [0, 1] evenly.
-      confidences: mean confidence in each bin, float64 [bins], NaN in empty ones.
-      accuracies: share of right predictions in each bin, likewise.
-    """
-
-    counts: np.ndarray
-    confidences: np.ndarray
-    accuracies: np.ndarray
-
-    @property
-    def error(self) -> float:
-        """Expected calibration error (Guo et al., arXiv 1706.04599, equation 3)."""
-        gaps = np.abs(self.accuracies - self.confidences)
-        return float(np.nansum(self.counts * gaps) / self.counts.sum())
-
-
-def calibration(predictions: Predictions, num_bins: int = 15) -> Calibration:
-    """Returns the calibration of predictions, in bins (i / num_bins, (i + 1) / num_bins]."""
+def calibration(predictions: Predictions) -> Calibration:
+    """Returns the calibration of the most probable classes."""
     confidences = np.exp(predictions.log_probabilities.max(axis=1))
-    bins = np.clip(np.ceil(confidences * num_bins).astype(int) - 1, 0, num_bins - 1)
-    counts = np.bincount(bins, minlength=num_bins)
-    with np.errstate(invalid='ignore'):
-        return Calibration(
-            counts,
-            np.bincount(bins, confidences, num_bins) / counts,
-            np.bincount(bins, predictions.is_correct, num_bins) / counts,
-        )
+    return calibrate(confidences, predictions.is_correct)
 
 
 def confusion_matrix(predictions: Predictions) -> np.ndarray:
@@ -100,13 +75,12 @@ def summarize(predictions: Predictions) -> dict[str, float]:
     """Returns the figures of summary.json. Means over classes leave out those without images."""
     scores = class_scores(confusion_matrix(predictions))
     there = scores.images > 0
-    rows = np.arange(len(predictions.labels))
     return {
-        'images': len(rows),
+        'images': len(predictions.labels),
         'top1': float(predictions.is_correct.mean()),
         'mean_class_accuracy': float(scores.recall[there].mean()),
         'macro_f1': float(scores.f1[there].mean()),
-        'loss': float(-predictions.log_probabilities[rows, predictions.labels].mean()),
+        'loss': float(predictions.losses.mean()),
         'calibration_error': calibration(predictions).error,
     }
 
@@ -128,11 +102,12 @@ def report_split(
       split: one of `experiment.splits`.
       directory: see `write_report`.
     """
-    *_, averaged = variables.values()
-    found = predict(experiment, make_predict_step(logits_fn), averaged, split)
+    name, averaged = list(variables.items())[-1]
+    found = predict(experiment, make_predict_step(logits_fn), {name: averaged}, split)[name]
     if parallel.is_primary():
+        write = multi_label_report.write_report if found.multi_label else write_report
         title = f'{experiment.config.model.name}, {split}'
-        write_report(directory, found, experiment.splits[split], title=title)
+        write(directory, found, experiment.splits[split], title=title)
 
 
 def write_report(
@@ -204,15 +179,6 @@ def _prediction_rows(predictions: Predictions, source: Source) -> Iterable[tuple
         )
 
 
-def write_csv(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a table."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(header)
-    writer.writerows(rows)
-    files.atomic_write(path, text.getvalue())
-
-
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], title: str) -> Figure:
     """Draws a confusion matrix, each row divided by its sum."""
     classes = len(confusion)
@@ -225,7 +191,7 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str], title: str) -> F
     axes.set_xlabel('prediction')
     axes.set_ylabel('label')
     if classes <= _NAMED_CLASSES:
-        short = [name if len(name) <= 18 else f'{name[:17]}…' for name in map(_printable, names)]
+        short = [name if len(name) <= 18 else f'{name[:17]}…' for name in map(printable, names)]
         axes.set_xticks(range(classes), short, rotation=90, fontsize=8)
         axes.set_yticks(range(classes), short, fontsize=8)
     if classes <= _WRITTEN_CLASSES:
@@ -236,51 +202,19 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str], title: str) -> F
     return figure
 
 
-def draw_calibration(found: Calibration, title: str) -> Figure:
-    """Draws accuracy against confidence, and how many examples each bin has."""
-    figure = Figure(figsize=(5.5, 6.5), dpi=120, layout='constrained')
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    left = np.arange(len(found.counts)) / len(found.counts)
-    width = 1 / len(found.counts)
-    upper.set_title(f'{title}  calibration error {found.error:.1%}', loc='left', fontsize=12)
-    upper.plot((0, 1), (0, 1), color=_GREY, linestyle='--', linewidth=1, label='calibrated')
-    upper.plot(found.confidences, found.accuracies, color=_BLUE, marker='o', label='observed')
-    upper.set(ylabel='accuracy', ylim=(0, 1.02))
-    upper.legend(frameon=False)
-    lower.bar(left, found.counts, width, align='edge', color=_BLUE, edgecolor='white')
-    lower.set(xlabel='confidence', ylabel='images', xlim=(0, 1))
-    for axes in (upper, lower):
-        axes.spines[['top', 'right']].set_visible(False)
-    return figure
-
-
 def draw_worst(predictions: Predictions, source: Source, title: str) -> Figure:
     """Draws the images whose label was given the least probability, the worst first."""
-    rows = np.arange(len(predictions.labels))
-    of_label = predictions.log_probabilities[rows, predictions.labels]
-    wrong = rows[~predictions.is_correct]
-    worst = wrong[np.argsort(of_label[wrong], kind='stable')][:_WORST]
-    columns = 6
-    lines = max(1, -(-len(worst) // columns))
-    figure = Figure(figsize=(2.1 * columns, 2.6 * lines + 0.4), dpi=100, layout='constrained')
-    heading = 'the worst mistakes' if len(worst) else 'no mistakes'
-    figure.suptitle(f'{title}  {heading}'.strip(), fontsize=12)
-    grid = figure.subplots(lines, columns).ravel()
-    for axes in grid:
-        axes.axis('off')
-    for axes, row in zip(grid, worst, strict=False):
-        image = Image.fromarray(decode(source[int(predictions.indices[row])]['image']))
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        axes.imshow(np.asarray(image))
+    wrong = np.flatnonzero(~predictions.is_correct)
+    worst = wrong[np.argsort(-predictions.losses[wrong], kind='stable')][:WORST]
+
+    def caption(row: int) -> str:
         label, predicted = (
-            _printable(source.class_names[index])[:24]
+            printable(source.class_names[index])[:24]
             for index in (predictions.labels[row], predictions.predicted[row])
         )
         probability = np.exp(predictions.log_probabilities[row].max())
-        axes.set_title(f'{label}\nnot {predicted} ({probability:.0%})', fontsize=8)
-    return figure
+        return f'{label}\nnot {predicted} ({probability:.0%})'
 
-
-def _printable(name: str) -> str:
-    """Returns a name that matplotlib can draw: no formulas, no undecodable bytes."""
-    return name.encode(errors='backslashreplace').decode().replace('$', r'\$')
+    heading = 'the worst mistakes' if len(worst) else 'no mistakes'
+    indices, captions = predictions.indices[worst], map(caption, worst)
+    return draw_images(source, indices, captions, f'{title}  {heading}')

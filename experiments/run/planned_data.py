@@ -36,7 +36,7 @@ class PlannedSource:
     image: bytes | np.ndarray
     origin: str = 'known facts'
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    labels: None = None
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.examples

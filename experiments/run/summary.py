@@ -86,9 +86,6 @@ def write_reports(
     """Writes a report of every evaluated split if the config wants it; see `report_split`."""
     if not experiment.config.eval.report:
         return
-    if experiment.multi_label:
-        log('no report: it is made for images with one label')
-        return
     from experiments.run import evaluation_report  # here: importing Matplotlib takes 0.2 s
 
     for split in experiment.evaluated:

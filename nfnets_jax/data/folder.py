@@ -11,8 +11,9 @@ from typing import Annotated, TypeVar
 import numpy as np
 
 from nfnets_jax import fields
+from nfnets_jax.data.label_files import read_classes
 from nfnets_jax.data.preprocessing import SUFFIXES, ImageError, is_image
-from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingData, MissingSplit, check_split
+from nfnets_jax.data.splits import ALL, SPLIT_NAMES, SPLITS, MissingData, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.fields import Field
 from nfnets_jax.files import expand
@@ -48,11 +49,14 @@ class ImageFolder:
     that are not hidden. Links are followed, except to a directory that contains them; a file that
     is reached twice in a class counts once.
 
+    With `val_labels` the images of one split lie directly in its directory, as ImageNet's in val;
+    the file, relative to `path`, gives their classes, see `label_files`.
+
     The directories of the splits are relative to `path`, by default those with a name of
-    `SPLIT_NAMES`. `split` is 'train', 'validation' or 'test'.
+    `SPLIT_NAMES`. `split` is 'train', 'validation' or 'test', or 'all' where there are no splits.
 
     Raises:
-        MissingSplit: 'validation' if there is none.
+        MissingSplit: 'validation' if there is none, 'all' if there are splits.
         UsageError: another layout, a single class, a class without images, one file in two classes,
             or a directory that cannot be read.
     """
@@ -70,10 +74,17 @@ class ImageFolder:
         ] = '',
         validation_split: Annotated[str, Field('Its directory to validate on.')] = '',
         test_split: Annotated[str, Field('Its directory to test on.')] = '',
+        val_labels: Annotated[
+            str,
+            Field(
+                "File with the labels of the images that lie directly in val, such as ImageNet's; "
+                "'': each class has a directory."
+            ),
+        ] = '',
         test_fraction: TestFraction = None,
         split_seed: SplitSeed = None,
     ):
-        check_split('folder', split, SPLITS)
+        check_split('folder', split, (*SPLITS, ALL))
         root = pathlib.Path(expand(path))
         if not path or not root.is_dir():
             raise MissingData(
@@ -92,6 +103,8 @@ class ImageFolder:
                     )
         if split == 'validation' and split not in (layout or ()):
             raise MissingSplit(f'{root}: no split besides those to train and test on')
+        if layout and split == ALL:
+            raise MissingSplit(f'{root}: holds splits')
         if layout and split not in layout:
             others = SPLIT_NAMES['test'] + SPLIT_NAMES['validation']
             raise MissingSplit(
@@ -100,12 +113,17 @@ class ImageFolder:
             )
         train, directory = (layout[s] if layout else root for s in ('train', split))
         self.name, self.origin, self._directory = f'{root} ({split})', str(directory), directory
-        self.left_out: dict[str, int] = collections.Counter()
+        self.left_out: collections.Counter[str] = collections.Counter()
         self.class_names = tuple(path.name for path in _class_directories(train))
-        if len(self.class_names) < 2:
+        if len(self.class_names) < 2 and split != ALL:
             raise UsageError(_one_class(root, train))
         labels: list[int] = []
         self._paths = []
+        if val_labels:
+            without_classes = _split_without_classes(root, layout or {})
+            if split == without_classes:
+                self._read_flat(root / expand(val_labels))
+                return
         owners: dict[str, pathlib.Path] = {}
         for class_directory in _class_directories(directory, self.left_out):
             if class_directory.name not in self.class_names:
@@ -122,7 +140,7 @@ class ImageFolder:
                 )
             owners |= files
             paths = sorted(files.values())
-            if not layout:
+            if not layout and split != ALL:
                 paths = hold_out(
                     paths,
                     split,
@@ -133,6 +151,17 @@ class ImageFolder:
             self._paths += paths
             labels += [label] * len(paths)
         self.labels = np.array(labels, np.int32)
+
+    def _read_flat(self, file: pathlib.Path) -> None:
+        """Sets paths and labels to those of the images in the directory, by a file of labels."""
+        images = sorted(_images(self._directory, self.left_out).values())
+        classes = read_classes(file, images, self.class_names)
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        for image, name in zip(images, classes, strict=True):
+            if name is None:
+                raise UsageError(f'data.val_labels={str(file)!r}: does not name {image}')
+        self._paths = images
+        self.labels = np.array([numbers[name] for name in classes if name is not None], np.int32)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -214,6 +243,27 @@ def _find_splits(root: pathlib.Path, given: dict[str, str]) -> dict[str, pathlib
     return found
 
 
+def _split_without_classes(root: pathlib.Path, layout: dict[str, pathlib.Path]) -> str:
+    """Returns the split whose directory has no directories of classes.
+
+    Raises:
+        UsageError: there is no such split to validate or test on, or there are two.
+    """
+    found = [s for s in ('validation', 'test') if s in layout and not [*_directories(layout[s])]]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(
+            f'{root}: neither {layout["validation"].name}/ nor {layout["test"].name}/ holds '
+            'directories of classes, but data.val_labels is for one of them; leave the other out '
+            f"by data.test_split='{layout['validation'].name}'"
+        )
+    raise UsageError(
+        f'data.val_labels: {root} holds no split whose images have no directories of classes; '
+        'leave it out'
+    )
+
+
 def _check_classes(
     root: pathlib.Path,
     directories: Sequence[pathlib.Path],
@@ -275,7 +325,7 @@ def _class_directories(
     if not found and loose:
         raise UsageError(
             f'{root}: images lie directly in it, but each class needs a directory of its own; '
-            'is the path one level too deep?'
+            'is the path one level too deep? (data.val_labels is for a val without them)'
         )
     if not found:
         raise UsageError(f'{root}: no class directories in it; give one directory per class')

@@ -23,6 +23,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import pathlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -33,7 +34,7 @@ import numpy as np
 from nfnets_jax import fields, files
 from nfnets_jax.data.folder import ImageFolder
 from nfnets_jax.data.preprocessing import ImageError, resize
-from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
+from nfnets_jax.data.splits import ALL, SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.data.table import ImageTable
 from nfnets_jax.data.tfds import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
@@ -398,6 +399,12 @@ def source_options(name: str) -> dict[str, fields.Option]:
     return fields.options(_source_class(name))
 
 
+def source_of(path: str | os.PathLike) -> str:
+    """Returns the name of the source that reads a directory or a file, by its suffix."""
+    by_suffix = dict.fromkeys(('.csv', '.tsv', '.parquet'), 'table') | {'.npz': 'arrays'}
+    return by_suffix.get(pathlib.PurePath(path).suffix.lower(), 'folder')
+
+
 def open_source(name: str, split: str, **options: Any) -> Source:
     """Opens a source by name.
 
@@ -421,12 +428,67 @@ def open_source(name: str, split: str, **options: Any) -> Source:
             )
     elif split == 'train' and isinstance(source, ArraySource):
         used = tuple(source.class_names[label] for label in np.unique(source.labels))
-    if len(used) < 2:
+    if len(used) < 2 and split != ALL:
         raise UsageError(
             f'{source.name}: one class only, {", ".join(map(repr, used))}: there is nothing to '
             'tell apart'
         )
     return source
+
+
+class RenumberedSource:
+    """The examples of a source, with the labels that the classes of other data have.
+
+    Classes are matched by their names. Where none has the name of one of `class_names`, and all
+    names are numbers from 0 to less than the number of these, as the directories of ImageNetV2,
+    they are the labels (`are_numbers`).
+
+    Args:
+        source: its labels are those of its own classes, `own_class_names`.
+        class_names: the classes, in the order that labels are to have.
+
+    Raises:
+        UsageError: a class of the source is none of `class_names`.
+    """
+
+    def __init__(self, source: Source, class_names: Sequence[str]):
+        numbers = {name: number for number, name in enumerate(class_names)}
+        own = source.class_names
+        self.are_numbers = not any(name in numbers for name in own) and all(
+            name.isdecimal() and int(name) < len(numbers) for name in own
+        )
+        for name in own if not self.are_numbers else ():
+            if name not in numbers:
+                hint = nearest(name, class_names)
+                raise UsageError(
+                    f'{source.name}: {name!r} is none of the {len(numbers):,} classes'
+                    f'{hint if len(hint) < 200 else ""}'  # which may be a list of thousands
+                )
+        self._source, self.class_names, self.own_class_names = source, tuple(class_names), own
+        self._numbers = np.array(
+            [int(name) if self.are_numbers else numbers[name] for name in own], np.int32
+        )
+        self.name, self.origin, self.left_out = source.name, source.origin, source.left_out
+        self.where, self.checksum = source.where, source.checksum
+        self.labels = source.labels
+        if self.labels is not None and self.labels.ndim == 1:
+            self.labels = self._numbers[self.labels]
+        elif self.labels is not None:
+            self.labels = np.zeros((len(source), len(class_names)), np.uint8)
+            self.labels[:, self._numbers] = source.labels
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._source[index]
+        if self.labels is not None:
+            label = self.labels[index]
+        elif 0 <= example['label'] < len(self._numbers):
+            label = self._numbers[example['label']]
+        else:
+            raise ImageError(f'its label, {example["label"]}, is not one of its classes')
+        return example | {'label': label if label.ndim else int(label)}
 
 
 def _source_class(name: str) -> Callable[..., Source]:

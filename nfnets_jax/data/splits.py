@@ -11,6 +11,7 @@ SPLIT_NAMES = {
     'test': ('test', 'testing'),
 }
 SPLITS = tuple(SPLIT_NAMES)
+ALL = 'all'  # every example of data that have no splits, of sources that hold out a part of them
 
 
 class MissingSplit(UsageError):

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import fnmatch
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import numpy as np
 from nfnets_jax import extras, fields, files
 from nfnets_jax.data.folder import SplitSeed, TestFraction, hold_out
 from nfnets_jax.data.preprocessing import ImageError
-from nfnets_jax.data.splits import SPLIT_NAMES, SPLITS, MissingSplit, check_split
+from nfnets_jax.data.splits import ALL, SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.fields import Field
 
@@ -37,6 +38,10 @@ COLUMN_NAMES = {
 }
 
 
+Labels = tuple[str, ...]  # of one image
+Row = tuple[str, Labels]  # path of the image, and its labels
+
+
 class ImageTable:
     """A table with a row for each image file: its path, its label and perhaps its split.
 
@@ -46,7 +51,10 @@ class ImageTable:
     that column are the names in `SPLIT_NAMES`; where there is val but no test, 'test' is val, and
     there is no 'validation'. Rows without a path or without a label are left out and counted.
 
-    `split` is 'train', 'validation' or 'test'.
+    With `label_separator` or `label_columns` an image may have several labels, or none, and
+    `labels` is uint8 [N, K]. The share to hold out is then one of all rows.
+
+    `split` is 'train', 'validation' or 'test', or 'all' where there are no splits.
 
     Raises:
         MissingSplit: the table has no such split.
@@ -62,26 +70,53 @@ class ImageTable:
         root: Annotated[str, Field("Directory of its paths; '': that of the table.")] = '',
         image_column: Annotated[str, Field("Its column of paths; '': found by its name.")] = '',
         label_column: Annotated[str, Field("Its column of labels; '': found by its name.")] = '',
+        label_separator: Annotated[
+            str, Field("Between the labels of an image, such as '|'; '': it has one label.")
+        ] = '',
+        label_columns: Annotated[
+            Sequence[str],
+            Field(
+                "Columns of 0 and 1, one for each class, instead of a column of labels; '*' stands "
+                'for any characters.'
+            ),
+        ] = (),
         split_column: Annotated[str, Field("Its column of splits; '': found by its name.")] = '',
         suffix: Annotated[str, Field("Appended to every path, such as '.jpg'.")] = '',
         test_fraction: TestFraction = None,
         split_seed: SplitSeed = None,
     ):
-        check_split('table', split, SPLITS)
+        check_split('table', split, (*SPLITS, ALL))
         table = pathlib.Path(files.expand(path))
         self._root = pathlib.Path(files.expand(root)) if root else table.parent
         columns = _read(table)
-        given = {'image': image_column, 'label': label_column, 'split': split_column}
-        images, labels, splits = (
-            _column(table, columns, kind, given[kind]) for kind in COLUMN_NAMES
-        )
+        images = _column(table, columns, 'image', image_column)
+        splits = _column(table, columns, 'split', split_column)
+        several = bool(label_separator or label_columns)
+        if label_columns:
+            either = {'label_column': label_column, 'label_separator': label_separator}
+            for option, value in either.items():
+                if value:
+                    raise UsageError(
+                        f'data.{option}={value!r}: data.label_columns say the labels; leave one out'
+                    )
+            others = {k: v for k, v in columns.items() if v is not images and v is not splits}
+            chosen = _matching(table, others, label_columns)
+            labels = _indicated(table, {name: columns[name] for name in chosen})
+        else:
+            column = _column(table, columns, 'label', label_column)
+            if label_separator and not any(label_separator in text for text in column):
+                raise UsageError(
+                    f'data.label_separator={label_separator!r}: stands in no row of {path}; give '
+                    "what is between the labels of an image, or '' where each has one"
+                )
+            labels = [_split_labels(text, label_separator) for text in column]
         self.name, self.origin = f'{path} ({split})', str(path)
         self.left_out: dict[str, int] = collections.Counter()
-        rows: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            if image and label:
-                owner = _split_name(splits[i], table, i + 2) if splits else 'all'
-                rows[owner].append((image + suffix, label))
+        rows: dict[str, list[Row]] = collections.defaultdict(list)
+        for i, (image, names) in enumerate(zip(images, labels, strict=True)):
+            if image and (names or several):
+                owner = _split_name(splits[i], table, i + 2) if splits else ALL
+                rows[owner].append((image + suffix, names))
             else:
                 self.left_out['rows without ' + ('a label' if image else 'a path')] += 1
         if splits and (test_fraction is not None or split_seed is not None):
@@ -91,20 +126,31 @@ class ImageTable:
             )
         if 'test' not in rows and 'validation' in rows:
             rows['test'] = rows.pop('validation')
-        self.class_names = _class_names(label for _, label in rows['all'] + rows['train'])
+        if label_columns:
+            self.class_names = tuple(chosen)
+        else:
+            training = rows[ALL] + rows['train']
+            self.class_names = _class_names(name for _, names in training for name in names)
         numbers = {name: number for number, name in enumerate(self.class_names)}
-        if not splits and split != 'validation':
-            rows[split] = _held_out(rows['all'], split, numbers, test_fraction, split_seed or 0)
-        if not (chosen := rows[split]):
+        if not splits and split not in ('validation', ALL):
+            groups = [str(path)] if several else self.class_names
+            rows[split] = _held_out(rows[ALL], split, groups, test_fraction, split_seed or 0)
+        if not (found := rows[split]):
             raise MissingSplit(f'{path}: no rows of the split {split!r}')
-        for image, label in chosen:
-            if label not in numbers:
-                raise UsageError(
-                    f'{path}: {image} of {split} has the label {label!r}, which no training image '
-                    f'has{nearest(label, self.class_names)}'
-                )
-        self._images = [image for image, _ in chosen]
-        self.labels = np.array([numbers[label] for _, label in chosen], np.int32)
+        for image, names in found:
+            for name in names:
+                if name not in numbers:
+                    raise UsageError(
+                        f'{path}: {image} of {split} has the label {name!r}, which no training '
+                        f'image has{nearest(name, self.class_names)}'
+                    )
+        self._images = [image for image, _ in found]
+        if several:
+            self.labels = np.zeros((len(found), len(numbers)), np.uint8)
+            for i, (_, names) in enumerate(found):
+                self.labels[i, [numbers[name] for name in names]] = 1
+        else:
+            self.labels = np.array([numbers[name] for _, (name,) in found], np.int32)
         if not os.path.exists(self.where(0)):
             raise UsageError(
                 f'{path}: its image {self._images[0]!r} is not in {self._root}; say where the '
@@ -117,7 +163,8 @@ class ImageTable:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             with open(self.where(index), 'rb') as file:
-                return {'image': file.read(), 'label': int(self.labels[index])}
+                label = self.labels[index]
+                return {'image': file.read(), 'label': label if label.ndim else int(label)}
         except OSError as error:
             raise ImageError(f'cannot be read: {error.strerror}') from error
 
@@ -125,10 +172,12 @@ class ImageTable:
         return str(self._root / self._images[index])
 
     def checksum(self) -> str:
-        rows = [
-            (image, self.class_names[label])
-            for image, label in zip(self._images, self.labels, strict=True)
-        ]
+        def names(label):
+            if label.ndim:
+                return [self.class_names[i] for i in np.flatnonzero(label)]
+            return self.class_names[label]
+
+        rows = [(x, names(label)) for x, label in zip(self._images, self.labels, strict=True)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -161,10 +210,14 @@ def _read_parquet(path: pathlib.Path) -> dict[str, Sequence[str]]:
     with extras.optional():
         from pyarrow import parquet
     table = parquet.read_table(path)
-    return {
-        name: ['' if value is None else str(value) for value in table[name].to_pylist()]
-        for name in table.column_names
-    }
+    return {name: list(map(_as_text, table[name].to_pylist())) for name in table.column_names}
+
+
+def _as_text(value: Any) -> str:
+    """Returns a value of a Parquet file as a .csv would have it; '|' separates those of a list."""
+    if isinstance(value, list):
+        return '|'.join(map(_as_text, value))
+    return '' if value is None else str(value)
 
 
 def _column(
@@ -189,6 +242,47 @@ def _column(
     )
 
 
+def _split_labels(text: str, separator: str) -> Labels:
+    """Returns the labels in a cell, each once; all of it is one label if there is no separator."""
+    parts = text.split(separator) if separator else [text]
+    return tuple(dict.fromkeys(filter(None, map(str.strip, parts))))
+
+
+def _matching(
+    path: pathlib.Path, columns: Mapping[str, Sequence[str]], patterns: Sequence[str]
+) -> list[str]:
+    """Returns the names of the columns that the patterns stand for, in the order of the table."""
+    matched: set[str] = set()
+    for pattern in patterns:
+        exact = {pattern} & set(columns)
+        if not (found := exact or set(fnmatch.filter(columns, pattern))):
+            raise UsageError(
+                f'data.label_columns={pattern!r}: {path} has no such column'
+                f'{nearest(pattern, columns)}'
+            )
+        matched |= found
+    return [name for name in columns if name in matched]
+
+
+_IS_THERE = {'1': True, '1.0': True, 'true': True, '0': False, '0.0': False, 'false': False}
+
+
+def _indicated(path: pathlib.Path, columns: Mapping[str, Sequence[str]]) -> list[Labels]:
+    """Returns the labels of every row: the names of the columns that are 1 there, not 0."""
+    for name, values in columns.items():
+        for row, value in enumerate(values, start=2):
+            if value.lower() not in _IS_THERE:
+                raise UsageError(
+                    f'{path}: row {row} has {value!r} in the column {name!r} of data.label_columns:'
+                    ' must be 0 or 1'
+                )
+    names = list(columns)
+    return [
+        tuple(name for name, value in zip(names, row, strict=True) if _IS_THERE[value.lower()])
+        for row in zip(*columns.values(), strict=True)
+    ]
+
+
 def _split_name(text: str, path: pathlib.Path, row: int) -> str:
     """Returns the split that a row names, a key of `SPLIT_NAMES`."""
     for split, names in SPLIT_NAMES.items():
@@ -205,18 +299,18 @@ def _class_names(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def _held_out(
-    rows: Sequence[tuple[str, str]],
+    rows: Sequence[Row],
     split: str,
-    numbers: Mapping[str, int],
+    groups: Sequence[str],
     test_fraction: float | None,
     seed: int,
-) -> list[tuple[str, str]]:
-    """Returns the train or test part of the rows of every class."""
-    by_class: dict[str, list[tuple[str, str]]] = {name: [] for name in numbers}
+) -> list[Row]:
+    """Returns the train or test part of the rows of every class; a single group holds all rows."""
+    members: dict[str, list[Row]] = {name: [] for name in groups}
     for row in sorted(rows):
-        by_class[row[1]].append(row)
+        members[row[1][0] if len(groups) > 1 else groups[0]].append(row)
     return [
         row
-        for name, number in numbers.items()
-        for row in hold_out(by_class[name], split, test_fraction, seed=(seed, number), name=name)
+        for number, name in enumerate(groups)
+        for row in hold_out(members[name], split, test_fraction, seed=(seed, number), name=name)
     ]

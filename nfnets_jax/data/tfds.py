@@ -74,6 +74,7 @@ class TfdsSource:
         self.left_out: dict[str, int] = {}
         self.class_names = tuple(builder.info.features[self._label].names)
         self._full_name = builder.info.full_name
+        self._has_names = 'file_name' in builder.info.features  # ImageNet's
         self._one_size = None not in builder.info.features[self._image].shape
         try:
             self._records, self._parts = _open_records(
@@ -102,7 +103,14 @@ class TfdsSource:
         return {'image': image, 'label': int(example[self._label])}
 
     def where(self, index: int) -> str:
-        return f'{self.name}[{index}]'
+        place = f'{self.name}[{index}]'
+        if not self._has_names:
+            return place
+        try:
+            name = self._records[index]['file_name']
+        except (OSError, ValueError, RuntimeError):  # the reader raises any of them
+            return place
+        return f'{place} {name.decode() if isinstance(name, bytes) else name}'
 
     def checksum(self) -> str:
         return hashlib.sha256(repr((self._full_name, self._parts)).encode()).hexdigest()

@@ -1,8 +1,10 @@
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.preprocessing import MultiLabelBinarizer
 
 from nfnets_jax.data.folder import ImageFolder
 from nfnets_jax.data.preprocessing import decode
@@ -105,6 +107,80 @@ def test_the_identity_sees_labels_and_names(images, tmp_path):
     assert other != first
 
 
+SEVERAL = [['red', 'big'], [], ['big'], ['red'], ['red', 'wild', 'big'], ['wild']] * 2
+
+
+@pytest.fixture(scope='module')
+def several(images, tmp_path_factory):
+    """The options of two tables with the same labels of twelve images, and these as indicators."""
+    directory, paths = tmp_path_factory.mktemp('several'), [path for path, _ in rows_of(images)]
+    splits = ['train'] * 8 + ['test'] * 4
+    names = MultiLabelBinarizer(classes=['big', 'red', 'wild'])
+    indicators = names.fit_transform(SEVERAL)
+    in_one = [
+        (path, ' | '.join(labels), split)
+        for path, labels, split in zip(paths, SEVERAL, splits, strict=True)
+    ]
+    in_three = [
+        (path, row[0], f'{row[1]}.0', bool(row[2]), split)
+        for path, row, split in zip(paths, indicators, splits, strict=True)
+    ]
+    header = ('file', 'is_big', 'is_red', 'is_wild', 'split')
+    one = write(directory / 'one.csv', in_one, ('file', 'label', 'split'))
+    three = write(directory / 'three.csv', in_three, header)
+    tables = {
+        'separator': {'path': one, 'label_separator': '|'},
+        'columns': {'path': three, 'label_columns': ('is_*',)},
+    }
+    return {name: options | {'root': str(images)} for name, options in tables.items()}, indicators
+
+
+@pytest.mark.parametrize('kind', ['separator', 'columns'])
+def test_several_labels_for_an_image(several, kind):
+    options, indicators = several[0][kind], several[1]
+    for split, expected in (('train', indicators[:8]), ('test', indicators[8:])):
+        source = open_source('table', split, **options)
+        np.testing.assert_array_equal(source.labels, expected)
+        assert source.labels.dtype == np.uint8
+        np.testing.assert_array_equal(source[1]['label'], expected[1])
+        assert source.left_out == {}
+    prefix = 'is_' if kind == 'columns' else ''
+    assert source.class_names == (f'{prefix}big', f'{prefix}red', f'{prefix}wild')
+
+
+def test_a_parquet_column_of_lists_has_several_labels(images, tmp_path):
+    pa = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+
+    paths = [path for path, _ in rows_of(images)]
+    table = pa.table({'image': paths, 'label': SEVERAL, 'split': ['train'] * 6 + ['test'] * 6})
+    parquet.write_table(table, tmp_path / 't.parquet')
+    options = {'path': str(tmp_path / 't.parquet'), 'root': str(images), 'label_separator': '|'}
+    source = open_source('table', 'test', **options)
+    expected = MultiLabelBinarizer(classes=['big', 'red', 'wild']).fit_transform(SEVERAL[6:])
+    np.testing.assert_array_equal(source.labels, expected)
+
+
+def test_the_identity_sees_each_of_several_labels(several, images, tmp_path):
+    options = several[0]['separator']
+    text = pathlib.Path(options['path']).read_text()
+    (tmp_path / 'other.csv').write_text(text.replace('red | wild | big', 'red | wild', 1))
+    other = options | {'path': str(tmp_path / 'other.csv')}
+    first, second = (identify(open_source('table', 'train', **each)) for each in (options, other))
+    assert first.class_names == second.class_names
+    assert first.checksum != second.checksum
+
+
+def test_a_share_of_all_rows_is_held_out_where_images_have_several_labels(images, tmp_path):
+    rows = [(path, 'a;b' if i % 3 else '') for i, (path, _) in enumerate(rows_of(images))]
+    path = write(tmp_path / 't.csv', rows)
+    options = {'root': str(images), 'label_separator': ';', 'test_fraction': 0.25}
+    train, test = (ImageTable(split, path, **options) for split in ('train', 'test'))
+    assert (len(train), len(test)) == (9, 3)
+    found = [source.where(i) for source in (train, test) for i in range(len(source))]
+    assert sorted(found) == sorted(str(images / path) for path, _ in rows)
+
+
 @pytest.mark.parametrize(
     ('text', 'options', 'message'),
     [
@@ -137,6 +213,26 @@ def test_the_identity_sees_labels_and_names(images, tmp_path):
             'because a column says the splits',
         ),
         ('image,label\ncat/0.png,cat\n', {'label_column': 'lable'}, "data.label_column='lable'"),
+        (
+            'image,label\ncat/0.png,cat;dog\n',
+            {'label_separator': '|'},
+            "data.label_separator='|': stands in no row",
+        ),
+        (
+            'image,cat,dog\ncat/0.png,1,0\ncat/1.png,1,-1\n',
+            {'label_columns': ('cat', 'dog')},
+            "row 3 has '-1' in the column 'dog' of data.label_columns: must be 0 or 1",
+        ),
+        (
+            'image,cat,dog\ncat/0.png,1,0\n',
+            {'label_columns': ('cats',)},
+            "data.label_columns='cats': ",
+        ),
+        (
+            'image,cat,dog\ncat/0.png,1,0\n',
+            {'label_columns': ('cat', 'dog'), 'label_separator': '|'},
+            "data.label_separator='|': data.label_columns say the labels",
+        ),
         ('image,label\ncat/0.png,cat\n', {'test_fraction': 2.0}, 'data.test_fraction=2.0'),
     ],
 )

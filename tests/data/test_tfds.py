@@ -43,6 +43,15 @@ def test_splits_hold_every_picture_once(prepared):
     assert train.where(3) == 'tiny_pictures/train[3]'
 
 
+def test_names_of_files_are_told(tmp_path):
+    prepare_data.prepare_dataset('named_pictures', str(tmp_path))
+    source = open_prepared('named_pictures', tmp_path, 'test')
+    assert source.name == 'named_pictures/validation'
+    for i, value in enumerate(values(source)):
+        name = f'ILSVRC2012_val_{value + 1:08d}.JPEG'
+        assert source.where(i) == f'named_pictures/validation[{i}] {name}'
+
+
 def test_pictures_of_one_size_come_as_pixels_and_others_as_files(prepared):
     pixels = open_tiny(prepared)[0]['image']
     chex.assert_shape(pixels, (8, 8, 3))

@@ -1,7 +1,5 @@
 """Runs on classes of very different sizes: balanced sampling, and weights of the classes."""
 
-import shutil
-
 import jax
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from nfnets_jax.data.sources import Digits
 from nfnets_jax.errors import UsageError
 from tests.experiments.conftest import tiny_config
 from tests.experiments.test_mixing import MIXED
-from tests.experiments.test_train import assert_same_run
+from tests.experiments.test_train import assert_resumes_exactly, assert_same_run
 
 BALANCED = {'data__sampling': 'balanced'}
 COUNTS = (120, 30, 7)
@@ -52,11 +50,7 @@ def test_a_resumed_balanced_run_is_bit_for_bit_the_same(unequal, changes, tmp_pa
     config = tiny_config(data=unequal, checkpoint__keep=3, **BALANCED, **changes)
     programs = {}
     train(config, tmp_path / 'whole', programs=programs)
-    shutil.copytree(tmp_path / 'whole', tmp_path / 'resumed')
-    shutil.rmtree(tmp_path / 'resumed' / 'checkpoints' / '6')
-    (tmp_path / 'resumed' / 'summary.json').unlink()
-    train(config, tmp_path / 'resumed', programs=programs)
-    assert_same_run(tmp_path / 'whole', tmp_path / 'resumed')
+    assert_resumes_exactly(config, tmp_path / 'whole', tmp_path / 'resumed', programs)
 
 
 @pytest.fixture(scope='module')

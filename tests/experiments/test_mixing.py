@@ -1,7 +1,5 @@
 """Training where each example is mixed from two images of its own, as published."""
 
-import shutil
-
 import chex
 import jax
 import numpy as np
@@ -15,7 +13,7 @@ from experiments.train_step import init_state, make_train_step
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError
 from tests.experiments.conftest import tiny_config
-from tests.experiments.test_train import assert_same_run, final_state
+from tests.experiments.test_train import assert_resumes_exactly, assert_same_run, final_state
 
 MIXED = {'augment__mixup': 0.2, 'augment__cutmix': 1.0, 'augment__mix_pairs': 'distinct'}
 NOISE = {'name': 'noise', 'image_size': 8, 'classes': 10, 'examples': 256}
@@ -42,11 +40,7 @@ def test_every_image_of_an_epoch_is_read_once():
 
 
 def test_a_resumed_run_is_bit_for_bit_the_same(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / 'run')
-    shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '6')
-    (tmp_path / 'run' / 'summary.json').unlink()
-    train(tiny_config(checkpoint__keep=3, **MIXED), tmp_path / 'run')
-    assert_same_run(whole, tmp_path / 'run')
+    assert_resumes_exactly(tiny_config(checkpoint__keep=3, **MIXED), whole, tmp_path / 'run')
 
 
 def test_images_on_the_device_are_the_same_images(whole, tmp_path):

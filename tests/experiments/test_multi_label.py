@@ -1,10 +1,11 @@
 """Several labels for an image, from the arrays to the classes that are named."""
 
 import json
-import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
@@ -13,10 +14,10 @@ from experiments import classify
 from experiments.evaluate import evaluate
 from experiments.experiment import build, describe_data, describe_imbalance
 from experiments.export import export_weights
-from experiments.run import curves, evaluation, metric_writers, workdir
+from experiments.run import curves, evaluation, metric_writers, parallel, workdir
 from experiments.run.batches import open_batches
 from experiments.train import train
-from experiments.train_step import init_state
+from experiments.train_step import init_state, make_eval_step, make_train_step
 from nfnets_jax import augment
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError
@@ -25,7 +26,7 @@ from nfnets_jax.weights.checkpoints import CheckpointReader
 from tests.experiments.conftest import tiny_config
 from tests.experiments.test_distributed import Job
 from tests.experiments.test_mixing import MIXED
-from tests.experiments.test_train import assert_same_run, final_state
+from tests.experiments.test_train import assert_resumes_exactly, assert_same_run, final_state
 
 NAMES = ('top', 'middle', 'bottom', 'never')
 CHANGES = {'augment__shift': 0, 'checkpoint__keep': 3}
@@ -102,8 +103,16 @@ def test_mirror_images_average_the_probabilities(run):
     expected = -np.mean(t * np.log(mean) + (1 - t) * np.log(1 - mean))
     found = evaluate(str(directory), flip=True)
     assert found['test_ema/loss'] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(UsageError, match='--report is made for images with one label'):
-        evaluate(str(directory), report='nowhere')
+
+
+def test_the_report_agrees_with_the_metrics(run, tmp_path):
+    directory, _ = run
+    metrics = evaluate(str(directory), report=str(tmp_path))
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    assert summary['images'] == 90
+    for name in ('map', 'auc', 'top1', 'loss'):
+        assert summary[name] == metrics[f'test_ema/{name}']
+    assert len((tmp_path / 'predictions.csv').read_text().splitlines()) == 91
 
 
 @pytest.mark.parametrize('batch_size', [None, 7, 64])
@@ -170,11 +179,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(data, tmp_path):
     config = tiny_config(data=data, data__on_device=True, **options)
     programs = {}
     train(config, tmp_path / 'whole', programs=programs)
-    shutil.copytree(tmp_path / 'whole', tmp_path / 'resumed')
-    shutil.rmtree(tmp_path / 'resumed' / 'checkpoints' / '6')
-    (tmp_path / 'resumed' / 'summary.json').unlink()
-    train(config, tmp_path / 'resumed', programs=programs)
-    assert_same_run(tmp_path / 'whole', tmp_path / 'resumed')
+    assert_resumes_exactly(config, tmp_path / 'whole', tmp_path / 'resumed', programs)
     train(tiny_config(data=data, **options), tmp_path / 'host')
     assert_same_run(tmp_path / 'whole', tmp_path / 'host')
 
@@ -202,6 +207,51 @@ def test_training_metrics_are_those_of_the_formula(data, tmp_path):
     losses = w * t * np.log1p(np.exp(-x)) + (1 - t) * np.log1p(np.exp(x))
     assert line['train/loss'] == pytest.approx(losses.mean(), rel=1e-5)
     assert line['train/top1'] == pytest.approx(labels[np.arange(148), x.argmax(1)].mean())
+
+
+def test_sam_climbs_by_the_loss_of_several_labels(data):
+    """The norm of the mean over the devices of each one's gradient at w + rho g / |g|."""
+    experiment = build(tiny_config(data=data, sam__rho=0.1, batch_size=64, **CHANGES))
+    state = jax.device_get(init_state(experiment))
+    with open_batches(experiment, 0, pipeline.UnreadableExamples()) as batches:
+        batch = next(batches) | {'stop': parallel.shard(np.zeros(jax.device_count(), np.float32))}
+    _, metrics = make_train_step(experiment)(parallel.replicate(state), batch)
+
+    @jax.grad
+    def gradient(params, images, labels):
+        images = augment.normalize(images)
+        x = experiment.model.apply(params, state.state, None, images, True)[0]['logits']
+        return jnp.mean(jnp.where(labels == 1, jnp.log1p(jnp.exp(-x)), jnp.log1p(jnp.exp(x))))
+
+    of_devices = []
+    for images, labels in zip(batch['image'], batch['label'], strict=True):
+        first = gradient(state.params, images, labels)
+        scale = 0.1 / optax.tree.norm(first)
+        there = jax.tree.map(lambda w, g, scale=scale: w + scale * g, state.params, first)
+        of_devices.append(gradient(there, images, labels))
+    expected = optax.tree.norm(jax.tree.map(lambda *g: sum(g) / len(g), *of_devices))
+    assert float(metrics['gradient_norm']) == pytest.approx(float(expected), rel=1e-4)
+    plain = optax.tree.norm(first)
+    assert float(metrics['gradient_norm']) != pytest.approx(float(plain), rel=1e-2)
+
+
+def test_a_table_is_evaluated_like_the_arrays(run, tmp_path):
+    """The same images and labels; one more image is not there, and is skipped."""
+    directory, summary = run
+    lines = [','.join(('path', *NAMES, 'split'))]
+    for split, count, seed in (('train', 150, 0), ('test', 90, 2)):
+        for i, (image, label) in enumerate(zip(*make_images(count, seed), strict=True)):
+            lines.append(','.join(map(str, (f'{split}{i}.png', *label, split))))
+            Image.fromarray(image).save(tmp_path / f'{split}{i}.png')
+    table = tmp_path / 'table.csv'
+    table.write_text('\n'.join([*lines, 'none.png,1,0,1,0,test']))
+    data = {'name': 'table', 'path': str(table), 'label_columns': NAMES, 'skip_bad': 1}
+    sizes = {'image_size': 8, 'test_image_size': 8, 'test_mode': 'resize_crop_1.0'}
+    experiment = build(tiny_config(data=data | sizes, **CHANGES))
+    variables = parallel.replicate(final_state(directory).variables())
+    found = evaluation.evaluate(experiment, make_eval_step(experiment), variables)
+    assert found.pop('test/skipped_pictures') == 1
+    assert found == pytest.approx({name: summary['final'][name] for name in found}, rel=1e-6)
 
 
 def test_weights_know_that_images_have_several_labels(run, tmp_path):

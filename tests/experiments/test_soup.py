@@ -126,6 +126,19 @@ def test_checkpoints_of_a_run(command, tiny, three_splits, tmp_path):
     expected = [pretrained.load_pretrained(run, checkpoint=step).params for step in taken]
     mean = jax.tree.map(lambda *x: np.mean(np.float64(x), 0).astype(np.float32), *expected)
     chex.assert_trees_all_close(pretrained.load_pretrained(out).params, mean, rtol=1e-7)
+    # The same images elsewhere choose alike, and the run's own need not be there.
+    moved = three_splits.rename(tmp_path / 'moved.npz')
+    wanted, accuracy = soup.make_accuracy(config, str(run), lambda line: None, str(moved))
+    soup.check_same('a', wanted, 'b', pretrained.load_metadata(run))
+    for step in steps:
+        (line,) = (line for line in lines if line.startswith(f'{run} step {step}:'))
+        assert f'top-1 {accuracy(pretrained.load_pretrained(run, checkpoint=step)):.2%}' in line
+    with np.load(moved) as file:
+        arrays = {name: file[name] for name in file.files if 'validation' not in name}
+    np.savez(tmp_path / 'two.npz', **arrays)
+    with pytest.raises(UsageError, match='no split besides those to train and test on'):
+        soup.make_accuracy(config, str(run), lambda line: None, str(tmp_path / 'two.npz'))
+    moved.rename(three_splits)
     # Changed data are refused; a list of steps needs no data.
     record = json.loads((run / 'data.json').read_text())
     record['splits']['validation']['num_examples'] += 1
@@ -149,6 +162,7 @@ def test_greedy_never_looks_at_the_test_images(tiny):
         (['--checkpoints=all', '--weights=a'], '--checkpoints are those of a run'),
         (['--weights=absent.npz', '--weights=absent.npz'], r'absent\.npz: No such file'),
         (['--workdir=absent'], '--workdir=absent holds no run'),
+        (['--weights=a', '--data=b'], '--data names the validation images of --greedy'),
         ([], 'an average needs two weights or more, not 0'),
     ],
 )

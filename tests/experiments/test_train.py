@@ -44,6 +44,15 @@ def assert_same_run(directory, other):
     assert timeless(directory) == timeless(other)
 
 
+def assert_resumes_exactly(config, whole, directory, programs=None):
+    """Asserts that a run of six steps, resumed at step 3, ends as `whole`, which never stopped."""
+    shutil.copytree(whole, directory)
+    shutil.rmtree(directory / 'checkpoints' / '6')
+    (directory / 'summary.json').unlink()
+    train(config, directory, programs=programs)
+    assert_same_run(whole, directory)
+
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     """A run that was never stopped, and its summary."""
