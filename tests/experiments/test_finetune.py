@@ -11,14 +11,15 @@ import pytest
 from PIL import Image
 
 from configs import finetune
+from experiments import classify, evaluate, train
 from experiments import config as schema
-from experiments import evaluate, train
 from experiments.experiment import build
 from experiments.run.init_weights import load_weights
 from experiments.train_step import init_state
 from nfnets_jax import augment, load_pretrained
+from nfnets_jax.data.preprocessing import resize_crop
 from nfnets_jax.errors import UsageError
-from nfnets_jax.weights import pretrained
+from nfnets_jax.weights import export, pretrained
 
 HEAD = 'NF_ResNet/~/linear'
 
@@ -372,3 +373,44 @@ def test_six_steps_are_a_duration_like_any(weights, folder):
     config.duration = '6 steps'
     experiment = build(config)
     assert (experiment.log_every, experiment.eval_every, experiment.checkpoint_every) == (1, 1, 1)
+
+
+def test_images_that_are_not_square_from_the_command_line_to_the_program(
+    weights, folder, tmp_path, command
+):
+    """The config has integers; a run resumes, and evaluate, classify and export know its size."""
+    run = tmp_path / 'run'
+    arguments = (
+        f'--config=configs/finetune.py:weights={weights},data={folder}',
+        *('--config.data.image_size=12,20', '--config.data.test_image_size=(16, 24)'),
+        *('--config.augment.mixup=0.2', '--config.augment.randaugment_layers=1'),
+        *('--config.augment.erasing=0.5', '--config.augment.shift=2', f'--workdir={run}'),
+    )
+    for _ in range(2):  # The second time it resumes, and has nothing left to do.
+        process = command('train', *arguments, '--config.duration=2', devices=1)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    config = json.loads((run / 'config.json').read_text())
+    assert config['data']['image_size'] == [12, 20]
+    tuned = load_pretrained(run)
+    assert (tuned.metadata.train_size, tuned.metadata.test_size) == ((12, 20), (16, 24))
+    assert '16x24 px' in pretrained.describe(tuned)
+    assert evaluate.evaluate(run) == evaluate.evaluate(run, image_size=(16, 24))
+    assert evaluate.evaluate(run) != evaluate.evaluate(run, image_size=(24, 16))
+    path = folder / 'dark' / '0.png'
+    ((_, guesses),) = classify.classify(tuned, [path], top=2)
+    program = jax.export.deserialize(bytearray(export.to_stablehlo(tuned)))
+    pixels = np.float32(resize_crop(path.read_bytes(), (16, 24), (20, 28)))[None]
+    expected = np.asarray(jax.nn.softmax(program.call(pixels)[0]))
+    for guess in guesses:
+        assert guess.probability == pytest.approx(expected[guess.label], rel=1e-4)
+    # Weights of this size are fine-tuned at it, or at another that is an integer again.
+    assert small(f'weights={run},data={folder}').data.image_size == (12, 20)
+    process = command(
+        *('train', f'--config=configs/finetune.py:weights={run},data={folder}'),
+        *('--config.data.image_size=12', '--config.data.test_image_size=0', '--config.duration=1'),
+        f'--workdir={tmp_path}/again',
+        devices=1,
+    )
+    _, err = process.communicate(timeout=300)
+    assert err.startswith('error: config.data.test_image_size=0: must be a side in pixels, or hei')
