@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import chex
 import jax
@@ -20,6 +21,7 @@ from nfnets_jax import augment, load_pretrained
 from nfnets_jax.data.preprocessing import resize_crop
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import export, pretrained
+from nfnets_jax.weights.checkpoints import CheckpointReader
 
 HEAD = 'NF_ResNet/~/linear'
 
@@ -205,6 +207,38 @@ def test_a_frozen_body_stays_and_the_run_knows_what_it_is(weights, folder, tmp_p
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
     results = evaluate.evaluate(tmp_path / 'run')
     assert results['test/loss'] == pytest.approx(summary['final']['test/loss'], rel=1e-6)
+
+
+def test_the_head_is_trained_first_and_a_resumed_run_is_bit_for_bit_the_same(
+    weights, folder, tmp_path
+):
+    config = small(f'weights={weights},data={folder},head_first=2,layer_decay=0.5')
+    config.optimizer.schedule.warmup = '0 steps'
+    config.checkpoint = {'every': '1 steps', 'keep': 4}
+    programs = {}
+    train.train(config, tmp_path / 'run', quiet=True, programs=programs)
+    source = load_pretrained(weights).params
+
+    def state(directory, step):
+        template = jax.eval_shape(lambda: init_state(build(config)))
+        return CheckpointReader(tmp_path / directory / 'checkpoints').restore(step, template)
+
+    def moved(step):
+        trained = state('run', step).params
+        return {
+            module
+            for module, leaves in source.items()
+            if any(not np.array_equal(trained[module][name], leaves[name]) for name in leaves)
+        }
+
+    assert (moved(2), moved(3)) == ({HEAD}, set(source))
+    assert np.abs(state('run', 1).params[HEAD]['b']).max() > 0
+    shutil.copytree(tmp_path / 'run', tmp_path / 'resumed')
+    for step in (2, 3, 4):
+        shutil.rmtree(tmp_path / 'resumed' / 'checkpoints' / str(step))
+    (tmp_path / 'resumed' / 'summary.json').unlink()
+    train.train(config, tmp_path / 'resumed', quiet=True, programs=programs)
+    chex.assert_trees_all_equal(state('run', 4), state('resumed', 4))
 
 
 def test_a_pattern_freezes_what_it_matches(weights, folder):
