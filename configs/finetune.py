@@ -13,8 +13,9 @@ Arguments, separated by commas:
   freeze   a regular expression for the names of frozen parameters, like
            freeze=.*/stem_conv./.*; freeze=body trains only the new head (batch norm still updates
            its running statistics).
+  head_first  how long only the new head is trained at first, like head_first=100 or 20%.
   layer_decay  a factor like 0.75 by which the learning rate falls from block to block, from the
-           head to the stem.
+           head to the stem, as in timm; a deep network needs one nearer to 1.
   label_separator, label_columns
            of a table whose images have several labels: label_separator=; label_columns=has_*
   recipe   published: the papers' for fine-tuning from JFT as it is, whatever the number of images.
@@ -41,8 +42,9 @@ from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.optimizers import PUBLISHED_GROUPS, layer_decay_groups
 from nfnets_jax.weights.pretrained import Metadata, load_metadata, variable_shapes
 
+_TRAINING = ('freeze', 'head_first', 'layer_decay', 'recipe')
 _TABLE_OPTIONS = ('label_separator', 'label_columns')
-_ARGUMENTS = ('data', 'weights', 'model', 'freeze', 'layer_decay', *_TABLE_OPTIONS, 'recipe')
+_ARGUMENTS = ('data', *_TABLE_OPTIONS, 'weights', 'model', *_TRAINING)
 # What depends on the number of images, as published.
 _PUBLISHED = {
     'batch_size': 2048,
@@ -50,8 +52,8 @@ _PUBLISHED = {
     'optimizer.schedule.warmup': '33.3%',
 }
 VARIANTS = (
-    'data=DIRECTORY[,weights=FILE][,model=NAME][,freeze=PATTERN][,layer_decay=FACTOR]'
-    '[,label_separator=TEXT][,label_columns=PATTERN][,recipe=published]',
+    'data=DIRECTORY[,weights=FILE][,model=NAME][,freeze=PATTERN][,head_first=DURATION]'
+    '[,layer_decay=FACTOR][,label_separator=TEXT][,label_columns=PATTERN][,recipe=published]',
 )
 
 
@@ -98,11 +100,16 @@ def get_config(arguments: str = ''):
     if 'drop_rate' in models.model_options(name):
         config.model.drop_rate = 0.25 if is_nfnet else 0.0
         config.model.stochdepth_rate = 0.1 if is_nfnet else 0.0
-    pattern = given.get('freeze')
+    pattern, head = given.get('freeze'), 'linear_2' if name == 'SmallCNN' else 'linear'
+    if duration := given.get('head_first'):
+        if pattern == 'body':
+            raise UsageError(f'head_first={duration}: freeze=body trains only the head')
+        body = [rule | {'freeze_for': duration} for rule in PUBLISHED_GROUPS[1:]]
+        optimizer.groups = (*_head_rules(head), *body)
     if pattern == 'body':
-        optimizer.groups = head_only('linear_2' if name == 'SmallCNN' else 'linear')
+        optimizer.groups = head_only(head)
     elif pattern:
-        optimizer.groups = ({'match': pattern, 'freeze': True}, *PUBLISHED_GROUPS)
+        optimizer.groups = ({'match': pattern, 'freeze': True}, *optimizer.groups)
     if decay := given.get('layer_decay'):
         if pattern == 'body':
             raise UsageError(f'layer_decay={decay}: freeze=body trains only the head')
@@ -120,10 +127,13 @@ def get_config(arguments: str = ''):
 
 def head_only(head: str = 'linear') -> tuple[dict, ...]:
     """Returns the published parameter groups with everything but the classifier frozen."""
+    return (*_head_rules(head), {'match': r'.*', 'freeze': True})
+
+
+def _head_rules(head: str) -> tuple[dict, ...]:
     return (
         {'match': rf'[^/]+/~/{head}/w', 'clip': False},
         {'match': rf'[^/]+/~/{head}/b', 'decay': False},
-        {'match': r'.*', 'freeze': True},
     )
 
 

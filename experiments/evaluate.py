@@ -7,8 +7,8 @@ the number of devices and processes. With --watch it follows a running job: it e
 checkpoint as it appears, keeps the figures in evaluations.jsonl, and ends with the run.
 
 With --report=DIRECTORY it also writes scores by class, the confusion matrix, calibration and the
-worst mistakes; --image_size=N evaluates at another size, and --tta=flip averages over each image
-and its mirror image.
+worst mistakes; --image_size=N (or HxW) evaluates at another size, and --tta=flip averages over each
+image and its mirror image.
 
 The data must be those that the run was trained on. If they have moved, give --config.data.path=...
 or --config.data.data_dir=...; --config.data.skip_bad=1 skips an unreadable image.
@@ -48,6 +48,7 @@ from nfnets_jax.data import sources
 from nfnets_jax.data.sources import Source
 from nfnets_jax.data.splits import SPLITS
 from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.image_size import ImageSize
 from nfnets_jax.weights import pretrained
 from nfnets_jax.weights.checkpoints import CheckpointReader, DamagedCheckpointError
 
@@ -151,7 +152,7 @@ class _Evaluator:
       batch_size: examples at a time; None: as in training.
       split: 'test', 'validation' or 'train'; None: the one that chooses the best checkpoint.
       data: options of config.data that differ, see `DATA_OPTIONS`.
-      image_size: side of the images in pixels; None: as in training.
+      image_size: side of the images in pixels, or height and width; None: as in training.
       flip: whether to average over each image and its mirror image.
       other: path of other data with the same classes, see `run.other_data`; then `split` is theirs.
 
@@ -166,7 +167,7 @@ class _Evaluator:
         batch_size: int | None = None,
         split: str | None = None,
         data: Mapping[str, Any] = MappingProxyType({}),
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         flip: bool = False,
         other: str | None = None,
     ):
@@ -349,12 +350,7 @@ if __name__ == '__main__':
     flags.DEFINE_integer(
         'batch_size', None, 'Examples at a time; by default as in training.', lower_bound=1
     )
-    flags.DEFINE_integer(
-        'image_size',
-        None,
-        'Side of the images in pixels; by default as in training.',
-        lower_bound=1,
-    )
+    cli.define_image_size('image_size', 'Pixels of the images; by default as in training.')
     flags.DEFINE_enum('tta', None, ('flip',), 'flip: average over each image and its mirror image.')
     cli.define_path(
         'report', None, 'Directory for a report: by class, confusions, calibration, mistakes.'

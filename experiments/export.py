@@ -86,7 +86,7 @@ def main() -> None:
 if __name__ == '__main__':
     weights_flags.define()
     cli.define_path('out', None, f'The file to write: {", ".join(FORMATS)}.', required=True)
-    flags.DEFINE_integer('test_size', None, 'Another side in pixels of test images.', lower_bound=1)
+    cli.define_image_size('test_size', 'Another size of test images in pixels.')
     flags.DEFINE_string('eval_mode', None, 'Another evaluation preprocessing.')
     cli.define_path('classes', None, 'File with the names of the classes, one a line.')
     cli.run(main)

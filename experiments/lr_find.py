@@ -49,13 +49,15 @@ class Suggestion(NamedTuple):
 def prepare(config: ConfigDict, steps: int) -> Experiment:
     """Returns the experiment of a config for a range test.
 
-    Its learning rate is constant, and equal to the factor by which the batch scales it.
+    Its learning rate is constant, and equal to the factor by which the batch scales it; nothing is
+    frozen at first.
     """
     config = config.copy_and_resolve_references().unlock()
     optimizer = config.optimizer
     optimizer.learning_rate = 1.0
     optimizer.schedule.name, optimizer.schedule.warmup = 'constant', '0 steps'
     optimizer.schedule.end_value = 0.0
+    optimizer.groups = tuple({**rule, 'freeze_for': 0} for rule in optimizer.groups)
     config.duration = f'{steps} steps'
     config.ema = 0.0
     return build(config)

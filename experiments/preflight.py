@@ -35,6 +35,7 @@ from experiments.run.targets import Compiled, Target, compile_program
 from experiments.run.throughput import flops_per_image
 from nfnets_jax import files, models
 from nfnets_jax.errors import UsageError
+from nfnets_jax.image_size import height_width
 
 # Estimated over measured time on a TPU v3, for the authors' own code: 0.82 for F0 at 192 px and for
 # F1 at 224 px, 32 examples a core. The NFNets paper (2102.06171) measured.
@@ -253,7 +254,7 @@ def _eval_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     label = experiment.label_spec
     height, width, channels = experiment.image_spec.shape
     if experiment.image_spec.test_transform is not None:
-        height = width = experiment.image_spec.test_size
+        height, width = height_width(experiment.image_spec.test_size)
     return {
         'image': _split(jnp.uint8, rows, height, width, channels),
         'label': _split(label.dtype, rows, *label.shape),

@@ -313,6 +313,34 @@ def test_lr_scale_multiplies_the_step_of_its_group_alone():
     chex.assert_trees_all_equal(plain[-1], scaled[-1])
 
 
+def test_parameters_that_are_frozen_at_first_wait_for_their_step():
+    """Gradients do not depend on parameters here, so that updates are those of the plain run."""
+    params, *gradients = _trees(6)
+    quiet = {'clip__name': 'none', 'weight_decay': 0.0, 'schedule__warmup': '1 steps'}
+    plain, plain_state = _train(_create(_config(**quiet)), params, gradients)
+    head, *body = optimizers.PUBLISHED_GROUPS
+    rules = (head, *(rule | {'freeze_for': '25%'} for rule in body))  # 2 of 8 steps
+    optimizer = _create(_config(groups=rules, **quiet))
+    trajectory, state = _train(optimizer, params, gradients)
+    for step, tree in enumerate(trajectory, 1):
+        chex.assert_trees_all_equal(tree['Net/~/linear']['w'], plain[step - 1]['Net/~/linear']['w'])
+        missed = plain[min(step, 2) - 1]['Net/~/conv']
+        expected = jax.tree.map(
+            lambda start, now, missed: start + (now - missed),
+            *(params['Net/~/conv'], plain[step - 1]['Net/~/conv'], missed),
+        )
+        chex.assert_trees_all_close(tree['Net/~/conv'], expected, atol=1e-6)
+        if step <= 2:
+            chex.assert_trees_all_equal(tree['Net/~/conv'], params['Net/~/conv'])
+    # Where nothing waits, the state is that of earlier versions.
+    assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(plain_state)) + 1
+    rules = (head, *(rule | {'freeze_for': '8 steps'} for rule in body))
+    with pytest.raises(
+        UsageError, match=r"groups\[1\]\.freeze_for='8 steps' is 8 steps, the whole"
+    ):
+        _create(_config(groups=rules))
+
+
 @pytest.mark.parametrize('batch_size', [64, 256, 4096])
 def test_learning_rate_scales_with_the_batch(batch_size):
     config = _config(scale_lr_by_batch=True, schedule__name='constant')

@@ -29,6 +29,7 @@ from experiments.launch.distributed import INTERRUPTED, Options, session
 from nfnets_jax import extras, files
 from nfnets_jax.errors import UsageError, first_line, nearest
 from nfnets_jax.fields import Option
+from nfnets_jax.image_size import ImageSize, parse
 
 flags.disclaim_key_flags()  # What is defined here are the flags, in --help, of who calls.
 
@@ -136,6 +137,15 @@ class WorkdirParser(PathParser):
         return path
 
 
+class ImageSizeParser(flags.ArgumentParser):
+    """Parses the size of images: '224', or '128x300', height and width."""
+
+    syntactic_help = 'pixels of a side, or of height and width: 224, 128x300'
+
+    def parse(self, argument: str) -> ImageSize:
+        return parse(argument)
+
+
 def define_workdir(help: str, **options: Any) -> flags.FlagHolder:
     """Defines --workdir; options as `flags.DEFINE` takes them."""
     return flags.DEFINE(WorkdirParser(), 'workdir', None, help, **options)
@@ -151,6 +161,11 @@ def define_paths(name: str, default: str | None, help: str, **options: Any) -> f
     return flags.DEFINE_multi(
         PathParser(), flags.ArgumentSerializer(), name, default, help, **options
     )
+
+
+def define_image_size(name: str, help: str) -> flags.FlagHolder:
+    """Defines a flag for the size of images, None by default."""
+    return flags.DEFINE(ImageSizeParser(), name, None, help)
 
 
 def check_out(out: pathlib.Path, suffixes: Collection[str]) -> None:
@@ -275,7 +290,8 @@ def _load(config: str) -> tuple[ConfigDict, Sequence[str]]:
 def _set_options(config: ConfigDict, argv: Sequence[str]) -> list[str]:
     """Sets the options of a model or data source that the config file does not name.
 
-    Returns the other arguments: only what the file names is a flag of its own.
+    Also those that it names as an integer, and the command line as a tuple, or the other way round:
+    ml_collections keeps the type. Returns the other arguments, each a flag of its own.
     """
     rest: list[str] = []
     for argument in argv:
@@ -284,9 +300,13 @@ def _set_options(config: ConfigDict, argv: Sequence[str]) -> list[str]:
             path, kind, option, text = match.groups()
             node = _node(config, path)
             name = _last_value(argv, f'config.{path}.name') or (node or {}).get('name')
-            if node is not None and option not in node and option in _options(kind, name):
-                with node.unlocked():
-                    node[option] = _literal(text)
+            value = _literal(text)
+            is_own = node is not None and (
+                option not in node or {type(node[option]), type(value)} == {int, tuple}
+            )
+            if node is not None and is_own and option in _options(kind, name):
+                with node.unlocked(), node.ignore_type():
+                    node[option] = value
                 continue
         rest.append(argument)
     return rest

@@ -21,6 +21,7 @@ from nfnets_jax.data.sources import Source
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 from nfnets_jax.fields import Field
+from nfnets_jax.image_size import WANTS, ImageSize, height_width, is_size, shortest
 
 _SIZES = ('image_size', 'test_image_size', 'test_mode')
 _AS_IT_IS = 'resize_crop_1.0'  # The whole image, which equals no transform for images of one size.
@@ -44,8 +45,22 @@ class DataConfig:
 class ImageOptions:
     """Options of every source: sizes, evaluation transform and normalization of its images."""
 
-    image_size: Annotated[int | None, Field("Training pixels; None: the model's.", low=1)] = None
-    test_image_size: Annotated[int | None, Field("Test pixels; None: the model's.", low=1)] = None
+    image_size: Annotated[
+        ImageSize | None,
+        Field(
+            "Training pixels: a side, or (height, width); None: the model's.",
+            rule=is_size,
+            wants=f'{WANTS}, or None',
+        ),
+    ] = None
+    test_image_size: Annotated[
+        ImageSize | None,
+        Field(
+            "Test pixels: a side, or (height, width); None: the model's.",
+            rule=is_size,
+            wants=f'{WANTS}, or None',
+        ),
+    ] = None
     test_mode: Annotated[
         str | None, Field("Evaluation preprocessing, a mode of make_transform; None: the model's.")
     ] = None
@@ -63,7 +78,7 @@ class ImageSpec(NamedTuple):
     """Sizes, transforms and normalization of the images."""
 
     shape: tuple[int, int, int]  # height, width and channels in training
-    test_size: int  # side in evaluation, in pixels
+    test_size: ImageSize  # side in evaluation, or height and width
     test_mode: str  # evaluation preprocessing, a mode of `make_transform`
     train_transform: Callable | None = None  # (image, rng) -> [H, W, 3]
     test_transform: Callable | None = None
@@ -124,26 +139,30 @@ def _image_spec(
     if not isinstance(image, bytes) and not {'image_size', 'test_image_size'} <= set(given):
         size = image.shape[:2]
         for key, value in given.items():
-            if key == 'test_mode' or size != (value, value):
+            if key == 'test_mode' or size != height_width(value):
                 raise UsageError(
-                    f'data.{key}={value!r}: the images of {source!r} are {size[1]}x{size[0]}'
+                    f'data.{key}={value!r}: the images of {source!r} are {_in_words(size)}'
                     ' and left as they are; leave it out (or give their size), or give both '
                     'image_size and test_image_size to crop them'
                 )
         for other in others:
             if not isinstance(other, bytes) and other.shape != image.shape:
                 raise UsageError(
-                    f'the images of {source!r} are {size[1]}x{size[0]} to train on but '
-                    f'{other.shape[1]}x{other.shape[0]} in another split; make them one size, or '
+                    f'the images of {source!r} are {_in_words(size)} to train on but '
+                    f'{_in_words(other.shape[:2])} in another split; make them one size, or '
                     'give config.data.image_size and config.data.test_image_size'
                 )
-        return ImageSpec(image.shape, image.shape[0], _AS_IT_IS)
+        return ImageSpec(image.shape, shortest(size), _AS_IT_IS)
     published = models.variant_info(model)
     train_size = given.get('image_size', published.train_size)
     test_size = given.get('test_image_size', published.test_size)
     test_mode = given.get('test_mode', published.eval_mode)
     transforms = make_transform('random_crop', train_size), make_transform(test_mode, test_size)
-    return ImageSpec((train_size, train_size, 3), test_size, test_mode, *transforms)
+    return ImageSpec((*height_width(train_size), 3), shortest(test_size), test_mode, *transforms)
+
+
+def _in_words(size: Sequence[int]) -> str:
+    return 'x'.join(map(str, size))  # height x width, as on the command line
 
 
 def options(name: str) -> dict[str, fields.Option]:

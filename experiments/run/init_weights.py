@@ -13,6 +13,7 @@ from experiments.experiment import Experiment, init_variables
 from experiments.run import parallel, workdir
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError
+from nfnets_jax.image_size import shortest
 from nfnets_jax.weights import convert_timm, pretrained
 
 # Weights that were trained with other values of these options fit all the same.
@@ -110,7 +111,7 @@ def model_metadata(experiment: Experiment) -> pretrained.Metadata:
         num_classes=len(classes),
         class_names=classes,
         multi_label=experiment.multi_label,
-        train_size=spec.shape[0],
+        train_size=shortest(spec.shape[:2]),
         test_size=spec.test_size,
         eval_mode=spec.test_mode,
         mean=spec.mean,

@@ -26,7 +26,7 @@ def flops_per_image(experiment: Experiment) -> float:
     groups = experiment.optimizer.groups
     trained = {name.rpartition('/')[0] for name, group in groups.items() if not group.freeze}
     frozen = {module.name for module in cost.modules} - trained
-    return 2 * cost.training_macs(experiment.image_spec.shape[0], frozen)
+    return 2 * cost.training_macs(experiment.image_spec.shape[:2], frozen)
 
 
 class Throughput:

@@ -1,8 +1,8 @@
 """Decoding, cropping and resizing on the host.
 
-A transform is a function (image, rng) -> array [size, size, 3] of uint8 or float32, 0..255, where
-`image` is the bytes of an encoded image or a uint8 array [H, W, 3], and `rng` is a numpy Generator
-that only the random crop uses. `make_transform` looks one up by name.
+A transform is a function (image, rng) -> array [height, width, 3] of uint8 or float32, 0..255,
+where `image` is the bytes of an encoded image or a uint8 array [H, W, 3], and `rng` is a numpy
+Generator that only the random crop uses. `make_transform` looks one up by name.
 """
 
 import functools
@@ -14,6 +14,7 @@ import numpy as np
 
 from nfnets_jax import extras
 from nfnets_jax.errors import UsageError
+from nfnets_jax.image_size import WANTS, ImageSize, height_width, is_size
 
 with extras.optional():
     import cv2
@@ -40,20 +41,23 @@ class ImageError(UsageError):
     """An image cannot be read. The pipeline adds the name of its file."""
 
 
-def make_transform(mode: str, image_size: int) -> Callable:
-    """Returns the transform called `mode`, to square images.
+Size = tuple[int, int]  # height and width
+
+
+def make_transform(mode: str, image_size: ImageSize) -> Callable:
+    """Returns the transform called `mode`, to images of one size.
 
     Args:
         mode: 'random_crop' for training. For evaluation the authors' 'crop_resize',
             'resize_crop_32' (any number of pixels) or 'resize_crop_0.875' (any fraction), or
             timm's 'timm_squash_0.9' and 'timm_center_0.9' (any fraction).
-        image_size: side of the result in pixels.
+        image_size: side of the result in pixels, or its height and width.
 
     Raises:
         UsageError: unknown mode, or a size below 1.
     """
-    if image_size < 1:
-        raise UsageError(f'image_size={image_size}: must be positive')
+    if not is_size(image_size):
+        raise UsageError(f'image_size={image_size!r}: must be {WANTS}')
     if mode == 'random_crop':
         return functools.partial(random_crop, size=image_size)
     if mode == 'crop_resize':
@@ -64,7 +68,8 @@ def make_transform(mode: str, image_size: int) -> Callable:
             resized = _resized_size(image_size, float(margin))
             return lambda image, rng: resize_crop(image, image_size, resized)
         if name in ('timm_squash', 'timm_center') and 0 < float(margin) <= 1:
-            resized, squash = int(image_size / float(margin)), name == 'timm_squash'
+            resized = _resized_size(image_size, float(margin))
+            squash = name == 'timm_squash'
             return lambda image, rng: timm_resize_crop(image, image_size, resized, squash=squash)
     except ValueError:
         pass
@@ -77,12 +82,12 @@ def make_transform(mode: str, image_size: int) -> Callable:
 def random_crop(
     image: bytes | np.ndarray,
     rng: np.random.Generator,
-    size: int,
+    size: ImageSize,
     area: tuple[float, float] = (0.08, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
     min_covered: float = 0.1,
 ) -> np.ndarray:
-    """Returns a random crop resized to `size`, uint8 [size, size, 3], for training.
+    """Returns a random crop resized to `size`, uint8 [height, width, 3], for training.
 
     It differs from the published crop in three ways. OpenCV's bicubic resize has a = -3/4 instead
     of the -1/2 of TensorFlow and `resize`: the mean difference is 0.69 gray levels (600 crops of
@@ -93,31 +98,36 @@ def random_crop(
 
     Args:
         area: range of the crop's share of the image.
-        aspect: range of the crop's width / height.
+        aspect: range of the crop's width / height, over that of `size`: resizing stretches no crop
+            by more. (timm and torchvision leave it the same for every size.)
         min_covered: least share of the image that the crop covers.
     """
+    target = height_width(size)
+    stretch = target[1] / target[0]
+    aspects = (aspect[0] * stretch, aspect[1] * stretch)
 
     def draw_box(height, width):
-        box = random_box(rng, height, width, area, aspect, min_covered)
+        box = random_box(rng, height, width, area, aspects, min_covered)
         # As published: the whole image means that no box was found, even if it was drawn.
-        return box if box and box[2:] != (height, width) else center_box(height, width, size)
+        return box if box and box[2:] != (height, width) else center_box(height, width, target)
 
     if isinstance(image, np.ndarray) or not _has_rgb_jpeg(image):
         pixels = decode(image)
-        return _resized_part(pixels, draw_box(*pixels.shape[:2]), size)
+        return _resized_part(pixels, draw_box(*pixels.shape[:2]), target)
     # The box is drawn in the image as stored: its size gives the reduction to decode at, and only
     # the small result is turned upright.
     box = draw_box(*simplejpeg.decode_jpeg_header(image)[:2])
-    reduction = next((r for r in (8, 4, 2) if min(box[2:]) >= r * size), 1)
+    excess = min(box[2] / target[0], box[3] / target[1])
+    reduction = next((r for r in (8, 4, 2) if excess >= r), 1)
     pixels = _decode_rgb_jpeg(image, reduction)
-    part = _resized_part(pixels, [round(x / reduction) for x in box], size)
+    part = _resized_part(pixels, [round(x / reduction) for x in box], target)
     return _turn(part, _jpeg_orientation(image))
 
 
-def _resized_part(pixels: np.ndarray, box: Sequence[int], size: int) -> np.ndarray:
+def _resized_part(pixels: np.ndarray, box: Sequence[int], size: Size) -> np.ndarray:
     top, left, rows, columns = box
     part = pixels[top : top + rows, left : left + columns]
-    return cv2.resize(part, (size, size), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(part, size[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def random_box(
@@ -159,63 +169,85 @@ def random_box(
     return None
 
 
-def center_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """Returns the central square (top, left, rows, columns): size / (size + 32) of the side."""
-    side = max(1, int(np.float32(size / (size + 32)) * np.float32(min(height, width))))
-    return (height - side + 1) // 2, (width - side + 1) // 2, side, side
+def center_box(height: int, width: int, size: ImageSize) -> tuple[int, int, int, int]:
+    """Returns the central box (top, left, rows, columns) with the aspect of `size`.
+
+    It is the largest that covers at most size / (size + 32) of each side of the image.
+    """
+    target = height_width(size)
+    rows, columns = (
+        np.float32(wanted / (wanted + 32)) * np.float32(side)
+        for wanted, side in zip(target, (height, width), strict=True)
+    )
+    stretch = target[1] / target[0]
+    fitted = max(1, int(min(rows, columns / stretch))), max(1, int(min(columns, rows * stretch)))
+    return (height - fitted[0] + 1) // 2, (width - fitted[1] + 1) // 2, *fitted
 
 
-def crop_resize(image: bytes | np.ndarray, size: int) -> np.ndarray:
-    """Returns the central square resized to `size`, float32 [size, size, 3], not clamped.
+def crop_resize(image: bytes | np.ndarray, size: ImageSize) -> np.ndarray:
+    """Returns the central box resized to `size`, float32 [height, width, 3], not clamped.
 
-    This is the published evaluation preprocessing, within rounding (see `resize`).
+    For squares this is the published evaluation preprocessing, within rounding (see `resize`).
     """
     pixels = decode(image)
     height, width = pixels.shape[:2]
     top, left, rows, columns = center_box(height, width, size)
-    return resize(pixels[top : top + rows, left : left + columns], (size, size))
+    return resize(pixels[top : top + rows, left : left + columns], height_width(size))
 
 
-def resize_crop(image: bytes | np.ndarray, size: int, resized: int) -> np.ndarray:
-    """Returns the center of an image resized to a square of `resized` pixels, as `crop_resize`.
+def resize_crop(image: bytes | np.ndarray, size: ImageSize, resized: ImageSize) -> np.ndarray:
+    """Returns the center, of `size`, of an image resized to `resized` pixels, as `crop_resize`.
 
     As published, it does not keep the aspect.
     """
-    start = (resized - size + 1) // 2
-    large = resize(decode(image), (resized, resized))
-    return large[start : start + size, start : start + size]
+    (rows, columns), (height, width) = height_width(resized), height_width(size)
+    top, left = (rows - height + 1) // 2, (columns - width + 1) // 2
+    return resize(decode(image), (rows, columns))[top : top + height, left : left + width]
 
 
 def timm_resize_crop(
-    image: bytes | np.ndarray, size: int, resized: int, *, squash: bool
+    image: bytes | np.ndarray, size: ImageSize, resized: ImageSize, *, squash: bool
 ) -> np.ndarray:
-    """Returns the center of a resized image, uint8 [size, size, 3]: timm's evaluation transform.
+    """Returns the center of a resized image, uint8 [height, width, 3]: timm's evaluation transform.
 
     Pillow decodes (with the exact DCT) and resizes by its bicubic (a = -1/2) with antialiasing,
     rounded to uint8, as timm does for `crop_mode` 'squash' or 'center' and 'bicubic'.
 
     Args:
         image: bytes of an encoded image, or uint8 [H, W, 3].
-        size: pixels of the result.
-        resized: pixels before the crop, at least `size`.
-        squash: whether both sides become `resized`; otherwise the shorter side does, with the
-            aspect kept.
+        size: of the result.
+        resized: size before the crop, at least `size`.
+        squash: whether the image is resized to `resized`; otherwise to the smallest size with its
+            own aspect that covers `resized`.
     """
     pixels = image if isinstance(image, np.ndarray) else _decode_with_pillow(image)
-    pil_image = Image.fromarray(pixels)
-    shorter = min(pil_image.size)
-    width, height = (resized if squash else resized * side // shorter for side in pil_image.size)
-    _check_size(height, width)
-    large = np.asarray(pil_image.resize((width, height), Image.Resampling.BICUBIC))
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return large[top : top + size, left : left + size]
+    rows, columns = height_width(resized)
+    if not squash:
+        rows, columns = _covering(pixels.shape[:2], (rows, columns))
+    _check_size(rows, columns)
+    large = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BICUBIC)
+    height, width = height_width(size)
+    top, left = round((rows - height) / 2), round((columns - width) / 2)
+    return np.asarray(large)[top : top + height, left : left + width]
 
 
-def _resized_size(size: int, margin: float) -> int:
+def _covering(image: Sequence[int], target: Size) -> Size:
+    """Returns the least size with the aspect of an image that covers `target`, as timm rounds."""
+    if target[0] == target[1]:  # torchvision's Resize
+        height, width = (target[0] * side // min(image) for side in image)
+    else:  # timm's ResizeKeepRatio
+        ratio = min(side / wanted for side, wanted in zip(image, target, strict=True))
+        height, width = (round(side / ratio) for side in image)
+    return height, width
+
+
+def _resized_size(size: ImageSize, margin: float) -> Size:
     """Returns the size before cropping: `margin` is pixels to add, or a share to keep."""
     if not 0 < margin < float('inf'):
         raise ValueError
-    return int(size + margin) if margin > 1 else int(size / margin)
+    sides = height_width(size)
+    height, width = (int(side + margin) if margin > 1 else int(side / margin) for side in sides)
+    return height, width
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

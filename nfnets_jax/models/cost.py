@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from nfnets_jax import layers
+from nfnets_jax.image_size import ImageSize, height_width
 from nfnets_jax.models import residual
 from nfnets_jax.models.registry import create_model
 
@@ -35,9 +36,9 @@ class ModuleCost(NamedTuple):
     conv_macs: int
     linear_macs: int
 
-    def macs(self, size: int) -> float:
-        """Returns the multiply-accumulates for an image of size x size pixels; see `Cost.macs`."""
-        return self.conv_macs * size**2 / _TRACED_SIZE**2 + self.linear_macs
+    def macs(self, size: ImageSize) -> float:
+        """Returns the multiply-accumulates for an image of a size; see `Cost.macs`."""
+        return self.conv_macs * math.prod(height_width(size)) / _TRACED_SIZE**2 + self.linear_macs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Cost:
     parameters: int
     modules: tuple[ModuleCost, ...]
 
-    def macs(self, size: int) -> float:
-        """Returns the multiply-accumulates for an image of size x size pixels, as the authors do.
+    def macs(self, size: ImageSize) -> float:
+        """Returns the multiply-accumulates for an image of a size, as the authors do.
 
         Convolutions count in proportion to the area of the image. Where a stride does not divide a
         feature map (e.g. NF-RegNets at 272 pixels) this is slightly less than the real number.
@@ -61,7 +62,7 @@ class Cost:
         """
         return sum(module.macs(size) for module in self.modules)
 
-    def training_macs(self, size: int, frozen: Collection[str] = ()) -> float:
+    def training_macs(self, size: ImageSize, frozen: Collection[str] = ()) -> float:
         """Returns the multiply-accumulates of a forward and a backward pass over one image.
 
         The gradients with respect to the weights and to the activations each cost as much as the
@@ -69,7 +70,7 @@ class Cost:
         later modules count for activation gradients.
 
         Args:
-          size: side of the image in pixels.
+          size: side of the image in pixels, or its height and width.
           frozen: names of modules without any trained parameter.
         """
         trained = [module.name not in frozen for module in self.modules]
@@ -116,7 +117,7 @@ def model_cost(name: str, num_classes: int = 1000, **overrides: Any) -> Cost:
 
 def activation_bytes(
     name: str,
-    image_size: int,
+    image_size: ImageSize,
     saved: Literal['all', 'convolutions', 'blocks'] = 'all',
     **overrides: Any,
 ) -> float:
@@ -127,7 +128,7 @@ def activation_bytes(
 
     Args:
       name: name of a network that `create_model` knows.
-      image_size: side of the image in pixels.
+      image_size: side of the image in pixels, or its height and width.
       saved: 'all' residuals that JAX saves; the outputs of 'convolutions' and other costly
         operations, with everything else recomputed; or with remat=True the inputs of residual
         'blocks', while one block at a time needs all of its residuals in addition.
@@ -138,7 +139,7 @@ def activation_bytes(
     network = hk.transform_with_state(
         lambda images: create_model(name, 1000, **overrides)(images, True)['logits']
     )
-    images = jax.ShapeDtypeStruct((_BATCH, image_size, image_size, 3), jnp.bfloat16)
+    images = jax.ShapeDtypeStruct((_BATCH, *height_width(image_size), 3), jnp.bfloat16)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, state = jax.eval_shape(network.init, key, images)
 

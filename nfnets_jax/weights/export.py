@@ -2,8 +2,8 @@
 
 Both fold the scaled weight standardization: the standardized weight of a convolution does not
 depend on the image, so it is computed once and the network has plain convolutions. Programs map
-pixels, float32 [batch, size, size, channels] on a scale of 0..255 as `make_transform` returns them,
-to logits, float32 [batch, classes] (to 'pool', [batch, features], where the network has no
+pixels, float32 [batch, height, width, channels] on a scale of 0..255 as `make_transform` returns
+them, to logits, float32 [batch, classes] (to 'pool', [batch, features], where the network has no
 classifier). The normalization is part of the program, and the batch size is symbolic.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 from nfnets_jax import augment, extras, layers
 from nfnets_jax.convolution import conv
 from nfnets_jax.errors import UsageError
+from nfnets_jax.image_size import ImageSize, height_width
 from nfnets_jax.weights import pretrained
 
 with extras.optional():
@@ -71,9 +72,9 @@ def to_stablehlo(weights: pretrained.Weights) -> bytes:
     Raises:
       UsageError: the metadata lack the model or the size.
     """
-    size = image_size(weights)
+    height, width = height_width(image_size(weights))
     channels = weights.metadata.channels
-    shape = jax.export.symbolic_shape(f'batch, {size}, {size}, {channels}')
+    shape = jax.export.symbolic_shape(f'batch, {height}, {width}, {channels}')
     pixels = jax.ShapeDtypeStruct(shape, jnp.float32)
     classify = jax.jit(make_classifier(weights))
     return bytes(jax.export.export(classify, platforms=PLATFORMS)(pixels).serialize())
@@ -89,11 +90,11 @@ def to_onnx(weights: pretrained.Weights) -> bytes:
         import jax2onnx
     except ImportError as error:
         raise UsageError(f'ONNX needs jax2onnx: pip install "nfnets_jax[onnx]" ({error})') from None
-    size = image_size(weights)
+    height, width = height_width(image_size(weights))
     classify = make_classifier(weights, _conv2d_as_onnx_knows_it)
     model = jax2onnx.to_onnx(
         classify,
-        inputs=[('batch', size, size, weights.metadata.channels)],
+        inputs=[('batch', height, width, weights.metadata.channels)],
         input_names=['pixels'],
         output_names=[output_name(weights.metadata)],
     )
@@ -124,8 +125,8 @@ def output_name(metadata: pretrained.Metadata) -> str:
     return 'pool' if metadata.num_classes == 0 else 'logits'
 
 
-def image_size(weights: pretrained.Weights) -> int:
-    """Returns the side of the test images of the weights in pixels.
+def image_size(weights: pretrained.Weights) -> ImageSize:
+    """Returns the size of the test images of the weights: their side, or height and width.
 
     Raises:
       UsageError: the metadata lack the size.

@@ -18,6 +18,8 @@ import numpy as np
 
 from nfnets_jax import augment, extras, files, models
 from nfnets_jax.errors import UsageError, first_line, nearest
+from nfnets_jax.image_size import ImageSize, is_size
+from nfnets_jax.image_size import describe as describe_size
 from nfnets_jax.weights import convert_timm, downloads, weight_files
 
 with extras.optional():
@@ -35,7 +37,7 @@ class Metadata:
       class_names: names of the classes in the order of the logits; empty if unknown.
       multi_label: whether an image may have several of the classes: their probabilities are the
         sigmoids of the logits, not the softmax.
-      train_size, test_size: side of the images in pixels.
+      train_size, test_size: side of the images in pixels, or height and width.
       eval_mode: how an image becomes `test_size` pixels, a mode of `make_transform`; by default
         that of the model's authors, `Variant.eval_mode`.
       mean, std: normalization, one value per channel on a scale of 0..255.
@@ -46,8 +48,8 @@ class Metadata:
     num_classes: int | None = None
     class_names: tuple[str, ...] = ()
     multi_label: bool = False
-    train_size: int | None = None
-    test_size: int | None = None
+    train_size: ImageSize | None = None
+    test_size: ImageSize | None = None
     eval_mode: str = ''
     mean: tuple[float, ...] = augment.IMAGENET_MEAN
     std: tuple[float, ...] = augment.IMAGENET_STD
@@ -238,9 +240,10 @@ def describe(weights: Weights) -> str:
     metadata = weights.metadata
     parameters = sum(leaf.size for module in weights.params.values() for leaf in module.values())
     several = ' (multi-label)' if metadata.multi_label else ''
+    size = metadata.test_size and describe_size(metadata.test_size)
     return (
         f'{metadata.model}, {parameters:,} parameters, {metadata.num_classes} classes{several}, '
-        f'{metadata.test_size} px ({metadata.eval_mode})'
+        f'{size} px ({metadata.eval_mode})'
     )
 
 
@@ -390,6 +393,11 @@ def decode_metadata(text: str, path: str | os.PathLike) -> Metadata:
         values |= {
             key: tuple(values[key]) for key in ('class_names', 'mean', 'std') if key in values
         }
+        values |= {
+            key: tuple(values[key])
+            for key in ('train_size', 'test_size')
+            if isinstance(values.get(key), list)
+        }
         metadata = Metadata(**values)
     except UsageError:
         raise
@@ -413,10 +421,6 @@ def decode_metadata(text: str, path: str | os.PathLike) -> Metadata:
     return metadata
 
 
-def _is_size(value: Any) -> bool:
-    return value is None or (type(value) is int and value > 0)
-
-
 def _is_per_channel(value: Any) -> bool:
     return len(value) > 0 and all(type(v) in (int, float) and abs(v) < 1e6 for v in value)
 
@@ -427,9 +431,9 @@ _METADATA_RULES: dict[str, Callable[[Any], bool]] = {
     'options': lambda value: (
         isinstance(value, dict) and not value.keys() & {'name', 'num_classes', 'variant'}
     ),
-    'num_classes': lambda value: value == 0 or _is_size(value),
-    'train_size': _is_size,
-    'test_size': _is_size,
+    'num_classes': lambda value: value is None or (type(value) is int and value >= 0),
+    'train_size': lambda value: value is None or is_size(value),
+    'test_size': lambda value: value is None or is_size(value),
     'class_names': lambda value: all(isinstance(name, str) for name in value),
     'multi_label': lambda value: isinstance(value, bool),
     'eval_mode': lambda value: isinstance(value, str),

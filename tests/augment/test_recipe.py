@@ -8,12 +8,12 @@ from nfnets_jax import augment
 from nfnets_jax.augment import recipe
 from nfnets_jax.errors import UsageError
 
-N, SIZE = 64, 8
+N, HEIGHT, WIDTH = 64, 8, 12
 
 
 @pytest.fixture(scope='module')
 def images():
-    return np.random.default_rng(0).integers(1, 256, (N, SIZE, SIZE, 3), dtype=np.uint8)
+    return np.random.default_rng(0).integers(1, 256, (N, HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
 make_keys = jax.jit(augment.example_keys)
@@ -55,7 +55,7 @@ def test_shift_crop_is_a_crop_of_the_padded_image(images, fill):
             (top, left)
             for top in range(2 * shift + 1)
             for left in range(2 * shift + 1)
-            if (whole[top : top + SIZE, left : left + SIZE] == crop).all()
+            if (whole[top : top + HEIGHT, left : left + WIDTH] == crop).all()
         ]
         assert found
         offsets.add(found[0])
@@ -114,7 +114,7 @@ def test_augment_takes_its_options(images):
     config = {'flip': True, 'shift': 2, 'shift_fill': 'edge', 'label_smoothing': 0.1}
     labels = jnp.arange(N) % 10
     out, targets = compiled(config, dtype=jnp.bfloat16)(keys(), images, labels)
-    chex.assert_shape(out, (N, SIZE, SIZE, 3))
+    chex.assert_shape(out, (N, HEIGHT, WIDTH, 3))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(targets.max(-1), 0.91, rtol=1e-6)
     plain = augment.normalize(images, dtype=jnp.bfloat16)
@@ -210,7 +210,7 @@ distinct = jax.jit(augment.mix_distinct, static_argnums=(3, 4))
 @pytest.mark.parametrize('kinds', [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)])
 def test_distinct_pairs_equal_numpys_mixing(kinds, images):
     """MixUp and CutMix of images 2i and 2i + 1 in float64; black and white ones show the shares."""
-    shown, _ = distinct(keys(), BLACK_AND_WHITE[:, :SIZE, :SIZE], one_hot(labels), *kinds)
+    shown, _ = distinct(keys(), BLACK_AND_WHITE[:, :HEIGHT, :WIDTH], one_hot(labels), *kinds)
     own = 1 - np.asarray(shown, np.float64)[..., :1] / 255
     mixed, targets = distinct(keys(), images, one_hot(labels), *kinds)
     assert (len(mixed), len(targets)) == (N // 2, N // 2)
@@ -235,7 +235,7 @@ def test_distinct_pairs_are_flipped_before_and_distorted_after_mixing(images, mo
     monkeypatch.setattr(augment.randaugment, 'randaugment', record)
     config = {'flip': True, 'cutmix': 1.0, 'randaugment_layers': 1, 'mix_pairs': 'distinct'}
     out, _ = augment.make_augment(config, 10)(keys(), images, labels)
-    assert seen == [((N // 2,), (N // 2, SIZE, SIZE, 3))]
+    assert seen == [((N // 2,), (N // 2, HEIGHT, WIDTH, 3))]
     flipped = augment.random_flip(recipe._own(keys(), 0), images)
     again, _ = augment.mix_distinct(recipe._own(keys(), 2), flipped, one_hot(labels), 0.0, 1.0)
     np.testing.assert_allclose(out, augment.normalize(again), atol=1e-5)

@@ -72,6 +72,76 @@ def test_evaluation_equals_timms_preprocessing(model, mode, size, file):
     assert difference.max() <= 1
 
 
+@pytest.mark.parametrize('size', [(32, 75), (75, 32)])
+@pytest.mark.parametrize('mode', ['timm_squash_0.9', 'timm_center_0.9'])
+def test_timms_preprocessing_of_sizes_that_are_not_square(flower, mode, size):
+    """Pillow's resize of the whole image, or with its aspect, and the central crop."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(flower)))
+    resized = [int(side / 0.9) for side in size]
+    if mode.startswith('timm_center'):  # covers both sides
+        shrunk = min(image.height / resized[0], image.width / resized[1])
+        resized = [round(image.height / shrunk), round(image.width / shrunk)]
+    large = np.asarray(image.resize(resized[::-1], Image.Resampling.BICUBIC))
+    top, left = (round((large.shape[i] - size[i]) / 2) for i in (0, 1))
+    found = make_transform(mode, size)(flower, None)
+    assert found.shape == (*size, 3)
+    np.testing.assert_array_equal(found, large[top : top + size[0], left : left + size[1]])
+
+
+@pytest.mark.parametrize('size', [(32, 75), [75, 32]])
+def test_published_evaluation_of_sizes_that_are_not_square(flower, size):
+    """Each side is treated as the side of a square of its size; `resize` has its own tests."""
+    pixels = decode(flower)
+    large = preprocessing.resize(pixels, (size[0] + 32, size[1] + 32))
+    found = make_transform('resize_crop_32', size)(flower, None)
+    np.testing.assert_array_equal(found, large[16 : 16 + size[0], 16 : 16 + size[1]])
+
+    top, left, rows, columns = preprocessing.center_box(*pixels.shape[:2], size)
+    assert abs(rows / columns * size[1] / size[0] - 1) < 0.02
+    shares = rows / pixels.shape[0], columns / pixels.shape[1]
+    limits = [side / (side + 32) for side in size]
+    # One side reaches the published share, the other stays below it.
+    assert min(limit - share for limit, share in zip(limits, shares, strict=True)) < 0.01
+    assert all(share <= limit for limit, share in zip(limits, shares, strict=True))
+    crop = preprocessing.resize(pixels[top : top + rows, left : left + columns], tuple(size))
+    np.testing.assert_array_equal(make_transform('crop_resize', size)(flower, None), crop)
+
+
+@pytest.mark.parametrize('size', [(32, 75), (75, 32)])
+def test_random_crops_have_the_aspect_of_their_size(flower, size, monkeypatch):
+    """Within 3/4 to 4/3 of it, as those of squares; JPEGs are decoded smaller only if they fit."""
+    boxes, reductions = [], []
+    box, decode_jpeg = preprocessing.random_box, preprocessing._decode_rgb_jpeg
+
+    def recording_box(*args):
+        boxes.append(box(*args))
+        return boxes[-1]
+
+    def recording_decode(encoded, reduction):
+        reductions.append(reduction)
+        return decode_jpeg(encoded, reduction)
+
+    monkeypatch.setattr(preprocessing, 'random_box', recording_box)
+    monkeypatch.setattr(preprocessing, '_decode_rgb_jpeg', recording_decode)
+    for seed in range(60):
+        assert make_transform('random_crop', size)(flower, rng(seed)).shape == (*size, 3)
+    stretch = size[1] / size[0]
+    aspects = [columns / rows / stretch for _, _, rows, columns in filter(None, boxes)]
+    assert 0.73 < min(aspects) < 0.8
+    assert 1.25 < max(aspects) < 1.37
+    for drawn, reduction in zip(boxes, reductions, strict=True):
+        if drawn and reduction > 1:
+            assert drawn[2] >= reduction * size[0]
+            assert drawn[3] >= reduction * size[1]
+    assert len(set(reductions)) > 1
+
+
+@pytest.mark.parametrize('size', [0, (8, 0), (8,), (8, 8, 8), 'x', True])
+def test_a_size_that_is_none_is_refused(size):
+    with pytest.raises(UsageError, match=r'image_size=.*: must be a side in pixels, or height'):
+        make_transform('random_crop', size)
+
+
 @pytest.mark.parametrize('mode', ['timm_squash_1.1', 'timm_center_0', 'timm_center_', 'squash_0.9'])
 def test_an_unknown_mode_is_refused(mode):
     with pytest.raises(UsageError, match='timm_squash_FRACTION'):

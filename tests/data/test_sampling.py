@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
+from nfnets_jax.data.pipeline import epoch_order
 from nfnets_jax.data.sampling import balanced_order, class_weights
 
 LABELS = np.array([0] * 50 + [1] * 7 + [3] * 3)  # no example of class 2
@@ -46,3 +47,20 @@ def test_weights_equal_scikit_learns():
     np.testing.assert_allclose(weights[[0, 1, 3]], expected, rtol=1e-6)
     assert weights[2] == 1
     assert weights[LABELS].mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize('epoch', [0, 3])
+def test_each_order_of_a_class_is_that_of_a_generator_of_its_own(epoch):
+    """The slow formula, which runs of earlier versions resume by."""
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 4, 7], [40, 5, 3]))
+    size, drawn = len(labels), []
+    for number, label in enumerate((0, 4, 7)):
+        examples = np.flatnonzero(labels == label)
+        places = [(e * size * (n)) // 3 for e in (epoch, epoch + 1) for n in (number, number + 1)]
+        start, stop = places[1] - places[0], places[3] - places[2]
+        for position in range(start, stop):
+            order, place = divmod(position, len(examples))
+            bits = np.random.Philox(key=[5, 0], counter=[0, order, number + 1, 0])
+            drawn.append(examples[np.argsort(bits.random_raw(len(examples)))[place]])
+    shuffled = np.array(drawn)[epoch_order(size, 5, epoch)]
+    np.testing.assert_array_equal(balanced_order(labels, 5, epoch), shuffled)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import chex
 import jax
@@ -11,14 +12,16 @@ import pytest
 from PIL import Image
 
 from configs import finetune
+from experiments import classify, evaluate, train
 from experiments import config as schema
-from experiments import evaluate, train
 from experiments.experiment import build
 from experiments.run.init_weights import load_weights
 from experiments.train_step import init_state
 from nfnets_jax import augment, load_pretrained
+from nfnets_jax.data.preprocessing import resize_crop
 from nfnets_jax.errors import UsageError
-from nfnets_jax.weights import pretrained
+from nfnets_jax.weights import export, pretrained
+from nfnets_jax.weights.checkpoints import CheckpointReader
 
 HEAD = 'NF_ResNet/~/linear'
 
@@ -206,6 +209,38 @@ def test_a_frozen_body_stays_and_the_run_knows_what_it_is(weights, folder, tmp_p
     assert results['test/loss'] == pytest.approx(summary['final']['test/loss'], rel=1e-6)
 
 
+def test_the_head_is_trained_first_and_a_resumed_run_is_bit_for_bit_the_same(
+    weights, folder, tmp_path
+):
+    config = small(f'weights={weights},data={folder},head_first=2,layer_decay=0.5')
+    config.optimizer.schedule.warmup = '0 steps'
+    config.checkpoint = {'every': '1 steps', 'keep': 4}
+    programs = {}
+    train.train(config, tmp_path / 'run', quiet=True, programs=programs)
+    source = load_pretrained(weights).params
+
+    def state(directory, step):
+        template = jax.eval_shape(lambda: init_state(build(config)))
+        return CheckpointReader(tmp_path / directory / 'checkpoints').restore(step, template)
+
+    def moved(step):
+        trained = state('run', step).params
+        return {
+            module
+            for module, leaves in source.items()
+            if any(not np.array_equal(trained[module][name], leaves[name]) for name in leaves)
+        }
+
+    assert (moved(2), moved(3)) == ({HEAD}, set(source))
+    assert np.abs(state('run', 1).params[HEAD]['b']).max() > 0
+    shutil.copytree(tmp_path / 'run', tmp_path / 'resumed')
+    for step in (2, 3, 4):
+        shutil.rmtree(tmp_path / 'resumed' / 'checkpoints' / str(step))
+    (tmp_path / 'resumed' / 'summary.json').unlink()
+    train.train(config, tmp_path / 'resumed', quiet=True, programs=programs)
+    chex.assert_trees_all_equal(state('run', 4), state('resumed', 4))
+
+
 def test_a_pattern_freezes_what_it_matches(weights, folder):
     config = small(f'weights={weights},data={folder},freeze=.*/initial_conv/.*')
     groups = build(config).optimizer.groups
@@ -372,3 +407,44 @@ def test_six_steps_are_a_duration_like_any(weights, folder):
     config.duration = '6 steps'
     experiment = build(config)
     assert (experiment.log_every, experiment.eval_every, experiment.checkpoint_every) == (1, 1, 1)
+
+
+def test_images_that_are_not_square_from_the_command_line_to_the_program(
+    weights, folder, tmp_path, command
+):
+    """The config has integers; a run resumes, and evaluate, classify and export know its size."""
+    run = tmp_path / 'run'
+    arguments = (
+        f'--config=configs/finetune.py:weights={weights},data={folder}',
+        *('--config.data.image_size=12,20', '--config.data.test_image_size=(16, 24)'),
+        *('--config.augment.mixup=0.2', '--config.augment.randaugment_layers=1'),
+        *('--config.augment.erasing=0.5', '--config.augment.shift=2', f'--workdir={run}'),
+    )
+    for _ in range(2):  # The second time it resumes, and has nothing left to do.
+        process = command('train', *arguments, '--config.duration=2', devices=1)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    config = json.loads((run / 'config.json').read_text())
+    assert config['data']['image_size'] == [12, 20]
+    tuned = load_pretrained(run)
+    assert (tuned.metadata.train_size, tuned.metadata.test_size) == ((12, 20), (16, 24))
+    assert '16x24 px' in pretrained.describe(tuned)
+    assert evaluate.evaluate(run) == evaluate.evaluate(run, image_size=(16, 24))
+    assert evaluate.evaluate(run) != evaluate.evaluate(run, image_size=(24, 16))
+    path = folder / 'dark' / '0.png'
+    ((_, guesses),) = classify.classify(tuned, [path], top=2)
+    program = jax.export.deserialize(bytearray(export.to_stablehlo(tuned)))
+    pixels = np.float32(resize_crop(path.read_bytes(), (16, 24), (20, 28)))[None]
+    expected = np.asarray(jax.nn.softmax(program.call(pixels)[0]))
+    for guess in guesses:
+        assert guess.probability == pytest.approx(expected[guess.label], rel=1e-4)
+    # Weights of this size are fine-tuned at it, or at another that is an integer again.
+    assert small(f'weights={run},data={folder}').data.image_size == (12, 20)
+    process = command(
+        *('train', f'--config=configs/finetune.py:weights={run},data={folder}'),
+        *('--config.data.image_size=12', '--config.data.test_image_size=0', '--config.duration=1'),
+        f'--workdir={tmp_path}/again',
+        devices=1,
+    )
+    _, err = process.communicate(timeout=300)
+    assert err.startswith('error: config.data.test_image_size=0: must be a side in pixels, or hei')

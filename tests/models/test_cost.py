@@ -102,6 +102,14 @@ def test_macs_by_hand():
     assert cost.macs(32) == convolutions + linears
 
 
+def test_operations_follow_the_area():
+    cost = models.model_cost('NF-ResNet-8', 10)
+    linears = cost.macs(0)
+    assert cost.macs((32, 96)) - linears == 3 * (cost.macs(32) - linears)
+    wide, square = (models.activation_bytes('NF-ResNet-8', size) for size in ((16, 64), 32))
+    assert abs(wide / square - 1) < 0.01
+
+
 def test_training_by_hand():
     cost, prefix = models.model_cost('SmallCNN', 10), 'SmallCNN/~/'
     first, *others = (9 * 32 * n for n in (30**2 * 3, 28**2 * 32, 12**2 * 32, 10**2 * 32))

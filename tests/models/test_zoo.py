@@ -79,6 +79,21 @@ def images(seed=0):
     return np.random.RandomState(seed).standard_normal((BATCH, SIZE, SIZE, 3)).astype(np.float32)
 
 
+@pytest.mark.parametrize('zoo_name', ['NFNet', 'NFNet, timm', 'NF-ResNet', 'ResNet'])
+def test_rows_and_columns_are_treated_alike(zoo_name, random_variables):
+    """Transposed images through transposed kernels: the logits of images that are not square."""
+    network = make(zoo_name, **({'cross_replica_axis': None} if zoo_name == 'ResNet' else {}))
+    wide = np.random.RandomState(0).standard_normal((2, 16, 40, 3)).astype(np.float32)
+    params, state = random_variables(network, wide, False)
+    transposed = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1) if leaf.ndim == 4 else leaf, params)
+    expected, found = (
+        network.apply(weights, state, None, x, False)[0]['logits']
+        for weights, x in ((params, wide), (transposed, wide.swapaxes(1, 2)))
+    )
+    assert np.abs(expected).max() > 1e-2
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
 @EACH
 def test_training(zoo_name, random_variables):
     network = make(zoo_name)

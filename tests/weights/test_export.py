@@ -75,6 +75,14 @@ def test_the_program_gives_the_models_logits(name):
     assert set(program.platforms) == set(export.PLATFORMS)
 
 
+def test_a_program_for_images_that_are_not_square():
+    weights = trained('NF-ResNet-8')
+    metadata = dataclasses.replace(weights.metadata, test_size=(8, 24))
+    x = np.random.RandomState(2).uniform(0, 255, (2, 8, 24, 3)).astype(np.float32)
+    program = load(export.to_stablehlo(weights._replace(metadata=metadata)))
+    chex.assert_trees_all_close(program.call(x), expected_logits(weights, x), rtol=1e-5, atol=1e-5)
+
+
 def test_the_batch_size_is_free():
     program = load(exported('NF-ResNet-8'))
     x = pixels(5)

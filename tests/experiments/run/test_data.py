@@ -104,6 +104,32 @@ def test_encoded_pictures_come_to_the_published_sizes(folder):
     assert spec.test_transform(test[0]['image'], None).shape == (224, 224, 3)
 
 
+def test_encoded_images_come_to_sizes_that_are_not_square(folder):
+    sizes = {'image_size': [12, 20], 'test_image_size': (16, 30)}
+    train, _, test, spec = open_data(config_of(**folder, **sizes))
+    assert (spec.shape, spec.test_size) == ((12, 20, 3), (16, 30))
+    image = spec.train_transform(train[0]['image'], np.random.default_rng(0))
+    assert image.shape == spec.shape
+    assert spec.test_transform(test[0]['image'], None).shape == (16, 30, 3)
+
+
+def test_arrays_that_are_not_square_have_their_size(tmp_path):
+    images = np.zeros((4, 8, 12, 3), np.uint8)
+    splits = {
+        f'{s}_{k}': v
+        for s in ('train', 'test')
+        for k, v in (('images', images), ('labels', [0, 1, 0, 1]))
+    }
+    np.savez(tmp_path / 'a.npz', **splits)
+    options = {'name': 'arrays', 'path': str(tmp_path / 'a.npz')}
+    spec = open_data(config_of(**options, image_size=(8, 12))).image_spec
+    assert (spec.shape, spec.test_size, spec.test_transform) == ((8, 12, 3), (8, 12), None)
+    with pytest.raises(
+        UsageError, match=r'image_size=\(12, 8\): the images of .* are 8x12 and left'
+    ):
+        open_data(config_of(**options, image_size=(12, 8)))
+
+
 @pytest.mark.parametrize(
     ('model', 'mode'), [('NFNet-F0', 'resize_crop_32'), ('NF-RegNet-B0', 'crop_resize')]
 )
@@ -118,8 +144,10 @@ def test_images_are_evaluated_as_the_models_authors_do(folder, model, mode):
 @pytest.mark.parametrize(
     ('options', 'match'),
     [
-        ({'image_size': 0}, r'image_size=0: must be None or an integer of at least 1'),
-        ({'test_image_size': '8'}, r"test_image_size='8': must be None or an integer"),
+        ({'image_size': 0}, r'image_size=0: must be a side in pixels, or height and width'),
+        ({'image_size': (8, 8, 3)}, r'image_size=\(8, 8, 3\): must be a side in pixels'),
+        ({'image_size': (8, 0)}, r'image_size=\(8, 0\): must be a side in pixels, or height'),
+        ({'test_image_size': '8'}, r"test_image_size='8': must be a side in pixels"),
         ({'test_mode': 'crop'}, "preprocessing 'crop': unknown"),
         ({'mean': (0.5, 0.5)}, r'mean=\(0\.5, 0\.5\): must be three numbers'),
         ({'std': (1, 1, 0)}, r'std\[2\]=0: must be a number above 0'),
