@@ -18,7 +18,8 @@ def get_config(size: str = 'digits'):
         'of the batch, as for NFNets, as good as one by all of it?'
     )
     study.base.batch_size = 128
-    study.base.duration = '20 epochs' if size == 'digits' else '60 epochs'
+    if size == 'digits':
+        study.base.duration = '20 epochs'
     # Without batch norm, and so with AGC, the best rate is larger.
     rates = (0.5, 2.0, 8.0) if size == 'digits' else (0.2, 0.4)
     bn_rates = (0.06, 0.25, 1.0) if size == 'digits' else (0.2, 0.4)

@@ -5,7 +5,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -120,8 +120,18 @@ class StudyConfig:
     chance: Annotated[float | None, Field('The metric of an untrained or diverged network.')] = 0.1
     tuned: Annotated[
         Sequence[str],
-        Field('Axes whose best value is chosen for each arm, by the mean over the seeds.'),
+        Field('Axes whose best value is chosen for each arm, on validation images if there are.'),
     ] = ('learning_rate',)
+    search: Annotated[
+        Literal['full', 'coarse'],
+        Field(
+            'full: every value of the tuned axes with every seed. coarse: with the first seed; the '
+            'best, and the values beside it, with every seed.'
+        ),
+    ] = 'full'
+    extensions: Annotated[
+        int, Field('With --extend: values to add to a tuned axis of an arm at most.', low=0)
+    ] = 4
     claims: Annotated[Sequence[ClaimConfig], Field('What was claimed before.')] = ()
     charts: Annotated[Sequence[ChartSpec], Field('Charts of the report.')] = ()
 
@@ -167,6 +177,17 @@ def parse_chart(chart: Mapping, axes: Mapping[str, Sequence[Value]], name: str) 
     check_axis(spec.series, axes, f'{name}.series')
     check_point(spec.where, axes, f'{name}.where')
     return spec
+
+
+def selection_metric(metric: str, known: Collection[str]) -> str:
+    """Returns the metric that chooses tuned values: on validation images, if they are evaluated.
+
+    Args:
+      metric: what arms are compared by, 'test/top1'.
+      known: the metrics that the trials have.
+    """
+    validated = metric.replace('test', 'validation', 1)
+    return validated if metric.startswith('test') and validated in known else metric
 
 
 def check_axis(axis: str, axes: Mapping[str, Any], name: str) -> None:
