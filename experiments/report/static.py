@@ -75,9 +75,9 @@ def _section(study: Study, figures: Sequence[str]) -> str:
     lines += [_escape(study.setting), '', summaries.progress(study), '']
     if study.claims:
         header = ['claim', 'source', 'outcome', 'evidence']
-        judged = [results.judge(study, claim) for claim in study.claims]
+        judged = results.judge(study)
         rows = [
-            [j.claim.text, j.claim.source, j.comparison.verdict.value, summaries.outcome(study, j)]
+            [j.claim.text, j.claim.source, summaries.verdict(j), summaries.outcome(study, j)]
             for j in judged
         ]
         lines += ['## Claims and outcomes', '', _markdown(Table(header, rows))]

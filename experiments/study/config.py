@@ -275,6 +275,13 @@ def recipe(study: ConfigDict) -> str:
     return f'Where arms and figures do not say otherwise: {words}.'
 
 
+def _scope(study: ConfigDict, arm: str) -> str:
+    """Returns the network, the data and the budget of an arm: 'NF-ResNet-8, digits, 10 epochs'."""
+    config = _arm_config(study, arm)
+    budget = config.duration if 'train' in study.measure else 'not trained'
+    return f'{config.model.name}, {study.size or config.data.name}, {budget}'
+
+
 def _check_no_time(metric: str, key: str) -> None:
     if metric in TIMES:
         raise UsageError(
@@ -286,8 +293,10 @@ def _check_no_time(metric: str, key: str) -> None:
 def to_json(study: ConfigDict) -> dict[str, Any]:
     """Returns what study.json says of the study itself; trials and circumstances come on top."""
     words = ('name', 'title', 'question', 'setting', 'size', 'cost')
-    keys = (*words, 'metric', 'higher_is_better', 'chance', 'tuned', 'claims', 'charts')
+    keys = (*words, 'metric', 'higher_is_better', 'chance', 'tuned', 'search', 'claims', 'charts')
     labels = {arm['name']: arm.get('label') or arm['name'] for arm in study.arms}
     told = {key: study[key] for key in keys} | {'axes': axis_values(study), 'arms': labels}
+    told['grids'] = {arm['name']: arm_grid(study, arm) for arm in study.arms}
+    told['scopes'] = {arm['name']: _scope(study, arm['name']) for arm in study.arms}
     told['setting'] = '. '.join(filter(None, (study.setting, recipe(study))))
     return json.loads(json.dumps(told, default=dict))

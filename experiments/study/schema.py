@@ -56,8 +56,11 @@ class Comparison:
 
     better: Annotated[Mapping, Field('Where the metric is claimed to be better.')]
     worse: Annotated[Mapping, Field('Where it is claimed to be worse.')]
-    margin: Annotated[float, Field('By more than this.')] = 0.0
-    direction: Annotated[Literal['greater', 'less'], Field('Which is better.')] = 'greater'
+    margin: Annotated[float, Field('By more than this; the same: to within this.')] = 0.0
+    direction: Annotated[
+        Literal['greater', 'less', 'same'],
+        Field('How the better side compares: a claim of sameness is tested for equivalence.'),
+    ] = 'greater'
     metric: Annotated[str | None, Field("What is compared; None: the study's.")] = None
 
 
@@ -67,6 +70,9 @@ class ClaimConfig:
 
     text: Annotated[str, Field('The claim.')]
     source: Annotated[str, Field('Who made it.')]
+    scope: Annotated[
+        str, Field("The network, data and budget that it is about; '': those of the study.")
+    ] = ''
     compare: Annotated[Comparison | None, Field('How the study judges it; None: it cannot.')] = None
 
 
@@ -147,6 +153,7 @@ class Claim:
     worse: Point | None = None
     margin: float = 0.0
     direction: str = 'greater'
+    scope: str = ''
 
 
 def parse_claim(
@@ -167,7 +174,12 @@ def parse_claim(
     for side in ('better', 'worse'):
         check_point(compare.get(side, {}), axes, f'{name}.compare.{side}')
     given = {key: value for key, value in compare.items() if value is not None}
-    return Claim(claim['text'], claim['source'], **{'metric': metric} | given)
+    if given.get('direction') == 'same' and not given.get('margin', 0.0) > 0:
+        raise UsageError(
+            f'{name}.compare.margin: the same to within which margin? give one above 0'
+        )
+    scope = claim.get('scope') or ''
+    return Claim(claim['text'], claim['source'], scope=scope, **{'metric': metric} | given)
 
 
 def parse_chart(chart: Mapping, axes: Mapping[str, Sequence[Value]], name: str) -> ChartSpec:

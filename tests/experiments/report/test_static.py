@@ -13,7 +13,7 @@ def test_pictures_and_a_readme_that_names_them(study, tmp_path):
     assert len([name for name in written if name.endswith('.png')]) == 5
     text = (folder / 'README.md').read_text()
     assert all(f']({name})' in text for name in written if name.endswith('.png'))
-    assert '| AGC is better than nothing | the paper | agrees |' in text
+    assert '| AGC is better than nothing | the paper | agrees (seeds alone) |' in text
     assert 'python -m experiments.study --workdir=S --jobs=2' in text
     for name in written[:-1]:
         picture = matplotlib.image.imread(folder / name)

@@ -226,7 +226,7 @@ def test_claims_and_words_may_change_and_the_grid_may_leave_them_out(tmp_path, m
     assert read(tmp_path)['trials'] == trials
     found = reading.load(tmp_path)
     assert found.title == 'Another'
-    judged = results.judge(found, found.claims[0])
+    (judged,) = results.judge(found)
     assert judged.comparison.reason == 'this study does not test it'
 
 
