@@ -9,6 +9,8 @@ cifar10 the small CNN alone: `resnet_without_norm` has the ResNet-20.
 
 from configs.studies.settings import (
     OURS,
+    REPORT_A,
+    REPORT_B,
     RESNET_WORDS,
     arm,
     batch_norm,
@@ -62,6 +64,7 @@ def get_config(size: str = 'digits'):
             better={'arm': 'cnn_bn', 'learning_rate': 1e-2},
             worse={'arm': 'cnn', 'learning_rate': 1e-2},
             margin=0.1,
+            scope=REPORT_A,
         ),
         claim(
             'Each at its best learning rate, the small CNN is better with batch norm.',
@@ -77,6 +80,7 @@ def get_config(size: str = 'digits'):
                 'report B, Adam 1e-3',
                 better={'arm': 'resnet_bn', 'learning_rate': 1e-3},
                 worse={'arm': 'resnet', 'learning_rate': 1e-3},
+                scope=REPORT_B,
             ),
             claim(
                 'So it is with each at its best learning rate.',

@@ -30,6 +30,13 @@ from nfnets_jax.errors import UsageError, nearest
 # The source of a claim that, as far as we know, is neither in the papers nor in the report.
 OURS = 'our question'
 
+# What claims are about, if it is not what a study trains.
+NFNET_F0 = 'NFNet-F0, ImageNet, 360 epochs'
+NF_RESNET_50 = 'NF-ResNet-50, ImageNet, 90 epochs'
+REPORT_A = 'SmallCNN, CIFAR-10, budget of the report'
+REPORT_B = 'ResNet-20, CIFAR-10, budget of the report'
+REPORT_C = 'NF-ResNet-50, Caltech-101, budget of the report'
+
 NO_CLIPPING = {'optimizer': {'clip': {'name': 'none'}}}
 
 # The network of each size, without normalization.
@@ -110,13 +117,17 @@ def chart(
     return {'kind': kind, 'title': title, 'x': x, 'y': y, 'series': series, 'log_x': False} | more
 
 
-def claim(text: str, source: str, *, better: dict, worse: dict, margin=0.0, **more) -> dict:
+def claim(
+    text: str, source: str, *, better: dict, worse: dict, margin=0.0, scope='', **more
+) -> dict:
     """Returns a claim: the metric at `better` is greater than at `worse` by more than `margin`.
 
-    direction='less' reverses the comparison; metric='...' compares another metric.
+    direction='less' reverses the comparison, direction='same' makes it an equivalence to within the
+    margin; metric='...' compares another metric. `scope` is the network, data and budget that the
+    claim is about, such as NFNET_F0.
     """
     compare = {'better': better, 'worse': worse, 'margin': margin, 'direction': 'greater'} | more
-    return {'text': text, 'source': source, 'compare': compare}
+    return {'text': text, 'source': source, 'scope': scope, 'compare': compare}
 
 
 def batch_norm(study: ConfigDict) -> dict:
