@@ -4,7 +4,7 @@ import collections
 import math
 
 from experiments.report.reading import Study
-from experiments.report.results import Judgement, Tuning, key, sample
+from experiments.report.results import Judgement, Tuning, judge, key, sample
 from experiments.report.statistics import LEVEL, POWER, Verdict
 from experiments.report.wording import (
     Table,
@@ -88,6 +88,20 @@ def verdict(judgement: Judgement) -> str:
     return f'{found.verdict.value}{" (seeds alone)" if told else ""}'
 
 
+def answers(study: Study) -> list[list[str]]:
+    """Returns claim, verdict, difference and confidence of each claim, in a few words each."""
+    rows = []
+    for judged in judge(study):
+        found, metric = judged.comparison, judged.claim.metric
+        difference = '' if math.isnan(found.difference) else _signed(found.difference, metric)
+        if not math.isnan(found.interval[0]) and found.basis != 'exact':
+            low, high = (_signed(x, metric) for x in found.interval)
+            difference += f' ({low} to {high})'
+        confidence = '' if math.isnan(found.p) else f'corrected p {_p(found.corrected)}'
+        rows.append([judged.claim.text, verdict(judged), difference, confidence or found.basis])
+    return rows
+
+
 def outcome(study: Study, judgement: Judgement) -> str:
     """Returns the outcome of a claim, with the numbers that the verdict rests on."""
     claim, comparison = judgement.claim, judgement.comparison
@@ -135,7 +149,7 @@ def _claimed(claim: Claim) -> str:
 
 
 def _p(value: float) -> str:
-    return '< 0.0001' if value < 1e-4 else f'{value:.2g}'
+    return '< 0.0001' if value < 1e-4 else f'= {value:.2g}'
 
 
 def _signed(value: float, metric: str) -> str:
