@@ -231,6 +231,7 @@ ADDED_FIELDS = {
     'augment.mix_pairs': 'batch',
     'class_weights': 'none',
     'data.sampling': 'shuffled',
+    'data.validation_fraction': 0.0,
     'eval.precision': 'training',
     'eval.report': False,
     'optimizer.schedule.end_value': 0.0,

@@ -7,7 +7,7 @@ Every arm changes one part of the published choice, which clips all parameters b
 weight by output unit.
 """
 
-from configs.studies.settings import NO_CLIPPING, arm, chart, claim, new_study
+from configs.studies.settings import NF_RESNET_50, NO_CLIPPING, arm, chart, claim, new_study
 from nfnets_jax import models
 from nfnets_jax.optimizers import PUBLISHED_GROUPS
 
@@ -38,8 +38,6 @@ def get_config(size: str = 'digits'):
             'with_classifier',
             'the classifier too',
             {'optimizer': {'groups': everything}},
-            # A clipped classifier needs a larger rate.
-            learning_rate=(*_RATES[size], 4 * _RATES[size][-1]),
         ),
         arm('without_first', 'not the first convolution', _exempt('initial_conv')),
         *(
@@ -51,7 +49,8 @@ def get_config(size: str = 'digits'):
 
     def worse(arm: str, text: str) -> dict:
         source = 'AGC paper'
-        return claim(text, source, better={'arm': 'published'}, worse={'arm': arm})
+        sides = {'better': {'arm': 'published'}, 'worse': {'arm': arm}}
+        return claim(text, source, **sides, scope=NF_RESNET_50)
 
     study.claims = (
         worse('layerwise', 'Unit by unit is better than layer by layer.'),
@@ -61,7 +60,9 @@ def get_config(size: str = 'digits'):
             'AGC paper',
             better={'arm': 'without_first'},
             worse={'arm': 'published'},
-            margin=-0.01,
+            margin=0.01,
+            direction='same',
+            scope=NF_RESNET_50,
         ),
         *(
             worse(f'without_stage_{number}', f'Stage {number} has to be clipped.')

@@ -6,7 +6,7 @@ Sizes: digits, cifar10_small, cifar10, imagenet (the batch sizes and clipping fa
 in arXiv 2102.06171).
 """
 
-from configs.studies.settings import arm, chart, claim, new_study
+from configs.studies.settings import REPORT_B, arm, chart, claim, new_study, no_norm
 
 _GRIDS = {
     'digits': {
@@ -22,7 +22,7 @@ _GRIDS = {
     'cifar10': {
         'batch_size': (128, 256, 1024, 4096),
         'clipping': (0.01, 0.02, 0.04, 0.08, 0.16),
-        'learning_rate': (0.1, 0.4),
+        'learning_rate': (0.1, 0.4, 1.6),
     },
     'imagenet': {
         'batch_size': (256, 512, 1024, 2048, 4096),
@@ -44,21 +44,25 @@ def get_config(size: str = 'digits'):
     study.axes.clipping = 'optimizer.clip.clipping'
     study.grid = {**_GRIDS[size], 'seed': (0, 1, 2)}
     study.arms = (arm('nf_agc', 'NF-ResNet with AGC'),)
+    if size == 'cifar10':
+        study.arms += (arm('resnet_agc', 'ResNet without norm, AGC', {'model': no_norm(study)}),)
 
     small, large = study.grid.batch_size[0], study.grid.batch_size[-1]
     tight, loose = study.grid.clipping[0], study.grid.clipping[-1]
+    nf = {'arm': 'nf_agc'}
     study.claims = (
         claim(
             'The largest batch wants a small clipping factor.',
             'AGC paper; report D',
-            better={'batch_size': large, 'clipping': tight},
-            worse={'batch_size': large, 'clipping': loose},
+            better=nf | {'batch_size': large, 'clipping': tight},
+            worse=nf | {'batch_size': large, 'clipping': loose},
         ),
         claim(
             'A small batch wants a large one (0.16 and more at 128 and 256).',
             'report D',
-            better={'batch_size': small, 'clipping': loose},
-            worse={'batch_size': small, 'clipping': tight},
+            better=nf | {'batch_size': small, 'clipping': loose},
+            worse=nf | {'batch_size': small, 'clipping': tight},
+            scope=REPORT_B,
         ),
     )
     study.charts = (

@@ -10,7 +10,16 @@ an image depend on the rest of its batch, the difference between training and ev
 
 from typing import Any
 
-from configs.studies.settings import NO_CLIPPING, OURS, arm, batch_norm, chart, claim, new_study
+from configs.studies.settings import (
+    NO_CLIPPING,
+    OURS,
+    REPORT_B,
+    arm,
+    batch_norm,
+    chart,
+    claim,
+    new_study,
+)
 
 _GRIDS = {
     'digits': {'batch_size': (8, 64, 512), 'learning_rate': (0.06, 0.25, 1.0, 4.0, 16.0)},
@@ -55,6 +64,7 @@ def get_config(size: str = 'digits'):
             'report B, Adam 1e-3',
             better={'arm': 'bn', 'batch_size': study.grid.batch_size[-2]},
             worse={'arm': 'bn', 'batch_size': large},
+            scope=REPORT_B,
         ),
         claim(
             'With batch norm the logits of an image depend on the rest of its batch.',

@@ -16,7 +16,7 @@ from experiments.study.config import PRETRAINED
 
 _NETWORKS = {
     'digits': 'NFNet of 4 blocks, trained on the 8x8 digits 0 to 4; then on 5 to 9, '
-    'ten images each',
+    'ten images each to train on and ten to validate',
     'caltech101': 'NFNet-F0 at 192 pixels with SAM',
 }
 
@@ -40,7 +40,8 @@ def get_config(size: str = 'digits'):
         study.pretrain.data.classes = tuple(range(5))
         study.pretrain.duration = '20 epochs'
         study.base.data.classes = tuple(range(5, 10))
-        study.base.data.per_class = 10
+        study.base.data.per_class = 20
+        study.base.data.validation_fraction = 0.5
         study.base.batch_size = 48
         study.base.duration = '40 epochs'
         study.base.init.weights = PRETRAINED

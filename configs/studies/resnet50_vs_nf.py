@@ -12,6 +12,7 @@ that batch norm, and a second pair of arms uses SGD with weight decay, the NF-Re
 from configs.studies.settings import (
     NO_CLIPPING,
     OURS,
+    REPORT_C,
     arm,
     batch_norm,
     chart,
@@ -65,6 +66,7 @@ def get_config(size: str = 'digits'):
             better={'arm': 'nf_adam', 'learning_rate': 2e-4},
             worse={'arm': 'bn_adam', 'learning_rate': 2e-4},
             margin=0.1,
+            scope=REPORT_C,
         ),
         claim(
             'So it is with a batch norm left in its stem, as the report has it.',
@@ -72,6 +74,7 @@ def get_config(size: str = 'digits'):
             better={'arm': 'nf_stem_bn_adam', 'learning_rate': 2e-4},
             worse={'arm': 'bn_adam', 'learning_rate': 2e-4},
             margin=0.1,
+            scope=REPORT_C,
         ),
         claim(
             'NF-ResNet-50 is better with Adam, each at its best learning rate.',

@@ -33,7 +33,7 @@ def render(studies: Sequence[Study], *, command: str, made: str) -> str:
       command: the command line that makes this page.
       made: time and versions.
     """
-    judgements = [[results.judge(study, claim) for claim in study.claims] for study in studies]
+    judgements = [results.judge(study) for study in studies]
     title = 'Normalizer-Free networks: claimed, and found'
     places = [f's{i}' for i in range(1, len(studies) + 1)]
     verdicts = [[j.comparison.verdict for j in js] for js in judgements]
@@ -176,7 +176,7 @@ def _claim(study: Study, judgement: results.Judgement) -> str:
     kind = verdict.value.replace(' ', '-')
     return (
         f'<li><p><span class="verdict {kind}"><span aria-hidden="true">'
-        f'{summaries.SYMBOLS[verdict]}</span> {_e(verdict.value)}</span></p>'
+        f'{summaries.SYMBOLS[verdict]}</span> {_e(summaries.verdict(judgement))}</span></p>'
         f'<p>{_e(judgement.claim.text)} <span class="source">({_e(judgement.claim.source)})</span>'
         f'</p><p class="muted">{_e(summaries.outcome(study, judgement))}</p></li>'
     )

@@ -1,6 +1,7 @@
 """Reads the directory of an `experiments.study`: study.json, validated, and the trials' curves."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from dataclasses import field
 from typing import Any
 
 from experiments.run import metric_writers
+from experiments.study import per_image
+from experiments.study.per_image import Correct
 from experiments.study.schema import (
     SUMMARY_FILE,
     TIMES,
@@ -23,6 +26,7 @@ from experiments.study.schema import (
     check_point,
     parse_chart,
     parse_claim,
+    selection_metric,
 )
 from nfnets_jax import fields
 from nfnets_jax.errors import UsageError
@@ -56,6 +60,9 @@ class Study:
     arms: Mapping[str, str] = field(default_factory=dict)  # arm -> its label
     metric: str
     higher_is_better: bool
+    search: str = 'full'
+    grids: Mapping[str, Mapping[str, Sequence[Value]]] = field(default_factory=dict)
+    scopes: Mapping[str, str] = field(default_factory=dict)  # arm -> network, data and budget
     chance: float | None = None  # what a diverged trial counts as in means of `metric`
     claims: Sequence[Claim] = ()
     charts: Sequence[ChartSpec] = ()
@@ -72,6 +79,36 @@ class Study:
             return self.arms.get(str(value), str(value))
         is_number = isinstance(value, float | int) and not isinstance(value, bool)
         return f'{value:g}' if is_number else str(value)
+
+    @functools.cached_property
+    def selection_metric(self) -> str:
+        """The metric that chooses tuned values; of studies of earlier versions `metric` itself."""
+        return selection_metric(self.metric, {name for t in self.trials for name in t.metrics})
+
+    def arm_of(self, point: Point) -> str:
+        """Returns the arm of a point; the first, where the point leaves it open."""
+        return str(point.get('arm', next(iter(self.arms), '')))
+
+    def grid_of(self, point: Point) -> dict[str, Sequence[Value]]:
+        """Returns the values of the tuned axes that a point leaves open, before any extension.
+
+        Studies of earlier versions do not say them: {}.
+        """
+        grid = self.grids.get(self.arm_of(point), {})
+        return {axis: v for axis, v in grid.items() if axis in self.tuned and axis not in point}
+
+    def correct(self, trial: TrialResult, metric: str) -> Correct | None:
+        """Returns which images a trial has right, if a metric is their share and they are known."""
+        split, _, name = metric.rpartition('/')
+        if name != 'top1':
+            return None
+        if trial.id not in self._correct:
+            self._correct[trial.id] = per_image.read(self.path / 'trials' / trial.id)
+        return self._correct[trial.id].get(split)
+
+    @functools.cached_property
+    def _correct(self) -> dict[str, dict[str, Correct]]:
+        return {}
 
     def curve(self, trial: TrialResult, metric: str) -> list[tuple[float, float]]:
         """Returns (step, value) of the finite values in a trial's metrics; [] if it never began."""

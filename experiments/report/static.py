@@ -14,7 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from experiments.report import charts, interactive, results, summaries
+from experiments.report import charts, interactive, results, summaries, tables
 from experiments.report.reading import Study
 from experiments.report.wording import Table, in_lines
 from nfnets_jax import files
@@ -25,18 +25,19 @@ _DASHES = ('-', '--', ':', '-.')
 
 
 def write(studies: Sequence[Study], directory: str | os.PathLike, *, made: str) -> list[str]:
-    """Writes README.md and its images into a directory, which is created; returns their names.
+    """Writes README.md, the page of each study, its images and tables; returns their names.
 
-    The README is written last, so it never links to a missing image.
+    The README is a screen: question, answers, and a link to the page. It is written last, so it
+    never links to a missing file. The directory is created.
     """
     path = pathlib.Path(directory)
-    slugs = [_slug(f'{study.name}-{study.size}') for study in studies]
-    if repeated := {slug for slug in slugs if slugs.count(slug) > 1}:
+    slugs = [slug(study) for study in studies]
+    if repeated := {name for name in slugs if slugs.count(name) > 1}:
         raise UsageError(f'--static: two of the studies would both be written as {min(repeated)}-*')
     try:
         path.mkdir(parents=True, exist_ok=True)
-        written, sections = [], []
-        for study, slug in zip(studies, slugs, strict=True):
+        written: list[str] = []
+        for study, own in zip(studies, slugs, strict=True):
             figures, number = [], itertools.count(1)
             for spec in study.charts:
                 shown = charts.build(study, spec)
@@ -46,16 +47,23 @@ def write(studies: Sequence[Study], directory: str | os.PathLike, *, made: str) 
                     if isinstance(chart, charts.XY) and chart.kind == 'table':
                         figures.append(_markdown(chart.table()))
                         continue
-                    name = f'{slug}-{next(number)}-{_slug(chart.title)}.png'
+                    name = f'{own}-{next(number)}-{_slug(chart.title)}.png'
                     _write_image(path / name, draw(chart))
                     written.append(name)
                     figures.append(f'![{_escape(chart.alt_text())}]({name})\n')
-            sections.append(_section(study, figures))
-        text = '\n'.join([*sections, _method(), f'{_escape(made)}\n'])
-        files.atomic_write(path / 'README.md', text)
+            written += tables.write(study, path, f'{own}-')
+            text = '\n'.join([_section(study, figures, own), _method(), f'{_escape(made)}\n'])
+            files.atomic_write(path / f'{own}.md', text)
+            written.append(f'{own}.md')
+        files.atomic_write(path / 'README.md', _overview(studies, slugs, made))
     except OSError as error:
         raise UsageError(f'--static={directory} cannot be written: {error.strerror}') from error
     return [*written, 'README.md']
+
+
+def slug(study: Study) -> str:
+    """Returns what the names of a study's files begin with: 'agc-nf-digits'."""
+    return _slug(f'{study.name}-{study.size}')
 
 
 def _slug(text: str) -> str:
@@ -69,15 +77,28 @@ def _write_image(path: pathlib.Path, figure: Figure) -> None:
     files.atomic_write(path, buffer.getvalue())
 
 
-def _section(study: Study, figures: Sequence[str]) -> str:
+def _overview(studies: Sequence[Study], slugs: Sequence[str], made: str) -> str:
+    """Returns the README: for each study its question, and for each claim answer and confidence."""
+    rows = [
+        [f'[{_escape(study.title)}]({own}.md)', *map(_escape, cells)]
+        for study, own in zip(studies, slugs, strict=True)
+        for cells in summaries.answers(study)
+    ]
+    header = ['question', 'claim', 'answer', 'difference', 'confidence']
+    table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['---'] * 5, *rows])
+    intro = 'A row for each claim. How results are judged stands at the end of each page.'
+    return f'# Results\n\n{intro}\n\n{table}\n\n{_escape(made)}\n'
+
+
+def _section(study: Study, figures: Sequence[str], own: str) -> str:
     tunings = results.tunings(study)
     lines = [f'# {_escape(study.title)}', '', f'*{_escape(study.question)}*', '']
     lines += [_escape(study.setting), '', summaries.progress(study), '']
     if study.claims:
         header = ['claim', 'source', 'outcome', 'evidence']
-        judged = [results.judge(study, claim) for claim in study.claims]
+        judged = results.judge(study)
         rows = [
-            [j.claim.text, j.claim.source, j.comparison.verdict.value, summaries.outcome(study, j)]
+            [j.claim.text, j.claim.source, summaries.verdict(j), summaries.outcome(study, j)]
             for j in judged
         ]
         lines += ['## Claims and outcomes', '', _markdown(Table(header, rows))]
@@ -91,6 +112,7 @@ def _section(study: Study, figures: Sequence[str]) -> str:
     commands = '\n'.join(study.commands).replace('```', "'''")
     lines += ['## How it was made', '', f'```\n{commands}\n```', '']
     lines += [f'- {name}: {_escape(fact)}' for name, fact in summaries.provenance(study).items()]
+    lines += [f'- [every trial]({own}-{tables.TRIALS_FILE})']
     return '\n'.join([*lines, ''])
 
 

@@ -4,8 +4,8 @@ import collections
 import math
 
 from experiments.report.reading import Study
-from experiments.report.results import Judgement, Tuning, key, sample
-from experiments.report.statistics import CONFIDENCE, Verdict
+from experiments.report.results import Judgement, Tuning, judge, key, sample
+from experiments.report.statistics import LEVEL, POWER, Verdict
 from experiments.report.wording import (
     Table,
     axis_label,
@@ -14,30 +14,41 @@ from experiments.report.wording import (
     metric_label,
     number,
 )
-from experiments.study.schema import DONE, STATES, ChartSpec, Point
+from experiments.study.schema import DONE, STATES, ChartSpec, Claim, Point
 
 METHOD = (
     'Numbers are means over seeds ± the standard error of the mean, with the number of seeds in '
     'brackets. The tuned axes (the learning rate, unless the study says more) are tuned separately '
-    'for each setting: the value of the grid with the best mean over seeds is used. It is chosen '
-    'on the same test images that the number is about, for every arm alike.',
+    'for each setting: the value with the best mean over seeds on validation images is used, and '
+    'arms are compared on test images. In studies of earlier versions, without validation images, '
+    'the same test images chose the value.',
     'A diverged trial is a result: it counts as chance level if the study gives that, and '
     'otherwise no comparison with it is judged. A trial that failed for another reason, or has not '
     'ended, is left out and listed.',
-    f'A claim is tested with the Welch t interval, at {CONFIDENCE:.0%}, of the difference of two '
-    'means over seeds. It agrees if the whole interval is on the claimed side of the margin, it '
-    'does not if the whole interval is on the other side, and otherwise the seeds scatter too much '
-    'to say. With fewer than two seeds on either side nothing can be said.',
+    'A claim is tested on the difference of two means. Its variance counts the seeds and the test '
+    'images, crossed with one another and paired by image where both sides saw the same; where it '
+    'is not known which images were right, it counts seeds alone, and the verdict says so. The '
+    'tuning is counted, too: one choice of the better side, made for each seed by the other '
+    'seeds, must be better than every choice of the other side. p is two-sided; the corrected p '
+    f'counts all claims of the study (Holm), and is below {LEVEL:.0%} for a verdict, so that in '
+    'one study of twenty, at most, any verdict is false. Sameness is tested for equivalence '
+    'within the stated margin. '
+    f'The difference that could have been seen is found in about {POWER:.0%} of such studies, at '
+    'the corrected level, as far as their scatter is known and if the tuned values are clear.',
+    'There is no verdict where a best value lies at the edge of its grid, where the grids of the '
+    'two sides are not equally large, or with fewer than two seeds. Figures that are the same in '
+    'every run, such as memory, are compared without a test.',
     'Times are not shown, because trials share the machine with one another and with other '
     'programs.',
 )
 
-EDGES = 'A best value at the edge of the grid may not be the best: the grid should be extended.'
+EDGES = 'A best value at the edge of the grid may not be the best: extend the grid by --extend.'
 
 SYMBOLS = {
     Verdict.AGREES: '✓',
     Verdict.DOES_NOT: '✗',
     Verdict.NOISY: '≈',
+    Verdict.UNDECIDED: '…',
     Verdict.UNTESTED: '?',
 }
 
@@ -70,6 +81,27 @@ def describe_point(study: Study, point: Point) -> str:
     return ', '.join(parts)
 
 
+def verdict(judgement: Judgement) -> str:
+    """Returns the outcome of a claim in a word or two, and what it counts if that is not all."""
+    found = judgement.comparison
+    told = found.basis == 'seeds alone' and found.verdict in (Verdict.AGREES, Verdict.DOES_NOT)
+    return f'{found.verdict.value}{" (seeds alone)" if told else ""}'
+
+
+def answers(study: Study) -> list[list[str]]:
+    """Returns claim, verdict, difference and confidence of each claim, in a few words each."""
+    rows = []
+    for judged in judge(study):
+        found, metric = judged.comparison, judged.claim.metric
+        difference = '' if math.isnan(found.difference) else _signed(found.difference, metric)
+        if not math.isnan(found.interval[0]) and found.basis != 'exact':
+            low, high = (_signed(x, metric) for x in found.interval)
+            difference += f' ({low} to {high})'
+        confidence = '' if math.isnan(found.p) else f'corrected p {_p(found.corrected)}'
+        rows.append([judged.claim.text, verdict(judged), difference, confidence or found.basis])
+    return rows
+
+
 def outcome(study: Study, judgement: Judgement) -> str:
     """Returns the outcome of a claim, with the numbers that the verdict rests on."""
     claim, comparison = judgement.claim, judgement.comparison
@@ -83,12 +115,21 @@ def outcome(study: Study, judgement: Judgement) -> str:
     text = f'{metric_label(claim.metric)}: {sides}. '
     if not math.isnan(comparison.difference):
         text += f'Difference {_signed(comparison.difference, claim.metric)}'
-        if not math.isnan(comparison.interval[0]):
+        if comparison.basis and comparison.basis != 'exact':
             low, high = (_signed(x, claim.metric) for x in comparison.interval)
-            text += f' ({CONFIDENCE:.0%} interval {low} to {high})'
-        bound = 'more' if claim.direction == 'greater' else 'less'
-        text += f'; claimed is {bound} than {_signed(claim.margin, claim.metric)}. '
+            text += f' ({1 - LEVEL:.0%} interval {low} to {high})'
+        text += f'; claimed is {_claimed(claim)}. '
+    if not math.isnan(comparison.p):
+        seen = _signed(comparison.detectable, claim.metric)
+        what = 'smallest margin' if claim.direction == 'same' else 'smallest difference'
+        text += (
+            f'p {_p(comparison.p)}, corrected {_p(comparison.corrected)}, by the '
+            f'{comparison.basis}; {what} that could have been seen {seen}. '
+        )
     text += f'{comparison.reason.capitalize()}. ' if comparison.reason else ''
+    here = study.scopes.get(study.arm_of(points[0]), 'the setting above')
+    if claim.scope and claim.scope != here:
+        text += f'Claimed of {claim.scope}; judged here on {here}. '
     edges = [
         f'{axis_label(axis)} {_with_edge(study, tuning, axis)} of {describe_point(study, point)}'
         for point, tunings in zip(points, judgement.tunings, strict=True)
@@ -97,6 +138,18 @@ def outcome(study: Study, judgement: Judgement) -> str:
     ]
     text += f'Perhaps not the best: {"; ".join(edges)}.' if edges else ''
     return text[:1].upper() + text[1:].strip()
+
+
+def _claimed(claim: Claim) -> str:
+    if claim.direction == 'same':
+        margin = _signed(claim.margin, claim.metric).removeprefix('+')
+        return f'the same to within {margin}'
+    bound = 'more' if claim.direction == 'greater' else 'less'
+    return f'{bound} than {_signed(claim.margin, claim.metric)}'
+
+
+def _p(value: float) -> str:
+    return '< 0.0001' if value < 1e-4 else f'= {value:.2g}'
 
 
 def _signed(value: float, metric: str) -> str:
@@ -123,10 +176,8 @@ def results_table(study: Study, tunings: list[Tuning]) -> Table:
 
 def _with_edge(study: Study, tuning: Tuning, axis: str) -> str:
     label = study.label(axis, tuning.chosen[axis])
-    if axis not in tuning.at_edge():
-        return label
-    below = tuning.chosen[axis] == tuning.tried[axis][0]
-    return f'{label} (the {"smallest" if below else "largest"} tried)'
+    edge = tuning.edge(axis)
+    return f'{label} (the {edge} tried)' if edge else label
 
 
 def has_edges(tunings: list[Tuning]) -> bool:

@@ -24,6 +24,11 @@ def is_percent(metric: str) -> bool:
     return metric.rpartition('/')[2] in ('top1', 'top5', 'map', 'auc', 'clipped_fraction')
 
 
+def is_exact(metric: str) -> bool:
+    """Returns whether a metric is the same in every run, so that seeds say nothing about it."""
+    return metric.startswith('memory/') or metric == 'parameters'
+
+
 def scale(metric: str) -> float:
     return 100.0 if is_percent(metric) else 1.0
 
@@ -47,6 +52,8 @@ def number(value: float, metric: str) -> str:
 
 def mean_and_error(sample: Sample, metric: str) -> str:
     """Returns '97.12 ± 0.21 (3)': mean, standard error, number of seeds, and '1 diverged'."""
+    if is_exact(metric):
+        return number(sample.mean, metric)
     notes = [str(len(sample.values))]
     space = '\N{NO-BREAK SPACE}'
     if lost := sample.diverged + sample.uncounted:

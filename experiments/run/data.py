@@ -39,6 +39,15 @@ class DataConfig:
         Literal['shuffled', 'balanced'],
         Field('An epoch holds each training image once, or all classes equally often.'),
     ] = 'shuffled'
+    validation_fraction: Annotated[
+        float,
+        Field(
+            'Share of each class of the training images to validate on, where the source has no '
+            'validation split; 0: none.',
+            low=0,
+            below=1,
+        ),
+    ] = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +121,8 @@ def open_data(config: ConfigDict, open_source: Callable[..., Source] = sources.o
         validation = open_source(name, 'validation', **own)
     except MissingSplit:
         validation = None
+        if fraction := given.get('validation_fraction', 0.0):
+            train, validation = sources.hold_out_validation(train, fraction)
     images = [s[0]['image'] for s in (train, validation, test) if s is not None]
     sizes = {key: given[key] for key in _SIZES if given.get(key) is not None}
     spec = _image_spec(images, sizes, name, config.model.name)

@@ -1,7 +1,7 @@
 """Runs a study: every trial of a grid once, on any number of processes and machines.
 
     python -m experiments.study --config=configs/studies/agc_batch_size.py:digits --workdir=S
-        [--jobs=2] [--seeds=5] [--max_trials=10] [--retry] [--config.base.data.path=...]
+        [--jobs=2] [--seeds=5] [--max_trials=10] [--extend] [--retry] [--config.base.data.path=...]
 
 The same command, at any time and on any machine that sees the directory, joins or resumes the
 study: a trial whose process was killed continues from its last checkpoint. A trial that diverged or
@@ -9,7 +9,8 @@ failed is a result. In the directory:
 
     data.json     identity of the data: the study ends with one line if they change
     study.json    question, setting, and every trial's axes, state and metrics; always valid
-    trials/ID/    each trial's run, as experiments.train writes it; error.txt of a failed one
+    trials/ID/    each trial's run, as experiments.train writes it; correct.npz, the images that it
+                  classifies correctly; error.txt of a failed one
     journal.log   Optuna's journal with the state of all trials; see optuna-dashboard S/journal.log
 """
 
@@ -44,6 +45,7 @@ from experiments.run import data_record, init_weights, workdir
 from experiments.study import config as study_config
 from experiments.study import measurements
 from experiments.study.journal import Journal, TrialRecord, round_robin
+from experiments.study.planning import Planner
 from experiments.study.schema import SUMMARY_FILE
 from experiments.train import DivergedError, train
 from nfnets_jax import files
@@ -63,6 +65,7 @@ def run_study(
     jobs: int = 1,
     max_trials: int | None = None,
     retry: bool = False,
+    extend: bool = False,
     command: str = '',
 ) -> None:
     """Runs the trials of a study that have not ended, and writes the results to study.json.
@@ -73,6 +76,7 @@ def run_study(
       jobs: worker processes; with 1 this process does the work.
       max_trials: how many to start at most in this call; arms take turns.
       retry: whether to run failed trials again.
+      extend: whether to extend grids whose best value is at the edge.
       command: the user's command line, for study.json.
 
     Raises:
@@ -82,26 +86,29 @@ def run_study(
     """
     if jobs > 1:  # Else the first worker would take all of an accelerator's memory.
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
-    trials = study_config.make_trials(study)
-    data = _check_configs(study, trials)
+    data = _check_configs(study, study_config.make_trials(study))
     data_record.check_study(directory, data)
     journal = open_journal(study, directory)
-    base = workdir.flatten(workdir.as_json(study.base))
-    journal.add(trials, [study_config.difference(t, study) for t in trials], base, retry=retry)
+    planner = Planner(study, extend=extend)
+    trials = _add_planned(study, journal, planner, retry=retry)
     with journal.exclusive():
         data_record.add_to_study(directory, data)
     if command:
         journal.remember('commands', command)
     write_summary(study, journal)
-    progress = StudyProgress(journal, [trial.id for trial in trials], jobs, max_trials)
-    progress.start(study, len({trial.program for trial in trials}))
+
+    def planned() -> list[str]:
+        return [trial.id for trial in planner.plan(journal.records())]
+
+    progress = StudyProgress(journal, planned, jobs, max_trials)
+    progress.start(study, len({trial.program for trial in trials.values()}))
     lost: list[int] = []
     try:
         with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
             if jobs == 1:
-                work(study, directory, max_trials, on_end=progress.update)
+                work(study, directory, max_trials, extend=extend, on_end=progress.update)
             else:
-                lost = _run_workers(study, directory, jobs, max_trials, progress)
+                lost = _run_workers(study, directory, jobs, max_trials, extend, progress)
     finally:
         progress.close()
         write_summary(study, journal)
@@ -114,6 +121,16 @@ def run_study(
         )
 
 
+def _add_planned(
+    study: ConfigDict, journal: Journal, planner: Planner, *, retry: bool = False
+) -> dict[str, study_config.Trial]:
+    """Adds the trials that the study needs now to the journal; returns them by id."""
+    trials = planner.plan(journal.records())
+    base = workdir.flatten(workdir.as_json(study.base))
+    journal.add(trials, [study_config.difference(t, study) for t in trials], base, retry=retry)
+    return {trial.id: trial for trial in trials}
+
+
 def open_journal(study: ConfigDict, directory: str | os.PathLike) -> Journal:
     return Journal(directory, study.name, higher_is_better=study.higher_is_better)
 
@@ -122,21 +139,27 @@ def work(
     study: ConfigDict,
     directory: str | os.PathLike,
     max_trials: int | None = None,
+    *,
+    extend: bool = False,
     on_end: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs trials of a study until all have ended or are taken, or `max_trials` are done.
 
+    While the trials of other workers decide which ones come next, it waits for them.
+
     Args:
-      study: its trials are in the journal.
+      study: its first trials are in the journal.
       directory: directory of the study.
       max_trials: how many at most.
+      extend: as in `run_study`.
       on_end: called after each trial.
 
     Raises:
       KeyboardInterrupt: stopped by a signal; the current trial can be resumed.
     """
     journal = open_journal(study, directory)
-    trials = {trial.id: trial for trial in study_config.make_trials(study)}
+    planner = Planner(study, extend=extend)
+    trials = _add_planned(study, journal, planner)
     _enable_compilation_cache(pathlib.Path(directory) / '.cache' / platform.node())
     if study.pretrain:
         with journal.exclusive():  # The other workers wait for the weights.
@@ -144,9 +167,15 @@ def work(
     compiled = measurements.Compiled()
     program, done = None, 0
     while max_trials is None or done < max_trials:
+        if planner.grows:
+            trials = _add_planned(study, journal, planner)
         record = journal.acquire(trials, program, max_trials and max_trials - done)
         if record is None:
-            return
+            planned = [r for r in journal.records() if r.id in trials]
+            if not planner.grows or all(r.ended for r in planned):
+                return
+            time.sleep(1)
+            continue
         if record.program != program:
             compiled = measurements.Compiled()  # Free the memory of the previous programs.
             program = record.program
@@ -303,6 +332,7 @@ def _run_workers(
     directory: str | os.PathLike,
     jobs: int,
     max_trials: int | None,
+    extend: bool,
     progress: 'StudyProgress',
 ) -> list[int]:
     """Runs `work` in `jobs` processes and reports progress.
@@ -318,7 +348,7 @@ def _run_workers(
     if max_trials is not None:
         shares = [max_trials // jobs + (i < max_trials % jobs) for i in range(jobs)]
     mistakes = spawn.SimpleQueue()
-    arguments = (study.to_dict(), os.fspath(directory), mistakes)
+    arguments = (study.to_dict(), os.fspath(directory), mistakes, extend)
     workers = [
         spawn.Process(target=_worker, args=(*arguments, share)) for share in shares if share != 0
     ]
@@ -355,7 +385,11 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 def _worker(
-    study: dict[str, Any], directory: str, mistakes: SimpleQueue, max_trials: int | None
+    study: dict[str, Any],
+    directory: str,
+    mistakes: SimpleQueue,
+    extend: bool,
+    max_trials: int | None,
 ) -> None:
     """Runs `work` in a process of `_run_workers`, which forwards signals."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -368,7 +402,7 @@ def _worker(
 
     try:
         with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
-            work(ConfigDict(study), directory, max_trials, on_end=stop_with_parent)
+            work(ConfigDict(study), directory, max_trials, extend=extend, on_end=stop_with_parent)
     except UsageError as error:
         mistakes.put(str(error))
         sys.exit(distributed.MISTAKE)
@@ -379,13 +413,19 @@ class StudyProgress:
 
     Args:
       journal: the study's journal, with the trials of all workers.
-      ids: the trials to count.
+      planned: returns the ids of the trials to count, which may become more.
       jobs: number of workers of this call.
       max_trials: how many more trials they start at most.
     """
 
-    def __init__(self, journal: Journal, ids: Iterable[str], jobs: int, max_trials: int | None):
-        self._journal, self._ids, self._jobs = journal, set(ids), jobs
+    def __init__(
+        self,
+        journal: Journal,
+        planned: Callable[[], Iterable[str]],
+        jobs: int,
+        max_trials: int | None,
+    ):
+        self._journal, self._planned, self._jobs = journal, planned, jobs
         self._reported = {record.id for record in self._records() if record.ended}
         self._last = None if max_trials is None else len(self._reported) + max_trials
         self._bar: tqdm | None = None
@@ -432,6 +472,7 @@ class StudyProgress:
             print(f'look: python -m experiments.report --workdir={directory}', file=sys.stderr)
 
     def _records(self) -> list[TrialRecord]:
+        self._ids = set(self._planned())
         return [record for record in self._journal.records() if record.id in self._ids]
 
     def _time_left(self, records: Iterable[TrialRecord]) -> str:
@@ -456,6 +497,7 @@ class StudyProgress:
         else:  # Results scroll above the bar, which has room for the time left on any terminal.
             self._bar.write(line, file=sys.stderr)
             self._bar.set_description_str(left.replace(',', ''), refresh=False)
+            self._bar.total = len(self._ids)
             self._bar.update(len(self._reported) - self._bar.n)
 
 
@@ -471,6 +513,7 @@ def main() -> None:
             jobs=args.jobs,
             max_trials=args.max_trials,
             retry=args.retry,
+            extend=args.extend,
             command=' '.join(['python -m experiments.study', *map(shlex.quote, sys.argv[1:])]),
         )
     except LostWorkersError as error:
@@ -485,6 +528,7 @@ def run() -> None:
     flags.DEFINE_integer('jobs', 1, 'Number of worker processes.', lower_bound=1)
     flags.DEFINE_integer('seeds', None, 'Number of seeds, from 0 on.', lower_bound=1)
     flags.DEFINE_integer('max_trials', None, 'Start at most this many trials.', lower_bound=1)
+    flags.DEFINE_bool('extend', False, 'Extend grids whose best value is at the edge.')
     flags.DEFINE_bool('retry', False, 'Run failed trials again.')
     flags.mark_flags_as_required(['config', 'workdir'])
     cli.run(main, declared=study_config.declared)

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 from ml_collections import ConfigDict
@@ -68,16 +68,37 @@ def make_trials(study: ConfigDict) -> list[Trial]:
     """
     _check(study)
     trials: dict[str, list[Trial]] = {}
-    for i, arm in enumerate(study.arms):
-        config = ConfigDict(study.base.to_dict())
-        _merge(config, arm.get('config', {}), f'config.arms[{i}].config')
-        grid = {**study.grid.to_dict(), **arm.get('grid', {})}
-        axes = [axis for axis in study.axes if axis in grid]
-        for values in itertools.product(*(grid[axis] for axis in axes)):
-            point = {'arm': arm['name'], **dict(zip(axes, values, strict=True))}
+    for arm in study.arms:
+        grid = arm_grid(study, arm)
+        config = _arm_config(study, arm['name'])
+        for values in itertools.product(*grid.values()):
+            point = {'arm': arm['name'], **dict(zip(grid, values, strict=True))}
             trial = _make_trial(study, point, config)
             trials.setdefault(trial.program, []).append(trial)
     return [trial for group in trials.values() for trial in group]
+
+
+def arm_grid(study: ConfigDict, arm: Mapping) -> dict[str, Sequence]:
+    """Returns the axes that an arm has, in the order of the study's, with their values."""
+    grid = {**study.grid.to_dict(), **arm.get('grid', {})}
+    return {axis: grid[axis] for axis in study.axes if axis in grid}
+
+
+def make_trial(study: ConfigDict, axes: Mapping[str, Any]) -> Trial:
+    """Returns the trial at a point, which may lie outside the grid."""
+    return _make_trial(study, axes, _arm_config(study, axes['arm']))
+
+
+def trial_id(study: ConfigDict, axes: Mapping[str, Any]) -> str:
+    """Returns the id of the trial at a point."""
+    return '-'.join([axes['arm'], *(f'{axis}={axes[axis]}' for axis in study.axes if axis in axes)])
+
+
+def _arm_config(study: ConfigDict, name: str) -> ConfigDict:
+    i = [arm['name'] for arm in study.arms].index(name)
+    config = ConfigDict(study.base.to_dict())
+    _merge(config, study.arms[i].get('config', {}), f'config.arms[{i}].config')
+    return config
 
 
 def difference(trial: Trial, study: ConfigDict) -> dict[str, Any]:
@@ -134,13 +155,12 @@ def axis_values(study: ConfigDict) -> dict[str, list]:
 
 def _make_trial(study: ConfigDict, axes: Mapping[str, Any], config: ConfigDict) -> Trial:
     config = ConfigDict(config.to_dict())
-    names = [axes['arm']]
-    for axis, value in axes.items():
+    point = {axis: axes[axis] for axis in ('arm', *study.axes) if axis in axes}
+    for axis, value in point.items():
         if axis != 'arm':
             _set(config, study.axes[axis], value, f'axes.{axis}')
-            names.append(f'{axis}={value}')
     program = hashlib.sha256(program_key(config).encode()).hexdigest()[:16]
-    return Trial('-'.join(names), dict(axes), config, program)
+    return Trial(trial_id(study, point), point, config, program)
 
 
 def _merge(config: ConfigDict, changes: Mapping, place: str) -> None:
@@ -255,6 +275,13 @@ def recipe(study: ConfigDict) -> str:
     return f'Where arms and figures do not say otherwise: {words}.'
 
 
+def _scope(study: ConfigDict, arm: str) -> str:
+    """Returns the network, the data and the budget of an arm: 'NF-ResNet-8, digits, 10 epochs'."""
+    config = _arm_config(study, arm)
+    budget = config.duration if 'train' in study.measure else 'not trained'
+    return f'{config.model.name}, {study.size or config.data.name}, {budget}'
+
+
 def _check_no_time(metric: str, key: str) -> None:
     if metric in TIMES:
         raise UsageError(
@@ -266,8 +293,10 @@ def _check_no_time(metric: str, key: str) -> None:
 def to_json(study: ConfigDict) -> dict[str, Any]:
     """Returns what study.json says of the study itself; trials and circumstances come on top."""
     words = ('name', 'title', 'question', 'setting', 'size', 'cost')
-    keys = (*words, 'metric', 'higher_is_better', 'chance', 'tuned', 'claims', 'charts')
+    keys = (*words, 'metric', 'higher_is_better', 'chance', 'tuned', 'search', 'claims', 'charts')
     labels = {arm['name']: arm.get('label') or arm['name'] for arm in study.arms}
     told = {key: study[key] for key in keys} | {'axes': axis_values(study), 'arms': labels}
+    told['grids'] = {arm['name']: arm_grid(study, arm) for arm in study.arms}
+    told['scopes'] = {arm['name']: _scope(study, arm['name']) for arm in study.arms}
     told['setting'] = '. '.join(filter(None, (study.setting, recipe(study))))
     return json.loads(json.dumps(told, default=dict))

@@ -17,9 +17,18 @@ from ml_collections import ConfigDict
 
 from experiments.experiment import Experiment, build
 from experiments.run import metric_writers, parallel, workdir
+from experiments.run.predictions import make_predict_step, predict
 from experiments.signal_propagation import measure_signal
+from experiments.study import per_image
 from experiments.train import train
-from experiments.train_step import Programs, TrainState, init_state, make_train_step, program_key
+from experiments.train_step import (
+    Programs,
+    TrainState,
+    init_state,
+    make_logits_fn,
+    make_train_step,
+    program_key,
+)
 from nfnets_jax import augment
 from nfnets_jax.data.sources import Source
 from nfnets_jax.weights.checkpoints import CheckpointReader
@@ -44,14 +53,38 @@ _DISCREPANCY_IMAGES = 512
 
 
 def training(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any] | None:
-    """Trains; returns the last line's training metrics, the final ones, speed and size."""
+    """Trains; returns the last line's training metrics, the final ones, speed and size.
+
+    It also writes which images of each evaluated split are classified correctly: see `per_image`.
+    """
     summary = train(config, directory, programs=compiled.training, quiet=True)
     if 'final' not in summary:
         return None
+    _write_per_image(build(config), directory, compiled)
     kept = ('images_per_second', 'training_seconds', 'compile_seconds', 'parameters')
     last = [line for line in metric_writers.read_metrics(directory) if 'train/loss' in line][-1]
     in_training = {name: value for name, value in last.items() if name.startswith('train/')}
     return in_training | summary['final'] | {name: summary[name] for name in kept}
+
+
+def _write_per_image(experiment: Experiment, directory, compiled: Compiled) -> None:
+    """Writes which images the trained network classifies correctly, if all can be read.
+
+    Images with several labels are left out: their metric is no mean over images.
+    """
+    if experiment.multi_label:
+        return
+    key = f'per image: {program_key(experiment.config)}'
+    step = compiled.logits.setdefault(key, make_predict_step(make_logits_fn(experiment)))
+    correct = {}
+    variables = parallel.replicate(_final_state(experiment, directory).variables())
+    for split, source in experiment.evaluated.items():
+        for name, one in variables.items():
+            found = predict(experiment, step, one, split)
+            if len(found.indices) < len(source):
+                return
+            correct[split + name] = per_image.Correct(found.is_correct, source.checksum())
+    per_image.write(directory, correct)
 
 
 def signal_propagation(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -56,8 +56,11 @@ class Comparison:
 
     better: Annotated[Mapping, Field('Where the metric is claimed to be better.')]
     worse: Annotated[Mapping, Field('Where it is claimed to be worse.')]
-    margin: Annotated[float, Field('By more than this.')] = 0.0
-    direction: Annotated[Literal['greater', 'less'], Field('Which is better.')] = 'greater'
+    margin: Annotated[float, Field('By more than this; the same: to within this.')] = 0.0
+    direction: Annotated[
+        Literal['greater', 'less', 'same'],
+        Field('How the better side compares: a claim of sameness is tested for equivalence.'),
+    ] = 'greater'
     metric: Annotated[str | None, Field("What is compared; None: the study's.")] = None
 
 
@@ -67,6 +70,9 @@ class ClaimConfig:
 
     text: Annotated[str, Field('The claim.')]
     source: Annotated[str, Field('Who made it.')]
+    scope: Annotated[
+        str, Field("The network, data and budget that it is about; '': those of the study.")
+    ] = ''
     compare: Annotated[Comparison | None, Field('How the study judges it; None: it cannot.')] = None
 
 
@@ -120,8 +126,18 @@ class StudyConfig:
     chance: Annotated[float | None, Field('The metric of an untrained or diverged network.')] = 0.1
     tuned: Annotated[
         Sequence[str],
-        Field('Axes whose best value is chosen for each arm, by the mean over the seeds.'),
+        Field('Axes whose best value is chosen for each arm, on validation images if there are.'),
     ] = ('learning_rate',)
+    search: Annotated[
+        Literal['full', 'coarse'],
+        Field(
+            'full: every value of the tuned axes with every seed. coarse: with the first seed; the '
+            'best, and the values beside it, with every seed.'
+        ),
+    ] = 'full'
+    extensions: Annotated[
+        int, Field('With --extend: values to add to a tuned axis of an arm at most.', low=0)
+    ] = 4
     claims: Annotated[Sequence[ClaimConfig], Field('What was claimed before.')] = ()
     charts: Annotated[Sequence[ChartSpec], Field('Charts of the report.')] = ()
 
@@ -137,6 +153,7 @@ class Claim:
     worse: Point | None = None
     margin: float = 0.0
     direction: str = 'greater'
+    scope: str = ''
 
 
 def parse_claim(
@@ -157,7 +174,12 @@ def parse_claim(
     for side in ('better', 'worse'):
         check_point(compare.get(side, {}), axes, f'{name}.compare.{side}')
     given = {key: value for key, value in compare.items() if value is not None}
-    return Claim(claim['text'], claim['source'], **{'metric': metric} | given)
+    if given.get('direction') == 'same' and not given.get('margin', 0.0) > 0:
+        raise UsageError(
+            f'{name}.compare.margin: the same to within which margin? give one above 0'
+        )
+    scope = claim.get('scope') or ''
+    return Claim(claim['text'], claim['source'], scope=scope, **{'metric': metric} | given)
 
 
 def parse_chart(chart: Mapping, axes: Mapping[str, Sequence[Value]], name: str) -> ChartSpec:
@@ -167,6 +189,17 @@ def parse_chart(chart: Mapping, axes: Mapping[str, Sequence[Value]], name: str) 
     check_axis(spec.series, axes, f'{name}.series')
     check_point(spec.where, axes, f'{name}.where')
     return spec
+
+
+def selection_metric(metric: str, known: Collection[str]) -> str:
+    """Returns the metric that chooses tuned values: on validation images, if they are evaluated.
+
+    Args:
+      metric: what arms are compared by, 'test/top1'.
+      known: the metrics that the trials have.
+    """
+    validated = metric.replace('test', 'validation', 1)
+    return validated if metric.startswith('test') and validated in known else metric
 
 
 def check_axis(axis: str, axes: Mapping[str, Any], name: str) -> None:

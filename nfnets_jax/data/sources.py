@@ -32,7 +32,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 import numpy as np
 
 from nfnets_jax import fields, files
-from nfnets_jax.data.folder import ImageFolder
+from nfnets_jax.data.folder import ImageFolder, hold_out
 from nfnets_jax.data.preprocessing import ImageError, resize
 from nfnets_jax.data.splits import ALL, SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.data.table import ImageTable
@@ -179,6 +179,67 @@ class ArraySource:
         digest.update(np.ascontiguousarray(self.images).data)
         digest.update(self.labels.astype('<i4').tobytes())
         return digest.hexdigest()
+
+
+class Subset:
+    """Some examples of a source, as a source.
+
+    Args:
+        source: the source that holds them.
+        indices: int [N], their indices there, in order.
+        name: the subset's name in messages.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, name: str):
+        self._source, self._indices = source, indices
+        self.class_names, self.left_out = source.class_names, source.left_out
+        self.name, self.origin = name, source.origin
+        self.labels = None if source.labels is None else source.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._source[int(self._indices[index])]
+
+    def where(self, index: int) -> str:
+        return self._source.where(int(self._indices[index]))
+
+    def checksum(self) -> str:
+        digest = hashlib.sha256(self._source.checksum().encode())
+        digest.update(self._indices.astype('<i8').tobytes())
+        return digest.hexdigest()
+
+
+def hold_out_validation(source: Source, fraction: float) -> tuple[Subset, Subset]:
+    """Returns the examples of a training source to train and to validate on.
+
+    Of each class the same share is drawn, the same in every run; where images may have several
+    labels, of all examples.
+
+    Args:
+        source: the training source.
+        fraction: share to validate on, between 0 and 1.
+
+    Raises:
+        UsageError: a class has one example only.
+    """
+    labels = read_labels(source)
+    classes = np.zeros(len(labels), int) if labels.ndim == 2 else labels
+    parts: dict[str, list[int]] = {'train': [], 'test': []}
+    for label in np.unique(classes):
+        examples = np.flatnonzero(classes == label).tolist()
+        for split, part in parts.items():
+            part += hold_out(
+                examples,
+                split,
+                fraction,
+                seed=(int(label), 1),
+                name=f'data.validation_fraction={fraction}: {source.class_names[label]}',
+            )
+    names = {'train': source.name, 'test': f'{source.name} (validation)'}
+    train, validation = (Subset(source, np.sort(parts[s]), names[s]) for s in parts)
+    return train, validation
 
 
 def _squeeze(labels: np.ndarray) -> np.ndarray:

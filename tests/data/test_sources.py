@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
+from nfnets_jax.data import sources
 from nfnets_jax.data.sources import (
     SOURCES,
     ArraySource,
@@ -259,3 +260,25 @@ def test_labels_may_be_of_any_integer_type(tmp_path, dtype):
     assert source[2]['label'] == 127
     largest = ArraySource(images, np.array([0, 255, 1, 2], np.uint8))
     assert len(largest.class_names) == 256
+
+
+def test_a_share_of_each_class_is_held_out_and_nothing_is_lost():
+    images = np.arange(40, dtype=np.uint8).repeat(12).reshape(40, 2, 2, 3)
+    labels = np.repeat([0, 1], [30, 10])
+    source = sources.ArraySource(images, labels)
+    train, validation = sources.hold_out_validation(source, 0.2)
+    assert np.bincount(train.labels).tolist() == [24, 8]
+    assert np.bincount(validation.labels).tolist() == [6, 2]
+    seen = [
+        int(part[i]['image'][0, 0, 0]) for part in (train, validation) for i in range(len(part))
+    ]
+    assert sorted(seen) == list(range(40))
+    assert train.where(0) == source.where(seen[0])
+    assert len({source.checksum(), train.checksum(), validation.checksum()}) == 3
+    again, _ = sources.hold_out_validation(source, 0.2)
+    assert again.checksum() == train.checksum()
+    several = sources.ArraySource(images, np.eye(2, dtype=int)[labels])
+    assert [len(part) for part in sources.hold_out_validation(several, 0.25)] == [30, 10]
+    alone = sources.ArraySource(images, [0] * 39 + [1])
+    with pytest.raises(UsageError, match=r'data.validation_fraction=0.2: 1: one image'):
+        sources.hold_out_validation(alone, 0.2)

@@ -24,6 +24,7 @@ def test_the_defaults_are_those_of_the_parts():
     # beside its name only where a config gives them.
     assert config.model.to_dict() == {'name': 'NF-ResNet-50'}
     data = {'name': 'digits', 'skip_bad': 0, 'on_device': False, 'sampling': 'shuffled'}
+    data['validation_fraction'] = 0.0
     assert config.data.to_dict() == data
     assert (config.batch_size, config.duration, config.ema) == (256, '90 epochs', 0.99999)
     assert json.loads(json.dumps(config.to_dict())) == schema.upgrade(

@@ -16,6 +16,7 @@ BEST = {
 }
 CLIPPING_COST = {None: 0.0, 0.01: 0.0, 0.16: 0.05}
 STEPS = (10, 20, 30)
+AGC, LARGE = {'arm': 'agc', 'clipping': 0.01}, {'batch_size': 256, 'learning_rate': 0.4}
 
 
 def fields() -> dict:
@@ -61,9 +62,9 @@ def fields() -> dict:
         'metric': 'test/top1',
         'higher_is_better': True,
         'claims': [
-            claim('AGC is better than nothing', {'arm': 'agc'}, {'arm': 'nf'}, batch_size=256),
-            claim('Nothing is better than AGC', {'arm': 'nf'}, {'arm': 'agc'}, batch_size=256),
-            claim('AGC is better than batch norm', {'arm': 'agc'}, {'arm': 'bn'}, batch_size=256),
+            claim('AGC is better than nothing', AGC, {'arm': 'nf'}, **LARGE),
+            claim('Nothing is better than AGC', {'arm': 'nf'}, AGC, **LARGE),
+            claim('AGC is better than batch norm', AGC, {'arm': 'bn'}, **LARGE),
         ],
         'charts': [
             chart('curves', 'step', where={'batch_size': 256}),

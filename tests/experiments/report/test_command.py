@@ -62,3 +62,16 @@ def test_the_directory_of_the_page_must_exist(command, study_directory, tmp_path
     )
     assert status == 2
     assert 'in a directory that exists' in errors
+
+
+def test_the_tables_of_a_page_make_it_again(command, study_directory, tmp_path):
+    static, out = tmp_path / 'static', tmp_path / 'report.html'
+    _finish(command('report', f'--workdir={study_directory}', f'--static={static}'))
+    status, _, errors = _finish(command('report', f'--tables={static}', f'--out={out}'))
+    assert (status, errors) == (0, '')
+    assert 'agrees (seeds alone)' in out.read_text()
+    (tmp_path / 'empty').mkdir()
+    empty = (f'--tables={tmp_path / "empty"}', f'--out={out}')
+    for wrong in ((), (f'--tables={static}',), empty):
+        status, _, errors = _finish(command('report', *wrong))
+        assert (status, errors.count('\n')) == (2, 1)

@@ -55,7 +55,7 @@ def test_page_is_well_formed_and_says_what_came_out(text):
     assert len(checker.ids) == len(set(checker.ids))
     words = ' '.join(checker.text)
     assert 'Is it small?' in words
-    for verdict in ('agrees', 'does not', 'too noisy to say'):
+    for verdict in ('agrees (seeds alone)', 'does not (seeds alone)', 'too noisy to say'):
         assert len([t for t in checker.text if t.strip() == verdict]) == 1
     assert 'python -m experiments.study --workdir=S --jobs=2' in words
     assert 'jax 0.10.2' in words

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 
 from experiments.report import reading, results, summaries
 from experiments.report.statistics import Verdict
+from experiments.study import per_image
 
 
 def _load(write_study, fields):
@@ -88,7 +90,7 @@ def test_a_study_that_has_not_begun_has_no_results(write_study, study_fields):
         trial |= {'state': 'pending', 'metrics': {}}
     study = _load(write_study, study_fields)
     assert results.tunings(study) == []
-    verdicts = {results.judge(study, claim).comparison.verdict for claim in study.claims}
+    verdicts = {judged.comparison.verdict for judged in results.judge(study)}
     assert verdicts == {Verdict.UNTESTED}
 
 
@@ -105,17 +107,96 @@ def test_an_open_axis_that_is_not_tuned_is_averaged_by_seed(study):
 
 
 def test_claims_are_judged(study):
-    better, worse, alike = [results.judge(study, claim).comparison for claim in study.claims]
+    better, worse, alike = [judged.comparison for judged in results.judge(study)]
     assert better.verdict is Verdict.AGREES
     assert better.difference == pytest.approx(0.3)
     assert worse.verdict is Verdict.DOES_NOT
     assert alike.verdict is Verdict.NOISY
+    assert {one.basis for one in (better, worse, alike)} == {'seeds alone'}
+    # Three claims: Holm multiplies the smallest by 3, the next by 2, and never goes down.
+    assert better.corrected == pytest.approx(3 * better.p)
+    assert worse.corrected == better.corrected
+    assert alike.corrected == alike.p == 1.0
+
+
+def test_the_best_at_an_edge_is_no_verdict(write_study, study_fields):
+    study_fields['claims'][0]['compare'] |= {'better': {'arm': 'agc'}, 'worse': {'arm': 'nf'}}
+    study_fields['claims'] = study_fields['claims'][:1]
+    judged = results.judge(_load(write_study, study_fields))[0]
+    assert judged.comparison.verdict is Verdict.UNDECIDED
+    assert judged.comparison.reason.endswith('give --extend')
+    assert judged.comparison.p < 0.05
+
+
+def test_unequal_grids_are_not_compared(write_study, study_fields):
+    side = {'learning_rate': 0.4, 'batch_size': 256}
+    study_fields['claims'][0]['compare'] |= {'better': {'arm': 'agc', **side}}
+    study_fields['grids'] = {
+        arm: {'learning_rate': [0.4, 1.6], 'clipping': [0.01, 0.16], 'seed': [0, 1, 2]}
+        if arm == 'agc'
+        else {'learning_rate': [0.4, 1.6]}
+        for arm in study_fields['arms']
+    }
+    found = results.judge(_load(write_study, study_fields))[0].comparison
+    assert found.verdict is Verdict.UNTESTED
+    assert found.reason == 'the grids of the two sides have 2 and 1 points'
+
+
+def test_exact_figures_are_compared_without_a_test(write_study, study_fields):
+    for trial in study_fields['trials']:
+        trial['metrics']['memory/step_mib'] = 2.0 if trial['axes']['arm'] == 'agc' else 1.0
+    study_fields['claims'][1]['compare'] |= {'metric': 'memory/step_mib'}
+    study = _load(write_study, study_fields)
+    first, exact, _ = results.judge(study)
+    assert exact.comparison.verdict is Verdict.DOES_NOT
+    assert exact.comparison.basis == 'exact'
+    assert first.comparison.corrected == pytest.approx(2 * first.comparison.p), 'two are tested'
+    text = summaries.outcome(study, exact).replace('\xa0', ' ')
+    assert text.startswith('Memory step, MiB: 1 of NF, batch size 256, learning rate 0.4, 2 of NF')
+
+
+def test_the_tuned_value_is_chosen_on_validation_images(write_study, study_fields):
+    for trial in study_fields['trials']:
+        if trial['metrics']:
+            slow = trial['axes']['learning_rate'] == 0.4
+            trial['metrics']['validation/top1'] = 0.5 if slow else 0.6
+    study = _load(write_study, study_fields)
+    assert study.selection_metric == 'validation/top1'
+    tuning = _tuning(study, arm='bn', batch_size=32)
+    assert tuning.chosen['learning_rate'] == 1.6
+    assert tuning.sample.values == pytest.approx((0.70, 0.71, 0.72)), 'of the test images'
+
+
+def test_a_search_chooses_among_the_values_with_all_seeds(write_study, study_fields):
+    study_fields['search'] = 'coarse'
+    for trial in study_fields['trials']:
+        if trial['axes']['learning_rate'] == 0.4 and trial['axes']['seed']:
+            trial |= {'state': 'pending', 'metrics': {}}
+    study = _load(write_study, study_fields)
+    assert _tuning(study, arm='bn', batch_size=32).chosen['learning_rate'] == 1.6
+
+
+def test_a_verdict_counts_the_images(write_study, study_fields):
+    """Seeds that agree on few images are no proof: both arms might do as well on others."""
+    directory = write_study(study_fields)
+    rng = np.random.default_rng(0)
+    for trial in study_fields['trials']:
+        right = 48 if trial['axes']['arm'] == 'agc' else 46
+        bits = rng.permutation(50) < right
+        images = {'test': per_image.Correct(bits, 'the same')}
+        per_image.write(directory / 'trials' / trial['id'], images)
+    found = results.judge(reading.load(directory))[2].comparison
+    assert found.basis == 'seeds and images'
+    assert found.difference == pytest.approx(0.04)
+    assert found.verdict is Verdict.NOISY
+    assert found.interval[0] < 0.04 < found.interval[1]
+    assert found.detectable > 0.04
 
 
 def test_a_claim_may_be_of_another_metric(write_study, study_fields):
     study_fields['claims'][0]['compare'] |= {'metric': 'train/gradient_norm', 'margin': -1.0}
     study = _load(write_study, study_fields)
-    assert results.judge(study, study.claims[0]).comparison.verdict is Verdict.AGREES
+    assert results.judge(study)[0].comparison.verdict is Verdict.AGREES
 
 
 @pytest.mark.parametrize(
@@ -124,6 +205,6 @@ def test_a_claim_may_be_of_another_metric(write_study, study_fields):
 def test_what_the_grid_does_not_hold_cannot_be_judged(write_study, study_fields, compare):
     study_fields['claims'][0]['compare'] = compare
     study = _load(write_study, study_fields)
-    judgement = results.judge(study, study.claims[0])
+    judgement = results.judge(study)[0]
     assert judgement.comparison.verdict is Verdict.UNTESTED
     assert summaries.outcome(study, judgement) == 'This study does not test it.'

@@ -11,11 +11,15 @@ def test_pictures_and_a_readme_that_names_them(study, tmp_path):
     folder = tmp_path / 'docs' / 'results'
     assert sorted(path.name for path in folder.iterdir()) == sorted(written)
     assert len([name for name in written if name.endswith('.png')]) == 5
-    text = (folder / 'README.md').read_text()
+    text = (folder / 'small-digits.md').read_text()
     assert all(f']({name})' in text for name in written if name.endswith('.png'))
-    assert '| AGC is better than nothing | the paper | agrees |' in text
+    assert '| AGC is better than nothing | the paper | agrees (seeds alone) |' in text
     assert 'python -m experiments.study --workdir=S --jobs=2' in text
-    for name in written[:-1]:
+    screen = (folder / 'README.md').read_text()
+    assert '| [A small study](small-digits.md) | AGC is better than nothing | agrees' in screen
+    assert r'corrected p \< 0.0001' in screen
+    assert 'small-digits-trials.csv' in text
+    for name in [name for name in written if name.endswith('.png')]:
         picture = matplotlib.image.imread(folder / name)
         assert picture.shape[1] == 960
         assert picture.std() > 0.01
@@ -61,7 +65,7 @@ def test_markdown_is_text(write_study, study_fields, tmp_path):
     study_fields['title'] = 'a | b <b>*c*</b>\n# d'
     study = reading.load(write_study(study_fields))
     static.write([study], tmp_path / 'out', made='now')
-    text = (tmp_path / 'out' / 'README.md').read_text()
+    text = (tmp_path / 'out' / 'small-digits.md').read_text()
     assert text.splitlines()[0] == r'# a \| b \<b\>\*c\*\</b\> \# d'
 
 

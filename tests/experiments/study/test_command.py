@@ -226,7 +226,7 @@ def test_claims_and_words_may_change_and_the_grid_may_leave_them_out(tmp_path, m
     assert read(tmp_path)['trials'] == trials
     found = reading.load(tmp_path)
     assert found.title == 'Another'
-    judged = results.judge(found, found.claims[0])
+    (judged,) = results.judge(found)
     assert judged.comparison.reason == 'this study does not test it'
 
 
@@ -563,7 +563,7 @@ def test_a_budget_goes_to_one_seed_of_each_arm_first(tmp_path):
 def test_the_time_left_is_that_of_the_trials_that_will_run(journal, capsys):
     journal, trials = journal
     journal.add(trials, [{}] * 4, {})
-    progress = study.StudyProgress(journal, [trial.id for trial in trials], 1, max_trials=2)
+    progress = study.StudyProgress(journal, lambda: [trial.id for trial in trials], 1, max_trials=2)
     progress.start(ConfigDict({'name': 'n', 'size': 's', 'cost': '', 'metric': 'm'}), 2)
     assert '4 trials with 2 compiled programs, 2 more at most now' in capsys.readouterr().err
     for i in range(2):

@@ -1,0 +1,38 @@
+import json
+
+import numpy as np
+import pytest
+
+from experiments.evaluate import evaluate
+from experiments.run import metric_writers
+from experiments.study import measurements, per_image
+from tests.experiments.conftest import tiny_config
+
+
+def test_bits_come_back(tmp_path):
+    assert per_image.read(tmp_path) == {}
+    bits = np.random.default_rng(0).random(355) < 0.9
+    per_image.write(tmp_path, {'test': per_image.Correct(bits, 'abc')})
+    assert (tmp_path / per_image.PER_IMAGE_FILE).stat().st_size < 1500
+    found = per_image.read(tmp_path)
+    np.testing.assert_array_equal(found['test'].is_correct, bits)
+    assert found['test'].images == 'abc'
+
+
+def test_a_trial_keeps_which_images_it_classifies(tmp_path):
+    config = tiny_config(data__validation_fraction=0.2, ema=0.9)
+    metrics = measurements.training(config, tmp_path, measurements.Compiled())
+    found = per_image.read(tmp_path)
+    assert {split: len(one.is_correct) for split, one in found.items()} == {
+        'test': 355,
+        'test_ema': 355,
+        'validation': 288,
+        'validation_ema': 288,
+    }
+    data = json.loads((tmp_path / 'data.json').read_text())['splits']
+    for split, one in found.items():
+        assert one.is_correct.mean() == pytest.approx(metrics[f'{split}/top1'], abs=1e-6)
+        assert one.images == data[split.removesuffix('_ema')]['checksum']
+    assert evaluate(str(tmp_path))['test/top1'] == metrics['test/top1']
+    steps = [r['step'] for r in metric_writers.read_metrics(tmp_path) if 'test/top1' in r]
+    assert steps == [6], 'test images are evaluated once, at the end'
