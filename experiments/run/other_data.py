@@ -115,7 +115,7 @@ def opener(test: Source, config: ConfigDict, metadata: Metadata) -> Callable[...
 
 
 def describe(source: Source) -> str:
-    """Returns a line about other data, opened by `opener`."""
+    """Returns a line about other data, from `open_other`."""
     assert isinstance(source, RenumberedSource)
     there, classes = len(source.own_class_names), len(source.class_names)
     part = f'{there:,} of ' if there < classes else ''

@@ -4,6 +4,7 @@ import collections
 import csv
 import fnmatch
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -244,8 +245,9 @@ def _column(
 
 def _split_labels(text: str, separator: str) -> Labels:
     """Returns the labels in a cell, each once; all of it is one label if there is no separator."""
-    parts = text.split(separator) if separator else [text]
-    return tuple(dict.fromkeys(filter(None, map(str.strip, parts))))
+    if not separator:
+        return (text,) if text else ()
+    return tuple(dict.fromkeys(filter(None, map(str.strip, text.split(separator)))))
 
 
 def _matching(
@@ -269,18 +271,17 @@ _IS_THERE = {'1': True, '1.0': True, 'true': True, '0': False, '0.0': False, 'fa
 
 def _indicated(path: pathlib.Path, columns: Mapping[str, Sequence[str]]) -> list[Labels]:
     """Returns the labels of every row: the names of the columns that are 1 there, not 0."""
+    indicators = []
     for name, values in columns.items():
-        for row, value in enumerate(values, start=2):
-            if value.lower() not in _IS_THERE:
-                raise UsageError(
-                    f'{path}: row {row} has {value!r} in the column {name!r} of data.label_columns:'
-                    ' must be 0 or 1'
-                )
-    names = list(columns)
-    return [
-        tuple(name for name, value in zip(names, row, strict=True) if _IS_THERE[value.lower()])
-        for row in zip(*columns.values(), strict=True)
-    ]
+        known = {value: _IS_THERE.get(value.lower()) for value in set(values)}
+        if wrong := [value for value, is_there in known.items() if is_there is None]:
+            row = min(map(values.index, wrong))
+            raise UsageError(
+                f'{path}: row {row + 2} has {values[row]!r} in the column {name!r} of '
+                'data.label_columns: must be 0 or 1'
+            )
+        indicators.append([known[value] for value in values])
+    return [tuple(itertools.compress(columns, row)) for row in zip(*indicators, strict=True)]
 
 
 def _split_name(text: str, path: pathlib.Path, row: int) -> str:
