@@ -1,16 +1,19 @@
 PYTHON ?= python3
+# What to install: REQUIREMENTS=locks/python3.11.txt installs the versions with which the tests passed.
+REQUIREMENTS ?= requirements.txt
 BIN := .venv/bin
 INSTALLED := .venv/.requirements-installed
 
-.PHONY: setup train test lint docs
+.PHONY: setup train test lint docs lock
 
 setup: $(INSTALLED)
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'Python 3.11 or newer is needed, for example: make setup PYTHON=python3.12'; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 train: setup
@@ -28,3 +31,8 @@ docs: setup
 	$(BIN)/python docs/build_config.py
 	$(BIN)/python -m sphinx --fail-on-warning --quiet docs docs/_build/html
 	@echo open docs/_build/html/index.html
+
+lock: setup
+	mkdir -p locks
+	$(BIN)/python -m pip freeze --disable-pip-version-check --exclude-editable \
+		> locks/python$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # For readers of types; `__getattr__` does the same when a na
     from nfnets_jax.weights.downloads import list_pretrained
     from nfnets_jax.weights.pretrained import from_pretrained, load_pretrained
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 __all__ = [
     'FixupResNet',

@@ -138,6 +138,30 @@ def test_unknown_name():
 
 
 @pytest.mark.slow
+def test_the_source_distribution_has_what_its_tests_need(tmp_path):
+    tracked = subprocess.run(
+        ['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split('\0')
+    for name in filter(None, tracked):
+        (tmp_path / 'source' / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / 'source' / name)
+    venv.create(tmp_path / 'venv', with_pip=True)
+    python = tmp_path / 'venv' / 'bin' / 'python'
+    subprocess.run([python, '-m', 'pip', 'install', '--quiet', 'setuptools>=70'], check=True)
+    build = 'import setuptools.build_meta as b; print(b.build_sdist("..").rstrip())'
+    name = run(python, build, cwd=tmp_path / 'source').splitlines()[-1]
+    shutil.unpack_archive(tmp_path / name, tmp_path, filter='data')
+    unpacked = tmp_path / name.removesuffix('.tar.gz')
+    missing = [f for f in tracked if f and f[0] != '.' and not (unpacked / f).exists()]
+    assert not missing
+    subprocess.run(
+        [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', 'tests/test_files.py'],
+        cwd=unpacked,
+        check=True,
+    )
+
+
+@pytest.mark.slow
 def test_installs_into_an_empty_environment(tmp_path):
     """`pip install .` brings what `import nfnets_jax.agc` needs, and no more."""
     source = tmp_path / 'source'  # A copy, as setuptools builds in the source tree.
