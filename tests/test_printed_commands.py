@@ -93,6 +93,7 @@ NOT_RUN = {
     r'(srun|scancel) .*': 'needs SLURM',
     r'python -m experiments.train .*nfnet-0\.nfnet.*': 'needs Kubernetes',
     r'mount .*': 'needs the rights to mount',
+    r'python -m experiments.export .*\.onnx': 'needs jax2onnx; test_guide.py has it',
     r'python -m experiments.soup .*--workdir=.*': 'needs several checkpoints; test_soup.py has it',
     r'python -m experiments.train .*--workdir=/mnt/small/run': 'is for the full disk mounted there',
     r'\S+python -m pytest -m slow': 'is this suite',
@@ -172,12 +173,13 @@ STATUS = {r'.*experiments.classify .* README.md': 2}
 
 _FILES = (
     'F0_haiku.npz',
+    'test_nfnet',
     *(f'{x}.safetensors' for x in ('W', 'A', 'B', 'mine', 'caltech', 'cifar')),
 )
 _FOLDERS = ('PATH_TO_FOLDERS', 'caltech101', 'cifar10', 'mine', 'IMAGE_OR_DIRECTORY')
 _IMAGES = (
     *('test/Faces/image_0007.jpg', 'test/Motorbikes/image_0050.jpg', 'IMAGE'),
-    *('pair0.png', 'pair1.png'),
+    *('pair0.png', 'pair1.png', 'photo.jpg'),
 )
 
 
