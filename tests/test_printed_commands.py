@@ -336,7 +336,8 @@ def workplace(request, materials, tmp_path):
         (tmp_path / 'runs' / 'cifar10.npz').symlink_to(materials / 'cifar10.npz')
         directories = re.findall(r'--workdir=(\S+)', command)
         if reads_run:
-            copied = 'a_validated_run' if 'validation' in command else 'a_run'
+            of_files = re.search(r'validation|image_size', command)
+            copied = 'a_validated_run' if of_files else 'a_run'
         elif 'experiments.report' in command:
             copied = 'a_study'
         else:
