@@ -94,6 +94,7 @@ NOT_RUN = {
     r'python -m experiments.train .*nfnet-0\.nfnet.*': 'needs Kubernetes',
     r'mount .*': 'needs the rights to mount',
     r'python -m experiments.(evaluate|train) .*--workdir=runs/imagenet .*': 'needs ImageNet',
+    r'python -m experiments.export .*\.onnx': 'needs jax2onnx; test_guide.py has it',
     r'python -m experiments.soup .*--workdir=.*': 'needs several checkpoints; test_soup.py has it',
     r'python -m experiments.train .*--workdir=/mnt/small/run': 'is for the full disk mounted there',
     r'\S+python -m pytest -m slow': 'is this suite',
@@ -173,12 +174,13 @@ STATUS = {r'.*experiments.classify .* README.md': 2}
 
 _FILES = (
     'F0_haiku.npz',
+    'test_nfnet',
     *(f'{x}.safetensors' for x in ('W', 'A', 'B', 'mine', 'caltech', 'cifar')),
 )
 _FOLDERS = ('PATH_TO_FOLDERS', 'caltech101', 'cifar10', 'mine', 'IMAGE_OR_DIRECTORY')
 _IMAGES = (
     *('test/Faces/image_0007.jpg', 'test/Motorbikes/image_0050.jpg', 'IMAGE'),
-    *('pair0.png', 'pair1.png'),
+    *('pair0.png', 'pair1.png', 'photo.jpg'),
 )
 
 
@@ -340,7 +342,8 @@ def workplace(request, materials, tmp_path):
         (tmp_path / 'runs' / 'cifar10.npz').symlink_to(materials / 'cifar10.npz')
         directories = re.findall(r'--workdir=(\S+)', command)
         if reads_run:
-            copied = 'a_validated_run' if 'validation' in command else 'a_run'
+            of_files = re.search(r'validation|image_size', command)
+            copied = 'a_validated_run' if of_files else 'a_run'
         elif 'experiments.report' in command:
             copied = 'a_study'
         else:

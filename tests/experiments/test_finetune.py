@@ -108,11 +108,18 @@ def test_duration_warm_up_and_batch_follow_from_the_number_of_images(images, cho
     optimizer = config.optimizer
     assert (config.batch_size, config.duration, optimizer.schedule.warmup) == chosen
     told = schema.take_adaptations(config)
-    assert len(told) == (0 if images == 500_000 else 3)
+    rate = 0.1 * min(1, config.batch_size / 32)
+    assert optimizer.learning_rate == rate
+    line = (
+        f'config.optimizer.learning_rate={rate} instead of 0.1, in proportion to a batch below 32'
+    )
+    assert (line in told) == (rate < 0.1)
+    assert len(told) == (0 if images == 500_000 else 3 + (rate < 0.1))
     assert not schema.take_adaptations(config), 'it was told'
     config = finetune.get_config('model=NFNet-F0,data=there,recipe=published')
     optimizer = config.optimizer
     published = (2048, '15000 steps', '33.3%')
+    assert optimizer.learning_rate == 0.1
     assert (config.batch_size, config.duration, optimizer.schedule.warmup) == published
     assert not schema.take_adaptations(config)
 
@@ -121,7 +128,7 @@ def test_what_the_command_line_overrides_is_not_told(monkeypatch):
     monkeypatch.setattr(finetune, 'open_source', lambda *_, **__: range(16))
     config = finetune.get_config('model=NFNet-F0,data=there')
     config.optimizer.schedule.warmup = '0 steps'
-    config.batch_size = 4
+    config.batch_size, config.optimizer.learning_rate = 4, 0.2
     why = 'for there are 16 training images'
     assert schema.take_adaptations(config) == [
         f'config.duration=500 steps instead of 15000 steps, {why}'
