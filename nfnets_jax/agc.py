@@ -16,10 +16,11 @@ Without Normalization", https://arxiv.org/abs/2102.06171, section 4, equation 3.
 
 import functools
 import inspect
+import itertools
 import math
 import os.path
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -152,12 +153,14 @@ def adaptive_grad_clip(
         chosen = [
             i for i, leaf in enumerate(leaves) if leaf.clipping is not None and _is_float(grads[i])
         ]
-        over = []
-        for i in chosen:
-            grads[i], leaf_over = _clip(
-                leaves[i], jnp.asarray(grads[i]), jnp.asarray(weights[i]), eps
-            )
-            over.append(leaf_over)
+        clipped, over = _clip(
+            [leaves[i] for i in chosen],
+            [jnp.asarray(grads[i]) for i in chosen],
+            [jnp.asarray(weights[i]) for i in chosen],
+            eps,
+        )
+        for i, grad in zip(chosen, clipped, strict=True):
+            grads[i] = grad
 
         groups = clipping_groups(params)
         fraction, by_group = _fractions(groups, [leaves[i] for i in chosen], over)
@@ -231,26 +234,70 @@ def describe_clipping(
 
 
 def _clip(
-    leaf: _Leaf, grad: jax.Array, weight: jax.Array, eps: Scalar
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the clipped gradient, and which of its units exceeded the bound."""
+    leaves: Sequence[_Leaf], grads: Sequence[jax.Array], weights: Sequence[jax.Array], eps: Scalar
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Returns the clipped gradients, and which of their units exceeded the bound.
+
+    Any instruction of a compiled program costs time, however few numbers it computes: 1,800 cycles
+    on a TPU v5e, a launch on a GPU. So what is computed once a unit is one vector for all leaves.
+    """
     # With a larger floor under all norms there is no need to resolve smaller ones.
     tiny = not (isinstance(eps, int | float) and eps >= 1e-30)
-    grad_norm, norm = (
-        _over_mesh(_unit_norm(x, leaf.axes, tiny), leaf.sum_over) for x in (grad, weight)
-    )
-    dtype = np.promote_types(grad_norm.dtype, norm.dtype)
-    grad_norm, norm = grad_norm.astype(dtype), norm.astype(dtype)
-    bound = jnp.asarray(leaf.clipping, dtype) * jnp.maximum(norm, jnp.asarray(eps, dtype))
-    if not tiny:
-        # A tiny `clipping` is left: norms that underflow must not pass its bound.
-        bound = jnp.where(bound < 2e-34, 0, bound)
-    within = grad_norm <= bound
-    # Two factors, because their product underflows for large gradients. Both are 1 within the
-    # bound, unless it is 0.
-    unit_length = 1 / jnp.where(within, 1, grad_norm)
-    length = jnp.where(within & (bound > 0), 1, bound)
-    return _multiply(grad, unit_length, length), ~within
+    clipped, over = list(grads), [jnp.zeros(0, bool)] * len(leaves)
+    for members in _alike(leaves, grads, weights):
+        first = leaves[members[0]]
+        pairs = tuple((_parts(grads[i]), _parts(weights[i])) for i in members)
+        axes = tuple(leaves[i].axes for i in members)
+        grad_norm, norm = (_over_mesh(x, first.sum_over) for x in _norms(pairs, axes, tiny))
+        dtype = np.promote_types(grad_norm.dtype, norm.dtype)
+        grad_norm, norm = grad_norm.astype(dtype), norm.astype(dtype)
+        bound = jnp.asarray(first.clipping, dtype) * jnp.maximum(norm, jnp.asarray(eps, dtype))
+        if not tiny:
+            # A tiny `clipping` is left: norms that underflow must not pass its bound.
+            bound = jnp.where(bound < 2e-34, 0, bound)
+        within = grad_norm <= bound
+        # Two factors, because their product underflows for large gradients. Both are 1 within the
+        # bound, unless it is 0.
+        unit_length = 1 / jnp.where(within, 1, grad_norm)
+        length = jnp.where(within & (bound > 0), 1, bound)
+        shapes = tuple(_kept(grads[i].shape, leaves[i].axes) for i in members)
+        vectors = (_split(x, shapes) for x in (unit_length, length, ~within))
+        for i, *factors, leaf_over in zip(members, *vectors, strict=True):
+            clipped[i], over[i] = _multiply(grads[i], *factors), leaf_over
+    return clipped, over
+
+
+def _alike(
+    leaves: Sequence[_Leaf], grads: Sequence[jax.Array], weights: Sequence[jax.Array]
+) -> Iterable[list[int]]:
+    """Returns the indices of leaves whose units can be in one vector, those of a shape together."""
+    groups: dict[Any, list[int]] = {}
+    for i, (leaf, *pair) in enumerate(zip(leaves, grads, weights, strict=True)):
+        types = [jax.typeof(x) for x in pair]
+        if leaf.sum_over or leaf.split_by or any(any(x.sharding.spec) for x in types):
+            groups[i] = [i]
+            continue
+        clipping = leaf.clipping
+        value = clipping if isinstance(clipping, int | float) else id(clipping)
+        # What stands behind the shape, such as 'float32[8]{V:devices}', says over which mesh axes
+        # of a shard_map the array varies.
+        key = value, tuple((x.dtype, x.sharding.mesh, str(x).partition(']')[2]) for x in types)
+        groups.setdefault(key, []).append(i)
+    for members in groups.values():
+        yield sorted(members, key=lambda i: (leaves[i].shape, leaves[i].axes))
+
+
+def _kept(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a sum over `axes`, which are kept with length 1."""
+    return tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+
+
+def _split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """Returns consecutive parts of a vector, in these shapes."""
+    if len(shapes) == 1:
+        return [vector.reshape(shapes[0])]
+    parts = jnp.split(vector, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _multiply(x: jax.Array, *factors: jax.Array) -> jax.Array:
@@ -264,71 +311,165 @@ def _multiply(x: jax.Array, *factors: jax.Array) -> jax.Array:
     return product.astype(x.dtype)
 
 
-def _unit_norm(x: jax.Array, axes: tuple[int, ...], tiny: bool) -> jax.Array:
-    """Returns L2 norms over `axes`, kept with length 1, in float32, or float64 for float64.
-
-    Exact to rounding up to the largest number of that type, and down to the smallest if `tiny`,
-    else to 2e-34.
-    """
+def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the real and imaginary part, if there is one, in float32 or float64."""
     parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
     dtype = jnp.float64 if parts[0].dtype == jnp.float64 else jnp.float32
-    return _norm(tuple(part.astype(dtype) for part in parts), axes, tiny)
+    return tuple(part.astype(dtype) for part in parts)
+
+
+_Parts = tuple[jax.Array, ...]
+_Sums = Callable[[Sequence[jax.Array], tuple[int, ...]], Sequence[jax.Array]]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _norm(parts: tuple[jax.Array, ...], axes: tuple[int, ...], tiny: bool) -> jax.Array:
-    """Returns L2 norms over `axes` and over all `parts`, which have equal shapes and dtypes.
+def _norms(
+    pairs: tuple[tuple[_Parts, _Parts], ...], axes: tuple[tuple[int, ...], ...], tiny: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Returns L2 norms of the first and of the second array of all pairs, as two vectors.
+
+    A pair has one shape; its norms are over its `axes`, and over real and imaginary parts. They are
+    exact to rounding up to the largest number of the dtype, and down to the smallest if `tiny`,
+    else to 2e-34.
 
     Takes sums of squares side by side, of the numbers scaled by different powers of two. Where one
     sum overflows, the next one has lost nothing to underflow. J. L. Blue, "A Portable Fortran
     Program to Find the Euclidean Norm of a Vector" (1978), sorts the numbers by size into such
     sums; here each sum contains all numbers, so that they need no comparisons.
     """
-    dtype = parts[0].dtype
+    # A TPU concatenates by one instruction for each array, and has another for each reduction; one
+    # that reads gradient and weight side by side is the least. Other platforms know single sums
+    # only: the CPU its library, a GPU its fusions. There stacking small leaves saves a kernel each.
+    leaves, structure = jax.tree.flatten(pairs)
+
+    def norms(stack_up_to: int, sums: _Sums, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pairs = jax.tree.unflatten(structure, leaves)
+        rows = []  # of each pair or stack: the sums of the first array, of the second; exponents
+        for members in _stacks(pairs, axes, stack_up_to):
+            pair, over = pairs[members[0]], axes[members[0]]
+            count = math.prod(pair[0][0].shape[axis] for axis in over)
+            exponents = [_exponents(len(parts) * count, parts[0].dtype, tiny) for parts in pair]
+            if len(members) > 1:
+                pair = jax.tree.map(_stack, *(pairs[i] for i in members))
+                over = tuple(axis + 1 for axis in over)
+            rows.append([*_scaled_sums(pair, exponents, over, sums), exponents])
+        of_first, of_second, powers = zip(*rows, strict=True)
+        first, second = zip(*powers, strict=True)
+        return _choose(of_first, first), _choose(of_second, second)
+
+    first, second = jax.lax.platform_dependent(
+        *leaves,
+        tpu=functools.partial(norms, 0, _sums_together),
+        default=functools.partial(norms, _SMALL, _sums_apart),
+    )
+    return first, second
+
+
+_SMALL = 1 << 14  # numbers in a leaf that is worth copying to share a reduction with others
+
+
+def _stacks(
+    pairs: Sequence[tuple[_Parts, _Parts]], axes: Sequence[tuple[int, ...]], up_to: int
+) -> Iterable[list[int]]:
+    """Returns the indices of consecutive pairs of a shape up to a size, and of each other pair."""
+
+    def kind(i: int) -> Any:
+        array = pairs[i][0][0]
+        return (array.shape, axes[i]) if array.size <= up_to else i
+
+    return [list(members) for _, members in itertools.groupby(range(len(pairs)), kind)]
+
+
+def _stack(*arrays: jax.Array) -> jax.Array:
+    return jnp.concatenate([x.ravel() for x in arrays]).reshape(-1, *arrays[0].shape)
+
+
+def _scaled_sums(
+    pair: tuple[_Parts, _Parts],
+    exponents: Sequence[Sequence[int]],
+    axes: tuple[int, ...],
+    sums: _Sums,
+) -> list[list[jax.Array]]:
+    """Returns for both arrays the sums of their squares, scaled by each power of two."""
+    # The barrier keeps XLA from factoring a constant out of a square, where it underflows, and from
+    # writing one broadcast of it to memory for all leaves of a shape. It is one for all sums, so
+    # that they can share one read of the numbers.
+    scales = [
+        [jnp.asarray(2.0**exponent, parts[0].dtype) for exponent in each]
+        for parts, each in zip(pair, exponents, strict=True)
+    ]
+    pair, scales = jax.lax.optimization_barrier((pair, scales))
+    squares = [
+        [[jnp.square(part * scale) for part in parts] for scale in each]
+        for parts, each in zip(pair, scales, strict=True)
+    ]
+    leaves, structure = jax.tree.flatten(squares)
+    found = jax.tree.unflatten(structure, sums(leaves, axes))
+    return [[functools.reduce(jnp.add, parts) for parts in each] for each in found]
+
+
+def _sums_together(arrays: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Array]:
+    zeros = [jnp.zeros((), x.dtype) for x in arrays]
+    return list(jax.lax.reduce(arrays, zeros, lambda x, y: list(map(jnp.add, x, y)), axes))
+
+
+def _sums_apart(arrays: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Array]:
+    return [jnp.sum(x, axis=axes) for x in arrays]
+
+
+def _exponents(count: int, dtype: Any, tiny: bool) -> list[int]:
+    """Returns the powers of two by which `count` numbers are scaled before they are squared."""
     info = jnp.finfo(dtype)
     # Scaled by `down`, no sum overflows unless the norm itself does. `up` is the largest exponent
     # at which a sum overflows only if what underflowed in the other is a rounding error there. In
     # float32, for 2**12 numbers: 45 and -64.
-    count = len(parts) * math.prod(parts[0].shape[axis] for axis in axes)
     down = -(info.maxexp // 2)
     up = -down - 1 - math.ceil((info.nmant + 1 + math.log2(max(count, 1))) / 2)
     exponents = [up, down]
     if tiny:
         exponents.insert(0, info.maxexp - 8)  # the inverse is a normal number
+    return exponents
 
-    # The barrier keeps XLA from factoring a constant out of a square, where it underflows, and from
-    # writing one broadcast of it to memory for all leaves of a shape. It is one for all sums, so
-    # that they can share one read of the numbers: an NFNet-F0's update takes 6.8 million cycles of
-    # a TPU v5e by the compiler's estimate, and 9.8 with a barrier for each sum.
-    scales = tuple(jnp.asarray(2.0**exponent, dtype) for exponent in exponents)
-    parts, scales = jax.lax.optimization_barrier((parts, scales))
 
-    def norm_at(exponent: int, scale: jax.Array) -> jax.Array:
-        squares = [jnp.square(part * scale) for part in parts]
-        return jnp.sqrt(_total(squares, axes)) * 2.0**-exponent
-
-    *scaled_up, norm = map(norm_at, exponents, scales)
+def _choose(sums: Sequence[Sequence[jax.Array]], exponents: Sequence[Sequence[int]]) -> jax.Array:
+    """Returns all norms as a vector, each by its first sum of scaled squares that is finite."""
+    columns = zip(zip(*sums, strict=True), zip(*exponents, strict=True), strict=True)
+    *scaled_up, norm = [
+        jnp.sqrt(jnp.concatenate([total.ravel() for total in totals]))
+        * jnp.concatenate(
+            [
+                jnp.full(total.size, 2.0**-exponent, total.dtype)
+                for total, exponent in zip(totals, powers, strict=True)
+            ]
+        )
+        for totals, powers in columns
+    ]
     for candidate in reversed(scaled_up):
         norm = jnp.where(candidate < jnp.inf, candidate, norm)
     return norm
 
 
-def _total(arrays: Sequence[jax.Array], axes: tuple[int, ...]) -> jax.Array:
-    """Returns the sum of all arrays over `axes`, which are kept with length 1."""
-    first, *others = [jnp.sum(x, axis=axes, keepdims=True) for x in arrays]
-    return sum(others, first)
-
-
-@_norm.defjvp
-def _norm_jvp(
-    axes: tuple[int, ...], tiny: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[jax.Array, jax.Array]:
+@_norms.defjvp
+def _norms_jvp(
+    axes: tuple[tuple[int, ...], ...], tiny: bool, primals: tuple[Any, ...], tangents: Any
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """The derivative is the unit vector along the numbers; 0 at 0."""
-    (parts,), (changes,) = primals, tangents
-    norm = _norm(parts, axes, tiny)
-    safe = jnp.where(norm == 0, 1, norm)
-    along = [part / safe * change for part, change in zip(parts, changes, strict=True)]
-    return norm, _total(along, axes)
+    (pairs,), (changes,) = primals, tangents
+    norms = _norms(pairs, axes, tiny)
+    shapes = [_kept(parts[0].shape, over) for (parts, _), over in zip(pairs, axes, strict=True)]
+
+    def along(norm: jax.Array, side: int) -> jax.Array:
+        safe = _split(jnp.where(norm == 0, 1, norm), shapes)
+        totals = [
+            sum(
+                jnp.sum(part / length * change, axis=over).ravel()
+                for part, change in zip(pair[side], by[side], strict=True)
+            )
+            for pair, by, length, over in zip(pairs, changes, safe, axes, strict=True)
+        ]
+        return jnp.concatenate(totals)
+
+    return norms, (along(norms[0], 0), along(norms[1], 1))
 
 
 def _over_mesh(norm: jax.Array, names: tuple[str, ...]) -> jax.Array:

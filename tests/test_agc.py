@@ -476,3 +476,33 @@ class TestDescribe:
     def test_errors_as_at_init(self):
         with pytest.raises(ValueError, match='conv/b: axis 2 is out of range'):
             describe_clipping(self.params, axis=2)
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'scale'), [('float32', 1.0), ('float32', 1e-30), ('float32', 1e30)]
+)
+def test_the_forms_of_all_platforms_agree(monkeypatch, dtype, scale):
+    params = {str(i): normal(shape, i, scale, dtype) for i, shape in enumerate(SHAPES + SHAPES)}
+    grads = {str(i): normal(shape, 99 + i, scale / 50, dtype) for i, shape in enumerate(SHAPES * 2)}
+    grads['2'] = grads['2'].at[3].set(jnp.nan)
+    default, state = clip(grads, params, 0.01)
+    assert 0 < state.clipped_fraction < 1
+    monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, tpu, default: tpu(*args))
+    on_tpu, state_on_tpu = clip(grads, params, 0.01)
+    chex.assert_trees_all_close(on_tpu, default, rtol=1e-6)
+    chex.assert_trees_all_close(state_on_tpu, state)
+
+
+def test_one_reduction_a_leaf_on_a_tpu_and_one_a_shape_elsewhere():
+    params = {str(i): jnp.ones((8,)) for i in range(20)} | {'w': jnp.ones((3, 3, 4, 6))}
+    tx = adaptive_grad_clip(0.01)
+
+    def reductions(platform):
+        program = jax.export.export(jax.jit(tx.update), platforms=[platform])
+        text = program(params, tx.init(params), params).mlir_module()
+        return text.count('stablehlo.reduce(')
+
+    counts = 21  # of units above the bound, one a group
+    assert reductions('tpu') == counts + 21
+    # Two sums of gradients and of weights, for the vectors together and for w.
+    assert reductions('cuda') == reductions('cpu') == counts + 2 * 4

@@ -104,6 +104,25 @@ def test_the_guard_of_standardize_is_a_floor_not_an_addend():
     np.testing.assert_array_equal(constant, 0)
 
 
+def test_standardize_of_a_large_mean_and_of_one_large_weight():
+    for w in (1e3 + normal(3, 3, 8, 5), normal(3, 3, 8, 5).at[0, 0, 0].set(1e4)):
+        wide = np.asarray(w, np.float64)
+        expected = (wide - wide.mean((0, 1, 2))) / np.sqrt(wide.var((0, 1, 2)) * 72)
+        result = layers.standardize(w, jnp.ones(5))
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_standardize_is_that_of_the_formula():
+    def formula(w, gain):
+        mean, variance = jnp.mean(w, (0, 1, 2)), jnp.var(w, (0, 1, 2))
+        return gain * (w - mean) / jnp.sqrt(variance * 72)
+
+    args, cotangent = (normal(3, 3, 8, 5), 1 + normal(5)), normal(3, 3, 8, 5) ** 3
+    ours, theirs = (jax.vjp(f, *args)[1](cotangent) for f in (layers.standardize, formula))
+    for x, y in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
 def test_ws_conv_keeps_the_variance_of_its_input():
     x = normal(8, 16, 16, 64)
     _, _, out, _ = init_and_apply(lambda: layers.ScaledWSConv2D(128, 3, groups=2), x)
