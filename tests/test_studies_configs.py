@@ -46,9 +46,9 @@ STUDIES = {
 
 
 def test_every_experiment_of_the_report_is_there():
-    assert len(FILES) == 11
+    assert len(FILES) == 12
     assert all(f'{name}-digits' in STUDIES for name in FILES)
-    assert sum(name.endswith('-cifar10') for name in STUDIES) == 10
+    assert sum(name.endswith('-cifar10') for name in STUDIES) == 11
     small = {name.removesuffix('-cifar10_small') for name in STUDIES if name.endswith('_small')}
     assert small == {'bn_benefits', 'bn_price', 'agc_nf', 'agc_batch_size'}
     assert all(study.name == key.rpartition('-')[0] for key, study in STUDIES.items())
