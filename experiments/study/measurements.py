@@ -79,8 +79,7 @@ def _write_per_image(experiment: Experiment, directory, compiled: Compiled) -> N
     correct = {}
     variables = parallel.replicate(_final_state(experiment, directory).variables())
     for split, source in experiment.evaluated.items():
-        for name, one in variables.items():
-            found = predict(experiment, step, one, split)
+        for name, found in predict(experiment, step, variables, split).items():
             if len(found.indices) < len(source):
                 return
             correct[split + name] = per_image.Correct(found.is_correct, source.checksum())
