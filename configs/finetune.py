@@ -152,13 +152,14 @@ def _adapt(config: ConfigDict, path: str) -> None:
         return
     # HyperRule's schedules have 100 steps of warm-up in 500, and 500 in 10,000.
     duration, warmup = ('500 steps', '20%') if images < 20_000 else ('10000 steps', '5%')
-    chosen = {
-        'batch_size': min(512, 1 << max(images // 8, min(images, 8), 1).bit_length() - 1),
+    batch = min(512, 1 << max(images // 8, min(images, 8), 1).bit_length() - 1)
+    chosen: dict[str, int | float | str] = {
+        'batch_size': batch,
         'duration': duration,
         'optimizer.schedule.warmup': warmup,
     }
     why = dict.fromkeys(chosen, f'for there are {images:,} training images')
-    if (batch := chosen['batch_size']) < _FULL_RATE_BATCH:
+    if batch < _FULL_RATE_BATCH:
         chosen['optimizer.learning_rate'] = 0.1 * batch / _FULL_RATE_BATCH
         why['optimizer.learning_rate'] = f'in proportion to a batch below {_FULL_RATE_BATCH}'
     config.update_from_flattened_dict(chosen)
