@@ -160,7 +160,7 @@ def _adapt(config: ConfigDict, source: Mapping[str, Any]) -> None:
     # HyperRule's schedules have 100 steps of warm-up in 500, and 500 in 10,000.
     duration, warmup = ('500 steps', '20%') if images < 20_000 else ('10000 steps', '5%')
     batch = min(512, 1 << max(images // 8, min(images, 8), 1).bit_length() - 1)
-    chosen: dict[str, Any] = {
+    chosen: dict[str, int | float | str] = {
         'batch_size': batch,
         'duration': duration,
         'optimizer.schedule.warmup': warmup,
