@@ -236,15 +236,40 @@ def describe_clipping(
 def _clip(
     leaves: Sequence[_Leaf], grads: Sequence[jax.Array], weights: Sequence[jax.Array], eps: Scalar
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Returns the clipped gradients, and which of their units exceeded the bound.
+    """Returns the clipped gradients, and which of their units exceeded the bound."""
+    if not leaves:
+        return [], []
 
-    Any instruction of a compiled program costs time, however few numbers it computes: 1,800 cycles
-    on a TPU v5e, a launch on a GPU. So what is computed once a unit is one vector for all leaves.
+    def form(joined: bool, *arrays: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+        return _clip_in_groups(joined, leaves, arrays[: len(leaves)], arrays[len(leaves) :], eps)
+
+    clipped, over = jax.lax.platform_dependent(
+        *grads,
+        *weights,
+        cpu=functools.partial(form, False),
+        default=functools.partial(form, True),
+    )
+    return clipped, over
+
+
+def _clip_in_groups(
+    joined: bool,
+    leaves: Sequence[_Leaf],
+    grads: Sequence[jax.Array],
+    weights: Sequence[jax.Array],
+    eps: Scalar,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Returns what `_clip` does, for as many leaves at once as possible if `joined`.
+
+    Any instruction on an accelerator costs time, however few numbers it computes: 1,800 cycles on a
+    TPU v5e, a launch on a GPU. There what is computed once a unit is one vector for all leaves. On
+    a CPU that takes a quarter longer than leaf by leaf (processor time for an NFNet-F0's update).
     """
     # With a larger floor under all norms there is no need to resolve smaller ones.
     tiny = not (isinstance(eps, int | float) and eps >= 1e-30)
     clipped, over = list(grads), [jnp.zeros(0, bool)] * len(leaves)
-    for members in _alike(leaves, grads, weights):
+    alone = ([i] for i in range(len(leaves)))
+    for members in _alike(leaves, grads, weights) if joined else alone:
         first = leaves[members[0]]
         pairs = tuple((_parts(grads[i]), _parts(weights[i])) for i in members)
         axes = tuple(leaves[i].axes for i in members)

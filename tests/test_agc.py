@@ -487,13 +487,17 @@ def test_the_forms_of_all_platforms_agree(monkeypatch, dtype, scale):
     grads['2'] = grads['2'].at[3].set(jnp.nan)
     default, state = clip(grads, params, 0.01)
     assert 0 < state.clipped_fraction < 1
-    monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, tpu, default: tpu(*args))
+
+    def as_on_a_tpu(*args, default, tpu=None, cpu=None):
+        return (tpu or default)(*args)
+
+    monkeypatch.setattr(jax.lax, 'platform_dependent', as_on_a_tpu)
     on_tpu, state_on_tpu = clip(grads, params, 0.01)
     chex.assert_trees_all_close(on_tpu, default, rtol=1e-6)
     chex.assert_trees_all_close(state_on_tpu, state)
 
 
-def test_one_reduction_a_leaf_on_a_tpu_and_one_a_shape_elsewhere():
+def test_one_reduction_a_leaf_on_a_tpu_and_one_a_shape_on_a_gpu():
     params = {str(i): jnp.ones((8,)) for i in range(20)} | {'w': jnp.ones((3, 3, 4, 6))}
     tx = adaptive_grad_clip(0.01)
 
@@ -505,4 +509,5 @@ def test_one_reduction_a_leaf_on_a_tpu_and_one_a_shape_elsewhere():
     counts = 21  # of units above the bound, one a group
     assert reductions('tpu') == counts + 21
     # Two sums of gradients and of weights, for the vectors together and for w.
-    assert reductions('cuda') == reductions('cpu') == counts + 2 * 4
+    assert reductions('cuda') == counts + 2 * 4
+    assert reductions('cpu') == counts + 21 * 4
