@@ -123,14 +123,16 @@ def main(argv=None):
     wanted = args.rows.split(',')
     if unknown := set(wanted) - set(ROWS):
         parser.error(f'--rows: {", ".join(unknown)} is not one of {", ".join(ROWS)}')
-    jax.config.update('jax_num_cpu_devices', args.cpu_devices)
+    if args.cpu_devices > 1:
+        jax.config.update('jax_num_cpu_devices', args.cpu_devices)
     wanted = [
         row
         for row in wanted
         if not row.startswith(('timm', 'torch')) or peers.available(args.model, row)
     ]
 
-    prepared = {row: prepare(row, args) for row in wanted}
+    with parallel.using(jax.local_devices()[: args.cpu_devices]):
+        prepared = {row: prepare(row, args) for row in wanted}
     times = timing.in_turns({row: run for row, (run, *_) in prepared.items()}, args.rounds)
 
     peak = args.peak_tflops * 1e12 if args.peak_tflops else None
