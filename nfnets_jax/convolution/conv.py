@@ -236,7 +236,7 @@ def _weight_gradient(stride: int, kernel: int, x: Array, cotangent: Array) -> Ar
             'VALID',
             rhs_dilation=(stride, stride),
             dimension_numbers=LAYOUT,
-            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+            preferred_element_type=np.promote_types(x.dtype, np.float32),
         )
 
     total = part(0, 0)
