@@ -57,6 +57,13 @@ def _show_root_file(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] = text.replace('](docs/', '](')
 
 
+def _leave_out_of_menu(app: Sphinx, page: str, source: list[str]) -> None:
+    """Permits the page of a study to be in no menu: the overview of the results links to it."""
+    del app
+    if page.startswith('results/') and not page.endswith('README'):
+        source[0] = f'---\norphan: true\n---\n{source[0]}'
+
+
 def _skip_tuple_field(app: Sphinx, what: str, name: str, field: object, skip: bool, *_) -> bool:
     """Skips the fields of named tuples, which the docstring of the class describes."""
     return skip or type(field).__name__ == '_tuplegetter'
@@ -65,4 +72,5 @@ def _skip_tuple_field(app: Sphinx, what: str, name: str, field: object, skip: bo
 def setup(app: Sphinx) -> None:
     app.connect('autodoc-skip-member', _skip_tuple_field)
     app.connect('source-read', _show_root_file)
+    app.connect('source-read', _leave_out_of_menu)
     app.add_lexer('mermaid', TextLexer)  # drawn by GitHub; drawing it here would need the network

@@ -170,7 +170,9 @@ def naming(node: str, name: str = 'config') -> Iterator[None]:
         if not message.startswith((f'{node}.', f'{node}: ')):
             joint = '.' if re.match(r'\w+=', message) else ': '
             message = f'{node}{joint}{message}'
-        raise UsageError(f'{name}.{message}') from error
+        key = re.split(r'[^\w.]|\.(?!\w)', message)[0]
+        inner = (key for key in error.keys if key.startswith(f'{name}.'))
+        raise UsageError(f'{name}.{message}', f'{name}.{key}', *inner) from error
 
 
 def adapted(key: str, value: Any, why: str) -> None:
@@ -200,7 +202,7 @@ _adapted: dict[str, tuple[Any, str]] = {}
 
 def unknown_key(key: str, known: Iterable[str]) -> UsageError:
     """Returns the error of a key that no config has: the nearest one, or why there is none."""
-    return UsageError(f'unknown key config.{key}{_hint(key, known)}')
+    return UsageError(f'unknown key config.{key}{_hint(key, known)}', f'config.{key}')
 
 
 def _hint(key: str, known: Iterable[str]) -> str:

@@ -102,7 +102,8 @@ def build(
     if steps_per_epoch < 1:
         raise UsageError(
             f'config.batch_size={config.batch_size} is larger than {train_source.name}, '
-            f'which has {len(train_source)} examples'
+            f'which has {len(train_source)} examples',
+            'config.batch_size',
         )
 
     def steps(key: str, duration: str | int, total: int | None, minimum: int = 1) -> int:
@@ -117,7 +118,8 @@ def build(
     total_steps = steps('duration', config.duration, None)
     if (axis := config.model.get('cross_replica_axis')) not in (None, parallel.AXIS):
         raise UsageError(
-            f'config.model.cross_replica_axis={axis!r}: must be {parallel.AXIS!r}, or None'
+            f'config.model.cross_replica_axis={axis!r}: must be {parallel.AXIS!r}, or None',
+            'config.model.cross_replica_axis',
         )
     options = config.model.to_dict()
     if parallel.cpu_is_split() and 'cross_replica_axis' in models.model_options(options['name']):
@@ -138,7 +140,9 @@ def build(
         raise UsageError(
             f"config.augment.mix_pairs='distinct': a step of config.batch_size="
             f'{config.batch_size} reads {images_per_step} images, but {train_source.name} has '
-            f"{len(train_source)}: halve the batch, or choose 'batch'"
+            f"{len(train_source)}: halve the batch, or choose 'batch'",
+            'config.augment.mix_pairs',
+            'config.batch_size',
         )
     class_weights = None
     devices = _cpu_devices(config)
@@ -194,7 +198,9 @@ def _check_batch_fits_devices(
     if rows % config.accumulate:
         raise UsageError(
             f'config.accumulate={config.accumulate}: must divide the {rows} examples that each of '
-            f'the {parallel.device_count()} devices has of config.batch_size={config.batch_size}'
+            f'the {parallel.device_count()} devices has of config.batch_size={config.batch_size}',
+            'config.accumulate',
+            'config.batch_size',
         )
     # Only mixing needs a multiple of images. Tracing the distortions would take half a second.
     undistorted = {**config.augment, 'randaugment_layers': 0, 'autoaugment': False}
@@ -251,7 +257,9 @@ def _check_sampling(config: ConfigDict, source: Source) -> None:
     if several and config.data.get('sampling') == 'balanced':
         raise UsageError(
             f"config.data.sampling='balanced': images of {source.name} may have several labels, "
-            "and so no class to be drawn by; choose config.class_weights='balanced'"
+            "and so no class to be drawn by; choose config.class_weights='balanced'",
+            'config.data.sampling',
+            'config.class_weights',
         )
 
 
@@ -260,7 +268,8 @@ def _is_on_device(config: ConfigDict, image_spec: ImageSpec) -> bool:
     if on_device and image_spec.train_transform is not None:
         raise UsageError(
             f'config.data.on_device=True: the images of {config.data.name!r} are cropped at '
-            'random on the host; leave it False'
+            'random on the host; leave it False',
+            'config.data.on_device',
         )
     return on_device
 

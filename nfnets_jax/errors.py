@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 
@@ -12,7 +12,24 @@ class UsageError(ValueError):
     The message is one line that names the key or file and says what is valid. The command-line
     programs print it and exit with status 2. Every other exception is a bug of this project and
     keeps its stack trace.
+
+    Args:
+      message: the line.
+      keys: the config's keys in it, in order, so that `rename_keys` does not have to guess them.
     """
+
+    def __init__(self, message: str = '', *keys: str):
+        super().__init__(message)
+        self.keys = keys
+
+
+def rename_keys(error: BaseException, name: Callable[[str], str]) -> str:
+    """Returns the message of an error with `name(key)` for each of its `keys`, if it has some."""
+    renamed, rest = '', str(error)
+    for key in getattr(error, 'keys', ()):
+        before, found, rest = rest.partition(key)
+        renamed += before + (name(key) if found else '')
+    return renamed + rest
 
 
 def first_line(error: BaseException) -> str:

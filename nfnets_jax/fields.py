@@ -124,15 +124,15 @@ def check(
     prefix = f'{name}.' if name else ''
     for key in values:
         if key not in known:
-            raise UsageError(f'unknown key {prefix}{key}{hint(key, known)}')
+            raise UsageError(f'unknown key {prefix}{key}{hint(key, known)}', prefix + key)
     for key, option in known.items():
         if key in values:
             check_value(option, values[key], prefix + key, whole=whole, hint=hint)
         elif option.default is REQUIRED and not option.inner:
-            raise UsageError(f'{prefix}{key} is missing: it must be {option.wants}')
+            raise UsageError(f'{prefix}{key} is missing: it must be {option.wants}', prefix + key)
         elif whole:
             default = '' if option.inner else f' (default: {option.default!r})'
-            raise UsageError(f'{prefix}{key} is missing{default}')
+            raise UsageError(f'{prefix}{key} is missing{default}', prefix + key)
 
 
 def check_value(
@@ -150,9 +150,9 @@ def check_value(
     elif not any(_is_of(kind, value, field) for kind in kinds):
         choices = [choice for kind in kinds for choice in _choices(kind)]
         wrong = f' is unknown{nearest(value, choices)}' if choices else f': must be {option.wants}'
-        raise UsageError(f'{name}={value!r:.60}{wrong}')
+        raise UsageError(f'{name}={value!r:.60}{wrong}', name)
     if field.rule and value is not None and not field.rule(value):
-        raise UsageError(f'{name}={value!r:.60}: must be {option.wants}')
+        raise UsageError(f'{name}={value!r:.60}: must be {option.wants}', name)
 
 
 def checked(name: str = '') -> Callable[[_Init], _Init]:

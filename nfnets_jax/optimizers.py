@@ -151,11 +151,13 @@ def create(
     groups = assign_groups(config['groups'], params, key=f'{key}.groups')
     trained = [group for group in groups.values() if not group.freeze]
     if not trained:
-        raise UsageError(f'{key}.groups freezes every parameter')
+        raise UsageError(f'{key}.groups freezes every parameter', f'{key}.groups')
     if config['clip']['name'] != 'none' and not any(group.clip for group in trained):
         raise UsageError(
             f'{key}.clip.name={config["clip"]["name"]!r} clips nothing: {key}.groups exempts or '
-            "freezes every parameter; say 'none'"
+            "freezes every parameter; say 'none'",
+            f'{key}.clip.name',
+            f'{key}.groups',
         )
 
     def marked(field: str) -> Callable[[optax.Params], optax.Params]:
@@ -176,7 +178,8 @@ def create(
         if steps >= total_steps:
             raise UsageError(
                 f'{where}={duration!r} is {steps} steps, the whole training ({total_steps}): '
-                'shorten it, or say freeze=True'
+                'shorten it, or say freeze=True',
+                where,
             )
         return steps
 
@@ -297,7 +300,8 @@ def assign_groups(
             re.compile(rule.match)
         except re.error as error:
             raise UsageError(
-                f'{key}[{i}].match={rule.match!r}: must be a regular expression: {error}'
+                f'{key}[{i}].match={rule.match!r}: must be a regular expression: {error}',
+                f'{key}[{i}].match',
             ) from None
     names = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
     groups: dict[str, Group] = {}
@@ -306,19 +310,22 @@ def assign_groups(
         if not matched:
             raise UsageError(
                 f'{key}[{i}].match={rule.match!r} matches no parameter of this model; '
-                f'it must match a whole name, like {names[0]!r}'
+                f'it must match a whole name, like {names[0]!r}',
+                f'{key}[{i}].match',
             )
         decided = {name: rule for name in matched if name not in groups}
         if not decided:
             raise UsageError(
                 f'{key}[{i}].match={rule.match!r} has no effect: earlier rules match all of its '
-                f'{len(matched)} parameters; move it up or leave it out'
+                f'{len(matched)} parameters; move it up or leave it out',
+                f'{key}[{i}].match',
             )
         groups |= decided
     if missing := [name for name in names if name not in groups]:
         raise UsageError(
             f'{key}: no rule matches the parameter {missing[0]!r} '
-            f"({len(missing)} in all); a last rule with match='.*' covers the rest"
+            f"({len(missing)} in all); a last rule with match='.*' covers the rest",
+            key,
         )
     return {name: groups[name] for name in names}
 

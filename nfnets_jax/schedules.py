@@ -53,7 +53,7 @@ def num_steps(
     if unit == '%':
         if total_steps is None:
             raise UsageError(
-                f"{key}={duration!r}: give it in steps or epochs, '%' has no meaning here"
+                f"{key}={duration!r}: give it in steps or epochs, '%' has no meaning here", key
             )
         steps = amount / 100 * total_steps
         if 0 < steps < 1:
@@ -63,12 +63,14 @@ def num_steps(
     elif amount == int(amount):
         steps = amount
     else:
-        raise UsageError(f'{key}={duration!r}: a number of steps must be whole')
+        raise UsageError(f'{key}={duration!r}: a number of steps must be whole', key)
     steps = round(steps)
     if amount < 0 or steps < minimum:
-        raise UsageError(f'{key}={duration!r} is {steps} steps: it must be at least {minimum}')
+        raise UsageError(f'{key}={duration!r} is {steps} steps: it must be at least {minimum}', key)
     if steps > MAX_STEPS:
-        raise UsageError(f'{key}={duration!r} is {steps} steps: it must be at most {MAX_STEPS}')
+        raise UsageError(
+            f'{key}={duration!r} is {steps} steps: it must be at most {MAX_STEPS}', key
+        )
     return steps
 
 
@@ -90,12 +92,13 @@ def _parse(duration: int | str, key: str) -> tuple[float, str]:
         return duration, 'steps'
     match = _DURATION.fullmatch(duration.strip()) if isinstance(duration, str) else None
     if match is None:
-        raise UsageError(f'{key}={duration!r}: must be {DURATION}')
+        raise UsageError(f'{key}={duration!r}: must be {DURATION}', key)
     unit = match['unit'].lower()
     if unit != '%' and unit not in _UNITS:
         raise UsageError(
             f'{key}={duration!r}: unknown unit {match["unit"]!r}'
-            f'{nearest(unit, ("steps", "epochs", "%"))}'
+            f'{nearest(unit, ("steps", "epochs", "%"))}',
+            key,
         )
     return float(match['amount']), _UNITS.get(unit, unit)
 
@@ -214,7 +217,8 @@ def create(
         if steps > total_steps:
             raise UsageError(
                 f'{key}.{field}={duration!r} is {steps} steps, '
-                f'longer than the whole training ({total_steps})'
+                f'longer than the whole training ({total_steps})',
+                f'{key}.{field}',
             )
         return steps
 
@@ -223,7 +227,9 @@ def create(
     if end_value and config['name'] != 'cosine':
         raise UsageError(
             f'{key}.end_value={end_value}: {key}.name={config["name"]!r} has no end; '
-            "choose 'cosine', or 0"
+            "choose 'cosine', or 0",
+            f'{key}.end_value',
+            f'{key}.name',
         )
     match config['name']:
         case 'cosine':

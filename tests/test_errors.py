@@ -2,7 +2,7 @@
 
 import pytest
 
-from nfnets_jax.errors import nearest
+from nfnets_jax.errors import UsageError, nearest, rename_keys
 
 KEYS = (
     *('seed', 'batch_size', 'duration', 'precision', 'ema', 'sam.rho', 'augment.mixup'),
@@ -53,3 +53,19 @@ def test_an_alias_tells_the_name_it_stands_for():
 
 def test_where_nothing_is_near_all_are_named():
     assert nearest('zzz', ['one', 'two'], {'other': 'one'}) == ' (known: one, two)'
+
+
+def test_the_keys_of_an_error_are_renamed_and_nothing_else():
+    def name(key):
+        return key.replace('config.', 'config.base.')
+
+    error = UsageError(
+        "config.a='config.b': must divide config.b=2 of config.ab, config.b",
+        'config.a',
+        'config.b=',
+    )
+    assert rename_keys(error, name) == (
+        "config.base.a='config.b': must divide config.base.b=2 of config.ab, config.b"
+    )
+    assert rename_keys(UsageError('config.a', 'config.c'), name) == 'config.a'
+    assert rename_keys(ValueError('config.a=1'), name) == 'config.a=1'

@@ -92,6 +92,7 @@ NOT_RUN = {
     r'gcloud .*': 'needs an account of Google Cloud',
     r'(srun|scancel) .*': 'needs SLURM',
     r'python -m experiments.train .*nfnet-0\.nfnet.*': 'needs Kubernetes',
+    r'python -m experiments.report --tables=docs/results .*': 'test_published.py runs it',
     r'mount .*': 'needs the rights to mount',
     r'python -m experiments.(evaluate|train) .*--workdir=runs/imagenet .*': 'needs ImageNet',
     r'python -m experiments.export .*\.onnx': 'needs jax2onnx; test_guide.py has it',

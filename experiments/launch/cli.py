@@ -279,7 +279,7 @@ def _load(config: str) -> tuple[ConfigDict, Sequence[str]]:
         return loaded, module.get('VARIANTS', ())
     except UsageError as error:
         raise UsageError(
-            f'--config={config}: {error}' if str(error)[:2] != '--' else error
+            f'--config={config}: {error}' if str(error)[:2] != '--' else str(error)
         ) from None
     except Exception as error:
         raise UsageError(

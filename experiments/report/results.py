@@ -182,7 +182,6 @@ def judge(study: Study) -> list[Judgement]:
 def _decide(
     judgement: Judgement, test: statistics.Evidence, corrected: float, claims: int
 ) -> Judgement:
-    same = judgement.claim.direction == 'same'
     of = test.estimate
     edges = [f for tunings in judgement.tunings for t in tunings for f in t.at_edge()]
     verdict = Verdict.UNDECIDED if edges else statistics.decide(test, corrected)
@@ -194,7 +193,7 @@ def _decide(
             'the best value tried is at the edge of the grid: give --extend' if edges else '',
             p=test.p,
             corrected=corrected,
-            detectable=statistics.detectable(of.error, of.df, statistics.LEVEL / claims, same=same),
+            detectable=statistics.detectable(test.rivals, statistics.LEVEL / claims),
             basis='seeds and images' if of.counts_images else 'seeds alone',
         )
     )

@@ -161,7 +161,9 @@ def _image_spec(
                 raise UsageError(
                     f'the images of {source!r} are {_in_words(size)} to train on but '
                     f'{_in_words(other.shape[:2])} in another split; make them one size, or '
-                    'give config.data.image_size and config.data.test_image_size'
+                    'give config.data.image_size and config.data.test_image_size',
+                    'config.data.image_size',
+                    'config.data.test_image_size',
                 )
         return ImageSpec(image.shape, shortest(size), _AS_IT_IS)
     published = models.variant_info(model)

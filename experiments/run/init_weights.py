@@ -61,14 +61,19 @@ def load_weights(
         here, value = getattr(experiment.image_spec, key), getattr(weights.metadata, key)
         if not np.allclose(here, value, rtol=0, atol=0.01):  # Of 255: files round it otherwise.
             raise UsageError(
-                f'config.data.{key}={here}: config.init.weights={path} were trained with {value}'
+                f'config.data.{key}={here}: config.init.weights={path} were trained with {value}',
+                f'config.data.{key}',
+                'config.init.weights',
             )
     variables = jax.jit(init_variables, static_argnums=(0, 2))(
         experiment.model, config.seed, experiment.image_spec.shape
     )
     *variables, report = pretrained.fit_weights(weights, *variables, new_head=config.init.new_head)
     if not report.fits:
-        raise UsageError(f'config.init.weights={path} do not fit {config.model.name}: {report}')
+        raise UsageError(
+            f'config.init.weights={path} do not fit {config.model.name}: {report}',
+            'config.init.weights',
+        )
     return *variables, report
 
 
@@ -92,11 +97,15 @@ def _as_built(weights: pretrained.Weights, model: dict[str, Any], path: str) -> 
         if option not in model and models.variant_info(name).name != metadata.model:
             raise UsageError(
                 f'config.init.weights={path}: weights of {metadata.model}, but '
-                f'config.model.name={name!r}'
+                f'config.model.name={name!r}',
+                'config.init.weights',
+                'config.model.name',
             )
         raise UsageError(
             f'config.model.{option}={here.get(option)!r}: config.init.weights={path} are of '
-            f'a network with {value!r}'
+            f'a network with {value!r}',
+            f'config.model.{option}',
+            'config.init.weights',
         )
     return weights
 

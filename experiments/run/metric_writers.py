@@ -88,7 +88,8 @@ def _import_wandb(config: ConfigDict):
     except ImportError:
         raise UsageError(
             f'config.wandb.project={config.wandb.project!r} needs Weights & Biases: '
-            "pip install 'nfnets_jax[tracking]'"
+            "pip install 'nfnets_jax[tracking]'",
+            'config.wandb.project',
         ) from None
     return wandb
 
@@ -246,7 +247,9 @@ class _Wandb:
         except wandb.Error as error:
             raise UsageError(
                 f'config.wandb.project={config.wandb.project!r}: {first_line(error)} '
-                '(--config.wandb.mode=offline needs no account)'
+                '(--config.wandb.mode=offline needs no account)',
+                'config.wandb.project',
+                'config.wandb.mode',
             ) from error
 
     def write(self, step: int, scalars: Scalars) -> None:

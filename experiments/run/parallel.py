@@ -99,7 +99,8 @@ def local_batch_size(global_batch: int, key: str = 'batch_size') -> int:
         below = global_batch - global_batch % devices
         nearby = ' or '.join(str(b) for b in (below, below + devices) if b > 0)
         raise UsageError(
-            f'config.{key}={global_batch} is not divisible by the {devices} devices: use {nearby}'
+            f'config.{key}={global_batch} is not divisible by the {devices} devices: use {nearby}',
+            f'config.{key}',
         )
     return global_batch // process_count()
 

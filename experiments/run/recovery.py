@@ -57,6 +57,12 @@ def recorded_metrics(path: pathlib.Path, step: int) -> dict[str, float]:
 class DivergedError(Exception):
     """The loss or the gradient is not finite."""
 
+    keys = (  # in its message, as a UsageError has them
+        'config.optimizer.learning_rate',
+        'config.optimizer.schedule.warmup',
+        'config.optimizer.clip.clipping',
+    )
+
 
 def assert_finite(state: TrainState, checkpoints: Checkpoints) -> None:
     """Raises a DivergedError if too many consecutive steps were non-finite."""
@@ -68,8 +74,7 @@ def assert_finite(state: TrainState, checkpoints: Checkpoints) -> None:
     good = f'the last good checkpoint is step {saved[-1]:,}' if saved else 'nothing was saved yet'
     raise DivergedError(
         f'the loss or the gradient was not finite at step {bad:,}; {good}. Try a lower '
-        'config.optimizer.learning_rate, a longer config.optimizer.schedule.warmup or a smaller '
-        'config.optimizer.clip.clipping, with another --workdir'
+        '{}, a longer {} or a smaller {}, with another --workdir'.format(*DivergedError.keys)
     )
 
 

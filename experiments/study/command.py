@@ -218,8 +218,7 @@ def _naming_pretrain() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        message = study_config.rename_keys(str(error), lambda key: f'pretrain.{key}')
-        raise UsageError(message) from error
+        raise UsageError(study_config.in_pretraining(error)) from error
 
 
 def _run_trial(
@@ -241,11 +240,11 @@ def _run_trial(
                 raise KeyboardInterrupt
             metrics |= results
     except DivergedError as error:
-        return {'state': 'diverged', 'error': study_config.in_study(str(error), trial, study)}
+        return {'state': 'diverged', 'error': study_config.in_study(error, trial, study)}
     except Exception as error:
         # Whatever it is, the other trials may succeed.
         files.atomic_write(directory / 'error.txt', traceback.format_exc())
-        message = study_config.in_study(f'{type(error).__name__}: {error}', trial, study)
+        message = f'{type(error).__name__}: {study_config.in_study(error, trial, study)}'
         return {'state': 'failed', 'error': message.splitlines()[0][:300]}
     if study.metric not in metrics:
         raise UsageError(
@@ -309,7 +308,7 @@ def _check_configs(
                 if (name := data_record.key(trial.config)) not in data:
                     data[name] = data_record.make_record(experiment.splits)
         except UsageError as error:
-            message = study_config.in_study(str(error), trial, study)
+            message = study_config.in_study(error, trial, study)
             raise UsageError(f'trial {trial.id}: {message}') from error
         checked.add(key)
     return data

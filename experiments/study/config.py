@@ -19,7 +19,7 @@ from experiments.run import workdir
 from experiments.study import measurements
 from experiments.study.schema import TIMES, StudyConfig, check_axis, parse_chart, parse_claim
 from experiments.train_step import program_key
-from nfnets_jax import fields
+from nfnets_jax import errors, fields
 from nfnets_jax.errors import UsageError, nearest
 
 PRETRAINED = '{study}/pretrained'  # {study}, which `load_weights` knows, is the study's directory
@@ -108,8 +108,8 @@ def difference(trial: Trial, study: ConfigDict) -> dict[str, Any]:
     return {key: value for key, value in here.items() if key not in base or base[key] != value}
 
 
-def in_study(message: str, trial: Trial, study: ConfigDict) -> str:
-    """Returns a message about a trial's config, its keys named as they are in the study.
+def in_study(error: BaseException, trial: Trial, study: ConfigDict) -> str:
+    """Returns the message of an error about a trial's config, its keys named as in the study.
 
     'config.data.path' becomes 'config.base.data.path', unless the arm or an axis sets it.
     """
@@ -122,15 +122,18 @@ def in_study(message: str, trial: Trial, study: ConfigDict) -> str:
             return f'arms[{i}].grid.{axes[key]}' if axes[key] in grid else f'grid.{axes[key]}'
         return f'arms[{i}].config.{key}' if _has(changes, key) else f'base.{key}'
 
-    return rename_keys(message, place)
+    return errors.rename_keys(error, lambda key: _moved(key, place))
 
 
-def rename_keys(message: str, place: Callable[[str], str]) -> str:
-    """Returns a message about a run's config with each key of it replaced by `place(key)`."""
-    known = '|'.join(default_config())
-    return re.sub(
-        rf'\bconfig\.((?:{known})\b(?:\.\w+)*)', lambda match: f'config.{place(match[1])}', message
-    )
+def in_pretraining(error: BaseException) -> str:
+    """Returns the message of an error about `pretrain`, its keys named as in the study."""
+    return errors.rename_keys(error, lambda key: _moved(key, 'pretrain.{}'.format))
+
+
+def _moved(key: str, place: Callable[[str], str]) -> str:
+    """Returns 'config.' and the place of a key of a run's config; of an entry, of its list."""
+    name, index, rest = key.removeprefix('config.').partition('[')
+    return f'config.{place(name)}{index}{rest}' if key.startswith('config.') else key
 
 
 def _has(changes: Mapping, key: str) -> bool:

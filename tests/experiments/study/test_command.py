@@ -405,6 +405,22 @@ def test_a_mistake_in_a_study_is_named(changes, message):
             r'trial agc-\S+: config.arms\[0\].config.optimizer.momentum=2.0: must',
         ),
         (
+            {
+                'base': tiny_config(accumulate=3),
+                'axes': ConfigDict({'batch': 'batch_size'}),
+                'arms': ({'name': 'agc', 'grid': {'batch': (64,)}},),
+            },
+            r'config.base.accumulate=3: .* of config.arms\[0\].grid.batch=64$',
+        ),
+        (  # The value is not a key.
+            {'base': tiny_config(init__weights='config.seed/nowhere.npz')},
+            r'config.base.init.weights: .*\bconfig.seed/nowhere.npz',
+        ),
+        (
+            {'base': tiny_config(optimizer__groups=({'match': '.*', 'lr_scale': -1.0},))},
+            r'config.base.optimizer.groups\[0\].lr_scale=-1.0: must',
+        ),
+        (
             {'pretrain': tiny_config(init__weights='nowhere.npz')},
             r'config.pretrain.init.weights\b.*nowhere.npz',
         ),

@@ -2,11 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 
+from experiments.report.statistics import Option
 from experiments.study import planning
 from experiments.study.config import default_study
 from experiments.study.journal import TrialRecord
+from tests.experiments.report.test_statistics import searched
 
 RATES = (0.1, 0.4, 1.6)
 
@@ -22,6 +25,17 @@ def study(search='coarse', rates=RATES, **changes):
 
 def run(planner, peak):
     """Runs plans to the end; validation is best at `peak`. Returns {(rate, seed)} in each plan."""
+
+    def result(rate, seed):
+        del seed
+        distance = abs(math.log(rate / peak)) / 20
+        return {'validation/top1': 1 - distance, 'test/top1': distance}
+
+    return run_all(planner, result)
+
+
+def run_all(planner, result):
+    """As `run`, with result(rate, seed) -> metrics."""
     records, plans = {}, []
     while True:
         plan = planner.plan(list(records.values()))
@@ -29,8 +43,7 @@ def run(planner, peak):
             return plans
         plans.append({(t.axes['learning_rate'], t.axes['seed']) for t in plan})
         for trial in plan:
-            distance = abs(math.log(trial.axes['learning_rate'] / peak))
-            metrics = {'validation/top1': 1 - distance / 20, 'test/top1': distance / 20}
+            metrics = result(trial.axes['learning_rate'], trial.axes['seed'])
             records[trial.id] = TrialRecord(
                 0, trial.id, trial.axes, '', {}, 'complete', 6, metrics, 1.0, None
             )
@@ -66,3 +79,17 @@ def test_a_grid_ends_at_its_limit_and_where_no_config_may_have_the_value():
     axes = {'learning_rate': 'optimizer.momentum', 'seed': 'seed'}
     momentum = study('full', rates=(0.1, 0.9), axes=axes)
     assert run(planning.Planner(momentum, extend=True), peak=5.0) == [cross((0.1, 0.9), (0, 1, 2))]
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_a_coarse_search_is_the_one_of_the_simulations(seed):
+    rates = (0.025, 0.1, 0.4, 1.6, 6.4)
+    validation = np.random.default_rng(seed).random((5, 3)).round(2)
+
+    def result(rate, seed):
+        return {'validation/top1': float(validation[rates.index(rate), seed])}
+
+    found = run_all(planning.Planner(study(rates=rates)), result)[-1]
+    options = [Option(row, rate) for row, rate in zip(validation, rates, strict=True)]
+    whole = [option.runs for option in searched(options)]
+    assert found == cross(rates, (0,)) | cross(whole, (0, 1, 2))

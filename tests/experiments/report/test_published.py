@@ -1,0 +1,57 @@
+"""The results in docs/ follow from the tables beside them, by the command that they print."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from experiments.report import reading, results, static, summaries, tables
+from experiments.report.wording import mean_and_error
+
+ROOT = pathlib.Path(__file__).parents[3]
+STUDIES = ROOT / 'docs' / 'studies.md'
+PUBLISHED = ROOT / 'docs' / 'results'
+
+
+@pytest.fixture(scope='module')
+def studies(tmp_path_factory):
+    """Every study whose tables are published, by the name of its files."""
+    found = tables.restore_all(PUBLISHED, tmp_path_factory.mktemp('restored'))
+    return {static.slug(study): study for study in map(reading.load, found)}
+
+
+def row(*cells):
+    return '| ' + ' | '.join(map(static._escape, cells)) + ' |'
+
+
+def test_the_numbers_of_the_guide_follow_from_the_tables(studies):
+    study, text = studies['regularization-digits'], STUDIES.read_text(encoding='utf-8')
+    for cells in summaries.answers(study):
+        assert row(*cells) in text
+    printed = set(re.findall(r'\d+\.\d+ ± \d+\.\d+ \(3\)', text))
+    best = {mean_and_error(t.sample, study.metric) for t in results.tunings(study)}
+    assert printed <= {text.replace('\N{NO-BREAK SPACE}', ' ') for text in best}
+    assert len(printed) == 2
+
+
+def test_the_pages_follow_from_the_tables(studies):
+    for name, study in studies.items():
+        page = (PUBLISHED / f'{name}.md').read_text(encoding='utf-8')
+        assert summaries.progress(study) in page
+        for judged in results.judge(study):
+            outcome = summaries.verdict(judged), summaries.outcome(study, judged)
+            assert row(judged.claim.text, judged.claim.source, *outcome) in page
+
+
+def test_the_printed_command_computes_them(tmp_path):
+    (command,) = re.findall(
+        r'^python (-m experiments.report --tables=.*)$', STUDIES.read_text(encoding='utf-8'), re.M
+    )
+    arguments = shlex.split(command.replace('results.html', str(tmp_path / 'results.html')))
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+    page = (tmp_path / 'results.html').read_text(encoding='utf-8')
+    for cells in ('+9.86 points', 'corrected = 0.79'):
+        assert cells in page
