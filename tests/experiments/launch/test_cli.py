@@ -222,6 +222,7 @@ NO_PATHS = {
     'model',
     'eval_mode',
     'dataset',
+    'label_column',
     'models',
     'devices',
     'against',
