@@ -49,7 +49,9 @@ def test_four_panels_with_their_final_values():
 
 
 def test_noisy_curves_are_smoothed_over_faint_raw_ones():
-    raw, smooth = _panels(curves.curves(_metrics(400)))['Clipped fraction'].lines
+    panel = _panels(curves.curves(_metrics(400)))['Clipped fraction']
+    assert panel.get_title(loc='right') == 'clipped: moving average'
+    raw, smooth = panel.lines
     assert raw.get_alpha() < 0.5
     assert smooth.get_alpha() is None
     assert len(raw.get_ydata()) == len(smooth.get_ydata()) == 400
@@ -64,7 +66,9 @@ def test_smoothing_follows_a_steep_beginning():
 
 
 def test_few_points_are_all_marked_and_not_smoothed():
-    (line,) = _panels(curves.curves(_metrics(5)))['Clipped fraction'].lines
+    panel = _panels(curves.curves(_metrics(5)))['Clipped fraction']
+    assert panel.get_title(loc='right') == ''
+    (line,) = panel.lines
     assert len(line.get_ydata()) == 5
     assert line.get_marker() == '.'
 
