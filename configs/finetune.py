@@ -27,7 +27,7 @@ training images, steps, warm-up and batch are those of BiT's HyperRule (arXiv 19
 20,000 images 500 steps, 100 of them warm-up, else 10,000 and 500; 512 images a step, or with few an
 eighth of them, rounded down to a power of two. With fewer than 32 images a step the learning rate
 is 0.1 x batch / 32. The run prints at the start what was chosen.
-docs/pretrained.md has an example with its results.
+docs/fine_tuning.md has examples with their results.
 """
 
 import dataclasses

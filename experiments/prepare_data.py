@@ -26,9 +26,9 @@ import tqdm
 from absl import flags
 from PIL import Image
 
-from experiments import convert_shards
 from experiments.export import read_class_names
 from experiments.launch import cli
+from experiments.run import convert_shards
 from nfnets_jax import files
 from nfnets_jax.data.tfds import DEFAULT_DATA_DIR, open_builder
 from nfnets_jax.errors import UsageError

@@ -283,7 +283,7 @@ def materials(tmp_path_factory):
         for what, high, shape in (('images', 256, (32, 32, 3)), ('labels', 10, ()))
     }
     np.savez(path / 'cifar10.npz', **arrays)
-    text = (ROOT / 'docs' / 'pretrained.md').read_text(encoding='utf-8')
+    text = (ROOT / 'docs' / 'fine_tuning.md').read_text(encoding='utf-8')
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
     pretrain, small = (block for block in blocks if 'def get_config(data' in block)
     (path / 'pretrain.py').write_text(pretrain)

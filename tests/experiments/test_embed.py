@@ -1,7 +1,10 @@
 """Features are those of the network applied directly; each file holds them in order."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import embed
 from nfnets_jax.data.preprocessing import resize_crop
@@ -32,6 +35,19 @@ def test_features_are_those_of_the_network_applied_directly(weights, images):
     assert [path for path, _ in found] == images
     for path, features in found:
         np.testing.assert_allclose(features, directly(weights, path), rtol=1e-3, atol=1e-4)
+
+
+def test_images_that_are_not_square(weights, tmp_path):
+    metadata = dataclasses.replace(
+        weights.metadata, test_size=(12, 24), eval_mode='resize_crop_1.0'
+    )
+    pixels = np.random.RandomState(0).randint(0, 256, (12, 24, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'wide.png')  # of the size that it is resized to
+    network = pretrained.network(metadata)
+    normalized = (pixels[None].astype(np.float32) - 100) / 50
+    expected, _ = network.apply(weights.params, {}, None, normalized, False)
+    ((_, features),) = embed.embed(weights._replace(metadata=metadata), [tmp_path / 'wide.png'])
+    np.testing.assert_allclose(features, expected['pool'][0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('suffix', embed.FORMATS)

@@ -156,6 +156,18 @@ def test_onnx_gives_the_models_logits_at_any_batch_size(name):
         np.testing.assert_allclose(logits, expected[:batch], rtol=1e-4, atol=1e-4)
 
 
+def test_onnx_of_images_that_are_not_square():
+    pytest.importorskip('jax2onnx', reason='an optional extra')
+    onnxruntime = pytest.importorskip('onnxruntime', reason='an optional extra')
+    weights = trained('NF-ResNet-8')
+    metadata = dataclasses.replace(weights.metadata, test_size=(8, 24))
+    session = onnxruntime.InferenceSession(export.to_onnx(weights._replace(metadata=metadata)))
+    assert session.get_inputs()[0].shape[1:] == [8, 24, 3]
+    x = np.random.RandomState(2).uniform(0, 255, (2, 8, 24, 3)).astype(np.float32)
+    (logits,) = session.run(['logits'], {'pixels': x})
+    np.testing.assert_allclose(logits, expected_logits(weights, x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_network_of_features_for_one_channel():
     weights = pretrained.fit_stem(trained('eca_nfnet_l0'), 1)
     metadata = dataclasses.replace(weights.metadata, num_classes=0)

@@ -67,6 +67,20 @@ def test_a_folder_and_a_table_of_the_same_images_give_the_same_metrics(run, test
     assert part['test/loss'] != found['test/loss']
 
 
+def test_images_that_are_not_square(tmp_path):
+    arrays, rng = {'class_names': ['a', 'b']}, np.random.RandomState(0)
+    for split in ('train', 'test'):
+        arrays[f'{split}_images'] = rng.randint(0, 256, (64, 8, 12, 3)).astype(np.uint8)
+        arrays[f'{split}_labels'] = np.arange(64) % 2
+    np.savez(tmp_path / 'wide.npz', **arrays)
+    config = tiny_config(data={'name': 'arrays', 'path': str(tmp_path / 'wide.npz')})
+    final = train(config, tmp_path / 'run')['final']
+    test = ArraySource(arrays['test_images'], arrays['test_labels'], ('a', 'b'))
+    save(test, tmp_path / 'folder')
+    found = evaluate(tmp_path / 'run', other=str(tmp_path / 'folder'))
+    assert found['test/loss'] == pytest.approx(final['test/loss'], rel=1e-5)
+
+
 def test_some_of_the_classes_are_enough(run, test_images, tmp_path):
     directory, _ = run
     chosen = np.isin(test_images.labels, (3, 7))

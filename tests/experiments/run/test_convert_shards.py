@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import convert_shards, prepare_data
+from experiments import prepare_data
+from experiments.run import convert_shards
 from nfnets_jax.data import shards
 from nfnets_jax.data.preprocessing import decode
 from nfnets_jax.errors import UsageError
