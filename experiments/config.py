@@ -231,6 +231,7 @@ def eval_precision(config: ConfigDict) -> str:
 # Dotted keys that the configs of earlier versions lack, with what those versions did.
 ADDED_FIELDS = {
     'augment.mix_pairs': 'batch',
+    'augment.rotation': 0,
     'class_weights': 'none',
     'data.sampling': 'shuffled',
     'data.validation_fraction': 0.0,
