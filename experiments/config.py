@@ -115,6 +115,13 @@ class Config:
         ),
     ] = 0
     log_every: Annotated[int | str, Field('Write metrics so often.', wants=DURATION)] = '50 steps'
+    log_by_layer: Annotated[
+        bool,
+        Field(
+            'With the metrics, write the clipped fraction and the ratio of gradient norm to weight '
+            'norm of each layer (a stem, block or head).'
+        ),
+    ] = False
     eval: Annotated[EvalConfig, Field('Evaluation.')]
     checkpoint: Annotated[CheckpointConfig, Field('Checkpoints.')]
     profile: Annotated[int | str, Field('How long to profile, from step 3 on.', wants=DURATION)] = (
@@ -236,6 +243,7 @@ ADDED_FIELDS = {
     'data.sampling': 'shuffled',
     'data.validation_fraction': 0.0,
     'eval.precision': 'training',
+    'log_by_layer': False,
     'eval.report': False,
     'optimizer.schedule.end_value': 0.0,
 }
