@@ -115,6 +115,13 @@ class Config:
         ),
     ] = 0
     log_every: Annotated[int | str, Field('Write metrics so often.', wants=DURATION)] = '50 steps'
+    log_by_layer: Annotated[
+        bool,
+        Field(
+            'With the metrics, write the clipped fraction and the ratio of gradient norm to weight '
+            'norm of each layer (a stem, block or head).'
+        ),
+    ] = False
     eval: Annotated[EvalConfig, Field('Evaluation.')]
     checkpoint: Annotated[CheckpointConfig, Field('Checkpoints.')]
     profile: Annotated[int | str, Field('How long to profile, from step 3 on.', wants=DURATION)] = (
@@ -231,10 +238,12 @@ def eval_precision(config: ConfigDict) -> str:
 # Dotted keys that the configs of earlier versions lack, with what those versions did.
 ADDED_FIELDS = {
     'augment.mix_pairs': 'batch',
+    'augment.rotation': 0,
     'class_weights': 'none',
     'data.sampling': 'shuffled',
     'data.validation_fraction': 0.0,
     'eval.precision': 'training',
+    'log_by_layer': False,
     'eval.report': False,
     'optimizer.schedule.end_value': 0.0,
 }

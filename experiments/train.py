@@ -45,7 +45,13 @@ from experiments.run.profiling import Trace
 from experiments.run.progress import Progress
 from experiments.run.recovery import DivergedError, assert_finite, saving_at_failure
 from experiments.run.throughput import Throughput, flops_per_image
-from experiments.train_step import Programs, compile_programs, init_state, make_logits_fn
+from experiments.train_step import (
+    Programs,
+    compile_programs,
+    init_state,
+    layers,
+    make_logits_fn,
+)
 from nfnets_jax.data import pipeline
 
 
@@ -151,6 +157,7 @@ def train(
             sums = jax.device_get(state.window)
             nonfinite = step_metrics.nonfinite_steps(sums)
             metrics = step_metrics.means(sums) | throughput.read()
+            metrics |= step_metrics.means_by_layer(sums, layers(config, state.params))
             metrics |= {'skipped_pictures': len(bad)} if experiment.skip_bad else {}
             metrics |= {'skipped_steps': nonfinite} if config.skip_nonfinite else {}
             updates = max(0, step - 1 - nonfinite)  # before the last one

@@ -20,7 +20,7 @@ from experiments.experiment import Experiment, init_variables
 from experiments.run import device_cached, parallel, step_metrics
 from experiments.run.losses import cross_entropy
 from experiments.run.predictions import LogitsFn, make_predict_step
-from nfnets_jax import augment, optimizers
+from nfnets_jax import agc, augment, optimizers
 from nfnets_jax.sam import sam_value_and_grad
 
 # Separates the randomness of dropout and stochastic depth from that of the augmentations, which
@@ -110,10 +110,15 @@ def make_init(experiment: Experiment) -> Callable[..., TrainState]:
             opt_state=experiment.optimizer.transformation.init(params),
             ema_params=ema_params,
             ema_state=ema_state,
-            window=step_metrics.zeros(),
+            window=step_metrics.zeros(len(layers(experiment.config, params))),
         )
 
     return init
+
+
+def layers(config: ConfigDict, params: hk.Params) -> list[str]:
+    """Returns the names of the layers that metrics are written of; [] without `log_by_layer`."""
+    return agc.clipping_groups(params) if config.log_by_layer else []
 
 
 def init_state(
@@ -259,6 +264,7 @@ def make_train_step(experiment: Experiment) -> jax.stages.Wrapped:
         )
 
         optimizer = experiment.optimizer.with_hyperparameters(s.numbers)
+        before = trained
         with jax.named_scope(UPDATE):
             updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
             trained = optax.apply_updates(trained, updates)
@@ -277,6 +283,10 @@ def make_train_step(experiment: Experiment) -> jax.stages.Wrapped:
             'gradient_norm': optax.tree.norm(gradients),
             'clipped_fraction': optax.tree.get(opt_state, 'clipped_fraction', jnp.zeros(())),
         }
+        if config.log_by_layer:
+            ratios = agc.gradient_to_weight(gradients, before, config.optimizer.clip.eps)
+            clipped = optax.tree.get(opt_state, 'clipped_fraction_by_group', jnp.zeros_like(ratios))
+            metrics |= dict(zip(step_metrics.BY_LAYER, (clipped, ratios), strict=True))
         new = s._replace(
             step=s.step + 1,
             params=optimizers.combine(trained, frozen),

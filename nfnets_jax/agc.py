@@ -185,6 +185,26 @@ def clipping_groups(params: PyTree) -> list[str]:
     return sorted(set(_groups(_paths(params))))
 
 
+def gradient_to_weight(updates: PyTree, params: PyTree, eps: Scalar = 1e-3) -> jax.Array:
+    """Returns ||G|| / max(||W||, eps) of all leaves of each group together, f32 [groups].
+
+    Groups are in the order of `clipping_groups(params)`. 0 for a group without gradients.
+    """
+    treedef: Any = jax.tree.structure(params, is_leaf=_is_absent)
+    weights, grads = treedef.flatten_up_to(params), treedef.flatten_up_to(updates)
+    norms: dict[str, jax.Array] = {}
+    of_leaves = _groups(_paths(params))
+    for group in sorted(set(of_leaves)):
+        own = [
+            (grad, weight)
+            for name, grad, weight in zip(of_leaves, grads, weights, strict=True)
+            if name == group and _is_float(grad)
+        ]
+        of_grads, of_weights = (optax.tree.norm([pair[i] for pair in own]) for i in (0, 1))
+        norms[group] = jnp.asarray(of_grads / jnp.maximum(of_weights, eps), jnp.float32)
+    return jnp.stack(list(norms.values())) if norms else jnp.zeros(0, jnp.float32)
+
+
 def describe_clipping(
     params: PyTree,
     clipping: Scalar | optax.Schedule = 0.01,

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from nfnets_jax import adaptive_grad_clip, describe_clipping, unit_axes
-from nfnets_jax.agc import clipping_groups
+from nfnets_jax.agc import clipping_groups, gradient_to_weight
 
 # Shapes of every rank that optax's rule knows, ones with axes of length 1 included.
 SHAPES = [(), (1,), (7,), (1, 6), (6, 1), (5, 4), (1, 1, 8), (4, 2, 3), (1, 1, 4, 6), (1, 1, 1, 6)]
@@ -336,6 +336,22 @@ class TestFraction:
         _, state = clip(params, params, mask={'a': True, 'b': False})
         assert state.clipped_fraction == 1
         np.testing.assert_array_equal(state.clipped_fraction_by_group, [1, 0])
+
+    def test_gradient_to_weight_is_that_of_each_group(self):
+        rng = np.random.default_rng(0)
+        params = {'a': {'w': rng.normal(size=(2, 3)), 'b': np.zeros(5)}, 'c': np.zeros(4), 'd': 1.0}
+        grads = jax.tree.map(lambda p: rng.normal(size=np.shape(p)), params)
+        expected = [
+            np.sqrt(np.square(grads['a']['w']).sum() + np.square(grads['a']['b']).sum())
+            / np.linalg.norm(params['a']['w']),
+            np.linalg.norm(grads['c']) / 1e-3,
+            0,
+        ]
+        params['d'] = grads['d'] = optax.MaskedNode()
+        params, grads = jax.tree.map(jnp.float32, (params, grads))
+        found = jax.jit(gradient_to_weight)(grads, params)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert clipping_groups(params) == ['a', 'c', 'd']
 
     @pytest.mark.parametrize(
         ('paths', 'groups'),

@@ -1,16 +1,25 @@
 """Draws curves.png: loss, accuracy, learning rate and clipping over the steps of a run."""
 
 import io
+import itertools
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
 
 from nfnets_jax import files
 
@@ -64,6 +73,18 @@ _PANELS = (
 )
 
 
+class _Map(NamedTuple):
+    title: str
+    metric: str  # followed by '/' and a layer
+    percent: bool = False
+
+
+_MAPS = (
+    _Map('Clipped fraction by layer', 'train/clipped_fraction', percent=True),
+    _Map('Gradient norm / weight norm by layer', 'train/gradient_to_weight'),
+)
+
+
 def draw_curves(
     metrics: Sequence[Mapping[str, float]], path: str | os.PathLike, *, title: str = ''
 ) -> None:
@@ -81,7 +102,8 @@ def write_figure(path: str | os.PathLike, figure: Figure) -> None:
 def curves(metrics: Sequence[Mapping[str, float]], *, title: str = '') -> Figure:
     """Draws loss, top-1, learning rate and clipped fraction over the steps of a run.
 
-    Where images have several labels, average precision and area under the ROC curve too.
+    Where images have several labels, average precision and area under the ROC curve too; with
+    `log_by_layer`, clipped fraction and gradient norm over weight norm of each layer.
 
     Args:
         metrics: lines of `metric_writers.read_metrics`; missing and non-finite values are left out.
@@ -90,13 +112,19 @@ def curves(metrics: Sequence[Mapping[str, float]], *, title: str = '') -> Figure
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
     several = any(name.endswith('/map') for record in metrics for name in record)
     panels = (*_PANELS[:2], *(_RANKING if several else ()), *_PANELS[2:])
-    rows = len(panels) // 2
+    maps = [panel for panel in _MAPS if _layers(metrics, panel.metric)]
+    rows = (len(panels) + len(maps) + 1) // 2
     figure = Figure(figsize=(12, 3.75 * rows), dpi=120, layout=layout)
     if title:
         figure.suptitle(title, fontsize=15, fontweight='bold')
     all_axes = figure.subplots(rows, 2, sharex=True)
-    for axes, panel in zip(all_axes.flat, panels, strict=True):
-        _draw_panel(axes, panel, metrics)
+    for axes, panel in itertools.zip_longest(all_axes.flat, (*panels, *maps)):
+        if isinstance(panel, _Map):
+            _draw_map(axes, panel, metrics)
+        elif panel:
+            _draw_panel(axes, panel, metrics)
+        else:
+            axes.set_axis_off()
     for axes in all_axes[-1]:
         axes.set_xlabel('step')
     return figure
@@ -129,6 +157,34 @@ def _draw_panel(axes: Axes, panel: _Panel, metrics: Sequence[Mapping[str, float]
         return
     _scale_values(axes, panel, np.concatenate(values))
     _label_ends(axes, ends)
+
+
+def _layers(metrics: Sequence[Mapping[str, float]], metric: str) -> list[str]:
+    """Returns the layers that a metric was recorded of, numbered ones in order."""
+    found = {name for record in metrics for name in record if name.startswith(f'{metric}/')}
+    layers = (name.removeprefix(f'{metric}/') for name in found)
+    return sorted(
+        layers, key=lambda x: [int(y) if y.isdigit() else y for y in re.split(r'(\d+)', x)]
+    )
+
+
+def _draw_map(axes: Axes, panel: _Map, metrics: Sequence[Mapping[str, float]]) -> None:
+    """Draws a row of colors for each layer over the steps."""
+    axes.set_title(panel.title, loc='left', fontsize=12)
+    layers = _layers(metrics, panel.metric)
+    records = [record for record in metrics if f'{panel.metric}/{layers[0]}' in record]
+    steps = [record['step'] for record in records]
+    names = [f'{panel.metric}/{layer}' for layer in layers]
+    values = np.array([[record.get(name) for record in records] for name in names], float)
+    scale = {'vmin': 0, 'vmax': 1} if panel.percent else {'norm': LogNorm()}
+    if not panel.percent:
+        values = np.where(values > 0, values, np.nan)
+    edges = [0, *steps]
+    mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1), values, cmap='viridis', **scale)
+    beside = axes.inset_axes((1.02, 0, 0.04, 1))  # where the other panels have their labels
+    axes.figure.colorbar(mesh, cax=beside, format=PercentFormatter(1) if panel.percent else None)
+    axes.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=8)
+    axes.invert_yaxis()
 
 
 def _points(

@@ -5,23 +5,25 @@ run logs what the uninterrupted one would have.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 METRICS = ('loss', 'top1', 'gradient_norm', 'clipped_fraction')
+BY_LAYER = ('clipped_fraction_by_layer', 'gradient_to_weight_by_layer')
 _NEVER = np.iinfo(np.int32).max
 
 StepMetrics = dict[str, jax.Array]
 
 
-def zeros() -> StepMetrics:
-    """Returns the sums before the first step."""
+def zeros(layers: int = 0) -> StepMetrics:
+    """Returns the sums before the first step; with those of `BY_LAYER` if there are layers."""
     sums = {name: jnp.zeros((), jnp.float32) for name in (*METRICS, 'count')}
     steps = {name: jnp.zeros((), jnp.int32) for name in ('nonfinite', 'nonfinite_in_a_row')}
-    return sums | steps | {'lost_at': jnp.full((), _NEVER, jnp.int32)}
+    by_layer = {name: jnp.zeros(layers, jnp.float32) for name in BY_LAYER if layers}
+    return sums | by_layer | steps | {'lost_at': jnp.full((), _NEVER, jnp.int32)}
 
 
 def is_finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
@@ -43,13 +45,15 @@ def add(
 
     Args:
       sums: the sums so far.
-      metrics: float32 scalars; those named in `METRICS` are added.
+      metrics: float32 scalars; those named in `METRICS` are added, and vectors of `BY_LAYER`.
       step: int32 scalar, the number of steps before this one.
       every: steps between two lines of metrics.
       patience: how many consecutive steps may be non-finite.
     """
     finite, fresh = is_finite(metrics), step % every == 0
-    added: dict[str, jax.typing.ArrayLike] = {name: metrics[name] for name in METRICS}
+    added: dict[str, jax.typing.ArrayLike] = {
+        name: metrics[name] for name in (*METRICS, *BY_LAYER) if name in sums
+    }
     added['count'] = 1.0
     new = {
         name: jnp.where(fresh, 0.0, sums[name]) + jnp.where(finite, value, 0.0)
@@ -69,6 +73,17 @@ def means(sums: StepMetrics) -> dict[str, float]:
     sums = jax.device_get(sums)
     return {
         name: float(sums[name] / sums['count']) if sums['count'] else math.nan for name in METRICS
+    }
+
+
+def means_by_layer(sums: StepMetrics, layers: Sequence[str]) -> dict[str, float]:
+    """Returns {'clipped_fraction/LAYER': mean, ...} over the finite steps; {} if not recorded."""
+    sums = jax.device_get(sums)
+    return {
+        f'{name.removesuffix("_by_layer")}/{layer}': float(value / sums['count'])
+        for name in BY_LAYER
+        if name in sums and sums['count']
+        for layer, value in zip(layers, sums[name], strict=True)
     }
 
 

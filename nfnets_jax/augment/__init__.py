@@ -15,6 +15,7 @@ from nfnets_jax.augment.recipe import (
     normalize,
     random_erasing,
     random_flip,
+    random_rotation,
     random_shift_crop,
     soft_labels,
 )
@@ -31,6 +32,7 @@ __all__ = [
     'normalize',
     'random_erasing',
     'random_flip',
+    'random_rotation',
     'random_shift_crop',
     'soft_labels',
 ]

@@ -14,6 +14,8 @@ import optax
 
 from nfnets_jax import fields
 from nfnets_jax.augment import randaugment
+from nfnets_jax.augment.definitions import Operation
+from nfnets_jax.augment.operations import apply_operations
 from nfnets_jax.errors import UsageError
 from nfnets_jax.fields import Field
 
@@ -31,6 +33,9 @@ class Recipe:
         Literal['constant', 'edge', 'reflect'],
         Field('What lies outside of a shifted image; constant is black.'),
     ] = 'constant'
+    rotation: Annotated[
+        int, Field('Rotate by up to this many degrees, whole ones, to both sides.', low=0, high=180)
+    ] = 0
     mixup: Annotated[
         float,
         Field(
@@ -105,6 +110,19 @@ def random_shift_crop(
         return jax.lax.dynamic_slice(image, (top, left, 0), images.shape[1:])
 
     return jax.vmap(crop)(keys, padded)
+
+
+def random_rotation(keys: jax.Array, images: jax.Array, degrees: int) -> jax.Array:
+    """Rotates each of `images`, uint8 [N, H, W, 3], by a whole number of degrees.
+
+    Each of -degrees ... degrees is as likely. Pixels are the nearest ones, as by Pillow; outside of
+    the image it is gray.
+    """
+    drawn = jax.vmap(lambda key: jax.random.randint(key, (), -degrees, degrees + 1))(keys)
+    rotations = [Operation('Rotate', float(angle)) for angle in range(1, degrees + 1)]
+    sign = jnp.sign(drawn).astype(jnp.float32)
+    unused = jnp.zeros((len(images), 2), jnp.int32)  # the center of a Cutout
+    return apply_operations(images, rotations, abs(drawn) - 1, sign, unused)
 
 
 def mix_neighbours(
@@ -343,6 +361,8 @@ def make_augment(
             images = random_flip(_own(keys, 0), images)
         if recipe.shift:
             images = random_shift_crop(_own(keys, 1), images, recipe.shift, recipe.shift_fill)
+        if recipe.rotation:
+            images = random_rotation(_own(keys, 5), images, recipe.rotation)
         if not recipe.mix_first:
             images = distort(_own(keys, 3), images)
         if any(mixing):

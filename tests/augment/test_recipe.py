@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from nfnets_jax import augment
 from nfnets_jax.augment import recipe
@@ -61,6 +62,19 @@ def test_shift_crop_is_a_crop_of_the_padded_image(images, fill):
         offsets.add(found[0])
     assert len(offsets) > 15  # of 25, so both axes move, each by its own number
     assert {top for top, _ in offsets} == {left for _, left in offsets} == set(range(5))
+
+
+def test_rotation_is_pillows_by_every_whole_degree_as_often(images):
+    degrees, expected = 2, []
+    rotated = np.asarray(jax.jit(augment.random_rotation, static_argnums=2)(keys(), images, 2))
+    for image, found in zip(images, rotated, strict=True):
+        pillow = [
+            Image.fromarray(image).rotate(angle, fillcolor=(128,) * 3)
+            for angle in range(-degrees, degrees + 1)
+        ]
+        expected.append([(np.asarray(one) == found).all() for one in pillow])
+    assert np.any(expected, axis=1).all()
+    assert np.sum(expected, axis=0).min() > N / 5 / 3
 
 
 def test_normalise_agrees_with_the_formula(images):
@@ -144,6 +158,7 @@ def test_operations_do_not_share_random_numbers(images):
         ({'shift': -1}, r'augment\.shift=-1'),
         ({'shift': 0.5}, r'augment\.shift=0\.5'),
         ({'shift_fill': 'reflekt'}, "did you mean 'reflect'"),
+        ({'rotation': 181}, r'augment\.rotation=181'),
         ({'label_smoothing': 1.0}, r'augment\.label_smoothing=1\.0'),
         ({'mixup': -0.2}, r'augment\.mixup=-0\.2'),
         ({'cutmix': True}, r'augment\.cutmix=True'),
@@ -334,7 +349,14 @@ def plain(images):
     return compiled({}, dtype=jnp.bfloat16)(keys(), images, labels)
 
 
-ALONE = [{'flip': True}, {'shift': 2}, {'cutmix': 1.0}, {'mixup': 1.0}, {'label_smoothing': 0.1}]
+ALONE = [
+    {'flip': True},
+    {'shift': 2},
+    {'rotation': 9},
+    {'cutmix': 1.0},
+    {'mixup': 1.0},
+    {'label_smoothing': 0.1},
+]
 
 
 @pytest.mark.parametrize('config', ALONE, ids=lambda config: next(iter(config)))
@@ -345,7 +367,14 @@ def test_every_option_alone_does_something(images, plain, config):
     assert (out[0] != plain[0]).any() or (out[1] != plain[1]).any()
 
 
-EVERYTHING = {'shift': 2, 'erasing': 0.5, 'cutmix': 1.0, 'mix_first': False, 'autoaugment': True}
+EVERYTHING = {
+    'shift': 2,
+    'rotation': 3,
+    'erasing': 0.5,
+    'cutmix': 1.0,
+    'mix_first': False,
+    'autoaugment': True,
+}
 
 
 @pytest.mark.parametrize('config', [PUBLISHED, EVERYTHING], ids=['published', 'everything else'])

@@ -340,3 +340,17 @@ def test_a_missing_field_is_named(tiny, tmp_path):
     del config['ema']
     with pytest.raises(UsageError, match='config.ema is missing'):
         train(ConfigDict(config), tmp_path / 'run')
+
+
+def test_metrics_by_layer_are_written_and_resume_exactly(tmp_path):
+    config = tiny_config(log_by_layer=True, log_every='2 steps')
+    train(config, tmp_path / 'whole')
+    assert_resumes_exactly(config, tmp_path / 'whole', tmp_path / 'resumed')
+    lines = [x for x in metric_writers.read_metrics(tmp_path / 'whole') if 'train/loss' in x]
+    clipped = [name for name in lines[-1] if name.startswith('train/clipped_fraction/')]
+    assert len(clipped) > 2
+    for line in lines:
+        by_layer = [line[name] for name in clipped]
+        assert min(by_layer) <= line['train/clipped_fraction'] <= max(by_layer)
+        ratios = [line[name.replace('clipped_fraction', 'gradient_to_weight')] for name in clipped]
+        assert max(ratios) > 0

@@ -114,3 +114,23 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='disk full'):
         curves.draw_curves(_metrics(3), path)
     assert path.read_bytes() == b'old'
+
+
+def test_layers_are_rows_of_colors_in_order():
+    layers = ['initial_conv', *(f'block_{i}' for i in (2, 10, 1))]
+    records = [
+        record | {
+            f'train/{metric}/{layer}': 0.1 * i
+            for metric in ('clipped_fraction', 'gradient_to_weight')
+            for i, layer in enumerate(layers)
+        }
+        for record in _metrics(20)
+    ]  # fmt: skip
+    panels = _panels(curves.curves(records))
+    shown = [panels[f'{name} by layer'] for name in
+             ('Clipped fraction', 'Gradient norm / weight norm')]  # fmt: skip
+    for axes in shown:
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert labels == ['block_1', 'block_2', 'block_10', 'initial_conv']
+    (mesh,) = shown[0].collections
+    np.testing.assert_allclose(mesh.get_array()[:, 0], [0.3, 0.1, 0.2, 0.0])

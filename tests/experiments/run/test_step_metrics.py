@@ -10,7 +10,10 @@ STEP = {'loss': 2.0, 'top1': 0.5, 'gradient_norm': 1.0, 'clipped_fraction': 0.25
 def run(losses, every=4, start=None, first=0, patience=0, **metrics):
     sums = step_metrics.zeros() if start is None else start
     for step, loss in enumerate(losses, start=first):
-        values = {name: jnp.float32(x) for name, x in {**STEP, **metrics, 'loss': loss}.items()}
+        values = {
+            name: jnp.asarray(x, jnp.float32)
+            for name, x in {**STEP, **metrics, 'loss': loss}.items()
+        }
         sums = step_metrics.add(sums, values, jnp.int32(step), every, patience)
     return sums
 
@@ -49,3 +52,15 @@ def test_patience_ends_after_so_many_steps_in_a_row():
     assert step_metrics.means(sums)['loss'] == 2.0, 'a mean over the steps that count'
     assert step_metrics.lost_at(run([bad], start=sums, first=6, patience=2)) == 7
     assert step_metrics.lost_at(run([1.0], start=sums, first=6, patience=2)) is None
+
+
+def test_vectors_of_layers_are_averaged_like_scalars():
+    vectors = {name: jnp.array([1.0, 3.0]) for name in step_metrics.BY_LAYER}
+    sums = run([9, 9, 9, 9, 1.0, np.nan, 2.0], start=step_metrics.zeros(2), **vectors)
+    expected = {'a': 1.0, 'b': 3.0}
+    assert step_metrics.means_by_layer(sums, ['a', 'b']) == {
+        f'{name}/{layer}': value
+        for name in ('clipped_fraction', 'gradient_to_weight')
+        for layer, value in expected.items()
+    }
+    assert step_metrics.means_by_layer(step_metrics.zeros(), []) == {}
