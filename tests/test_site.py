@@ -84,7 +84,7 @@ def test_pages_load_nothing_from_other_hosts(site):
         ('reference/models.html', ('create_model', 'ScaledWSConv2D')),
         ('agc.html', ('clipped_fraction',)),
         ('search.html', ('searchindex',)),
-        ('changelog.html', ('Unreleased',)),
+        ('changelog.html', ('0.2.0',)),
     ],
 )
 def test_pages_hold_what_they_are_for(site, page, texts):
