@@ -178,7 +178,7 @@ _FILES = (
     'test_nfnet',
     *(f'{x}.safetensors' for x in ('W', 'A', 'B', 'mine', 'caltech', 'cifar')),
 )
-_FOLDERS = ('PATH_TO_FOLDERS', 'caltech101', 'cifar10', 'mine', 'IMAGE_OR_DIRECTORY')
+_FOLDERS = ('PATH_TO_FOLDERS', 'caltech101', 'caltech25', 'cifar10', 'mine', 'IMAGE_OR_DIRECTORY')
 _IMAGES = (
     *('test/Faces/image_0007.jpg', 'test/Motorbikes/image_0050.jpg', 'IMAGE'),
     *('pair0.png', 'pair1.png', 'photo.jpg'),
@@ -462,7 +462,7 @@ def test_the_flags_of_every_command_are_known(workplace):
         input=json.dumps(list(commands.values())),
         capture_output=True,
         text=True,
-        cwd=workplace('weights=runs/pretrained weights=runs/head'),
+        cwd=workplace('weights=runs/pretrained weights=runs/head weights=runs/cifar'),
         env={**os.environ, 'PYTHONPATH': str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
