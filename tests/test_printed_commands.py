@@ -87,6 +87,7 @@ COMMANDS = collect()
 
 # Regular expressions of commands that are not run, and why.
 NOT_RUN = {
+    r'docker build .*': 'needs a Docker daemon and the network',
     r'make (train|test|setup|docs)': 'sets up an environment from the network first',
     r'(\S*python -m )?pip install .*': 'needs the network',
     r'gcloud .*': 'needs an account of Google Cloud',

@@ -21,7 +21,7 @@ def site(tmp_path_factory):
     for name in ('docs', 'examples', 'nfnets_jax'):
         ignored = shutil.ignore_patterns('_build', '__pycache__')
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ('CHANGELOG.md', 'CONTRIBUTING.md'):
+    for name in ('CHANGELOG.md', 'CONTRIBUTING.md', 'Dockerfile'):
         shutil.copy(ROOT / name, source)
     process = subprocess.run(
         [sys.executable, '-m', 'sphinx', '--fail-on-warning', '--quiet', source / 'docs', output],
