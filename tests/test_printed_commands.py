@@ -95,7 +95,6 @@ NOT_RUN = {
     r'python -m experiments.train .*nfnet-0\.nfnet.*': 'needs Kubernetes',
     r'python -m experiments.report --tables=docs/results .*': 'test_published.py runs it',
     r'mount .*': 'needs the rights to mount',
-    r'docker .*': 'needs Docker',
     r'python -m experiments.(evaluate|train) .*--workdir=runs/imagenet .*': 'needs ImageNet',
     r'python -m experiments.export .*\.onnx': 'needs jax2onnx; test_guide.py has it',
     r'python -m experiments.soup .*--workdir=.*': 'needs several checkpoints; test_soup.py has it',
