@@ -34,6 +34,7 @@ def test_sharded_clips_whole_units():
     chex.assert_trees_all_close(by_hand, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_spectrograms_are_told_apart_by_weights_of_color_images(tmp_path, capsys):
     metadata = pretrained.Metadata(model='test_nfnet', num_classes=5)
     model = pretrained.network(metadata)

@@ -416,6 +416,7 @@ def test_six_steps_are_a_duration_like_any(weights, folder):
     assert (experiment.log_every, experiment.eval_every, experiment.checkpoint_every) == (1, 1, 1)
 
 
+@pytest.mark.slow
 def test_images_that_are_not_square_from_the_command_line_to_the_program(
     weights, folder, tmp_path, command
 ):

@@ -30,6 +30,7 @@ from experiments.launch import cli
 import grain.python, matplotlib.pyplot, orbax.checkpoint, sklearn.datasets
 config_flags.DEFINE_config_file('config', None, '', lock_config=True)
 flags.DEFINE_string('workdir', None, '')
+flags.DEFINE_integer('cpu_devices', None, '')
 for line in sys.stdin:
     case = json.loads(line)
     child = os.fork()
