@@ -4,7 +4,7 @@ REQUIREMENTS ?= requirements.txt
 BIN := .venv/bin
 INSTALLED := .venv/.requirements-installed
 
-.PHONY: setup train test lint docs lock
+.PHONY: setup train test test-fast lint docs lock
 
 setup: $(INSTALLED)
 
@@ -26,6 +26,13 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+
+# AGC, layers, optimizers, convolutions, data and configs: two minutes, and no run is trained.
+FAST := $(addprefix tests/,test_agc.py test_layers.py test_optimizers.py test_schedules.py \
+	test_fields.py test_errors.py test_files.py test_architecture.py test_docs.py convolution data experiments/test_config.py)
+
+test-fast: setup
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(FAST)
 
 docs: setup
 	$(BIN)/python docs/build_config.py
