@@ -39,7 +39,9 @@ def shrink(config: ConfigDict) -> ConfigDict:
         'group_size': 8,
     }
     known = models.model_options(config.model.name)
-    batch_size = ROWS * parallel.device_count() * config.accumulate
+    # A run may use one core of a split CPU, and would then have the images of all.
+    devices = 1 if parallel.cpu_is_split() else parallel.device_count()
+    batch_size = ROWS * devices * config.accumulate
     with config.unlocked(), config.ignore_type():
         config.model = options | {name: small[name] for name in small if name in known}
         config.init = {'weights': '', 'new_head': False}
