@@ -240,7 +240,7 @@ def _weight_gradient(stride: int, kernel: int, x: Array, cotangent: Array) -> Ar
         )
 
     total = part(0, 0)
-    first_examples = [0] if examples is batch else range(0, batch, examples)
+    first_examples = range(0, batch, examples) if isinstance(batch, int) else [0]
     starts = [(i, j) for i in first_examples for j in range(0, height, rows)][1:]
     if starts:
         total, _ = jax.lax.scan(lambda sum, at: (sum + part(*at), None), total, np.array(starts))
