@@ -28,6 +28,7 @@ from experiments.run.report_parts import (
     calibrate,
     draw_calibration,
     draw_images,
+    precision_recall_f1,
     printable,
     write_csv,
 )
@@ -63,12 +64,7 @@ class ClassScores(NamedTuple):
 def class_scores(confusion: np.ndarray) -> ClassScores:
     """Returns the scores that follow from a confusion matrix."""
     hits, images, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    return ClassScores(
-        images,
-        hits / np.maximum(predicted, 1),
-        hits / np.maximum(images, 1),
-        2 * hits / np.maximum(images + predicted, 1),
-    )
+    return ClassScores(images, *precision_recall_f1(hits, images, predicted))
 
 
 def summarize(predictions: Predictions) -> dict[str, float]:

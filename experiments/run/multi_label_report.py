@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.run import curves, ranking
+from experiments.run import curves
 from experiments.run.evaluation import multi_label_metrics
 from experiments.run.predictions import Predictions
 from experiments.run.report_parts import (
@@ -27,6 +27,7 @@ from experiments.run.report_parts import (
     calibrate,
     draw_calibration,
     draw_images,
+    precision_recall_f1,
     printable,
     write_csv,
 )
@@ -54,11 +55,9 @@ def class_scores(predictions: Predictions) -> ClassScores:
     images, hits = labels.sum(axis=0), (labels & predicted).sum(axis=0)
     return ClassScores(
         images,
-        ranking.average_precision(predictions.logits, predictions.labels),
-        ranking.roc_auc(predictions.logits, predictions.labels),
-        hits / np.maximum(predicted.sum(axis=0), 1),
-        hits / np.maximum(images, 1),
-        2 * hits / np.maximum(images + predicted.sum(axis=0), 1),
+        predictions.average_precision,
+        predictions.roc_auc,
+        *precision_recall_f1(hits, images, predicted.sum(axis=0)),
         np.array([each.error for each in calibrations(predictions)]),
     )
 

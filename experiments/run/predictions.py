@@ -59,6 +59,20 @@ class Predictions:
         return self.predicted == self.labels
 
     @functools.cached_property
+    def average_precision(self) -> np.ndarray:
+        """The average precision of each class, float64 [classes], with several labels only."""
+        from experiments.run import ranking  # here: scipy.stats is slow to import
+
+        return ranking.average_precision(self.logits, self.labels)
+
+    @functools.cached_property
+    def roc_auc(self) -> np.ndarray:
+        """The area under the ROC curve of each class, float64 [classes], likewise."""
+        from experiments.run import ranking
+
+        return ranking.roc_auc(self.logits, self.labels)
+
+    @functools.cached_property
     def losses(self) -> np.ndarray:
         """The cross-entropy of each example, as in `losses.cross_entropy`, float64 [N]."""
         if self.multi_label:

@@ -57,6 +57,23 @@ def calibrate(probabilities: np.ndarray, outcomes: np.ndarray, num_bins: int = 1
         )
 
 
+def precision_recall_f1(
+    hits: np.ndarray, images: np.ndarray, predicted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns three scores of each class, 0 where it has no predictions, no images or neither.
+
+    Args:
+      hits: [classes], images of the class that are predicted to be of it.
+      images: [classes], images of the class.
+      predicted: [classes], images that are predicted to be of the class.
+    """
+    return (
+        hits / np.maximum(predicted, 1),
+        hits / np.maximum(images, 1),
+        2 * hits / np.maximum(images + predicted, 1),
+    )
+
+
 def write_csv(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Writes a table."""
     text = io.StringIO()
