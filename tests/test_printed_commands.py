@@ -286,11 +286,13 @@ def materials(tmp_path_factory):
     np.savez(path / 'cifar10.npz', **arrays)
     text = (ROOT / 'docs' / 'fine_tuning.md').read_text(encoding='utf-8')
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
-    pretrain, small = (block for block in blocks if 'def get_config(data' in block)
-    (path / 'pretrain.py').write_text(pretrain)
-    (path / 'small.py').write_text(small)
-    pairs = next(block for block in blocks if "'pairs.npz'" in block)
-    (path / 'make_pairs.py').write_text(pairs)
+    for file, words in {
+        'pretrain.py': ('def get_config(data', 'NF-ResNet-50'),
+        'small.py': ('def get_config(data', 'digits'),
+        'make_pairs.py': ("'pairs.npz'",),
+    }.items():
+        (block,) = (block for block in blocks if all(word in block for word in words))
+        (path / file).write_text(block)
     done = shell('python make_pairs.py', path)
     assert done.returncode == 0, done.stderr
     return path
