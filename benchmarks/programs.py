@@ -20,6 +20,7 @@ import pathlib
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from benchmarks import timing
 from configs.imagenet import nf_resnet, nfnet
@@ -64,7 +65,7 @@ def main(argv=None):
 def compiled(model: str, target: str, rows: int, augment: bool) -> dict[str, Any]:
     """Returns the row of one program, compiled."""
     opened = targets.open_target(target)
-    config = _config(model, rows * len(opened.devices), augment)
+    config = published_config(model, rows * len(opened.devices), augment)
     plan = {'examples': None, 'classes': None}
     report = preflight.preflight(config, opened, plan, preflight.Progress(f'{model} on {target}'))
     flags = report.get('flags', [])
@@ -78,7 +79,8 @@ def compiled(model: str, target: str, rows: int, augment: bool) -> dict[str, Any
     }
 
 
-def _config(model: str, batch_size: int, augment: bool):
+def published_config(model: str, batch_size: int, augment: bool) -> ConfigDict:
+    """Returns the published recipe of a network, in bfloat16 and with a moving average."""
     family, _, variant = model.rpartition('-')
     config = (
         nfnet.get_config(variant)

@@ -75,7 +75,7 @@ def preflight(config: ConfigDict, target: Target, plan: Mapping, waiting: Waitin
             parts = changes.get('accumulate', config.accumulate)
             if state + known.get(kind, 0) / parts > target.memory:
                 continue
-            changed = build(_with(config, changes), open_source=open_source)
+            changed = build(with_changes(config, changes), open_source=open_source)
             found = _examine(changed, target, waiting)
             if found['fits']:
                 flags = [f'--config.{key}={str(value).lower()}' for key, value in changes.items()]
@@ -104,7 +104,8 @@ def _cheaper(experiment: Experiment) -> Iterator[dict[str, Any]]:
     yield from ({'accumulate': n} | kept for n in parts)
 
 
-def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """Returns a copy of a config in which every key, such as 'model.scan', has its new value."""
     config = config.copy_and_resolve_references().unlock()
     for key, value in changes.items():
         node, _, option = key.rpartition('.')
@@ -115,8 +116,8 @@ def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 def _examine(experiment: Experiment, target: Target, waiting: Waiting) -> dict:
     """Returns the report; that of the evaluation only if the training step fits."""
     programs = train_step.compile_programs(experiment, {})
-    state, evaluated = _state(experiment), _eval_batch(experiment)
-    lowered = programs.train_step.lower(state, _train_batch(experiment))
+    state, evaluated = _state(experiment), eval_batch(experiment)
+    lowered = programs.train_step.lower(state, train_batch(experiment))
     train = compile_program(lowered, target, functools.partial(waiting, 'the training step'))
     report = {
         'target': target.name,
@@ -234,7 +235,8 @@ def _state(experiment: Experiment) -> train_step.TrainState:
     return jax.eval_shape(lambda: train_step.init_state(experiment))
 
 
-def _train_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+def train_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch of the training step."""
     rows = experiment.images_per_step // parallel.device_count()
     batch = {'position': _split(jnp.int32, rows), 'stop': _split(jnp.float32, 1)}
     held: tuple[int, ...] = (rows,)
@@ -249,7 +251,8 @@ def _train_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     return batch | {'image': images, 'label': labels}
 
 
-def _eval_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+def eval_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch of the evaluation."""
     rows = eval_batch_size(experiment) // parallel.device_count()
     label = experiment.label_spec
     height, width, channels = experiment.image_spec.shape

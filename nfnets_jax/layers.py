@@ -206,7 +206,7 @@ class Conv2D(hk.Module):
 
     def __call__(self, x: Array) -> Array:
         """[N, H, W, in] -> [N, H', W', out] in the dtype of x."""
-        _check_channels(x, self.in_channels)
+        _check_channels(x.shape[-1], self.in_channels)
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.output_channels)
         w = hk.get_parameter('w', shape, jnp.float32, init=self.w_init)
         out = conv.conv2d(x, w.astype(x.dtype), self.stride, padding=self.padding)
@@ -216,9 +216,9 @@ class Conv2D(hk.Module):
         return out
 
 
-def _check_channels(x: Array, expected: int | None) -> None:
-    if expected not in (None, x.shape[-1]):
-        raise UsageError(f'channels: the images must have {expected}, not {x.shape[-1]}')
+def _check_channels(channels: int, expected: int | None) -> None:
+    if expected not in (None, channels):
+        raise UsageError(f'channels: the images must have {expected}, not {channels}')
 
 
 class ScaledWSConv2D(hk.Module):
@@ -255,20 +255,20 @@ class ScaledWSConv2D(hk.Module):
 
     def __call__(self, x: Array) -> Array:
         """[N, H, W, in] -> [N, ceil(H / stride), ceil(W / stride), out] in the dtype of x."""
-        _check_channels(x, self.in_channels)
-        shape = (
-            self.kernel_size,
-            self.kernel_size,
-            x.shape[-1] // self.groups,
-            self.output_channels,
-        )
+        w, b = self.effective(x.shape[-1], x.dtype)
+        return conv.conv2d(x, w, self.stride, groups=self.groups, padding=self.padding) + b
+
+    def effective(self, inputs: int, dtype: jax.typing.DTypeLike) -> tuple[Array, Array]:
+        """Returns the weight that is convolved with, [K, K, inputs / groups, out], and the bias."""
+        _check_channels(inputs, self.in_channels)
+        kernel = self.kernel_size
+        shape = (kernel, kernel, inputs // self.groups, self.output_channels)
         normal = hk.initializers.RandomNormal(_fan_in_stddev(shape))
         w = hk.get_parameter('w', shape, jnp.float32, init=functools.partial(_drawn_flat, normal))
         gain = hk.get_parameter('gain', shape[-1:], jnp.float32, init=self.gain_init)
         bias = hk.get_parameter('bias', shape[-1:], jnp.float32, init=jnp.zeros)
-        w = (standardize(w, gain) if self.standardize else w * gain).astype(x.dtype)
-        out = conv.conv2d(x, w, self.stride, groups=self.groups, padding=self.padding)
-        return out + bias.astype(x.dtype)
+        w = standardize(w, gain) if self.standardize else w * gain
+        return w.astype(dtype), bias.astype(dtype)
 
 
 class Linear(hk.Module):

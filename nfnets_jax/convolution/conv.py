@@ -84,7 +84,7 @@ def conv_signature(options: ConvOptions, x: tuple[int, ...], w: tuple[int, ...])
     kernel, _, inputs, outputs = w
     positions = x[0] if isinstance(x[0], int) else 0
     for length in x[1:3]:
-        low, high = _pads(options, kernel, length)
+        low, high = zeros_around(options, kernel, length)
         positions *= (length + low + high - kernel) // options.stride + 1
     return ConvSignature(
         kernel, options.stride, options.groups, inputs, outputs // options.groups, positions
@@ -154,7 +154,7 @@ def xla(options: ConvOptions, x: Array, w: Array) -> Array:
         x,
         w,
         (options.stride, options.stride),
-        [_pads(options, w.shape[0], length) for length in x.shape[1:3]],
+        [zeros_around(options, w.shape[0], length) for length in x.shape[1:3]],
         dimension_numbers=LAYOUT,
         feature_group_count=options.groups,
     )
@@ -174,7 +174,7 @@ def nhwc_grads(options: ConvOptions, x: Array, w: Array) -> Array:
 def _nhwc_grads_forward(options, x, w):
     # XLA writes a padded array as fast as an unpadded one; both passes read it.
     lengths = x.shape[1:3]
-    pads = [(0, 0, 0), *((*_pads(options, w.shape[0], n), 0) for n in lengths), (0, 0, 0)]
+    pads = [(0, 0, 0), *((*zeros_around(options, w.shape[0], n), 0) for n in lengths), (0, 0, 0)]
     padded = jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
     return xla(options._replace(padding='VALID'), padded, w), (padded, lengths, w)
 
@@ -185,7 +185,7 @@ def _nhwc_grads_backward(options, residuals, cotangent):
     stride, kernel = options.stride, w.shape[0]
     around = []
     for length, out in zip(lengths, cotangent.shape[1:3], strict=True):
-        low, _ = _pads(options, kernel, length)
+        low, _ = zeros_around(options, kernel, length)
         around.append((kernel - 1 - low, length - ((out - 1) * stride + 1) + low))
     to_x = jax.lax.conv_general_dilated(
         cotangent,
@@ -305,7 +305,7 @@ def im2col(options: ConvOptions, x: Array, w: Array) -> Array:
     """
     kernel, _, inputs, outputs = w.shape
     groups, stride = options.groups, options.stride
-    pads = [_pads(options, kernel, length) for length in x.shape[1:3]]
+    pads = [zeros_around(options, kernel, length) for length in x.shape[1:3]]
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     x = x.reshape(*x.shape[:3], groups, inputs).transpose(3, 0, 1, 2, 4)
     x = jax.lax.optimization_barrier(x)  # Else each of the K * K slices pads again.
@@ -321,7 +321,7 @@ def im2col(options: ConvOptions, x: Array, w: Array) -> Array:
     return out.transpose(1, 0, 2).reshape(x.shape[1], height, width, outputs)
 
 
-def _pads(options: ConvOptions, kernel: int, length: int) -> tuple[int, int]:
+def zeros_around(options: ConvOptions, kernel: int, length: int) -> tuple[int, int]:
     """Returns the number of zeros before and after a row of `length` pixels."""
     if options.padding == 'SYMMETRIC':
         return kernel // 2, kernel // 2
