@@ -1,16 +1,19 @@
 """Each benchmark runs, at the smallest size, and writes what it prints."""
 
 import json
+import shlex
 
 import pytest
 
 from benchmarks import (
+    all_on_gpu,
     convolution,
     dispatch,
     frozen,
     inference,
     optimizer,
     programs,
+    runner_step,
     sam,
     timing,
     train_step,
@@ -156,3 +159,46 @@ def test_another_implementation_must_win_by_a_tenth():
     assert convolution.fastest(measured(0.85), impls, False) == ('per_group',) * 3
     assert convolution.fastest(measured(0.95), impls, False) == ('xla',) * 3
     assert convolution.fastest(measured(0.85, 100), impls, False) == ('xla',) * 3
+
+
+@pytest.mark.slow
+def test_runner_step(tmp_path):
+    table = rows(
+        runner_step.main, shlex.split(all_on_gpu.QUICK_RUNNER_STEP)[1:], tmp_path / 'a.json'
+    )
+    training, evaluation, plain = table
+    assert [row['row'] for row in table] == ['training', 'evaluation', 'not augmented']
+    assert training['share'] == 1
+    assert evaluation['GB'] < plain['GB'] <= training['GB']
+
+
+def test_batches_double_as_long_as_that_pays(tmp_path):
+    def write(batch, speed):
+        name = 'step' if batch == 32 else f'step-{batch}'
+        table = {'batch': batch, 'rows': [{'images/s': speed}]}
+        (tmp_path / f'{name}.json').write_text(json.dumps(table))
+
+    assert list(all_on_gpu.larger_batches(tmp_path, 'step')) == []  # It failed at 32.
+    write(32, 100.0)
+    tried = []
+    for batch in all_on_gpu.larger_batches(tmp_path, 'step'):
+        tried.append(batch)
+        write(batch, {64: 150.0, 128: 151.0}[batch])
+    assert tried == [64, 128]
+    (tmp_path / 'step-128.json').unlink()  # Out of memory.
+    assert list(all_on_gpu.larger_batches(tmp_path, 'step')) == [64, 128]
+
+
+@pytest.mark.parametrize(
+    ('code', 'seconds', 'error'),
+    [
+        ('print(7)', 60, None),
+        ('print(7); exit(3)', 60, 'failed with status 3'),
+        ('print(7, flush=True); import time; time.sleep(60)', 2, 'stopped after 2 s'),
+        ('print(7)', 0, 'not run: the time was over'),
+    ],
+)
+def test_a_benchmark_that_fails_or_takes_too_long_says_so(code, seconds, error):
+    result = all_on_gpu.timed(['python', '-c', code], seconds)
+    assert result.error == error
+    assert result.output == ('7\n' if seconds else '')

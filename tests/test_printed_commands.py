@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import all_on_gpu
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 _PROGRAMS = (
@@ -155,6 +157,8 @@ SHRINK = {
     r'.*benchmarks.convolution.*': (
         '--networks=NF-ResNet-8:16 --batch=2 --rounds=1 --seconds=0.01 --dtype=float32'
     ),
+    r'.*benchmarks.all_on_gpu.*': '--quick',
+    r'.*benchmarks.runner_step.*': all_on_gpu.QUICK_RUNNER_STEP.removeprefix('runner_step '),
     r'.*benchmarks.dispatch.*': '--leaves=5 --rounds=1',
     r'.*benchmarks.compile_time.*': '--models=NF-ResNet-8 --image-size=16',
     r'.*benchmarks.input_pipeline.*': '--rounds=1 --batches=1',
