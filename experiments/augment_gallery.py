@@ -1,6 +1,7 @@
 """Shows augmented images.
 
-    python -m experiments.augment_gallery --out=gallery.png [--pictures=DIR] [--magnitude=10]
+    python -m experiments.augment_gallery --out=gallery.png
+    python -m experiments.augment_gallery --out=strong.png --magnitude=20
 
 First two images, then each operation of RandAugment, then the published recipe step by step, draws
 of the whole recipe, AutoAugment and random erasing. The images are the first two of a directory, by

@@ -1,9 +1,9 @@
-"""Classifies images.
+"""Classifies images, prepared as in the evaluation of the weights.
 
     python -m experiments.classify --weights=W.safetensors --top=5 IMAGE_OR_DIRECTORY...
+    python -m experiments.classify --workdir=runs/mine --json IMAGE_OR_DIRECTORY...
 
---workdir=RUN takes the weights of a run. Directories are searched for images at any depth. Images
-are prepared as in the evaluation of the weights. An unreadable image is named, the others are still
+Directories are searched for images at any depth. An unreadable image is named, the others are still
 classified, and the exit status is 2.
 """
 
@@ -96,4 +96,4 @@ if __name__ == '__main__':
     )
     flags.DEFINE_bool('json', False, 'Print one JSON object a line for each image.')
     flags.DEFINE_integer('batch_size', 16, 'Images at a time.', lower_bound=1)
-    cli.run(main, positional=True)
+    cli.run(main, positional=True, groups=weights_flags.GROUP)

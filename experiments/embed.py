@@ -1,13 +1,14 @@
 """Writes the features of images: the network's output before its classifier.
 
     python -m experiments.embed --weights=W.safetensors --out=features.npz IMAGE_OR_DIRECTORY...
+    python -m experiments.embed --workdir=runs/mine --out=features.parquet IMAGE_OR_DIRECTORY...
 
---workdir=RUN takes the weights of a run. Directories are searched for images at any depth. Images
-are prepared as in the evaluation of the weights. An unreadable image is named and left out, the
-others are still written, and the exit status is 2. The suffix of --out selects the format:
+Directories are searched for images at any depth. Images are prepared as in the evaluation of the
+weights. An unreadable image is named and left out, the others are still written, and the exit
+status is 2. The suffix of --out selects the format:
 
-.npz      'path', text [images], and 'features', float32 [images, size], in the order of the images
-.parquet  columns of the same names; needs pyarrow, the extra 'parquet'
+    .npz      'path', text [images], and 'features', float32 [images, size]
+    .parquet  columns of the same names; needs pyarrow, the extra 'parquet'
 """
 
 import dataclasses
@@ -94,4 +95,4 @@ if __name__ == '__main__':
     weights_flags.define()
     cli.define_path('out', None, f'The file to write: {", ".join(FORMATS)}.', required=True)
     flags.DEFINE_integer('batch_size', 16, 'Images at a time.', lower_bound=1)
-    cli.run(main, positional=True)
+    cli.run(main, positional=True, groups=weights_flags.GROUP)

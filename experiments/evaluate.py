@@ -1,20 +1,11 @@
 """Evaluates a trained run exactly: every test image once, raw and EMA parameters.
 
-    python -m experiments.evaluate --workdir=runs/digits [--checkpoint=best] [--split=validation]
+    python -m experiments.evaluate --workdir=runs/digits
+    python -m experiments.evaluate --workdir=runs/digits --watch
 
 It prints the figures that training printed for the same checkpoint, whatever the batch size and
-the number of devices and processes. With --watch it follows a running job: it evaluates each
-checkpoint as it appears, keeps the figures in evaluations.jsonl, and ends with the run.
-
-With --report=DIRECTORY it also writes scores by class, the confusion matrix, calibration and the
-worst mistakes; --image_size=N (or HxW) evaluates at another size, and --tta=flip averages over each
-image and its mirror image.
-
-The data must be those that the run was trained on. If they have moved, give --config.data.path=...
-or --config.data.data_dir=...; --config.data.skip_bad=1 skips an unreadable image.
-
---data=PATH evaluates on other images of the same classes instead: a directory, a table or arrays.
---real=real.json adds the accuracy on ImageNet's reassessed labels, ReaL.
+the number of devices and processes. The data must be those that the run was trained on, unless
+--data names others. --watch also keeps the figures in evaluations.jsonl.
 """
 
 import json
@@ -68,7 +59,7 @@ def evaluate(
     log: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> dict:
-    """Returns {'step', 'test/top1', 'test/top5', 'test/loss'} of a run, and 'test_ema/...'.
+    """Returns {'step', 'test/top1', 'test/loss'} and more of a run, and 'test_ema/...'.
 
     Only process 0 needs to see the directory.
 
@@ -337,31 +328,27 @@ def main() -> None:
 
 if __name__ == '__main__':
     cli.define_workdir('Directory of the run.', required=True)
-    flags.DEFINE_string(
-        'checkpoint', 'latest', "Checkpoint to evaluate: 'latest', 'best', or a step."
-    )
+    flags.DEFINE_string('checkpoint', 'latest', "'latest', 'best', or a step.")
     flags.DEFINE_enum(
         'split',
         None,
         SPLITS,
-        "Images: 'test', 'validation' or 'train'. By default 'test', with --watch those that the "
-        'run chooses its best checkpoint on.',
+        'By default test; with --watch those that choose the best checkpoint.',
     )
     flags.DEFINE_integer(
         'batch_size', None, 'Examples at a time; by default as in training.', lower_bound=1
     )
     cli.define_image_size('image_size', 'Pixels of the images; by default as in training.')
-    flags.DEFINE_enum('tta', None, ('flip',), 'flip: average over each image and its mirror image.')
+    flags.DEFINE_enum('tta', None, ('flip',), 'Average over each image and its mirror image.')
     cli.define_path(
-        'report', None, 'Directory for a report: by class, confusions, calibration, mistakes.'
+        'report', None, 'Directory for scores by class, confusions, calibration, mistakes.'
     )
-    cli.define_path(
-        'data', None, 'Other images of the same classes: a directory, a table or an .npz file.'
-    )
-    cli.define_path('real', None, "Reassessed labels of ImageNet's validation images: real.json.")
+    cli.define_path('data', None, 'Other images of the classes: a directory, a table, an .npz.')
+    cli.define_path('real', None, "real.json: ImageNet's reassessed labels, for the accuracy ReaL.")
     cli.define_path('config.data.path', None, 'Where the same data are now.')
-    cli.define_path('config.data.data_dir', None, 'Where the same TFDS data sets are now.')
+    cli.define_path('config.data.data_dir', None, 'Where the same TFDS data are now.')
     flags.DEFINE_integer('config.data.skip_bad', None, 'How many unreadable images to skip.')
     flags.DEFINE_bool('json', False, 'Print all metrics as one JSON object.')
-    flags.DEFINE_bool('watch', False, 'Evaluate each checkpoint of a running job as it appears.')
-    cli.run(main, distributed=True)
+    flags.DEFINE_bool('watch', False, 'Evaluate each checkpoint as it appears, until the run ends.')
+    moved = ('config.data.path', 'config.data.data_dir', 'config.data.skip_bad')
+    cli.run(main, distributed=True, groups={'data that have moved': moved})

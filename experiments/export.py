@@ -89,4 +89,4 @@ if __name__ == '__main__':
     cli.define_image_size('test_size', 'Another size of test images in pixels.')
     flags.DEFINE_string('eval_mode', None, 'Another evaluation preprocessing.')
     cli.define_path('classes', None, 'File with the names of the classes, one a line.')
-    cli.run(main)
+    cli.run(main, groups=weights_flags.GROUP)

@@ -1,6 +1,7 @@
 """Finds a learning rate by a range test (Smith, arXiv 1506.01186).
 
-    python -m experiments.lr_find --config=configs/digits.py [--out=lr.png]
+    python -m experiments.lr_find --config=configs/digits.py
+    python -m experiments.lr_find --config=configs/digits.py --low=0.01 --high=100 --out=lr.png
 
 The rate grows from --low to --high by the same factor at each step of a short training. It ends
 early where the smoothed loss exceeds 4 times its least value, or the loss is not finite. A table,
@@ -230,7 +231,7 @@ def describe_scale(config: ConfigDict) -> str:
 
 
 if __name__ == '__main__':
-    config_flags.DEFINE_config_file('config', None, 'Config file[:variant].', lock_config=True)
+    config_flags.DEFINE_config_file('config', None, 'The config.', lock_config=True)
     flags.mark_flag_as_required('config')
     flags.DEFINE_float('low', 1e-4, 'Learning rate of the first step.', lower_bound=1e-12)
     flags.DEFINE_float('high', 10.0, 'Learning rate of the last step.', lower_bound=1e-12)

@@ -1,6 +1,7 @@
 """Prints every model: its cost, its training and test size, its accuracy.
 
-    python -m experiments.models [--models=NFNet] [--num_classes=1000]
+    python -m experiments.models
+    python -m experiments.models --models=NFNet --num_classes=10
 
 GMACs are billions of multiply-accumulates for one image of the test size. Top-1 and top-5 are the
 published ImageNet accuracies in percent at the test size, with their paper, or timm's table of

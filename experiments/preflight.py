@@ -1,7 +1,8 @@
 """Compiles a run for TPUs or GPUs that this machine lacks, and reports what it would cost there.
 
     pip install 'nfnets_jax[tpu]' 'nfnets_jax[cuda]'
-    python -m experiments.preflight --config=configs/imagenet/nfnet.py:F0 --target=v5e:16x16,H100:8
+    python -m experiments.preflight --config=configs/imagenet/nfnet.py:F0 --target=v5e:16x16
+    python -m experiments.preflight --config=configs/digits.py --target=v5e:2x2,H100:8
 
 The compilers of these devices work on a CPU. They compile the runner's own training step and
 evaluation. The report says whether these compile and fit, what devices exchange, and where the time
@@ -393,8 +394,8 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    config_flags.DEFINE_config_file('config', None, 'What to train.', lock_config=True)
-    flags.DEFINE_list('target', None, 'KIND:TOPOLOGY, separated by commas: v5e:16x16,H100:8.')
+    config_flags.DEFINE_config_file('config', None, 'The config.', lock_config=True)
+    flags.DEFINE_list('target', None, 'KIND:TOPOLOGY, such as v5e:16x16; several with commas.')
     cli.define_path('json', None, 'Where to write the reports as JSON.')
     flags.DEFINE_integer(
         'examples', None, 'In each split of data that are not here.', lower_bound=1

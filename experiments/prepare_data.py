@@ -1,16 +1,15 @@
 """Prepares a data set of tensorflow_datasets for random access.
 
     python -m experiments.prepare_data --dataset=cifar10 --data_dir=~/tensorflow_datasets
-
-With --shards it converts files that others have prepared: tar files of WebDataset, or Parquet files
-with image bytes, as of Hugging Face; the data set then has the name that --dataset gives.
-
     python -m experiments.prepare_data --shards=DIRECTORY --dataset=my_images
 
-Without, it downloads the data set and writes ArrayRecord files; TensorFlow is not needed. A data
-set that exists as TFRecords is converted beside them. If it was stopped, run it again: finished
-downloads and files are kept, and nothing unfinished is used, because a data set counts as prepared
-only when its dataset_info.json says so, which is written last.
+The first downloads the data set and writes ArrayRecord files; TensorFlow is not needed. A data set
+that exists as TFRecords is converted beside them. --shards converts files that others have
+prepared, tar files of WebDataset or Parquet files with image bytes, as of Hugging Face.
+
+If it was stopped, run it again: finished downloads and files are kept, and nothing unfinished is
+used, because a data set counts as prepared only when its dataset_info.json says so, which is
+written last.
 """
 
 import contextlib
@@ -250,12 +249,12 @@ if __name__ == '__main__':
     _CLASSES = cli.define_path(
         'classes',
         None,
-        'With --shards: names of the classes, one a line, where labels are integers.',
+        'Names of the classes, one a line, where labels are integers.',
     )
     _LABEL_COLUMN = flags.DEFINE_string(
-        'label_column', '', 'With --shards: column of labels, or their key in .json.'
+        'label_column', '', 'Column of labels, or their key in .json.'
     )
     _DATA_DIR = cli.define_path(
         'data_dir', DEFAULT_DATA_DIR, 'Directory of the prepared data sets.'
     )
-    cli.run(main)
+    cli.run(main, groups={'shards': ('shards', 'classes', 'label_column')})

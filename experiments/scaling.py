@@ -1,19 +1,16 @@
 """Computes step time, memory and cost of training on accelerators. Nothing is measured.
 
-    python -m experiments.scaling [--models=NFNet-F0,NFNet-F5] [--devices=v4:128,H100:64]
+    python -m experiments.scaling --models=NFNet-F0,NFNet-F5 --devices=v4:128,H100:64
     python -m experiments.scaling --calibrate
 
-A step is 3 x 2 operations for each multiply-accumulate of the batch (a backward pass is two forward
-passes), at a share of the chip's peak (--utilisation); one all-reduce of the float32 gradients, not
-overlapped with the computation, at the published bandwidth; and the update, which reads and writes
-all parameters, momenta and averages, at the bandwidth of the memory. --calibrate compares this with
-the step times that the NFNets paper measured, from which the assumed shares come.
+A step is 3 x 2 operations for each multiply-accumulate of the batch, at a share of the chip's peak;
+one all-reduce of the float32 gradients, not overlapped with the computation, at the published
+bandwidth; and the update, which reads and writes all parameters, momenta and averages. --calibrate
+compares this with the step times that the NFNets paper measured, from which the shares come.
 
-Memory is parameters, gradients, momenta and moving average in float32, and activations in bfloat16
-(nfnets_jax.models.activation_bytes, twice the outputs of the costly operations: see
-docs/scaling.md). If the examples of a device do not fit, they are split in --config.accumulate
-parts of at least 8; if that is not enough, blocks are recomputed in the backward pass (remat), a
-third more work.
+Memory is parameters, gradients, momenta and moving average in float32, and activations in bfloat16.
+If the examples of a device do not fit, they are split in --config.accumulate parts of at least 8;
+if that is not enough, blocks are recomputed in the backward pass. See docs/scaling.md.
 """
 
 import dataclasses
@@ -264,7 +261,7 @@ if __name__ == '__main__':
     flags.DEFINE_float(
         'utilisation',
         None,
-        'Share of the peak; by default the share that the NFNets paper reached.',
+        'Share of the peak; by default that of the NFNets paper.',
         lower_bound=0.01,
         upper_bound=1,
     )

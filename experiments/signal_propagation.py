@@ -1,8 +1,7 @@
 """Plots the signal through a network at initialisation, block by block.
 
     python -m experiments.signal_propagation --model=NF-ResNet-50
-        [--against=ResNet-50] [--size=224] [--batch_size=4] [--seed=0] [--gain=1]
-        [--out=signal_propagation.png]
+    python -m experiments.signal_propagation --model=NFNet-F0 --against=ResNet-50 --gain=0.5
 
 Three panels, as in the signal propagation plots of arXiv 2101.08692 (section 3): the squared mean
 of the channels and their variance, averaged over the channels, and the variance of each residual

@@ -4,12 +4,11 @@
     python -m experiments.soup --workdir=RUN --checkpoints=all --out=C.safetensors
     python -m experiments.soup --greedy --workdir=RUN --out=C.safetensors
 
-The members are all --weights (files, published names or runs) and the --checkpoints of the run in
---workdir. All must be of one network with the same classes; statistics of batch norm are averaged
-as well. --greedy is recipe 1 of the paper: it takes the members in the order of their top-1 on the
-validation images of --workdir or --config, and keeps each with which that of the average does not
-fall. It never looks at the test images. --data names other images to choose by, of the same
-classes: the validation split of a directory, a table or arrays, or all if there are no splits.
+The members are all --weights and the --checkpoints of the run in --workdir, of one network with the
+same classes; statistics of batch norm are averaged as well. --greedy is recipe 1 of the paper: it
+takes the members in the order of their top-1 on the validation images of --workdir or --config, or
+on those of --data, and keeps each with which that of the average does not fall. It never looks at
+test images.
 """
 
 import functools
@@ -272,10 +271,10 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    cli.define_paths('weights', None, 'A file, a published name or a run; several times.')
+    cli.define_paths('weights', None, 'A file, a published name or a run; may be repeated.')
     cli.define_workdir('Directory of a run: its checkpoints, its validation images.')
     flags.DEFINE_string(
-        'checkpoints', None, "Of the run: 'all', or steps, separated by commas; 'best', 'latest'."
+        'checkpoints', None, "Of the run: 'all', or steps, 'best', 'latest', with commas."
     )
     flags.DEFINE_bool('ema', True, 'Take the moving average of runs, if there is one.')
     flags.DEFINE_bool('greedy', False, 'Leave out weights that lower the validation top-1.')

@@ -1,10 +1,13 @@
 """Trains a network from a config; run again with the same workdir, it resumes.
 
     python -m experiments.train --config=configs/digits.py --workdir=runs/digits
+    python -m experiments.train --config=configs/imagenet/nfnet.py:F0 --workdir=runs/f0
 
 bytes -> uint8 batches on the host -> on each device the step of train_step.py, over and over ->
 from time to time metrics, a checkpoint, an exact evaluation. Nothing depends on when a run was
 stopped: a resumed run ends bit for bit where the uninterrupted one does.
+
+--config=FILE --help lists the variants and the fields of a config.
 """
 
 import contextlib
@@ -38,7 +41,7 @@ from experiments.run import (
     workdir,
 )
 from experiments.run import summary as run_summary
-from experiments.run.batches import open_batches
+from experiments.run.batches import open_batches, some_images
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.evaluation import describe_accuracy, evaluate, score
 from experiments.run.profiling import Trace
@@ -193,6 +196,8 @@ def train(
                     with throughput.paused(state):
                         trace.toggle()
                 batch = next(batches) | {'stop': stop_signal.flag()}
+                if step == 0:
+                    writer.write_images('images_before_augmentation', some_images(batch))
                 with parallel.transfer_guard():
                     state, metrics = train_step(state, batch)
                 step += 1
@@ -215,7 +220,7 @@ def train(
         checkpoints.wait()
         progress.close()
         if not quiet:
-            run_summary.draw_curves(path, config.model.name, log)
+            run_summary.draw_curves(experiment, path, log)
         if step < total_steps:
             log(f'stopped; step {step:,} is saved, and the same command continues from there')
             summary = {'step': step}
@@ -242,7 +247,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    config_flags.DEFINE_config_file('config', None, 'Config file[:variant].', lock_config=True)
+    config_flags.DEFINE_config_file('config', None, 'The config.', lock_config=True)
     cli.define_workdir('Directory for checkpoints, metrics and config.')
     flags.DEFINE_integer(
         'cpu_devices',

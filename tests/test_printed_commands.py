@@ -420,7 +420,7 @@ from experiments.launch import cli
 class Parsed(BaseException):
     pass
 
-def run(main, *, positional=False, distributed=False, declared=None):
+def run(main, *, positional=False, distributed=False, **_):
     if distributed:
         cli._define_distributed_flags()
     flags.FLAGS(cli._parse(sys.argv))

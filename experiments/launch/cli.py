@@ -24,7 +24,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from experiments.launch import config_help, output
+from experiments.launch import command_help, config_help, output
 from experiments.launch.distributed import INTERRUPTED, Options, session
 from nfnets_jax import extras, files
 from nfnets_jax.errors import UsageError, first_line, nearest
@@ -40,6 +40,7 @@ def run(
     positional: bool = False,
     distributed: bool = False,
     declared: Callable[[ConfigDict], Mapping[str, Option]] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Parses the command line and calls `main`, which reads `flags.FLAGS`.
 
@@ -49,9 +50,17 @@ def run(
       distributed: whether several processes may run it together.
       declared: returns the options that a config of --config may have, for --help; None: those of
         `experiments.config`.
+      groups: title -> names of flags, for --help.
     """
+    groups = dict(groups or {})
     if distributed:
         _define_distributed_flags()
+        groups['several processes, unless the cluster says it'] = Options._fields
+    module = sys.modules[main.__module__]
+
+    def describe() -> str:
+        doc = sys.modules['__main__'].__doc__ or ''
+        return command_help.describe(doc, flags.FLAGS.get_key_flags_for_module(module), groups)
 
     def call_main(argv: Sequence[str]) -> None:
         if len(argv) > 1 and not positional:
@@ -62,7 +71,8 @@ def run(
             main(argv[1:]) if positional else main()
 
     with guarded():
-        app.run(call_main, flags_parser=functools.partial(_parse, declared=declared))
+        parse = functools.partial(_parse, declared=declared, describe=describe)
+        app.run(call_main, flags_parser=parse)
 
 
 @contextlib.contextmanager
@@ -116,6 +126,7 @@ class PathParser(flags.ArgumentParser):
     """Parses a path of the local file system, which may begin with ~."""
 
     syntactic_help = 'a path'
+    metavar = 'PATH'
 
     def parse(self, argument: str) -> str:
         if not argument:
@@ -141,6 +152,7 @@ class ImageSizeParser(flags.ArgumentParser):
     """Parses the size of images: '224', or '128x300', height and width."""
 
     syntactic_help = 'pixels of a side, or of height and width: 224, 128x300'
+    metavar = 'N|HxW'
 
     def parse(self, argument: str) -> ImageSize:
         return parse(argument)
@@ -179,15 +191,12 @@ def check_out(out: pathlib.Path, suffixes: Collection[str]) -> None:
 
 
 def _define_distributed_flags() -> None:
-    why = 'To train with several processes; not needed where the cluster says it.'
-    flags.DEFINE_string('coordinator', None, f'{why} host:port of process 0.')
-    flags.DEFINE_integer('num_processes', None, f'{why} How many there are.')
-    flags.DEFINE_integer('process_id', None, f'{why} Which of them this is, from 0.')
+    flags.DEFINE_string('coordinator', None, 'host:port of process 0.')
+    flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
+    flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
+    flags.DEFINE_float('start_timeout', 300.0, 'Seconds in which all must meet.', lower_bound=1.0)
     flags.DEFINE_float(
-        'start_timeout', 300.0, 'Seconds in which all processes must meet.', lower_bound=1.0
-    )
-    flags.DEFINE_float(
-        'peer_timeout', 60.0, 'Seconds of silence after which a process is dead.', lower_bound=1.0
+        'peer_timeout', 60.0, 'Seconds of silence after which one is dead.', lower_bound=1.0
     )
 
 
@@ -197,7 +206,10 @@ def _distributed_options() -> Options:
 
 
 def _parse(
-    argv: Sequence[str], *, declared: Callable[[ConfigDict], Mapping[str, Option]] | None = None
+    argv: Sequence[str],
+    *,
+    declared: Callable[[ConfigDict], Mapping[str, Option]] | None = None,
+    describe: Callable[[], str] = str,
 ) -> list[str]:
     loaded: _Loaded | None = None
     try:
@@ -209,6 +221,11 @@ def _parse(
                 flags.FLAGS['config'].parser = loaded = _Loaded(given)
                 argv = _set_options(loaded.config, argv)
                 _check_overrides(loaded.config, argv)
+        if command_help.asked_for(argv):
+            print(describe(), end='')
+            if loaded:
+                _describe_config(loaded, declared)
+            sys.exit()
         sys.argv[:] = argv  # where the flags of a config look for each other
         return flags.FLAGS(argv)
     except UsageError as error:
@@ -217,16 +234,7 @@ def _parse(
         missing = re.search(r'Flag (--\w+) must have a value other than None', str(error))
         _fail(f'{missing[1]} is missing: see --help' if missing else _one_line(error))
     except SystemExit as ending:
-        if ending.code == 1 and loaded:  # absl ends --help with 1.
-            from experiments.config import declared as declared_config  # here: a slow import
-
-            try:
-                known = (declared or declared_config)(loaded.config)
-            except UsageError as error:
-                _fail(str(error))
-            path = loaded.given.partition(':')[0]
-            print(*config_help.describe(path, loaded.variants, known, loaded.config), sep='\n')
-        sys.exit(0 if ending.code == 1 else ending.code)
+        sys.exit(0 if ending.code == 1 else ending.code)  # absl ends --helpfull with 1.
 
 
 def _expand_config(argv: Sequence[str]) -> list[str]:
@@ -285,6 +293,16 @@ def _load(config: str) -> tuple[ConfigDict, Sequence[str]]:
         raise UsageError(
             f'{_place(path, error)}: {type(error).__name__}: {_one_line(error)}'
         ) from error
+
+
+def _describe_config(
+    loaded: _Loaded, declared: Callable[[ConfigDict], Mapping[str, Option]] | None
+) -> None:
+    from experiments.config import declared as declared_config  # here: a slow import
+
+    known = (declared or declared_config)(loaded.config)
+    path = loaded.given.partition(':')[0]
+    print(*config_help.describe(path, loaded.variants, known, loaded.config), sep='\n')
 
 
 def _set_options(config: ConfigDict, argv: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from experiments.launch import cli
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import pretrained
 
+GROUP = {'weights': ('weights', 'workdir', 'checkpoint', 'ema', 'model')}  # for --help
 flags.disclaim_key_flags()  # In --help they are flags of the command.
 
 

@@ -1,6 +1,6 @@
 """Writes the results of studies as one HTML page that needs no network.
 
-    python -m experiments.report --workdir=S [--workdir=S2 ...] [--out=PAGE] [--static=DIR]
+    python -m experiments.report --workdir=S --static=DIR
     python -m experiments.report --tables=DIR --out=PAGE
 
 Each --workdir is the directory of an `experiments.study`, finished or not. The page, by default
@@ -61,7 +61,7 @@ def _write(args: flags.FlagValues, directories: Sequence[str | os.PathLike]) -> 
 
 
 if __name__ == '__main__':
-    cli.define_paths('workdir', None, 'The directory of a study; may be given more than once.')
+    cli.define_paths('workdir', None, 'The directory of a study; may be repeated.')
     cli.define_path('tables', None, 'A directory that --static has written, to read instead.')
     cli.define_path('out', None, 'The page to write, else report.html in the first --workdir.')
     cli.define_path('static', None, 'A directory for PNG images and a README.md.')

@@ -58,3 +58,13 @@ def open_eval_batches(experiment: Experiment, split: str) -> pipeline.Prefetch:
         process_count=jax.process_count(),
     )
     return pipeline.Prefetch(batches, parallel.shard)
+
+
+def some_images(batch: dict[str, jax.Array], most: int = 32) -> np.ndarray:
+    """Returns the first images of a training batch on this process, uint8 [N, H, W, C].
+
+    They are what the step reads: after cropping, before the augmentation on the device. Where all
+    images are on the device they are the first of the data.
+    """
+    images = batch['image'].addressable_data(0)
+    return np.asarray(images[(0,) * (images.ndim - 4)][:most])

@@ -86,10 +86,10 @@ _MAPS = (
 
 
 def draw_curves(
-    metrics: Sequence[Mapping[str, float]], path: str | os.PathLike, *, title: str = ''
+    metrics: Sequence[Mapping[str, float]], path: str | os.PathLike, **words: str
 ) -> None:
     """Writes `curves` to a PNG file, whole or not at all."""
-    write_figure(path, curves(metrics, title=title))
+    write_figure(path, curves(metrics, **words))
 
 
 def write_figure(path: str | os.PathLike, figure: Figure) -> None:
@@ -99,7 +99,9 @@ def write_figure(path: str | os.PathLike, figure: Figure) -> None:
     files.atomic_write(path, png.getvalue())
 
 
-def curves(metrics: Sequence[Mapping[str, float]], *, title: str = '') -> Figure:
+def curves(
+    metrics: Sequence[Mapping[str, float]], *, title: str = '', best: str = '', note: str = ''
+) -> Figure:
     """Draws loss, top-1, learning rate and clipped fraction over the steps of a run.
 
     Where images have several labels, average precision and area under the ROC curve too; with
@@ -107,7 +109,9 @@ def curves(metrics: Sequence[Mapping[str, float]], *, title: str = '') -> Figure
 
     Args:
         metrics: lines of `metric_writers.read_metrics`; missing and non-finite values are left out.
-        title: title above the panels.
+        title: title above the panels: network, data and run.
+        best: the best evaluation, below the title.
+        note: a sentence below the panels: what the training loss includes.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
     several = any(name.endswith('/map') for record in metrics for name in record)
@@ -115,8 +119,10 @@ def curves(metrics: Sequence[Mapping[str, float]], *, title: str = '') -> Figure
     maps = [panel for panel in _MAPS if _layers(metrics, panel.metric)]
     rows = (len(panels) + len(maps) + 1) // 2
     figure = Figure(figsize=(12, 3.75 * rows), dpi=120, layout=layout)
-    if title:
-        figure.suptitle(title, fontsize=15, fontweight='bold')
+    if title or best:
+        figure.suptitle('\n'.join(filter(None, (title, best))), fontsize=13)
+    if note:
+        figure.supxlabel(note, fontsize=9, color=_GREY)
     all_axes = figure.subplots(rows, 2, sharex=True)
     for axes, panel in itertools.zip_longest(all_axes.flat, (*panels, *maps)):
         if isinstance(panel, _Map):

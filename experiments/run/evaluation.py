@@ -26,9 +26,10 @@ def evaluate(
 
     Returns:
       {'<split>/loss', '<split>/top1', '<split>/top5'} and '<split>_ema/...': means over the
-      examples. Where some may be skipped, '<split>/skipped_pictures' too. With several labels for
-      an image, top1 counts images whose highest class is one of their labels, and instead of top5
-      there are 'map' and 'auc': means over the classes, see `ranking`, without undefined ones.
+      examples; top5 with ten classes or more. Where some may be skipped, '<split>/skipped_pictures'
+      too. With several labels for an image, top1 counts images whose highest class is one of their
+      labels, and instead of top5 there are 'map' and 'auc': means over the classes, see `ranking`,
+      without undefined ones.
     """
     metrics = {}
     if experiment.multi_label:

@@ -6,6 +6,7 @@ checkpoint that it resumes from are dropped, because they will be written again.
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from experiments.run import parallel
 from nfnets_jax import files
@@ -37,7 +39,7 @@ class _Sink(Protocol):
 
 
 class Writer:
-    """Writes scalars to every sink; from `open_writer`."""
+    """Writes scalars to every sink, and images to TensorBoard; from `open_writer`."""
 
     def __init__(self, sinks: list[_Sink]):
         self._sinks = sinks
@@ -62,6 +64,21 @@ class Writer:
                 raise UsageError(
                     f'the metrics of step {step} cannot be written: {error.strerror or error}'
                 ) from error
+
+    def write_images(self, name: str, images: np.ndarray) -> None:
+        """Writes images, uint8 [N, H, W, C] with 1 or 3 channels, as one picture; others: nothing.
+
+        Raises:
+            UsageError: they cannot be written.
+        """
+        for sink in self._sinks:
+            if isinstance(sink, _TensorBoard) and images.shape[-1] in (1, 3):
+                try:
+                    sink.write_image(name, _side_by_side(images))
+                except OSError as error:
+                    raise UsageError(
+                        f'{name} cannot be written: {error.strerror or error}'
+                    ) from error
 
     def close(self) -> None:
         """Closes all destinations; later writes are lost."""
@@ -117,7 +134,10 @@ def open_writer(
     workdir = pathlib.Path(workdir)
     # First, because it can fail.
     wandb = [_Wandb(workdir, config)] if config.wandb.project else []
-    return Writer([_JsonLines(workdir, start_step), _TensorBoard(workdir, start_step), *wandb])
+    tensorboard = _TensorBoard(workdir, start_step)
+    if start_step == 0:
+        tensorboard.write_text('config', json.dumps(config.to_dict(), indent=2, default=str))
+    return Writer([_JsonLines(workdir, start_step), tensorboard, *wandb])
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | int]]:
@@ -142,6 +162,17 @@ def _number(name: str, value: Any) -> float | int:
     if not isinstance(number, int | float):
         raise TypeError(f'metric {name!r} is not one number: {value!r}')
     return number
+
+
+def _side_by_side(images: np.ndarray, columns: int = 8) -> np.ndarray:
+    """Returns images [N, H, W, C] as one, in rows with white lines between."""
+    blank = -len(images) % min(columns, len(images))
+    pads = ((0, blank), (1, 1), (1, 1), (0, 0))
+    images = np.pad(images, pads, constant_values=255)
+    count, height, width, channels = images.shape
+    columns = min(columns, count)
+    rows = images.reshape(count // columns, columns, height, width, channels)
+    return rows.swapaxes(1, 2).reshape(-1, columns * width, channels)
 
 
 def _whole_lines(path: pathlib.Path) -> list[tuple[bytes, dict]]:
@@ -192,10 +223,11 @@ class _TensorBoard:
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
-        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._metadata, self._tensor = summary_pb2.SummaryMetadata, tensor_pb2.TensorProto
         # TensorBoard reads the files in the order of their names, and the clock may have been set
         # back since the last one.
         earlier = [name.suffixes[-2:] for name in workdir.glob('events.out.tfevents.*.*')]
@@ -211,6 +243,25 @@ class _TensorBoard:
     def write(self, step: int, scalars: Scalars) -> None:
         values = [self._summary.Value(tag=name, simple_value=x) for name, x in scalars.items()]
         self._add(step=step, summary=self._summary(value=values))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a text, which TensorBoard shows as Markdown: as a block of code."""
+        plugin = self._metadata.PluginData(plugin_name='text')
+        tensor = self._tensor(dtype='DT_STRING', string_val=[f'```\n{text}\n```'.encode()])
+        metadata = self._metadata(plugin_data=plugin)
+        value = self._summary.Value(tag=name, metadata=metadata, tensor=tensor)
+        self._add(step=0, summary=self._summary(value=[value]))
+
+    def write_image(self, name: str, image: np.ndarray) -> None:
+        """Writes an image, uint8 [H, W, 1 or 3]."""
+        png = io.BytesIO()
+        Image.fromarray(image.squeeze()).save(png, format='png')
+        height, width, channels = image.shape
+        encoded = self._summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue()
+        )
+        value = self._summary.Value(tag=name, image=encoded)
+        self._add(step=0, summary=self._summary(value=[value]))
 
     def close(self) -> None:
         self._records.close()

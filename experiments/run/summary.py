@@ -8,7 +8,7 @@ import pathlib
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,11 +46,10 @@ def write_summary(
     """
     if not parallel.is_primary():
         return None
-    evaluations = [line for line in metric_writers.read_metrics(path) if f'{watched}/top1' in line]
     summary = {
         'step': int(state.step),
         'final': dict(final),
-        'best': max(evaluations, key=lambda line: (score(line, watched), -line['step'])),
+        'best': _best(metric_writers.read_metrics(path), watched),
         'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         # If the run was resumed, these are of this session only.
         'images_per_second': throughput.images / throughput.seconds if throughput.images else None,
@@ -64,16 +63,58 @@ def write_summary(
     return summary
 
 
-def draw_curves(path: pathlib.Path, title: str, log: Callable[[str], None]) -> None:
+def draw_curves(experiment: Experiment, path: pathlib.Path, log: Callable[[str], None]) -> None:
     """Draws curves.png on process 0. A failure is logged and does not fail the run."""
     if not parallel.is_primary():
         return
     try:
         from experiments.run import curves  # here: importing Matplotlib takes 0.2 s
 
-        curves.draw_curves(metric_writers.read_metrics(path), path / 'curves.png', title=title)
+        metrics = metric_writers.read_metrics(path)
+        curves.draw_curves(
+            metrics,
+            path / 'curves.png',
+            title=f'{experiment.config.model.name} on {_data_name(experiment)}: {path}',
+            best=describe_best(metrics, experiment.watched),
+            note=describe_loss(experiment),
+        )
     except Exception as error:  # Matplotlib's fonts and caches may be anywhere.
         log(f'curves.png cannot be drawn: {first_line(error)}')
+
+
+def _data_name(experiment: Experiment) -> str:
+    data = experiment.config.data
+    return data.get('dataset') or pathlib.Path(data.get('path') or '').name or data.name
+
+
+def describe_best(metrics: Sequence[Mapping[str, float]], watched: str) -> str:
+    """Returns a text like 'best test EMA top-1: 99.16% at step 500'; '' without an evaluation."""
+    best = _best(metrics, watched)
+    if best is None:
+        return ''
+    measure = 'mAP' if f'{watched}/map' in best else 'top-1'
+    average = ' EMA' if f'{watched}_ema/top1' in best else ''
+    return f'best {watched}{average} {measure}: {score(best, watched):.2%} at step {best["step"]:,}'
+
+
+def _best(metrics: Sequence[Mapping[str, float]], watched: str) -> Mapping[str, float] | None:
+    """Returns the first of the best evaluations; None without any."""
+    evaluations = [line for line in metrics if f'{watched}/top1' in line]
+    return max(evaluations, key=lambda x: (score(x, watched), -x['step']), default=None)
+
+
+def describe_loss(experiment: Experiment) -> str:
+    """Returns a sentence that says what the training loss includes."""
+    augment = experiment.config.augment
+    mixes = [name for name, key in (('MixUp', 'mixup'), ('CutMix', 'cutmix')) if augment[key]]
+    parts = [
+        f'label smoothing {augment.label_smoothing:g}' if augment.label_smoothing else '',
+        f'labels mixed by {" and ".join(mixes)}' if mixes else '',
+        'class weights' if experiment.class_weights is not None else '',
+    ]
+    included = [part for part in parts if part]
+    beside = f' and includes {", ".join(included)}' if included else ''
+    return f'The train loss is of augmented images{beside}; weight decay is not in it.'
 
 
 def write_reports(

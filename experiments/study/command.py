@@ -1,17 +1,17 @@
 """Runs a study: every trial of a grid once, on any number of processes and machines.
 
-    python -m experiments.study --config=configs/studies/agc_batch_size.py:digits --workdir=S
-        [--jobs=2] [--seeds=5] [--max_trials=10] [--extend] [--retry] [--config.base.data.path=...]
+    python -m experiments.study --config=configs/studies/sam.py:digits --workdir=S
+    python -m experiments.study --config=configs/studies/sam.py --workdir=S --jobs=2
 
 The same command, at any time and on any machine that sees the directory, joins or resumes the
 study: a trial whose process was killed continues from its last checkpoint. A trial that diverged or
 failed is a result. In the directory:
 
-    data.json     identity of the data: the study ends with one line if they change
-    study.json    question, setting, and every trial's axes, state and metrics; always valid
-    trials/ID/    each trial's run, as experiments.train writes it; correct.npz, the images that it
-                  classifies correctly; error.txt of a failed one
-    journal.log   Optuna's journal with the state of all trials; see optuna-dashboard S/journal.log
+    data.json    identity of the data; if it changes the study ends with one line
+    study.json   question, setting, and every trial's axes, state and metrics
+    trials/ID/   each trial's run, as experiments.train writes it; correct.npz,
+                 the images that it classifies correctly; error.txt if it failed
+    journal.log  Optuna's journal, for optuna-dashboard
 """
 
 import collections

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from configs.finetune import head_only
+from experiments import train_step
 from experiments.experiment import build, computed_per_device
 from experiments.run import parallel, step_metrics
 from experiments.train import train
@@ -472,3 +473,15 @@ def test_a_state_has_the_same_dtypes_under_x64(tiny):
         chex.assert_trees_all_equal_shapes_and_dtypes(
             jax.eval_shape(lambda: init_state(experiment)), state
         )
+
+
+@pytest.mark.parametrize('classes', [3, 9, 10])
+def test_top_5_is_left_out_under_ten_classes(classes):
+    logits = np.random.default_rng(0).normal(size=(32, classes)).astype(np.float32)
+    labels, mask = np.arange(32) % classes, (np.arange(32) < 30).astype(np.float32)
+    sums = train_step._sums(logits, labels, mask)
+    ranked = np.argsort(-logits, axis=1)[:30]
+    expected = {f'top{k}': np.sum(ranked[:, :k] == labels[:30, None]) for k in (1, 5)}
+    if classes < 10:
+        del expected['top5']
+    assert {name: value for name, value in sums.items() if 'top' in name} == expected

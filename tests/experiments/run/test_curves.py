@@ -134,3 +134,10 @@ def test_layers_are_rows_of_colors_in_order():
         assert labels == ['block_1', 'block_2', 'block_10', 'initial_conv']
     (mesh,) = shown[0].collections
     np.testing.assert_allclose(mesh.get_array()[:, 0], [0.3, 0.1, 0.2, 0.0])
+
+
+def test_the_words_are_above_and_below():
+    figure = curves.curves(_metrics(3), title='run', best='best: 9 %', note='It includes all.')
+    assert figure.get_suptitle() == 'run\nbest: 9 %'
+    assert figure.get_supxlabel() == 'It includes all.'
+    assert curves.curves(_metrics(3)).get_suptitle() == ''

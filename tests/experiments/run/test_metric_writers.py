@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import sys
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
 from experiments.run import metric_writers, parallel
@@ -238,3 +240,33 @@ def test_a_clock_that_is_set_back_does_not_reorder_the_record(tmp_path, monkeypa
         metric_writers.open_writer(tmp_path, config=_config()).close()
         after = set(tmp_path.glob('events.out.*'))
         assert max(after) in after - before, 'the newest comes last by its name'
+
+
+@pytest.mark.parametrize(('count', 'channels'), [(3, 3), (11, 1)])
+def test_tensorboard_has_the_config_and_images(tmp_path, count, channels):
+    images = np.random.default_rng(0).integers(0, 255, (count, 5, 6, channels), np.uint8)
+    writer = _open(tmp_path)
+    writer.write_images('first', images)
+    writer.write_images('five channels', np.zeros((2, 4, 4, 5), np.uint8))  # None can be shown.
+    writer.close()
+    _open(tmp_path, start_step=4).close()  # A resumed run does not repeat the config.
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()['images'] == ['first']
+    (config,) = events.Tensors('config')
+    (text,) = config.tensor_proto.string_val
+    assert json.loads(text.decode().strip('`')) == _config().to_dict()
+    (shown,) = events.Images('first')
+    pixels = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))
+    pixels = pixels.reshape(shown.height, shown.width, channels)
+    for i, image in enumerate(images):
+        row, column = 7 * (i // 8), 8 * (i % 8)
+        np.testing.assert_array_equal(pixels[row + 1 : row + 6, column + 1 : column + 7], image)
+
+
+def test_images_on_a_full_disk_are_one_line(tmp_path):
+    writer = _open(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 255, (32, 64, 64, 3), np.uint8)
+    with files_no_larger_than(4096), pytest.raises(UsageError, match='cannot be written'):
+        writer.write_images('first', noise)
+    writer.close()

@@ -1,0 +1,81 @@
+"""--help of every command: it fits a screen, has groups, and examples that are commands."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from experiments.launch import command_help
+
+ROOT = pathlib.Path(__file__).parents[3]
+COMMANDS = sorted(
+    path.parent.name if path.name == '__main__.py' else path.stem
+    for pattern in ('*.py', '*/__main__.py')
+    for path in (ROOT / 'experiments').glob(pattern)
+    if 'cli.run(' in path.read_text() or path.name == '__main__.py'
+)
+LINES, COLUMNS = 44, 80
+# With `command.py`: a command whose flags are defined there.
+CODE = {'study': 'experiments/study/command.py', 'report': 'experiments/report/__main__.py'}
+
+
+def described(command, columns):
+    done = subprocess.run(
+        [sys.executable, '-m', f'experiments.{command}', '--help'],
+        cwd=ROOT,
+        env={'COLUMNS': str(columns), 'PATH': '', 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not done.stderr
+    return done.stdout
+
+
+def test_all_commands_are_known():
+    assert {'train', 'evaluate', 'study', 'report', 'preflight'} < set(COMMANDS)
+    assert len(COMMANDS) >= 14
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_fits_a_screen_and_names_every_flag(command):
+    text = described(command, COLUMNS)
+    lines = text.splitlines()
+    assert len(lines) <= LINES
+    assert max(map(len, lines)) <= COLUMNS
+    examples = re.findall(rf'^    python -m experiments\.{command}\b', text, re.M)
+    assert len(examples) >= 2
+    path = ROOT / CODE.get(command, f'experiments/{command}.py')
+    defined = re.findall(
+        r"(?:DEFINE_\w+|define_(?:path|paths|image_size))\(\s*'([\w.]+)'", path.read_text()
+    )
+    for name in defined:
+        assert re.search(rf'^  --(\[no\])?{re.escape(name)}(=| |$)', text, re.M), name
+
+
+def test_a_narrow_terminal_gets_narrow_paragraphs():
+    narrow = described('augment_gallery', 40)
+    assert max(map(len, narrow.splitlines())) <= 40
+    examples = narrow.replace('\\\n        ', '')
+    assert '    python -m experiments.augment_gallery --out=strong.png --magnitude=20\n' in examples
+    assert described('augment_gallery', 300) == described('augment_gallery', COLUMNS)
+
+
+def test_groups_defaults_and_forms():
+    values = flags.FlagValues()
+    flags.DEFINE_integer('steps', 7, 'How many; 5 % more.', flag_values=values)
+    flags.DEFINE_bool('json', False, 'As JSON.', flag_values=values)
+    flags.DEFINE_enum('split', None, ['a', 'b'], 'Which.', flag_values=values, required=True)
+    flags.DEFINE_string('host', None, 'Where.', flag_values=values)
+    known = [values[name] for name in ('steps', 'json', 'split', 'host')]
+    text = command_help.describe('Does it.\n\n    python -m it\n', known, {'far away': ['host']})
+    assert text.split('\n\n') == [
+        'Does it.',
+        '    python -m it',
+        'required:\n  --split=a|b  Which.',
+        'options:\n  --steps=N    How many; 5 % more. (default: 7)\n  --[no]json   As JSON.',
+        'far away:\n  --host=TEXT  Where.\n',
+    ]
