@@ -173,6 +173,7 @@ class _Evaluator:
     ):
         config = ConfigDict(fields['config'])
         open_source: Callable[..., Source] = sources.open_source
+        described: list[str] = []
         if other:
             for name in {'path', 'data_dir'} & set(data):
                 raise UsageError(f'--config.data.{name} is of the data of the run: leave it out')
@@ -182,6 +183,7 @@ class _Evaluator:
             config = other_data.other_config(config, other, metadata)
             source = other_data.open_other(config, metadata, split)
             open_source, split = other_data.opener(source, config, metadata), 'test'
+            described = [other_data.describe(source)]
         if batch_size is not None:
             config.eval.batch_size = batch_size
         with config.data.ignore_type():
@@ -202,12 +204,9 @@ class _Evaluator:
                     f'--workdir={directory} holds a run on other data: '
                     f'{data_record.in_words(changed, "give --config.data.path of the same data")}'
                 )
-        described = describe_data(experiment)
-        if other:
-            described = iter([other_data.describe(experiment.test_source)])
         self.lines = [
             describe_network(experiment),
-            *described,
+            *(described or describe_data(experiment)),
             f'evaluation: {"these" if other else f"the {split}"} images, on {describe_devices()}',
         ]
         self.template = jax.eval_shape(lambda: init_state(experiment))

@@ -289,10 +289,10 @@ def materials(tmp_path_factory):
     pretrain, small = (block for block in blocks if 'def get_config(data' in block)
     (path / 'pretrain.py').write_text(pretrain)
     (path / 'small.py').write_text(small)
-    pairs = next(block for block in blocks if "'pairs.npz'" in block)
-    (path / 'make_pairs.py').write_text(pairs)
-    done = shell('python make_pairs.py', path)
-    assert done.returncode == 0, done.stderr
+    for name in ('pairs', 'bands'):
+        (path / 'make.py').write_text(next(block for block in blocks if f"'{name}.npz'" in block))
+        done = shell('python make.py', path)
+        assert done.returncode == 0, done.stderr
     return path
 
 

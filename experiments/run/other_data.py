@@ -22,7 +22,7 @@ _OF_THE_PLACE = (
     *('path', 'root', 'train_split', 'validation_split', 'test_split'),
     *('val_labels', 'test_fraction', 'split_seed'),
 )
-_KEPT = ('mean', 'std', 'skip_bad')  # of the config, whatever the source
+_KEPT = ('mean', 'std', 'value_range', 'skip_bad')  # of the config, whatever the source
 
 
 def other_config(config: ConfigDict, path: str, metadata: Metadata) -> ConfigDict:
@@ -52,7 +52,7 @@ def other_config(config: ConfigDict, path: str, metadata: Metadata) -> ConfigDic
 
 def open_other(
     config: ConfigDict, metadata: Metadata, split: str | None = None, default: str = 'test'
-) -> Source:
+) -> RenumberedSource:
     """Opens other data, with the labels of a run.
 
     Where they have no splits these are all images.
@@ -114,9 +114,8 @@ def opener(test: Source, config: ConfigDict, metadata: Metadata) -> Callable[...
     return open_source
 
 
-def describe(source: Source) -> str:
+def describe(source: RenumberedSource) -> str:
     """Returns a line about other data, from `open_other`."""
-    assert isinstance(source, RenumberedSource)
     there, classes = len(source.own_class_names), len(source.class_names)
     part = f'{there:,} of ' if there < classes else ''
     numbers = ', whose numbers are the names there' if source.are_numbers else ''
