@@ -14,6 +14,7 @@ The data must be those that the run was trained on. If they have moved, give --c
 or --config.data.data_dir=...; --config.data.skip_bad=1 skips an unreadable image.
 
 --data=PATH evaluates on other images of the same classes instead: a directory, a table or arrays.
+With --val_labels=FILE that directory, or its val/, has images whose classes the file gives.
 --real=real.json adds the accuracy on ImageNet's reassessed labels, ReaL.
 """
 
@@ -155,6 +156,7 @@ class _Evaluator:
       image_size: side of the images in pixels, or height and width; None: as in training.
       flip: whether to average over each image and its mirror image.
       other: path of other data with the same classes, see `run.other_data`; then `split` is theirs.
+      val_labels: file with the labels of other data that lie directly in a directory.
 
     Attributes: the `split`, the `template` of a state, and `lines` that describe network and data.
     """
@@ -170,17 +172,20 @@ class _Evaluator:
         image_size: ImageSize | None = None,
         flip: bool = False,
         other: str | None = None,
+        val_labels: str | None = None,
     ):
         config = ConfigDict(fields['config'])
         open_source: Callable[..., Source] = sources.open_source
         described: list[str] = []
+        if val_labels and not other:
+            raise UsageError(f'--val_labels={val_labels} is for --data: give that, too')
         if other:
             for name in {'path', 'data_dir'} & set(data):
                 raise UsageError(f'--config.data.{name} is of the data of the run: leave it out')
             if not fields['metadata']:
                 raise UsageError(f'{directory} holds no model.json, by which --data is prepared')
             metadata = pretrained.decode_metadata(fields['metadata'], directory)
-            config = other_data.other_config(config, other, metadata)
+            config = other_data.other_config(config, other, metadata, val_labels)
             source = other_data.open_other(config, metadata, split)
             open_source, split = other_data.opener(source, config, metadata), 'test'
             described = [other_data.describe(source)]
@@ -315,11 +320,12 @@ def main() -> None:
         'log': lambda line: print(line, file=sys.stderr, flush=True),
     }
     options |= {'image_size': args.image_size, 'flip': args.tta == 'flip', 'other': args.data}
+    options['val_labels'] = args.val_labels
     options |= {'split': args.split} if args.split else {}
     if args.watch:
         if args.checkpoint != 'latest':
             raise UsageError('--watch evaluates all checkpoints: leave --checkpoint out')
-        for flag in ('report', 'data', 'real'):
+        for flag in ('report', 'data', 'val_labels', 'real'):
             if args[flag].value:
                 raise UsageError(f'--watch evaluates all checkpoints: leave --{flag} out')
         found = watch(args.workdir, **options)
@@ -356,6 +362,11 @@ if __name__ == '__main__':
     )
     cli.define_path(
         'data', None, 'Other images of the same classes: a directory, a table or an .npz file.'
+    )
+    cli.define_path(
+        'val_labels',
+        None,
+        'With --data: file with the classes of images that lie directly in the directory.',
     )
     cli.define_path('real', None, "Reassessed labels of ImageNet's validation images: real.json.")
     cli.define_path('config.data.path', None, 'Where the same data are now.')

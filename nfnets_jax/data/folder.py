@@ -185,6 +185,31 @@ class ImageFolder:
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()  # ASCII JSON: takes any name
 
 
+class FlatImageFolder(ImageFolder):
+    """Images that lie directly in a directory, with a file of labels, as ImageNet's in val.
+
+    Args:
+        path: the directory.
+        val_labels: the file, see `label_files`.
+        class_names: the classes, in the order of the labels.
+
+    Raises:
+        UsageError: there are no images, or the file does not fit them.
+    """
+
+    def __init__(self, path: str | os.PathLike, val_labels: str, class_names: Sequence[str]):
+        self._directory = pathlib.Path(expand(path))
+        self.name = self.origin = str(self._directory)
+        self.left_out = collections.Counter()
+        self.class_names = tuple(class_names)
+        self._read_flat(pathlib.Path(expand(val_labels)))
+
+
+def holds_directories(path: str | os.PathLike) -> bool:
+    """Returns whether a directory holds others, such as those of classes or splits."""
+    return any(True for _ in _directories(pathlib.Path(expand(path))))
+
+
 def _find_splits(root: pathlib.Path, given: dict[str, str]) -> dict[str, pathlib.Path] | None:
     """Returns the directory of every split, at least 'train'; None if there are no splits.
 
