@@ -1,6 +1,6 @@
 """What the pixels of an image become on their way to a network."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class PixelFormat(NamedTuple):
@@ -22,3 +22,13 @@ class PixelFormat(NamedTuple):
 
 
 RGB = PixelFormat()
+
+
+def is_range(value: Any) -> bool:
+    """Returns whether a value is two growing numbers."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(type(end) in (int, float) and abs(end) < 1e30 for end in value)
+        and value[0] < value[1]
+    )

@@ -23,7 +23,7 @@ from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 from nfnets_jax.fields import Field
 from nfnets_jax.image_size import WANTS, ImageSize, height_width, is_size, shortest
-from nfnets_jax.pixel_format import RGB, PixelFormat
+from nfnets_jax.pixel_format import RGB, PixelFormat, is_range
 
 _SIZES = ('image_size', 'test_image_size', 'test_mode')
 _AS_IT_IS = 'resize_crop_1.0'  # The whole image, which equals no transform for images of one size.
@@ -88,7 +88,7 @@ class ImageOptions:
         Field(
             'The values that become 0 and 255, of images that are not uint8; others are clipped. '
             'None: only uint16 is taken, all of its values.',
-            rule=lambda ends: len(ends) == 2 and ends[0] < ends[1],
+            rule=is_range,
             wants='two growing numbers, or None',
         ),
     ] = None

@@ -20,7 +20,7 @@ from nfnets_jax import augment, extras, files, models
 from nfnets_jax.errors import UsageError, first_line, nearest
 from nfnets_jax.image_size import ImageSize, is_size
 from nfnets_jax.image_size import describe as describe_size
-from nfnets_jax.pixel_format import PixelFormat
+from nfnets_jax.pixel_format import PixelFormat, is_range
 from nfnets_jax.weights import convert_timm, downloads, weight_files
 
 with extras.optional():
@@ -451,9 +451,7 @@ _METADATA_RULES: dict[str, Callable[[Any], bool]] = {
     'eval_mode': lambda value: isinstance(value, str),
     'mean': _is_per_channel,
     'std': lambda value: _is_per_channel(value) and min(value) > 0,
-    'value_range': lambda value: (
-        value is None or (len(value) == 2 and _is_per_channel(value) and value[0] < value[1])
-    ),
+    'value_range': lambda value: value is None or is_range(value),
 }
 
 

@@ -216,6 +216,7 @@ def test_multispectral_arrays_of_sixteen_bits(tmp_path):
         (5, 'float32', {}, r'\[0\]: float32 has no known range: .* by data.value_range=LOW,HIGH'),
         (5, 'uint8', {'value_range': (0, 1)}, r'value_range=\(0.0, 1.0\): .* are uint8 as they'),
         (5, 'float32', {'value_range': (1, 0)}, r'value_range=\(1, 0\): must be two growing num'),
+        (5, 'float32', {'value_range': (0, float('inf'))}, r'value_range.*inf'),
         (5, 'uint8', {'mean': (1, 2, 3)}, r'mean=\(1, 2, 3\): must be 5 numbers, one for each'),
     ],
 )
