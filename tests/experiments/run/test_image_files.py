@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import numpy as np
-import pytest
 from PIL import Image
 
 from experiments.run import image_files
