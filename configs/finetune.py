@@ -10,6 +10,8 @@ Arguments, separated by commas:
   weights  anything that `nfnets_jax.load_pretrained` reads: the authors' file, timm's,
            .safetensors, or the directory of a run. Without it the weights are random.
   model    the model's name; not needed if the weights have it.
+  channels  of the images, if other than the weights': 1 for gray images and spectrograms, or the
+           number of bands. The first convolution is fitted, as by `from_pretrained(channels=N)`.
   freeze   a regular expression for the names of frozen parameters, like
            freeze=.*/stem_conv./.*; freeze=body trains only the new head (batch norm still updates
            its running statistics).
@@ -41,11 +43,11 @@ from nfnets_jax import models
 from nfnets_jax.data.sources import open_source, source_of
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.optimizers import PUBLISHED_GROUPS, layer_decay_groups
-from nfnets_jax.weights.pretrained import Metadata, load_metadata, variable_shapes
+from nfnets_jax.weights.pretrained import Metadata, load_metadata, variable_shapes, with_channels
 
 _TRAINING = ('freeze', 'head_first', 'layer_decay', 'recipe')
 _TABLE_OPTIONS = ('label_separator', 'label_columns')
-_ARGUMENTS = ('data', *_TABLE_OPTIONS, 'weights', 'model', *_TRAINING)
+_ARGUMENTS = ('data', *_TABLE_OPTIONS, 'weights', 'model', 'channels', *_TRAINING)
 # What depends on the number of images, as published.
 _PUBLISHED = {
     'batch_size': 2048,
@@ -57,8 +59,9 @@ _PUBLISHED = {
 # of three data sets suggested 0.022 and 0.085 for 16 images a step, 0.067 for 64.
 _FULL_RATE_BATCH = 32
 VARIANTS = (
-    'data=DIRECTORY[,weights=FILE][,model=NAME][,freeze=PATTERN][,head_first=DURATION]'
-    '[,layer_decay=FACTOR][,label_separator=TEXT][,label_columns=PATTERN][,recipe=published]',
+    'data=DIRECTORY[,weights=FILE][,model=NAME][,channels=N][,freeze=PATTERN]'
+    '[,head_first=DURATION][,layer_decay=FACTOR][,label_separator=TEXT]'
+    '[,label_columns=PATTERN][,recipe=published]',
 )
 
 
@@ -71,6 +74,8 @@ def get_config(arguments: str = ''):
     weights, metadata = given.get('weights', ''), Metadata(model=given.get('model'))
     if weights:
         metadata = load_metadata(weights, metadata.model)
+    if channels := given.get('channels'):
+        metadata = with_channels(metadata, _count(channels))
     name = metadata.model and models.variant_info(metadata.model).name
     if name is None:
         raise UsageError('finetune.py needs model=NAME if the weights do not have it')
@@ -90,7 +95,7 @@ def get_config(arguments: str = ''):
         test_image_size=metadata.test_size or published.test_size,
         test_mode=metadata.eval_mode,
     )
-    for key in ('mean', 'std'):
+    for key in ('mean', 'std', 'value_range'):
         if getattr(metadata, key) != getattr(Metadata(), key):  # The runner's default as well.
             config.data[key] = getattr(metadata, key)
     config.augment.flip = True
@@ -172,6 +177,12 @@ def _adapt(config: ConfigDict, source: Mapping[str, Any]) -> None:
     config.update_from_flattened_dict(chosen)
     for key, value in chosen.items():
         adapted(key, value, f'instead of {_PUBLISHED[key]}, {why[key]}')
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise UsageError(f'channels={text}: must be a positive integer')
+    return int(text)
 
 
 def _factor(text: str) -> float:

@@ -146,6 +146,7 @@ class _Evaluator:
       image_size: side of the images in pixels, or height and width; None: as in training.
       flip: whether to average over each image and its mirror image.
       other: path of other data with the same classes, see `run.other_data`; then `split` is theirs.
+      val_labels: file with the labels of other data that lie directly in a directory.
 
     Attributes: the `split`, the `template` of a state, and `lines` that describe network and data.
     """
@@ -161,18 +162,23 @@ class _Evaluator:
         image_size: ImageSize | None = None,
         flip: bool = False,
         other: str | None = None,
+        val_labels: str | None = None,
     ):
         config = ConfigDict(fields['config'])
         open_source: Callable[..., Source] = sources.open_source
+        described: list[str] = []
+        if val_labels and not other:
+            raise UsageError(f'--val_labels={val_labels} is for --data: give that, too')
         if other:
             for name in {'path', 'data_dir'} & set(data):
                 raise UsageError(f'--config.data.{name} is of the data of the run: leave it out')
             if not fields['metadata']:
                 raise UsageError(f'{directory} holds no model.json, by which --data is prepared')
             metadata = pretrained.decode_metadata(fields['metadata'], directory)
-            config = other_data.other_config(config, other, metadata)
+            config = other_data.other_config(config, other, metadata, val_labels)
             source = other_data.open_other(config, metadata, split)
             open_source, split = other_data.opener(source, config, metadata), 'test'
+            described = [other_data.describe(source)]
         if batch_size is not None:
             config.eval.batch_size = batch_size
         with config.data.ignore_type():
@@ -193,12 +199,9 @@ class _Evaluator:
                     f'--workdir={directory} holds a run on other data: '
                     f'{data_record.in_words(changed, "give --config.data.path of the same data")}'
                 )
-        described = describe_data(experiment)
-        if other:
-            described = iter([other_data.describe(experiment.test_source)])
         self.lines = [
             describe_network(experiment),
-            *described,
+            *(described or describe_data(experiment)),
             f'evaluation: {"these" if other else f"the {split}"} images, on {describe_devices()}',
         ]
         self.template = jax.eval_shape(lambda: init_state(experiment))
@@ -307,11 +310,12 @@ def main() -> None:
         'log': lambda line: print(line, file=sys.stderr, flush=True),
     }
     options |= {'image_size': args.image_size, 'flip': args.tta == 'flip', 'other': args.data}
+    options['val_labels'] = args.val_labels
     options |= {'split': args.split} if args.split else {}
     if args.watch:
         if args.checkpoint != 'latest':
             raise UsageError('--watch evaluates all checkpoints: leave --checkpoint out')
-        for flag in ('report', 'data', 'real'):
+        for flag in ('report', 'data', 'val_labels', 'real'):
             if args[flag].value:
                 raise UsageError(f'--watch evaluates all checkpoints: leave --{flag} out')
         found = watch(args.workdir, **options)
@@ -340,15 +344,18 @@ if __name__ == '__main__':
     )
     cli.define_image_size('image_size', 'Pixels of the images; by default as in training.')
     flags.DEFINE_enum('tta', None, ('flip',), 'Average over each image and its mirror image.')
-    cli.define_path(
-        'report', None, 'Directory for scores by class, confusions, calibration, mistakes.'
-    )
-    cli.define_path('data', None, 'Other images of the classes: a directory, a table, an .npz.')
-    cli.define_path('real', None, "real.json: ImageNet's reassessed labels, for the accuracy ReaL.")
+    cli.define_path('report', None, 'Directory for scores by class, confusions and more.')
+    cli.define_path('data', None, 'Images elsewhere: a directory, a table, an .npz.')
+    cli.define_path('val_labels', None, 'Classes of the images that lie directly in --data.')
+    cli.define_path('real', None, "real.json, ImageNet's reassessed labels: ReaL.")
     cli.define_path('config.data.path', None, 'Where the same data are now.')
     cli.define_path('config.data.data_dir', None, 'Where the same TFDS data are now.')
     flags.DEFINE_integer('config.data.skip_bad', None, 'How many unreadable images to skip.')
     flags.DEFINE_bool('json', False, 'Print all metrics as one JSON object.')
-    flags.DEFINE_bool('watch', False, 'Evaluate each checkpoint as it appears, until the run ends.')
+    flags.DEFINE_bool('watch', False, 'Evaluate each checkpoint as it appears.')
     moved = ('config.data.path', 'config.data.data_dir', 'config.data.skip_bad')
-    cli.run(main, distributed=True, groups={'data that have moved': moved})
+    cli.run(
+        main,
+        distributed=True,
+        groups={'other data': ('data', 'val_labels', 'real'), 'data that have moved': moved},
+    )

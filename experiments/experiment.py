@@ -207,7 +207,7 @@ def _check_batch_fits_devices(
     rows = images_per_step // parallel.device_count()
     with naming('augment'):
         jax.eval_shape(
-            augment.make_augment(undistorted, num_classes=2),
+            augment.make_augment(undistorted, 2, mean=image_spec.mean, std=image_spec.std),
             jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
             jax.ShapeDtypeStruct((rows, *image_spec.shape), jnp.uint8),
             jax.ShapeDtypeStruct((rows,), jnp.int32),

@@ -50,6 +50,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
             'image_size': IMAGE_SIZE,
             'classes': CLASSES,
             'examples': 4 * batch_size,
+            'channels': config.model.get('channels') or 3,
         }
         config.batch_size = config.eval.batch_size = batch_size
         config.duration = '3 steps'

@@ -28,6 +28,8 @@ EXTRAS = {
     'wandb': 'tracking',
     'jax2onnx': 'onnx',
     'pyarrow': 'parquet',
+    'tifffile': 'tiff',
+    'imagecodecs': 'tiff',
     'onnxruntime': 'onnx',
     'libtpu': 'tpu',
     'jax_cuda12_plugin': 'cuda',

@@ -294,10 +294,11 @@ def materials(tmp_path_factory):
         'pretrain.py': ('def get_config(data', 'NF-ResNet-50'),
         'small.py': ('def get_config(data', 'digits'),
         'make_pairs.py': ("'pairs.npz'",),
+        'make_bands.py': ("'bands.npz'",),
     }.items():
         (block,) = (block for block in blocks if all(word in block for word in words))
         (path / file).write_text(block)
-    done = shell('python make_pairs.py', path)
+    done = shell('python make_pairs.py && python make_bands.py', path)
     assert done.returncode == 0, done.stderr
     return path
 

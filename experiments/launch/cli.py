@@ -196,7 +196,7 @@ def _define_distributed_flags() -> None:
     flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
     flags.DEFINE_float('start_timeout', 300.0, 'Seconds in which all must meet.', lower_bound=1.0)
     flags.DEFINE_float(
-        'peer_timeout', 60.0, 'Seconds of silence after which one is dead.', lower_bound=1.0
+        'peer_timeout', 60.0, 'Seconds until a silent one counts as dead.', lower_bound=1.0
     )
 
 

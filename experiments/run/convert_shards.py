@@ -97,15 +97,21 @@ def _make_plan(
     """Reads all labels; returns the names of the classes and how many examples each shard has."""
     counts = []
     seen: set[Any] = set()
+    several: set[bool] = set()
     for shard in tqdm.tqdm(found, unit='shard', desc='reading labels'):
         labels = [label for _, label in shards.read_shard(shard.path, label_column, images=False)]
         if not labels:
             raise UsageError(f'{shard.path}: holds no examples')
         counts.append(len(labels))
-        seen |= set(labels)
+        several |= {isinstance(label, tuple) for label in labels}
+        if len(several) > 1:
+            raise UsageError(f'{shard.path}: has labels that are lists, and others that are not')
+        seen |= {x for label in labels for x in (label if isinstance(label, tuple) else (label,))}
         if len({type(label) for label in seen}) > 1:
             raise UsageError(f'{shard.path}: has labels that are integers, and others that are not')
     declared = classes or shards.declared_names(found[0].path, label_column)
+    if not seen:
+        raise UsageError(f'{found[0].path}: no image has a label')
     if isinstance(next(iter(seen)), str):
         names = list(declared) or sorted(seen)
         unknown = sorted(seen - set(names))
@@ -119,6 +125,7 @@ def _make_plan(
         'label_column': label_column,
         'classes': list(classes),
         'names': names,
+        'several': several == {True},
         'counts': counts,
     }
 
@@ -129,16 +136,18 @@ def _write(
     import tensorflow_datasets as tfds  # here: a slow import
     from tensorflow_datasets.core import example_serializer, file_adapters, naming
 
+    label = tfds.features.ClassLabel(names=plan['names'])
     features = tfds.features.FeaturesDict(
         {
             'image': tfds.features.Image(shape=(None, None, 3)),
-            'label': tfds.features.ClassLabel(names=plan['names']),
+            'label': tfds.features.Sequence(label) if plan.get('several') else label,
         }
     )
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
 
     def record(image: bytes, label: shards.Label) -> bytes:
-        example = {'image': io.BytesIO(image), 'label': label}
+        names = list(label) if isinstance(label, tuple) else label
+        example = {'image': io.BytesIO(image), 'label': names}
         return serializer.serialize_example(features.encode_example(example))
 
     template = naming.ShardedFileTemplate(

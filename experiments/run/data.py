@@ -1,7 +1,8 @@
 """The data of a run: its splits, and the sizes, transforms and normalization of their images.
 
 Encoded images of any size are cropped at random in training, and prepared for evaluation as for the
-published model, unless `ImageOptions` say otherwise. If the images of a source have one size
+published model, unless `ImageOptions` say otherwise. They have the channels of the network
+(`config.model.channels`, by default 3). If the images of a source have one size
 (digits, arrays, CIFAR) they are not resized unless both sizes are given; one of these options alone
 must be the size of the images. Images are normalized by ImageNet's mean and std by default;
 fine-tuning needs those that the weights were trained with.
@@ -16,16 +17,17 @@ from ml_collections import ConfigDict
 
 from nfnets_jax import augment, fields, models
 from nfnets_jax.data import sources
-from nfnets_jax.data.preprocessing import make_transform
-from nfnets_jax.data.sources import Source
+from nfnets_jax.data.preprocessing import ImageError, decode, has_bands, make_transform
+from nfnets_jax.data.sources import PixelSource, Source
 from nfnets_jax.data.splits import MissingSplit
 from nfnets_jax.errors import UsageError
 from nfnets_jax.fields import Field
 from nfnets_jax.image_size import WANTS, ImageSize, height_width, is_size, shortest
+from nfnets_jax.pixel_format import RGB, PixelFormat, is_range
 
 _SIZES = ('image_size', 'test_image_size', 'test_mode')
 _AS_IT_IS = 'resize_crop_1.0'  # The whole image, which equals no transform for images of one size.
-_RGB = 'three numbers, from 0 to 255'
+_PER_CHANNEL = 'a number for each channel, from 0 to 255'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,12 +77,21 @@ class ImageOptions:
     ] = None
     mean: Annotated[
         Sequence[float],
-        Field('Subtracted from each channel.', rule=lambda rgb: len(rgb) == 3, wants=_RGB),
+        Field('Subtracted from each channel.', rule=bool, wants=_PER_CHANNEL),
     ] = augment.IMAGENET_MEAN
     std: Annotated[
         Sequence[float],
-        Field('Divides each channel.', above=0, rule=lambda rgb: len(rgb) == 3, wants=_RGB),
+        Field('Divides each channel.', above=0, rule=bool, wants=_PER_CHANNEL),
     ] = augment.IMAGENET_STD
+    value_range: Annotated[
+        Sequence[float] | None,
+        Field(
+            'The values that become 0 and 255, of images that are not uint8; others are clipped. '
+            'None: only uint16 is taken, all of its values.',
+            rule=is_range,
+            wants='two growing numbers, or None',
+        ),
+    ] = None
 
 
 class ImageSpec(NamedTuple):
@@ -89,10 +100,11 @@ class ImageSpec(NamedTuple):
     shape: tuple[int, int, int]  # height, width and channels in training
     test_size: ImageSize  # side in evaluation, or height and width
     test_mode: str  # evaluation preprocessing, a mode of `make_transform`
-    train_transform: Callable | None = None  # (image, rng) -> [H, W, 3]
+    train_transform: Callable | None = None  # (image, rng) -> [H, W, C]
     test_transform: Callable | None = None
     mean: tuple[float, ...] = augment.IMAGENET_MEAN  # for each channel, on a scale of 0..255
     std: tuple[float, ...] = augment.IMAGENET_STD
+    pixels: PixelFormat = RGB
 
 
 class Data(NamedTuple):
@@ -123,18 +135,79 @@ def open_data(config: ConfigDict, open_source: Callable[..., Source] = sources.o
         validation = None
         if fraction := given.get('validation_fraction', 0.0):
             train, validation = sources.hold_out_validation(train, fraction)
+    pixels = PixelFormat(config.model.get('channels') or 3, _ends(given.get('value_range')))
+    check = not given.get('skip_bad', 0)
+    train, test = (_with_pixels(source, pixels, check) for source in (train, test))
+    validation = validation and _with_pixels(validation, pixels, check)
     images = [s[0]['image'] for s in (train, validation, test) if s is not None]
     sizes = {key: given[key] for key in _SIZES if given.get(key) is not None}
-    spec = _image_spec(images, sizes, name, config.model.name)
+    spec = _image_spec(images, sizes, name, config.model.name, pixels)
     mean, std = (
-        tuple(map(float, given.get(key, default)))
-        for key, default in (('mean', augment.IMAGENET_MEAN), ('std', augment.IMAGENET_STD))
+        _per_channel(key, given.get(key), getattr(spec, key), pixels.channels)
+        for key in ('mean', 'std')
     )
     return Data(train, validation, test, spec._replace(mean=mean, std=std))
 
 
+def _per_channel(
+    key: str, given: Sequence[float] | None, default: Sequence[float], channels: int
+) -> tuple[float, ...]:
+    """Returns the mean or the standard deviation of each channel."""
+    if given is None:
+        return augment.of_channels(default, channels)
+    if len(given) != channels:
+        raise UsageError(
+            f'data.{key}={tuple(given)}: must be {channels} numbers, one for each channel',
+            f'config.data.{key}',
+            'config.model.channels',
+        )
+    return tuple(map(float, given))
+
+
+def _ends(value_range: Sequence[float] | None) -> tuple[float, float] | None:
+    if value_range is None:
+        return None
+    low, high = value_range
+    return float(low), float(high)
+
+
+def _with_pixels(source: Source, pixels: PixelFormat, check: bool) -> Source:
+    """Returns a source with the pixels that the network takes; encoded images are decoded later.
+
+    Args:
+      source: any source.
+      pixels: what the network takes.
+      check: whether to read the first image as a test where it is no usual picture.
+
+    Raises:
+      UsageError: the first image has other channels, or values of no known range.
+    """
+    image = source[0]['image']
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and pixels.value_range:
+            raise UsageError(
+                f'data.value_range={pixels.value_range}: images of {source.name} are uint8 as they '
+                'are; leave it out'
+            )
+        if image.dtype == np.uint8 and image.shape[2:] == (pixels.channels,):
+            return source
+        source, check = PixelSource(source, pixels), True
+    elif not image or (pixels.is_picture and not has_bands(image)):  # Planned data have no bytes.
+        return source
+    try:
+        if check:
+            decode(source[0]['image'], pixels)
+    except ImageError as error:
+        raise UsageError(f'{source.where(0)}: {error}') from error
+    return source
+
+
 def _image_spec(
-    images: list[bytes] | list[np.ndarray], given: dict[str, Any], source: str, model: str
+    images: list[bytes] | list[np.ndarray],
+    given: dict[str, Any],
+    source: str,
+    model: str,
+    pixels: PixelFormat,
 ) -> ImageSpec:
     """Returns the spec with the given sizes, or else those of the model.
 
@@ -142,6 +215,7 @@ def _image_spec(
       images: the first image of each split, that of training first.
       given: options of `_SIZES`.
       source, model: their names.
+      pixels: of the images.
 
     Raises:
       UsageError: sizes would crop images of one size unintentionally.
@@ -165,13 +239,19 @@ def _image_spec(
                     'config.data.image_size',
                     'config.data.test_image_size',
                 )
-        return ImageSpec(image.shape, shortest(size), _AS_IT_IS)
+        return ImageSpec(image.shape, shortest(size), _AS_IT_IS, pixels=pixels)
     published = models.variant_info(model)
     train_size = given.get('image_size', published.train_size)
     test_size = given.get('test_image_size', published.test_size)
     test_mode = given.get('test_mode', published.eval_mode)
-    transforms = make_transform('random_crop', train_size), make_transform(test_mode, test_size)
-    return ImageSpec((*height_width(train_size), 3), shortest(test_size), test_mode, *transforms)
+    return ImageSpec(
+        (*height_width(train_size), pixels.channels),
+        shortest(test_size),
+        test_mode,
+        make_transform('random_crop', train_size, pixels),
+        make_transform(test_mode, test_size, pixels),
+        pixels=pixels,
+    )
 
 
 def _in_words(size: Sequence[int]) -> str:

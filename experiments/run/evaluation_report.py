@@ -34,6 +34,7 @@ from experiments.run.report_parts import (
 )
 from nfnets_jax import files
 from nfnets_jax.data.sources import Source
+from nfnets_jax.pixel_format import RGB, PixelFormat
 
 _WRITTEN_CLASSES = 20  # up to here every entry of confusion.png has its number
 _NAMED_CLASSES = 60  # up to here its rows and columns have the names of their classes
@@ -103,7 +104,8 @@ def report_split(
     if parallel.is_primary():
         write = multi_label_report.write_report if found.multi_label else write_report
         title = f'{experiment.config.model.name}, {split}'
-        write(directory, found, experiment.splits[split], title=title)
+        pixels = experiment.image_spec.pixels
+        write(directory, found, experiment.splits[split], title=title, pixels=pixels)
 
 
 def write_report(
@@ -112,6 +114,7 @@ def write_report(
     source: Source,
     *,
     title: str = '',
+    pixels: PixelFormat = RGB,
 ) -> dict[str, float]:
     """Writes the report of one split into a directory; files of an earlier report are replaced.
 
@@ -120,6 +123,7 @@ def write_report(
       predictions: on the examples of `source`.
       source: gives names of classes and files, and the images of worst.png.
       title: of the figures.
+      pixels: of the images.
 
     Returns:
       What summary.json holds.
@@ -152,7 +156,7 @@ def write_report(
     )
     curves.write_figure(path / 'confusion.png', draw_confusion(confusion, names, title))
     curves.write_figure(path / 'calibration.png', draw_calibration(calibration(predictions), title))
-    curves.write_figure(path / 'worst.png', draw_worst(predictions, source, title))
+    curves.write_figure(path / 'worst.png', draw_worst(predictions, source, title, pixels))
     files.atomic_write(path / 'summary.json', json.dumps(summary, indent=2) + '\n')
     return summary
 
@@ -198,7 +202,9 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str], title: str) -> F
     return figure
 
 
-def draw_worst(predictions: Predictions, source: Source, title: str) -> Figure:
+def draw_worst(
+    predictions: Predictions, source: Source, title: str, pixels: PixelFormat = RGB
+) -> Figure:
     """Draws the images whose label was given the least probability, the worst first."""
     wrong = np.flatnonzero(~predictions.is_correct)
     worst = wrong[np.argsort(-predictions.losses[wrong], kind='stable')][:WORST]
@@ -213,4 +219,4 @@ def draw_worst(predictions: Predictions, source: Source, title: str) -> Figure:
 
     heading = 'the worst mistakes' if len(worst) else 'no mistakes'
     indices, captions = predictions.indices[worst], map(caption, worst)
-    return draw_images(source, indices, captions, f'{title}  {heading}')
+    return draw_images(source, indices, captions, f'{title}  {heading}', pixels)

@@ -9,7 +9,6 @@ import numpy as np
 from nfnets_jax import files
 from nfnets_jax.data.folder import find_images
 from nfnets_jax.data.preprocessing import ImageError, make_transform
-from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import export, pretrained
 
 
@@ -41,14 +40,10 @@ def outputs(
         the network has no classifier.
 
     Raises:
-      UsageError: the weights are not for images with three channels, or lack the size of images.
+      UsageError: the weights lack the size of images.
     """
     metadata = weights.metadata
-    if metadata.channels != 3:
-        raise UsageError(
-            f'the weights are for {metadata.channels} channels; images are read as RGB'
-        )
-    transform = make_transform(metadata.eval_mode, export.image_size(weights))
+    transform = make_transform(metadata.eval_mode, export.image_size(weights), metadata.pixels)
     network = export.make_classifier(weights)
     predict = jax.jit(lambda pixels: activation(network(pixels)))
 

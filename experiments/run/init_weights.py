@@ -18,7 +18,10 @@ from nfnets_jax.weights import convert_timm, pretrained
 
 # Weights that were trained with other values of these options fit all the same.
 FREE_OPTIONS = frozenset(
-    {'drop_rate', 'stochdepth_rate', 'bn_decay_rate', 'fc_init', 'skipinit_gain', 'remat', 'scan'}
+    {
+        *('drop_rate', 'stochdepth_rate', 'bn_decay_rate', 'fc_init', 'skipinit_gain'),
+        *('remat', 'scan', 'channels'),  # the stem has been fitted to the channels
+    }
 )
 
 
@@ -55,9 +58,14 @@ def load_weights(
     path = config.init.weights.replace('{study}', study)
     with naming('init.weights'):
         weights = pretrained.load_pretrained(path)
+    channels = experiment.image_spec.pixels.channels
+    is_fitted = channels != weights.metadata.channels
+    if is_fitted:
+        with naming('model'):
+            weights = pretrained.fit_stem(weights, channels)
     if weights.metadata.model is not None:
         weights = _as_built(weights, config.model.to_dict(), path)
-    for key in ('mean', 'std'):
+    for key in ('mean', 'std') if not is_fitted else ():  # Those of other channels are no rule.
         here, value = getattr(experiment.image_spec, key), getattr(weights.metadata, key)
         if not np.allclose(here, value, rtol=0, atol=0.01):  # Of 255: files round it otherwise.
             raise UsageError(
@@ -125,4 +133,5 @@ def model_metadata(experiment: Experiment) -> pretrained.Metadata:
         eval_mode=spec.test_mode,
         mean=spec.mean,
         std=spec.std,
+        value_range=spec.pixels.value_range,
     )

@@ -33,6 +33,7 @@ from experiments.run.report_parts import (
 )
 from nfnets_jax import files
 from nfnets_jax.data.sources import Source
+from nfnets_jax.pixel_format import RGB, PixelFormat
 
 _THRESHOLD = 0.5  # probability from which a class counts as predicted
 
@@ -80,7 +81,12 @@ def summarize(predictions: Predictions) -> dict[str, float]:
 
 
 def write_report(
-    directory: str | os.PathLike, predictions: Predictions, source: Source, *, title: str = ''
+    directory: str | os.PathLike,
+    predictions: Predictions,
+    source: Source,
+    *,
+    title: str = '',
+    pixels: PixelFormat = RGB,
 ) -> dict[str, float]:
     """Writes the report of one split, as `evaluation_report.write_report` does for one label."""
     path = pathlib.Path(directory)
@@ -106,7 +112,7 @@ def write_report(
     worst = np.argsort(-predictions.losses, kind='stable')[:WORST].tolist()
     captions = (_caption(predictions, names, row) for row in worst)
     heading = f'{title}  the largest losses'
-    figure = draw_images(source, predictions.indices[worst], captions, heading)
+    figure = draw_images(source, predictions.indices[worst], captions, heading, pixels)
     curves.write_figure(path / 'worst.png', figure)
     files.atomic_write(path / 'summary.json', json.dumps(summary, indent=2) + '\n')
     return summary

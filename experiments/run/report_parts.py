@@ -13,6 +13,7 @@ from PIL import Image
 from nfnets_jax import files
 from nfnets_jax.data.preprocessing import decode
 from nfnets_jax.data.sources import Source
+from nfnets_jax.pixel_format import RGB, PixelFormat
 
 _BLUE, _GREY = '#0072B2', '#666666'
 _THUMBNAIL = 160  # pixels
@@ -102,9 +103,16 @@ def draw_calibration(found: Calibration, title: str) -> Figure:
 
 
 def draw_images(
-    source: Source, indices: Iterable[int], captions: Iterable[str], title: str
+    source: Source,
+    indices: Iterable[int],
+    captions: Iterable[str],
+    title: str,
+    pixels: PixelFormat = RGB,
 ) -> Figure:
-    """Draws examples of a source in a grid, each below its caption."""
+    """Draws examples of a source in a grid, each below its caption.
+
+    Of images with other channels than gray or RGB it draws the first three, or the first.
+    """
     indices, columns = list(indices), 6
     lines = max(1, -(-len(indices) // columns))
     figure = Figure(figsize=(2.1 * columns, 2.6 * lines + 0.4), dpi=100, layout='constrained')
@@ -113,7 +121,9 @@ def draw_images(
     for axes in grid:
         axes.axis('off')
     for axes, index, caption in zip(grid, indices, captions, strict=False):
-        image = Image.fromarray(decode(source[int(index)]['image']))
+        bands = decode(source[int(index)]['image'], pixels)
+        shown = bands[..., :3] if pixels.channels >= 3 else np.repeat(bands[..., :1], 3, axis=-1)
+        image = Image.fromarray(shown)
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         axes.imshow(np.asarray(image))
         axes.set_title(caption, fontsize=8)

@@ -7,7 +7,7 @@ The same command, at any time and on any machine that sees the directory, joins 
 study: a trial whose process was killed continues from its last checkpoint. A trial that diverged or
 failed is a result. In the directory:
 
-    data.json    identity of the data; if it changes the study ends with one line
+    data.json    identity of the data; where it changes the study ends
     study.json   question, setting, and every trial's axes, state and metrics
     trials/ID/   each trial's run, as experiments.train writes it; correct.npz,
                  the images that it classifies correctly; error.txt if it failed

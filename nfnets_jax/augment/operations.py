@@ -45,16 +45,24 @@ def apply_operations(
     """Applies the chosen operations to each image in sequence.
 
     Args:
-        images: uint8 [N, H, W, 3].
+        images: uint8 [N, H, W, C]. One channel is gray, as Pillow's mode L. Of other numbers than
+            1 and 3 only warps and masks are the same for every channel, as Color and Contrast
+            depend on colors.
         operations: the operations to choose from.
         choice: int32 [N, L] or [N], indices into `operations`; -1 is the identity.
         sign: float32, shape of `choice`: 1, or -1 to negate a warp's argument.
         center: int32, shape of `choice` + [2]: row and column of Cutout's center.
 
     Returns:
-        uint8 [N, H, W, 3].
+        uint8 [N, H, W, C].
     """
     images, choice, sign, center = map(jnp.asarray, (images, choice, sign, center))
+    if (channels := images.shape[-1]) != 3:
+        # Three equal channels stay equal, and what is done to them is what Pillow does to gray.
+        whole = jnp.pad(images, [(0, 0)] * 3 + [(0, -channels % 3)], mode='edge')
+        parts = jnp.split(whole, whole.shape[-1] // 3, axis=-1)
+        changed = [apply_operations(part, operations, choice, sign, center) for part in parts]
+        return jnp.concatenate(changed, axis=-1)[..., :channels]
     if choice.ndim == 1:
         choice, sign, center = choice[:, None], sign[:, None], center[:, None]
     return jax.lax.platform_dependent(

@@ -75,12 +75,12 @@ def randaugment(keys: jax.Array, images: jax.Array, layers: int, magnitude: floa
 
     Args:
         keys: [N], one for each image.
-        images: uint8 [N, H, W, 3].
+        images: uint8 [N, H, W, C] of 1 or 3 channels.
         layers: number of operations, applied in sequence.
         magnitude: level of all operations; see `published_operation`.
 
     Returns:
-        uint8 [N, H, W, 3].
+        uint8 [N, H, W, C].
     """
     reach = _reach(_RANDAUGMENT_REACH, images)
     operations = [published_operation(name, magnitude, **reach) for name in OPERATIONS]
@@ -93,10 +93,10 @@ def autoaugment(keys: jax.Array, images: jax.Array) -> jax.Array:
 
     Args:
         keys: [N], one for each image.
-        images: uint8 [N, H, W, 3].
+        images: uint8 [N, H, W, C] of 1 or 3 channels.
 
     Returns:
-        uint8 [N, H, W, 3].
+        uint8 [N, H, W, C].
     """
     reach = _reach(_AUTOAUGMENT_REACH, images)
     flat = [entry for pair in _POLICY_V0 for entry in pair]

@@ -5,7 +5,7 @@ neither on the number of devices nor on what happens to the others.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -113,7 +113,7 @@ def random_shift_crop(
 
 
 def random_rotation(keys: jax.Array, images: jax.Array, degrees: int) -> jax.Array:
-    """Rotates each of `images`, uint8 [N, H, W, 3], by a whole number of degrees.
+    """Rotates each of `images`, uint8 [N, H, W, C], by a whole number of degrees.
 
     Each of -degrees ... degrees is as likely. Pixels are the nearest ones, as by Pillow; outside of
     the image it is gray.
@@ -290,6 +290,20 @@ def random_erasing(keys: jax.Array, images: jax.Array, probability: float) -> ja
     return jax.vmap(erase)(keys, images)
 
 
+def of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Returns means or standard deviations of RGB for other channels: their average, or repeated.
+
+    Args:
+        values: of three channels, or of as many as wanted.
+        channels: 1 gets the average, N the values in turn, as the weights of `fit_stem`.
+    """
+    if len(values) == channels:
+        return tuple(values)
+    if channels == 1:
+        return (sum(values) / len(values),)
+    return tuple(values[i % len(values)] for i in range(channels))
+
+
 def normalize(
     images: jax.Array, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=jnp.float32
 ) -> jax.Array:
@@ -330,7 +344,7 @@ def make_augment(
     Args:
         config: some of the keys of `DEFAULTS`; the others keep their defaults.
         num_classes: of the labels.
-        mean, std, dtype: as in `normalize`.
+        mean, std, dtype: as in `normalize`; their length is the number of channels.
 
     Returns:
         augment(keys, images, labels) -> (images, targets), for keys [M] of `example_keys`, uint8
@@ -339,9 +353,16 @@ def make_augment(
         may be jitted; N may be one device's share of the batch.
 
     Raises:
-        UsageError: an unknown key or a value out of range.
+        UsageError: an unknown key or a value out of range, or operations on colors of images that
+            have none.
     """
     recipe = Recipe.parse(config)
+    for key in ('randaugment_layers', 'autoaugment'):
+        if (value := getattr(recipe, key)) and len(mean) not in (1, 3):
+            raise UsageError(
+                f'augment.{key}={value}: is for images of 1 or 3 channels, not of {len(mean)}; '
+                'leave it out'
+            )
     mixing = recipe.mixup, recipe.cutmix
     per_example = images_per_example(config)
 

@@ -31,6 +31,7 @@ SplitSeed = Annotated[int | None, Field('Seed that draws them; None: 0.', low=0)
 
 # Files that file managers create, besides names that begin with a dot.
 _HIDDEN = frozenset(('Thumbs.db', 'desktop.ini', '__MACOSX', '@eaDir'))
+_ARRAY = '.npy'
 
 
 class ImageFolder:
@@ -45,9 +46,9 @@ class ImageFolder:
             'test'.
 
     A class directory holds its images at any depth: files with a suffix of `SUFFIXES`, in upper or
-    lower case, and files without a suffix that begin like an image. `left_out` counts other files
-    that are not hidden. Links are followed, except to a directory that contains them; a file that
-    is reached twice in a class counts once.
+    lower case, and files without a suffix that begin like an image; if it has none of these, .npy
+    files of arrays. `left_out` counts other files that are not hidden. Links are followed, except
+    to a directory that contains them; a file that is reached twice in a class counts once.
 
     With `val_labels` the images of one split lie directly in its directory, as ImageNet's in val;
     the file, relative to `path`, gives their classes, see `label_files`.
@@ -182,6 +183,31 @@ class ImageFolder:
             for path, label in zip(self._paths, self.labels, strict=True)
         ]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()  # ASCII JSON: takes any name
+
+
+class FlatImageFolder(ImageFolder):
+    """Images that lie directly in a directory, with a file of labels, as ImageNet's in val.
+
+    Args:
+        path: the directory.
+        val_labels: the file, see `label_files`.
+        class_names: the classes, in the order of the labels.
+
+    Raises:
+        UsageError: there are no images, or the file does not fit them.
+    """
+
+    def __init__(self, path: str | os.PathLike, val_labels: str, class_names: Sequence[str]):
+        self._directory = pathlib.Path(expand(path))
+        self.name = self.origin = str(self._directory)
+        self.left_out = collections.Counter()
+        self.class_names = tuple(class_names)
+        self._read_flat(pathlib.Path(expand(val_labels)))
+
+
+def holds_directories(path: str | os.PathLike) -> bool:
+    """Returns whether a directory holds others, such as those of classes or splits."""
+    return any(True for _ in _directories(pathlib.Path(expand(path))))
 
 
 def _find_splits(root: pathlib.Path, given: dict[str, str]) -> dict[str, pathlib.Path] | None:
@@ -355,6 +381,8 @@ def _images(directory: pathlib.Path, left_out: collections.Counter) -> dict[str,
         left_out: counts the ignored files by their suffix.
     """
     found: dict[str, pathlib.Path] = {}
+    arrays: dict[str, pathlib.Path] = {}
+    ignored: collections.Counter[str] = collections.Counter()
     links: list[os.DirEntry] = []
     # (directory, its real path, the real paths of the directories above it)
     queue: collections.deque[tuple[str, str, tuple[str, ...]]] = collections.deque()
@@ -373,11 +401,13 @@ def _images(directory: pathlib.Path, left_out: collections.Counter) -> dict[str,
                     continue
                 target = os.path.realpath(entry.path)
                 if any(_is_within(each, target) for each in (*above, real)):
-                    left_out['link to a parent directory'] += 1
+                    ignored['link to a parent directory'] += 1
                 else:
                     queue.append((entry.path, target, (*above, real)))  # when all else is done
             elif kind := _kind_left_out(entry):
-                left_out[kind] += 1
+                ignored[kind] += 1
+                if kind == _ARRAY:
+                    arrays.setdefault(os.path.realpath(entry.path), pathlib.Path(entry.path))
             elif entry.is_symlink():
                 links.append(entry)
             else:
@@ -385,6 +415,10 @@ def _images(directory: pathlib.Path, left_out: collections.Counter) -> dict[str,
         queue.extendleft(reversed(inner))
     for entry in links:
         found.setdefault(os.path.realpath(entry.path), pathlib.Path(entry.path))
+    if not found and arrays:  # Beside images they may be anything, such as their features.
+        found = arrays
+        del ignored[_ARRAY]
+    left_out.update(ignored)
     if not found:
         raise UsageError(f'{directory}: no images in this class directory; fill it or remove it')
     return found

@@ -19,7 +19,9 @@ from nfnets_jax.data.table import COLUMN_NAMES
 from nfnets_jax.errors import UsageError, first_line
 
 FORMATS = ('.tar', '.parquet')
-Label = int | str
+_SEVERAL = 'labels'  # the column or key of lists, if there is no 'label'
+Name = int | str  # number or name of a class
+Label = Name | tuple[Name, ...]  # a tuple where an image may have several
 
 
 class Shard(NamedTuple):
@@ -71,8 +73,9 @@ def read_shard(
 
     Args:
       path: a .tar, in which the files of an example follow one another and differ in what comes
-        after the first dot, such as 0001.jpg and 0001.cls, or 0001.json with a 'label'; or a
-        .parquet with one column of bytes, or of bytes and path, and one of labels.
+        after the first dot, such as 0001.jpg and 0001.cls, or 0001.json with a 'label' or
+        'labels'; or a .parquet with one column of bytes, or of bytes and path, and one of labels.
+        A list has all labels of its image.
       label_column: the label's key in .json, or column; '': 'label', or found by its name.
       images: whether to read the images; without them they are empty.
 
@@ -103,7 +106,7 @@ def _read_tar(path: pathlib.Path, key: str, images: bool) -> Iterator[tuple[byte
                     f'{path}: {example.lstrip("/")} has {len(found) or "no"} images '
                     f'({", ".join(members)}); each example must have one'
                 )
-            label = _label_of(path, example, tar, members, key or 'label')
+            label = _label_of(path, example, tar, members, (key,) if key else ('label', _SEVERAL))
             yield _content(tar, members[found[0]]) if images else b'', label
         # Two blocks of zeros end a whole file.
         with open(path, 'rb') as file:
@@ -125,7 +128,7 @@ def _label_of(
     example: str,
     tar: tarfile.TarFile,
     members: dict[str, tarfile.TarInfo],
-    key: str,
+    keys: Sequence[str],
 ) -> Label:
     label: Any = None
     if '.cls' in members:
@@ -133,13 +136,22 @@ def _label_of(
         label = int(label) if label.isdecimal() else label
     elif '.json' in members:
         content = json.loads(_content(tar, members['.json']))
-        label = content.get(key) if isinstance(content, dict) else None
-    if label == '' or type(label) not in (int, str):
+        found = [content[k] for k in keys if k in content] if isinstance(content, dict) else []
+        label = _as_label(found[0]) if found else None
+    if label is None or label == '':
         raise UsageError(
             f'{path}: {example.lstrip("/")} ({", ".join(members)}) has no label: must be an '
-            f'integer or a name in .cls, or in .json as {key!r}'
+            f'integer or a name in .cls, or in .json, or a list of them, as {keys[0]!r}'
         )
     return label
+
+
+def _as_label(value: Any) -> Label | None:
+    """Returns what a .json or .parquet has as a label; None if it is none."""
+    if isinstance(value, list):
+        names = tuple(dict.fromkeys(value)) if all(type(x) in (int, str) for x in value) else None
+        return names if names is None or '' not in names else None
+    return value if type(value) in (int, str) else None
 
 
 def _read_parquet(path: pathlib.Path, column: str, images: bool) -> Iterator[tuple[bytes, Label]]:
@@ -155,12 +167,12 @@ def _read_parquet(path: pathlib.Path, column: str, images: bool) -> Iterator[tup
                 encoded = content.get('bytes') if isinstance(content, dict) else content
                 if encoded is None:
                     raise UsageError(f'{path}: an image has no bytes in the column {image!r}')
-                if type(value) not in (int, str):
+                if (found := _as_label(value)) is None:
                     raise UsageError(
                         f'{path}: a label is {value!r} in the column {label!r}; must be an integer '
-                        'or a name'
+                        'or a name, or a list of them'
                     )
-                yield encoded, value
+                yield encoded, found
 
 
 def _columns(path: pathlib.Path, schema, given: str) -> tuple[str, str]:
@@ -175,6 +187,7 @@ def _columns(path: pathlib.Path, schema, given: str) -> tuple[str, str]:
     images = [field.name for field in schema if is_image(field.type)]
     known = (given,) if given else COLUMN_NAMES['label']
     labels = [name for name in schema.names if name in known or name.lower() in known]
+    labels = labels or [name for name in schema.names if not given and name.lower() == _SEVERAL]
     for found, what in ((images, 'of image bytes'), (labels, 'of labels')):
         if len(found) != 1:
             raise UsageError(
@@ -195,7 +208,8 @@ def declared_names(path: pathlib.Path, label_column: str = '') -> Sequence[str]:
         schema = parquet.read_schema(path)
         _, label = _columns(path, schema, label_column)
         stored = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
-        return stored['info']['features'][label]['names']
+        feature = stored['info']['features'][label]
+        return (feature.get('feature') or feature)['names']  # of each entry of a list
     except UsageError:
         raise
     except (OSError, ValueError) as error:

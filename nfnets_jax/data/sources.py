@@ -4,9 +4,9 @@ A source is any object with
 
 * `len(source)`: the number of examples;
 * `source[i]`: {'image': array or bytes, 'label': int}, for 0 <= i < len(source); where images may
-  have several labels, uint8 [K], 1 for each that it has; the image is uint8 [H, W, 3], or the bytes
-  of an encoded image (JPEG, PNG, ...), which a transform of `nfnets_jax.data.preprocessing`
-  decodes;
+  have several labels, uint8 [K], 1 for each that it has; the image is an array [H, W] or [H, W, C]
+  of numbers, uint8 unless their range is given, or the bytes of an encoded image (JPEG, PNG, ...),
+  which a transform of `nfnets_jax.data.preprocessing` decodes;
 * `source.where(i)`: the file or index of example i, for errors;
 * `source.class_names`: tuple of str, label -> name;
 * `source.labels`: int32 [N] or uint8 [N, K], the labels of every example; None if they are known
@@ -33,12 +33,13 @@ import numpy as np
 
 from nfnets_jax import fields, files
 from nfnets_jax.data.folder import ImageFolder, hold_out
-from nfnets_jax.data.preprocessing import ImageError, resize
+from nfnets_jax.data.preprocessing import ImageError, resize, to_pixels
 from nfnets_jax.data.splits import ALL, SPLIT_NAMES, SPLITS, MissingSplit, check_split
 from nfnets_jax.data.table import ImageTable
 from nfnets_jax.data.tfds import TfdsSource
 from nfnets_jax.errors import UsageError, nearest
 from nfnets_jax.fields import Field
+from nfnets_jax.pixel_format import PixelFormat
 
 
 class Source(Protocol):
@@ -117,7 +118,7 @@ class ArraySource:
     """Images and labels in memory.
 
     Args:
-        images: uint8 [N, H, W, 3].
+        images: [N, H, W, C] or [N, H, W]; uint8, or other numbers whose range is given later.
         labels: integers [N], each in [0, len(class_names)), or [N, 1]. Where images may have
             several labels, or none: [N, K] of 0 and 1, a column for each class.
         class_names: names of the classes; by default '0', '1', ... up to the largest label.
@@ -131,9 +132,9 @@ class ArraySource:
         self, images, labels, class_names=None, name: str = 'arrays', origin: str = 'memory'
     ):
         images, labels = np.asarray(images), _squeeze(np.asarray(labels))
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        if images.dtype.kind not in 'uif' or images.ndim not in (3, 4):
             raise UsageError(
-                f'{name}: images must be uint8 [N, H, W, 3], '
+                f'{name}: images must be numbers [N, H, W, C] or [N, H, W], '
                 f'not {images.dtype} {list(images.shape)}'
             )
         several = labels.ndim == 2 and labels.dtype.kind in 'biuf'
@@ -179,6 +180,23 @@ class ArraySource:
         digest.update(np.ascontiguousarray(self.images).data)
         digest.update(self.labels.astype('<i4').tobytes())
         return digest.hexdigest()
+
+
+class PixelSource:
+    """A source of arrays whose images have the pixels that a network takes, see `to_pixels`."""
+
+    def __init__(self, source: Source, pixels: PixelFormat):
+        self._source, self._pixels = source, pixels
+        self.class_names, self.labels = source.class_names, source.labels
+        self.name, self.origin, self.left_out = source.name, source.origin, source.left_out
+        self.where, self.checksum = source.where, source.checksum
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._source[index]
+        return example | {'image': to_pixels(example['image'], self._pixels)}
 
 
 class Subset:
@@ -340,7 +358,7 @@ class ArrayFile(ArraySource):
     lists other names of the splits. If there is val but no test, 'test' is val, and there is no
     'validation'.
 
-    Images are uint8 [N, H, W, 3], labels as in `ArraySource`. `left_out` names the other arrays.
+    Images and labels are as in `ArraySource`. `left_out` names the other arrays.
 
     Raises:
         MissingSplit: 'validation' if there is none.
@@ -421,15 +439,16 @@ class Synthetic(ArraySource):
         image_size: Annotated[int, Field('Side in pixels.', low=1)] = 32,
         classes: Annotated[int, Field('Classes, which examples have in turn.', low=2)] = 10,
         examples: Annotated[int, Field('Images in each split.', low=1)] = 1024,
+        channels: Annotated[int, Field('Channels.', low=1)] = 3,
     ):
         check_split('noise', split)
         if examples < classes:
             raise UsageError(f'data.examples={examples}: fewer than the {classes} classes')
-        patterns = np.random.default_rng(0).uniform(64, 192, (classes, 4, 4, 3))
+        patterns = np.random.default_rng(0).uniform(64, 192, (classes, 4, 4, channels))
         cells = np.arange(image_size) * 4 // image_size
         labels = np.arange(examples) % classes
         noise = np.random.default_rng({'train': 1, 'test': 2}[split]).normal(
-            0, 32, (examples, image_size, image_size, 3)
+            0, 32, (examples, image_size, image_size, channels)
         )
         images = patterns[:, cells][:, :, cells][labels] + noise
         super().__init__(

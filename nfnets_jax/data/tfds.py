@@ -28,7 +28,8 @@ class TfdsSource:
     """A data set of tensorflow_datasets, prepared as ArrayRecord files.
 
     Where all images have one size, as in CIFAR, they are pixels, uint8 [H, W, 3]; else they are
-    encoded files.
+    encoded files. Where the label is a list of classes, as of converted shards, an image may have
+    several, and all examples are read once to know them.
 
     Splits are written as TFDS does ('train[:90%]', 'train[10000:]', 'train+test'); for imagenet2012
     also 'TRAIN', 'VALID', 'TRAIN_AND_VALID' and 'TEST'. By default the split for testing is 'test',
@@ -41,7 +42,8 @@ class TfdsSource:
         UsageError: data that are not there, not prepared or damaged, or a split without examples.
     """
 
-    labels = None  # They are stored beside the images, and read with them.
+    # They are stored beside the images, and read with them.
+    labels: np.ndarray | None = None
 
     @fields.checked('data')
     def __init__(
@@ -72,7 +74,9 @@ class TfdsSource:
             raise MissingSplit(f'{dataset}: no split besides those to train and test on')
         self.name, self.origin = f'{dataset}/{expression}', str(builder.data_dir)
         self.left_out: dict[str, int] = {}
-        self.class_names = tuple(builder.info.features[self._label].names)
+        label = builder.info.features[self._label]
+        self._several = hasattr(label, 'feature')
+        self.class_names = tuple((label.feature if self._several else label).names)
         self._full_name = builder.info.full_name
         self._has_names = 'file_name' in builder.info.features  # ImageNet's
         self._one_size = None not in builder.info.features[self._image].shape
@@ -81,6 +85,8 @@ class TfdsSource:
                 builder, f'data.{split}_split', expression, self._image, data_dir
             )
             self[0], self[len(self) - 1]
+            if self._several:
+                self.labels = np.stack([self._label_of(self._read(i)) for i in range(len(self))])
         except ImageError as error:
             raise UsageError(
                 f'data.dataset={dataset!r}: files are missing or damaged in {builder.data_dir} '
@@ -91,16 +97,27 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict:
+        example = self._read(index)
+        image: bytes | np.ndarray = bytes(example[self._image])
+        if self._one_size:
+            image = decode(image)
+        return {'image': image, 'label': self._label_of(example)}
+
+    def _read(self, index: int) -> dict:
         try:
             example = self._records[index]
             if not example[self._image]:
                 raise ValueError('an empty record')
+            return example
         except (OSError, ValueError, RuntimeError) as error:  # the reader raises any of them
             raise ImageError(f'cannot be read: {" ".join(str(error).split())}') from error
-        image: bytes | np.ndarray = bytes(example[self._image])
-        if self._one_size:
-            image = decode(image)
-        return {'image': image, 'label': int(example[self._label])}
+
+    def _label_of(self, example: dict) -> int | np.ndarray:
+        if not self._several:
+            return int(example[self._label])
+        label = np.zeros(len(self.class_names), np.uint8)
+        label[np.asarray(example[self._label], int)] = 1
+        return label
 
     def where(self, index: int) -> str:
         place = f'{self.name}[{index}]'
@@ -145,6 +162,9 @@ def _image_and_label(info) -> tuple[str, str]:
     features = dict(info.features.items())
     kinds = (tfds.features.Image, tfds.features.ClassLabel)
     found = [[k for k, f in features.items() if isinstance(f, kind)] for kind in kinds]
+    if not found[1]:  # Lists of classes, of which an image may have several.
+        lists = {k: getattr(f, 'feature', None) for k, f in features.items()}
+        found[1] = [k for k, f in lists.items() if isinstance(f, tfds.features.ClassLabel)]
     if info.supervised_keys and all(k in found[i] for i, k in enumerate(info.supervised_keys[:2])):
         return info.supervised_keys[:2]
     if any(len(names) != 1 for names in found):

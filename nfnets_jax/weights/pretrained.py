@@ -20,6 +20,7 @@ from nfnets_jax import augment, extras, files, models
 from nfnets_jax.errors import UsageError, first_line, nearest
 from nfnets_jax.image_size import ImageSize, is_size
 from nfnets_jax.image_size import describe as describe_size
+from nfnets_jax.pixel_format import PixelFormat, is_range
 from nfnets_jax.weights import convert_timm, downloads, weight_files
 
 with extras.optional():
@@ -41,6 +42,7 @@ class Metadata:
       eval_mode: how an image becomes `test_size` pixels, a mode of `make_transform`; by default
         that of the model's authors, `Variant.eval_mode`.
       mean, std: normalization, one value per channel on a scale of 0..255.
+      value_range: see `PixelFormat`.
     """
 
     model: str | None = None
@@ -53,6 +55,7 @@ class Metadata:
     eval_mode: str = ''
     mean: tuple[float, ...] = augment.IMAGENET_MEAN
     std: tuple[float, ...] = augment.IMAGENET_STD
+    value_range: tuple[float, float] | None = None
 
     def __post_init__(self):
         variant = models.find_variant(self.model)
@@ -66,6 +69,11 @@ class Metadata:
     def channels(self) -> int:
         """Channels of the images."""
         return self.options.get('channels') or 3
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """What the pixels of an image become."""
+        return PixelFormat(self.channels, self.value_range)
 
 
 class Weights(NamedTuple):
@@ -316,20 +324,24 @@ def fit_stem(weights: Weights, channels: int) -> Weights:
         raise UsageError(f'channels={channels}: must be a positive integer')
     if channels == w.shape[2]:
         return weights
-    metadata = weights.metadata
     if channels == 1:
         w = w.sum(2, keepdims=True)
-        mean, std = ((float(np.mean(v)),) * channels for v in (metadata.mean, metadata.std))
     else:
-        order = [i % 3 for i in range(channels)]
-        w = w[:, :, order] * np.float32(3 / channels)
-        mean, std = (tuple(values[i] for i in order) for values in (metadata.mean, metadata.std))
-    options = {**metadata.options, 'channels': channels}
+        w = w[:, :, [i % 3 for i in range(channels)]] * np.float32(3 / channels)
     params = {**weights.params, stem: {**weights.params[stem], 'w': w}}
     return weights._replace(
         params=params,  # type: ignore[arg-type]  # the arrays of a file are NumPy's
-        metadata=dataclasses.replace(metadata, options=options, mean=mean, std=std),
+        metadata=with_channels(weights.metadata, channels),
     )
+
+
+def with_channels(metadata: Metadata, channels: int) -> Metadata:
+    """Returns the metadata of weights after `fit_stem`."""
+    if channels == metadata.channels:
+        return metadata
+    mean, std = (augment.of_channels(v, channels) for v in (metadata.mean, metadata.std))
+    options = {**metadata.options, 'channels': channels}
+    return dataclasses.replace(metadata, options=options, mean=mean, std=std)
 
 
 def network(metadata: Metadata) -> hk.TransformedWithState:
@@ -395,7 +407,7 @@ def decode_metadata(text: str, path: str | os.PathLike) -> Metadata:
         }
         values |= {
             key: tuple(values[key])
-            for key in ('train_size', 'test_size')
+            for key in ('train_size', 'test_size', 'value_range')
             if isinstance(values.get(key), list)
         }
         metadata = Metadata(**values)
@@ -439,6 +451,7 @@ _METADATA_RULES: dict[str, Callable[[Any], bool]] = {
     'eval_mode': lambda value: isinstance(value, str),
     'mean': _is_per_channel,
     'std': lambda value: _is_per_channel(value) and min(value) > 0,
+    'value_range': lambda value: value is None or is_range(value),
 }
 
 

@@ -36,19 +36,21 @@ def originals():
 def with_pillow(operation, image, sign):
     name, argument = operation
     image = Image.fromarray(image)
+    bands = len(image.getbands())
+    fill = (128,) * bands
     if name == 'Rotate':
-        return image.rotate(sign * argument, fillcolor=(128,) * 3)
+        return image.rotate(sign * argument, fillcolor=fill)
     if name in WARPS:
         matrix = [1, 0, 0, 0, 1, 0]
         matrix[{'ShearX': 1, 'TranslateX': 2, 'ShearY': 3, 'TranslateY': 5}[name]] = sign * argument
-        return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=(128,) * 3)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=fill)
     if name == 'SolarizeAdd':
-        return image.point([min(v + argument, 255) if v < 128 else v for v in range(256)] * 3)
+        return image.point([min(v + argument, 255) if v < 128 else v for v in range(256)] * bands)
     if name == 'Cutout':
         box = [c + s * argument for s in (-1, 1) for c in reversed(CENTER)]
         box = [min(max(x, 0), limit) for x, limit in zip(box, 2 * image.size, strict=True)]
         if box[0] < box[2] and box[1] < box[3]:
-            image.paste((128,) * 3, box)
+            image.paste(fill, box)
         return image
     if name in ('Posterize', 'Solarize'):
         return getattr(ImageOps, name.lower())(image, argument)
@@ -105,6 +107,36 @@ def test_operations_agree_with_pillow_at_every_magnitude(originals, distorted, n
         if name == 'ShearY':
             differs = differs[:, :, ~is_tie(operation.argument, 61)]
         assert differs.mean() < 0.002, operation
+
+
+@pytest.mark.parametrize('name', OPERATIONS)
+def test_operations_on_one_channel_are_pillows_on_gray(originals, name):
+    gray = originals[..., 1]
+    operation = published_operation(name, 10, translate=40, cutout=16)
+    count = len(gray)
+    center = np.tile(CENTER, (count, 1))
+    choice, sign = np.zeros(count, int), np.ones(count, np.float32)
+    apply = jax.jit(lambda images: apply_operations(images, [operation], choice, sign, center))
+    found = np.asarray(apply(gray[..., None]))
+    expected = np.stack([with_pillow(operation, image, 1) for image in gray])
+    assert found.shape == (*gray.shape, 1)
+    assert np.mean(found[..., 0] != expected) < (0.002 if name in WARPS else 1e-9), operation
+
+
+def test_warps_and_masks_move_all_channels_alike(originals):
+    operations = [published_operation(n, 10, translate=40, cutout=16) for n in (*WARPS, 'Cutout')]
+    rng = np.random.default_rng(0)
+    bands = rng.integers(0, 256, (len(operations), 20, 24, 5)).astype(np.uint8)
+    drawn = (
+        np.arange(len(operations)),
+        rng.choice([-1.0, 1.0], len(operations)).astype(np.float32),
+        rng.integers(0, 20, (len(operations), 2)),
+    )
+    apply = jax.jit(lambda images: apply_operations(images, operations, *drawn))
+    found = np.asarray(apply(bands))
+    for channel in range(5):
+        alone = np.repeat(bands[..., channel : channel + 1], 3, axis=-1)
+        np.testing.assert_array_equal(found[..., channel], apply(alone)[..., 0])
 
 
 @pytest.mark.parametrize('size', [(192, 192), (48, 61), (2, 9)])

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -412,3 +414,33 @@ def test_the_former_name_of_normalize_warns():
         assert augment.normalise is augment.normalize
     with pytest.raises(AttributeError, match="no attribute 'normalisation'"):
         _ = augment.normalisation
+
+
+def test_every_operation_takes_images_of_one_channel(images):
+    gray = images[..., :1]
+    recipe = {
+        **{'flip': True, 'shift': 2, 'rotation': 10, 'mixup': 0.2, 'cutmix': 1.0, 'erasing': 0.5},
+        'randaugment_layers': 2,
+    }
+    make = functools.partial(augment.make_augment, recipe, 4)
+    out, _ = jax.jit(make(mean=(100.0,), std=(50.0,)))(keys(), gray, jnp.zeros(N, int))
+    assert out.shape == gray.shape
+    # Three equal channels have the same random numbers.
+    color, _ = jax.jit(make(mean=(100.0,) * 3, std=(50.0,) * 3))(
+        keys(), np.repeat(gray, 3, axis=-1), jnp.zeros(N, int)
+    )
+    np.testing.assert_allclose(out[..., 0], color[..., 2], atol=1e-5)
+
+
+@pytest.mark.parametrize('key', ['randaugment_layers', 'autoaugment'])
+def test_operations_on_colors_are_refused_for_five_channels(key):
+    options = {'mean': (1,) * 5, 'std': (1,) * 5}
+    with pytest.raises(UsageError, match=rf'augment.{key}=.*: is for images of 1 or 3 channels'):
+        augment.make_augment({key: 1 if key == 'randaugment_layers' else True}, 4, **options)
+    augment.make_augment({'rotation': 5, 'erasing': 0.1}, 4, **options)
+
+
+def test_normalization_of_other_channels_follows_the_weights_of_the_stem():
+    assert augment.of_channels((1, 2, 6), 3) == (1, 2, 6)
+    assert augment.of_channels((1, 2, 6), 1) == (3,)
+    assert augment.of_channels((1, 2, 6), 5) == (1, 2, 6, 1, 2)

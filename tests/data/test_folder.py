@@ -1,3 +1,4 @@
+import collections
 import os
 import pathlib
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfnets_jax.data.folder import ImageFolder
+from nfnets_jax.data.folder import ImageFolder, find_images
 from nfnets_jax.data.preprocessing import SUFFIXES, ImageError, decode
 from nfnets_jax.data.sources import identify, read_labels
 from nfnets_jax.data.splits import MissingSplit
@@ -313,3 +314,26 @@ def test_identity_does_not_depend_on_the_encoding_of_names(tmp_path):
     make_folder(tmp_path, ['cat', 'dog'])
     os.rename(tmp_path / 'cat' / '0.jpg', os.fsencode(tmp_path / 'cat') + b'/\xff.jpg')
     assert len(identify(opened(tmp_path)).checksum) == 64
+
+
+def test_arrays_are_images_where_a_class_has_no_others(tmp_path):
+    for name, suffixes in (('a', ('.npy',)), ('b', ('.npy', '.txt')), ('c', ('.png', '.npy'))):
+        (tmp_path / name).mkdir()
+        for i, suffix in enumerate(suffixes * 5):
+            path = tmp_path / name / f'{i}{suffix}'
+            if suffix == '.npy':
+                np.save(path, np.full((4, 4), i, np.uint8))
+            elif suffix == '.png':
+                Image.new('L', (4, 4)).save(path)
+            else:
+                path.touch()
+    source = ImageFolder('all', tmp_path)
+    suffixes = [pathlib.Path(source.where(i)).suffix for i in range(len(source))]
+    assert collections.Counter(zip(source.labels.tolist(), suffixes, strict=True)) == {
+        (0, '.npy'): 5,
+        (1, '.npy'): 5,
+        (2, '.png'): 5,
+    }
+    assert source.left_out == {'.txt': 5, '.npy': 5}  # those beside images may be anything
+    assert find_images(tmp_path / 'a') == sorted((tmp_path / 'a').iterdir())
+    np.testing.assert_array_equal(decode(source[1]['image'])[..., 0], np.full((4, 4), 1))

@@ -14,6 +14,7 @@ from nfnets_jax.data.pipeline import eval_batches, train_batches
 from nfnets_jax.data.preprocessing import SUFFIXES, ImageError, decode, make_transform
 from nfnets_jax.data.sources import ImageFolder
 from nfnets_jax.errors import UsageError
+from nfnets_jax.pixel_format import RGB, PixelFormat
 
 PICTURES = pathlib.Path(sklearn.datasets.__file__).parent / 'images'
 GOLDEN_DIRECTORY = pathlib.Path(__file__).parent.parent / 'golden'
@@ -500,3 +501,150 @@ def test_the_pipeline_names_the_bad_file(tmp_path, smooth):
 def test_unknown_modes_and_sizes(mode, size, match):
     with pytest.raises(UsageError, match=match):
         make_transform(mode, size)
+
+
+GRAY = PixelFormat(1)
+
+
+def encode_array(array):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize('format', ['PNG', 'JPEG', 'TIFF'])
+def test_one_channel_is_pillows_gray(flower, format):
+    picture = Image.open(io.BytesIO(flower))
+    encoded = encode(picture, format)
+    expected = np.asarray(Image.open(io.BytesIO(encoded)).convert('L'))
+    found = decode(encoded, GRAY, exact_dct=True)
+    assert found.shape == (*expected.shape, 1)
+    np.testing.assert_array_equal(found[..., 0], expected)
+    gray = picture.convert('L')
+    np.testing.assert_array_equal(decode(encode(gray, 'PNG'), GRAY)[..., 0], np.asarray(gray))
+
+
+def test_gray_images_of_sixteen_bits_and_transparent_ones_have_one_channel():
+    wide = Image.fromarray(np.full((3, 4), 0x1234, np.uint16))
+    assert decode(encode(wide, 'PNG'), GRAY).tolist() == [[[0x12]] * 4] * 3
+    clear = Image.new('RGBA', (4, 3), (9, 9, 9, 0))
+    assert (decode(encode(clear, 'PNG'), GRAY) == 255).all()
+
+
+@pytest.mark.parametrize('mode', ['timm_squash_0.9', 'timm_center_0.8'])
+@pytest.mark.parametrize('channels', [1, 2, 5])
+def test_timms_evaluation_resizes_every_channel_as_pillow_does(flower, mode, channels):
+    rgb = np.asarray(Image.open(io.BytesIO(flower)).resize((91, 60)))
+    bands = np.concatenate([rgb, 255 - rgb], axis=-1)[..., :channels]
+    found = make_transform(mode, 40, PixelFormat(channels))(bands, None)
+    for channel in range(channels):
+        gray = np.repeat(bands[..., channel : channel + 1], 3, axis=-1)
+        expected = make_transform(mode, 40)(gray, None)
+        np.testing.assert_array_equal(found[..., channel], expected[..., 0])
+
+
+@pytest.mark.parametrize('mode', ['random_crop', 'crop_resize', 'resize_crop_8'])
+def test_every_channel_is_cropped_and_resized_alike(flower, mode):
+    rgb = np.asarray(Image.open(io.BytesIO(flower)).resize((91, 60)))
+    six = np.concatenate([rgb, rgb[..., ::-1]], axis=-1)
+    found = make_transform(mode, (24, 40), PixelFormat(6))(six, rng())
+    expected = make_transform(mode, (24, 40))(rgb, rng())
+    atol = 1 if mode == 'random_crop' else 1e-4  # OpenCV rounds the last bit differently.
+    np.testing.assert_allclose(np.float32(found[..., :3]), expected, atol=atol)
+    np.testing.assert_allclose(np.float32(found[..., 3:]), expected[..., ::-1], atol=atol)
+    gray = make_transform(mode, (24, 40), GRAY)(rgb[..., 1], rng())
+    assert gray.shape == (24, 40, 1)
+    np.testing.assert_allclose(np.float32(gray), expected[..., 1:2], atol=atol)
+
+
+def test_a_crop_of_a_jpeg_in_gray_is_the_luma_of_its_crop(flower):
+    crop = make_transform('random_crop', 32, GRAY)(flower, rng())
+    color = make_transform('random_crop', 32)(flower, rng())
+    luma = np.asarray(Image.fromarray(color).convert('L'))
+    differences = abs(crop[..., 0].astype(int) - luma)  # It is taken before resizing.
+    assert differences.mean() < 0.5
+    assert differences.max() < 10  # where the cubic overshoots
+
+
+@pytest.mark.parametrize('dtype', ['uint16', 'int16', 'float16', 'float32', 'float64'])
+def test_a_range_of_values_becomes_eight_bits(dtype):
+    low, high = (-80, 0) if dtype != 'uint16' else (0, 10_000)
+    values = rng().uniform(1.2 * low, 1.2 * high + 1, (7, 5, 4)).astype(dtype)
+    values[0, 0, :2] = low, high
+    scaled = (values.astype(np.float64) - low) / (high - low) * 255
+    expected = np.floor(scaled.clip(0, 255) + 0.5)
+    found = decode(encode_array(values), PixelFormat(4, (low, high)))
+    assert found.dtype == np.uint8
+    assert abs(found - expected).max() <= 1  # halves are rounded to even
+    assert np.mean(found != expected) < 0.05
+    assert {found.min(), found.max()} == {0, 255}
+
+
+def test_eight_bits_are_left_as_they_are():
+    values = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    for pixels in (PixelFormat(5), PixelFormat(5, (0, 1))):
+        np.testing.assert_array_equal(decode(encode_array(values), pixels), values)
+    flat = values[..., 0]
+    np.testing.assert_array_equal(decode(encode_array(flat), GRAY)[..., 0], flat)
+    np.testing.assert_array_equal(decode(flat)[..., 2], flat)  # gray becomes RGB
+
+
+@pytest.mark.parametrize(
+    ('array', 'pixels', 'match'),
+    [
+        (np.zeros((4, 4, 5), np.uint8), RGB, 'has 5 channels, .* takes 3: give model.channels=5'),
+        (np.zeros((5, 4, 4), np.uint8), PixelFormat(5), 'has 4 channels, .* must be the last axis'),
+        (np.zeros((4, 4), np.uint8), PixelFormat(2), 'has 1 channels, but the network takes 2'),
+        (np.zeros((4, 4), np.float32), GRAY, 'float32 has no known range: .* data.value_range=LOW'),
+        (np.full((4, 4), np.nan), PixelFormat(1, (0, 1)), 'holds NaN'),
+        (np.zeros((4, 4), complex), PixelFormat(1, (0, 1)), 'complex128 has no known range'),
+        (np.zeros(4), GRAY, r'must be \[H, W\] or \[H, W, C\], not \[4\]'),
+        (np.zeros((0, 4), np.uint8), GRAY, r'not \[0, 4, 1\]'),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(array, pixels, match):
+    for image in (array, encode_array(array)):
+        with pytest.raises(ImageError, match=match):
+            decode(image, pixels)
+
+
+@pytest.mark.parametrize('damage', [b'', b'\x01', b'\x01\x00v\x00{}'])
+def test_damaged_arrays_are_image_errors(damage):
+    with pytest.raises(ImageError, match='cannot be read as an array'):
+        decode(b'\x93NUMPY' + damage, GRAY)
+
+
+def test_pickled_arrays_are_not_executed():
+    with pytest.raises(ImageError, match='cannot be read as an array'):
+        decode(encode_array(np.array([[{}]])), GRAY)
+
+
+def test_bands_of_an_image_with_transparency_are_read_as_they_are():
+    bands = rng().integers(0, 256, (5, 6, 4), np.uint8)
+    encoded = encode(Image.fromarray(bands, 'RGBA'), 'PNG')
+    np.testing.assert_array_equal(decode(encoded, PixelFormat(4)), bands)
+    with pytest.raises(ImageError, match='has 3 channels, but the network takes 5'):
+        decode(encode(Image.fromarray(bands[..., :3]), 'PNG'), PixelFormat(5))
+
+
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'float32'])
+@pytest.mark.parametrize('layout', ['samples', 'planes', 'pages'])
+def test_bands_of_a_tiff(dtype, layout):
+    tifffile = pytest.importorskip('tifffile')
+    bands = rng().integers(0, 200, (6, 7, 5)).astype(dtype)
+    options = {'photometric': 'minisblack'}
+    if layout != 'pages':
+        options['planarconfig'] = {'samples': 'contig', 'planes': 'separate'}[layout]
+    stream = io.BytesIO()
+    stored = bands if layout == 'samples' else np.moveaxis(bands, -1, 0)
+    tifffile.imwrite(stream, stored, compression='zlib', **options)
+    found = decode(stream.getvalue(), PixelFormat(5, (0, 255)))
+    np.testing.assert_array_equal(found, bands)
+    with pytest.raises(ImageError, match='has 5 channels, but the network takes 4'):
+        decode(stream.getvalue(), PixelFormat(4))
+    if layout == 'samples':  # Of others Pillow shows the first.
+        with pytest.raises(ImageError, match='TIFF that is neither gray nor RGB'):
+            decode(stream.getvalue())
+    for cut in (20, 60):
+        with pytest.raises(ImageError, match='cannot be decoded'):
+            decode(stream.getvalue()[:cut], PixelFormat(5, (0, 255)))

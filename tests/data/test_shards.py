@@ -34,7 +34,10 @@ def write_parquet(path, examples=EXAMPLES, names=(), column='label', as_struct=T
     cells = [{'bytes': image, 'path': 'x.jpg'} for image in images] if as_struct else images
     table = pa.table({'image': cells, column: list(labels), 'id': [str(i) for i in labels]})
     if names:
-        features = {column: {'names': names, '_type': 'ClassLabel'}}
+        feature = {'names': names, '_type': 'ClassLabel'}
+        if isinstance(labels[0], list):
+            feature = {'feature': feature, '_type': 'List'}
+        features = {column: feature}
         stored = json.dumps({'info': {'features': features}})
         table = table.replace_schema_metadata({'huggingface': stored})
     options = {'write_statistics': False, 'write_page_checksum': True, 'compression': 'none'}
@@ -134,7 +137,9 @@ def test_a_damaged_parquet_is_one_line(tmp_path):
     ('members', 'message'),
     [
         ({'0.jpg': b'x'}, 'has no label: must be an integer or a name in .cls'),
-        ({'0.jpg': b'x', '0.json': b'{"label": [1]}'}, 'has no label'),
+        ({'0.jpg': b'x', '0.json': b'{"label": [1.5]}'}, 'has no label'),
+        ({'0.jpg': b'x', '0.json': b'{"label": ["a", ""]}'}, 'has no label'),
+        ({'0.jpg': b'x', '0.json': b'{"labels": null}'}, "or a list of them, as 'label'"),
         ({'0.jpg': b'x', '0.json': b'{'}, 'damaged'),
         ({'0.jpg': b'x', '0.cls': b' '}, 'has no label'),
         ({'0.cls': b'1'}, 'has no images'),
@@ -161,3 +166,23 @@ def test_columns_that_are_not_clear_are_one_line(tmp_path):
         read_all(write_parquet(path, none))
     with pytest.raises(UsageError, match='an image has no bytes'):
         read_all(write_parquet(path, [(None, 1), (b'x', 1)]))
+
+
+@pytest.mark.parametrize('key', ['label', 'labels', 'tags'])
+@pytest.mark.parametrize('suffix', ['.tar', '.parquet'])
+def test_a_list_has_all_labels_of_its_image(tmp_path, suffix, key):
+    lists = [list(names) for names in ('ab', 'c', 'bca', 'aa', '')]
+    path = tmp_path / f'0{suffix}'
+    examples = [(image, names) for (image, _), names in zip(EXAMPLES, lists, strict=True)]
+    if suffix == '.tar':
+        with tarfile.open(path, 'w') as tar:
+            for i, (image, names) in enumerate(examples):
+                for kind, content in (('jpg', image), ('json', json.dumps({key: names}).encode())):
+                    member = tarfile.TarInfo(f'{i}.{kind}')
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    else:
+        write_parquet(path, examples, ['a', 'b', 'c'], column=key)
+        assert shards.declared_names(path, key if key == 'tags' else '') == ['a', 'b', 'c']
+    found = list(shards.read_shard(path, key if key == 'tags' else ''))
+    assert found == [(image, tuple(dict.fromkeys(names))) for image, names in examples]

@@ -168,8 +168,12 @@ def test_a_single_column_of_labels_counts_as_one_label():
 @pytest.mark.parametrize(
     ('images', 'labels', 'match'),
     [
-        (np.zeros((2, 4, 4, 3)), [0, 1], r'images must be uint8 \[N, H, W, 3\], not float64'),
-        (np.zeros((2, 4, 4), np.uint8), [0, 1], r'not uint8 \[2, 4, 4\]'),
+        (
+            np.zeros((2, 4, 4, 3), bool),
+            [0, 1],
+            r'images must be numbers \[N, H, W, C\] or .* not bool',
+        ),
+        (np.zeros((2, 4), np.uint8), [0, 1], r'not uint8 \[2, 4\]'),
         (np.zeros((2, 4, 4, 3), np.uint8), [0], 'labels must be 2 integers'),
         (np.zeros((2, 4, 4, 3), np.uint8), [0.0, 1.0], 'labels must be 2 integers'),
         (np.zeros((2, 4, 4, 3), np.uint8), [0, 2], 'from 0 to 2, but there are 2 classes'),

@@ -18,8 +18,10 @@ from experiments.experiment import build
 from experiments.run.init_weights import load_weights
 from experiments.train_step import init_state
 from nfnets_jax import augment, load_pretrained
-from nfnets_jax.data.preprocessing import resize_crop
+from nfnets_jax.augment import IMAGENET_MEAN, IMAGENET_STD
+from nfnets_jax.data.preprocessing import decode, resize_crop
 from nfnets_jax.errors import UsageError
+from nfnets_jax.pixel_format import PixelFormat
 from nfnets_jax.weights import export, pretrained
 from nfnets_jax.weights.checkpoints import CheckpointReader
 
@@ -456,3 +458,68 @@ def test_images_that_are_not_square_from_the_command_line_to_the_program(
     )
     _, err = process.communicate(timeout=300)
     assert err.startswith('error: config.data.test_image_size=0: must be a side in pixels, or hei')
+
+
+@pytest.mark.parametrize('channels', [1, 5])
+def test_the_stem_is_fitted_to_other_channels(weights, folder, tmp_path, channels):
+    """As by `from_pretrained`; the pipeline reads so many, and so do the commands afterwards."""
+    data, options = folder, {}
+    if channels == 5:
+        rng = np.random.default_rng(0)
+        images, labels = rng.uniform(-1, 1, (40, 18, 22, 5)).astype(np.float32), np.arange(40) % 2
+        data = tmp_path / 'five.npz'
+        arrays = {'train_images': images, 'train_labels': labels}
+        np.savez(data, **arrays, test_images=images[:8], test_labels=labels[:8])
+        options = {'value_range': (-1.0, 1.0)}
+    config = small(f'weights={weights},data={data},channels={channels}')
+    config.data.update(options)
+    experiment = build(config)
+    assert experiment.image_spec.shape == (12, 12, channels)
+    fitted = pretrained.from_pretrained(weights, channels=channels)
+    params, _, report = load_weights(experiment)
+    assert report.fits
+    stem = 'NF_ResNet/~/initial_conv'
+    np.testing.assert_array_equal(params[stem]['w'], fitted.params[stem]['w'])
+    assert config.data.get('mean') is None or config.data.mean == fitted.metadata.mean
+    assert experiment.image_spec.mean == fitted.metadata.mean
+
+    train.train(config, tmp_path / 'run')
+    metadata = pretrained.load_metadata(tmp_path / 'run')
+    assert (metadata.channels, metadata.mean) == (channels, fitted.metadata.mean)
+    assert metadata.pixels == PixelFormat(channels, options.get('value_range'))
+    found = evaluate.evaluate(tmp_path / 'run', report=str(tmp_path / 'report'))
+    assert (tmp_path / 'report' / 'worst.png').exists()
+    other = evaluate.evaluate(tmp_path / 'run', other=str(data), split='test' if options else None)
+    assert set(other) == set(found)
+    path = folder / 'dark' / '0.png'
+    if channels == 5:
+        np.save(path := tmp_path / '0.npy', images[0])
+    tuned = load_pretrained(tmp_path / 'run')
+    ((_, guesses),) = classify.classify(tuned, [path], top=2)
+    pixels = decode(path.read_bytes(), metadata.pixels)
+    program = jax.export.deserialize(bytearray(export.to_stablehlo(tuned)))
+    logits = program.call(np.float32(resize_crop(pixels, 16, 20, metadata.pixels))[None])[0]
+    for guess in guesses:
+        assert guess.probability == pytest.approx(float(jax.nn.softmax(logits)[guess.label]), 1e-4)
+    # The run is fine-tuned again with its own channels.
+    again = small(f'weights={tmp_path}/run,data={data}')
+    assert again.model.channels == channels
+    assert load_weights(build(again))[2].fits
+
+
+@pytest.mark.parametrize('channels', ['0', '-1', 'gray', '1.5'])
+def test_channels_must_be_a_number(channels):
+    with pytest.raises(UsageError, match=f'channels={channels}: must be a positive integer'):
+        finetune.get_config(f'model=NFNet-F0,data=there,channels={channels}')
+
+
+def test_weights_of_one_channel_are_not_fitted_to_another_number(weights, folder, tmp_path):
+    gray = tmp_path / 'gray.safetensors'
+    network = pretrained.from_pretrained(weights, channels=1)
+    pretrained.save_weights(gray, pretrained.Weights(*network[1:]))
+    config = small(f'weights={gray},data={folder}')
+    config.model.channels = 3
+    config.data.mean, config.data.std = IMAGENET_MEAN, IMAGENET_STD
+    match = r'config.model.channels=3: must be 3 or fitted from 3, the weights have 1'
+    with pytest.raises(UsageError, match=match):
+        load_weights(build(config))

@@ -1,10 +1,13 @@
+import functools
 import json
 
 import jax
 import pytest
 
-from experiments import preflight
-from experiments.run import accelerators, targets
+from experiments import preflight, train_step
+from experiments.experiment import build
+from experiments.run import accelerators, parallel, planned_data, targets
+from experiments.run.batches import eval_batch_size
 from nfnets_jax.errors import UsageError
 from tests.experiments.run.test_targets import needs
 
@@ -109,3 +112,39 @@ def test_data_on_the_devices(examine):
     report = examine('v5e:2x2', data__on_device=True)
     assert report['memory']['arguments'] > 1000 * 8 * 8 * 3
     assert report['fits']
+
+
+WIDE = {'name': 'folder', 'path': 'elsewhere', 'image_size': (12, 20), 'test_image_size': (16, 28)}
+PLANNED = {'examples': 128, 'classes': 3}
+
+
+def wide(tiny, channels):
+    config = tiny(data=WIDE)
+    config.model.channels = channels
+    return config
+
+
+@pytest.mark.parametrize('channels', [1, 3, 5])
+def test_the_programs_have_the_shapes_of_images_that_are_not_square(tiny, channels):
+    open_source = functools.partial(planned_data.open_source, **PLANNED)
+    with parallel.using(jax.devices()[:1]):
+        experiment = build(wide(tiny, channels), open_source=open_source)
+        train, test = preflight._train_batch(experiment), preflight._eval_batch(experiment)
+        batch_size = experiment.config.batch_size
+        assert train['image'].shape == (1, batch_size, 12, 20, channels)
+        assert test['image'].shape == (1, eval_batch_size(experiment), 16, 28, channels)
+        programs = train_step.compile_programs(experiment, {})
+        state = preflight._state(experiment)
+        _, metrics = jax.eval_shape(programs.train_step, state, train)
+        assert 'loss' in str(jax.tree.structure(metrics))
+        sums = jax.eval_shape(programs.eval_step, state.variables(), test)
+        assert jax.tree.leaves(sums)
+
+
+@needs('libtpu', 'tpu')
+def test_images_that_are_not_square_on_a_tpu(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('NFNETS_JAX_CACHE', str(tmp_path))
+    target = targets.open_target('v5e:1x1')
+    report = preflight.preflight(wide(tiny, 1), target, PLANNED, lambda program, seconds: None)
+    assert report['fits']
+    assert report['evaluation']['fits']

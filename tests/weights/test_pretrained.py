@@ -153,6 +153,9 @@ def test_another_model_than_the_one_named_is_told(weights, tmp_path):
         load_pretrained(tmp_path / 'w', 'NFNet-f0')
 
 
+_RANGES = ('5', '"ab"', '[1]', '[2, 1]', '[0, NaN]', '[0, 1' + '0' * 400 + ']', '[0, "x"]')
+
+
 @pytest.mark.filterwarnings('ignore:overflow')  # a width of 1e300
 @pytest.mark.parametrize(
     ('metadata', 'named'),
@@ -169,6 +172,7 @@ def test_another_model_than_the_one_named_is_told(weights, tmp_path):
         ('{"eval_mode": 3}', 'eval_mode is 3'),
         ('{"mean": [1, 2]}', 'mean is'),
         ('{"std": [0, 0, 0]}', 'std is'),
+        *((f'{{"value_range": {value}}}', 'value_range is') for value in _RANGES),
         ('{"class_names": ["a"], "num_classes": 3}', 'name 1 of 3 classes'),
         ('[' * 100_000, 'cannot be read'),
         ('{"train_size": ' + '1' * 5000 + '}', 'cannot be read'),

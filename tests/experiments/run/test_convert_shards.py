@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import prepare_data
+from configs import digits
+from experiments import evaluate, prepare_data, train
 from experiments.run import convert_shards
 from nfnets_jax.data import shards
 from nfnets_jax.data.preprocessing import decode
@@ -157,3 +158,56 @@ def test_a_name_that_tfds_does_not_take_is_one_line(tmp_path):
     with pytest.raises(UsageError, match='--dataset=My Images: must be like my_images'):
         convert_shards.convert(str(tmp_path), 'My Images', tmp_path)
     assert np.all([not list(tmp_path.iterdir())])
+
+
+@pytest.mark.parametrize('suffix', ['.tar', '.parquet'])
+def test_lists_of_labels_from_shards_to_a_report(tmp_path, suffix):
+    """Through the conversion, training and evaluation, with the scores of several labels."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (24, 12, 12, 3)).astype(np.uint8)
+    wanted = rng.integers(0, 2, (24, 3)).astype(np.uint8)
+    wanted[5] = 0
+    examples = []
+    for pixels, label in zip(images, wanted, strict=True):
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, 'PNG')
+        examples.append((stream.getvalue(), [NAMES[i] for i in np.flatnonzero(label)]))
+    for name, part in (('train', examples[:16]), ('test', examples[16:])):
+        path = tmp_path / 'shards' / f'{name}{suffix}'
+        write_tar(path, part, 'json') if suffix == '.tar' else write_parquet(path, part)
+    prepare(tmp_path / 'shards', tmp_path)
+    train_source = open_prepared('mine', tmp_path / 'data', 'train')
+    assert train_source.class_names == NAMES
+    np.testing.assert_array_equal(train_source.labels, wanted[:16])
+    for i in (0, 5, 15):
+        np.testing.assert_array_equal(train_source[i]['label'], wanted[i])
+        np.testing.assert_array_equal(decode(train_source[i]['image']), images[i])
+    if suffix == '.parquet':
+        return
+    config = digits.get_config()
+    config.model = {'name': 'SmallCNN'}
+    config.data = {
+        **{'name': 'tfds', 'dataset': 'mine', 'data_dir': str(tmp_path / 'data')},
+        **{'image_size': 16, 'test_image_size': 16},
+    }
+    config.batch_size, config.eval.batch_size, config.duration = 8, 8, '2 steps'
+    config.eval.every = config.checkpoint.every = config.log_every = '2 steps'
+    train.train(config, tmp_path / 'run', quiet=True)
+    report = tmp_path / 'report'
+    found = evaluate.evaluate(tmp_path / 'run', report=str(report))
+    assert {'test/map', 'test/auc'} < set(found)
+    rows = (report / 'classes.csv').read_text().splitlines()[1:]
+    assert [int(row.split(',')[1]) for row in rows] == wanted[16:].sum(axis=0).tolist()
+
+
+def test_lists_and_single_labels_do_not_mix(tmp_path):
+    examples = [(EXAMPLES[0][0], ['a']), (EXAMPLES[1][0], 'b')]
+    write_tar(tmp_path / 'shards' / '0.tar', examples, 'json')
+    with pytest.raises(UsageError, match='has labels that are lists, and others that are not'):
+        prepare(tmp_path / 'shards', tmp_path)
+    write_tar(tmp_path / 'shards' / '0.tar', [(EXAMPLES[0][0], [])] * 2, 'json')
+    with pytest.raises(UsageError, match='no image has a label'):
+        prepare(tmp_path / 'shards', tmp_path)
+    write_tar(tmp_path / 'shards' / '0.tar', [(EXAMPLES[0][0], ['a', 1])] * 2, 'json')
+    with pytest.raises(UsageError, match='labels that are integers, and others that are not'):
+        prepare(tmp_path / 'shards', tmp_path)

@@ -4,11 +4,11 @@ import dataclasses
 
 import jax
 import numpy as np
-import pytest
 from PIL import Image
 
 from experiments.run import image_files
-from nfnets_jax.errors import UsageError
+from nfnets_jax.data.preprocessing import crop_resize
+from nfnets_jax.pixel_format import PixelFormat
 from nfnets_jax.weights import pretrained
 
 METADATA = pretrained.Metadata(
@@ -61,7 +61,16 @@ def test_each_row_is_of_its_own_image_whatever_the_batch(tmp_path):
     assert np.abs(batches[0][1] - batches[1][1]).max() > 0.01
 
 
-def test_weights_for_other_channels_are_refused():
-    weights = make_weights(options=METADATA.options | {'channels': 1}, mean=(1.0,), std=(1.0,))
-    with pytest.raises(UsageError, match='for 1 channels'):
-        list(image_files.outputs(weights, [], 2))
+def test_images_have_the_channels_of_the_weights(tmp_path):
+    """Gray from a color image; what has other channels is named."""
+    channels = {'channels': 1}
+    weights = make_weights(options=METADATA.options | channels, mean=(100.0,), std=(50.0,))
+    path, bands = save_image(tmp_path / 'a.png'), tmp_path / 'b.npy'
+    np.save(bands, np.zeros((20, 20, 2), np.uint8))
+    (_, found), (_, refused) = image_files.outputs(weights, [path, bands], 2)
+    assert refused == 'has 2 channels, but the network takes 1: give model.channels=2'
+    gray = np.asarray(Image.open(path).convert('L'))[..., None]
+    pixels = (crop_resize(gray, 16, PixelFormat(1)) - 100) / 50
+    network = pretrained.network(weights.metadata)
+    outputs, _ = network.apply(weights.params, weights.state, None, pixels[None], False)
+    np.testing.assert_allclose(found, outputs['logits'][0], rtol=1e-4, atol=1e-4)

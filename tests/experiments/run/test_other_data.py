@@ -157,3 +157,29 @@ def test_a_run_that_does_not_say_its_classes_is_one_line(run, tmp_path):
     (tmp_path / 'config.json').write_text((run[0] / 'config.json').read_text())
     with pytest.raises(UsageError, match=r'holds no model\.json, by which --data is prepared'):
         evaluate(tmp_path, other='x')
+
+
+def test_images_in_one_directory_with_a_file_of_labels(run, test_images, tmp_path):
+    """As ImageNet's val/: alone, or beside train/; the classes are those of the run."""
+    directory, final = run
+    rows = save(test_images, tmp_path / 'val', name='{index:04d}.png')
+    (tmp_path / 'labels.txt').write_text('\n'.join(' '.join(row) for row in rows))
+    train_images = ArraySource(
+        test_images.images[:50], test_images.labels[:50], test_images.class_names
+    )
+    save(train_images, tmp_path / 'train')
+    labels = str(tmp_path / 'labels.txt')
+    for other in (tmp_path / 'val', tmp_path):
+        found = evaluate(directory, other=str(other), val_labels=labels)
+        assert found.pop('step') == 6
+        assert found == pytest.approx({name: final[name] for name in found}, rel=1e-5)
+    (tmp_path / 'in_order.txt').write_text('\n'.join(label for _, label in rows[:-1]))
+    for options, match in (
+        ({'other': str(tmp_path / 'val'), 'split': 'test'}, 'holds no splits, but --split=test'),
+        ({'other': str(tmp_path / 'a.npz')}, '--val_labels=.* is for images in a directory, not'),
+        ({}, '--val_labels=.* is for --data: give that, too'),
+    ):
+        with pytest.raises(UsageError, match=match):
+            evaluate(directory, val_labels=labels, **options)
+    with pytest.raises(UsageError, match=r'--data=.*in_order.txt.* has 354 lines for 355 images'):
+        evaluate(directory, other=str(tmp_path / 'val'), val_labels=str(tmp_path / 'in_order.txt'))
