@@ -63,8 +63,12 @@ def python(*arguments, cwd):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize('place', ['repository', 'examples', 'elsewhere'])
-@pytest.mark.parametrize('name', [*LOOPS, 'agc_sharded'])
+# Where a script is started is not on its path, so one example stands for all in the other places.
+@pytest.mark.parametrize(
+    ('name', 'place'),
+    [(name, 'elsewhere') for name in (*LOOPS, 'agc_sharded')]
+    + [('agc_optax', 'repository'), ('agc_optax', 'examples')],
+)
 def test_runs_as_a_file(name, place, tmp_path):
     cwd = {'repository': ROOT, 'examples': FOLDER, 'elsewhere': tmp_path}[place]
     done = python(os.path.relpath(FOLDER / f'{name}.py', cwd), cwd=cwd)

@@ -56,7 +56,7 @@ def command(tmp_path_factory):
     file = tmp_path_factory.mktemp('config') / 'tiny.py'
     file.write_text(CONFIG_FILE)
 
-    def start(name, *arguments, devices=4, xla_flags='', **options):
+    def start(name, *arguments, devices=4, **options):
         if name == 'train' and not any(str(x).startswith('--config=') for x in arguments):
             arguments = (f'--config={file}', *arguments)
         return subprocess.Popen(
@@ -69,7 +69,7 @@ def command(tmp_path_factory):
                 **os.environ,
                 'PYTHONPATH': str(ROOT),
                 'XLA_FLAGS': re.sub(
-                    r'(device_count)=\d+', rf'\1={devices} {xla_flags}', os.environ['XLA_FLAGS']
+                    r'(device_count)=\d+', rf'\1={devices}', os.environ['XLA_FLAGS']
                 ),
             },
             **options,

@@ -18,8 +18,6 @@ from tests.experiments.test_train import assert_same_run, final_state, newest_st
 
 SHORT = {'duration': '12 steps', 'checkpoint__every': '6 steps', 'eval__every': '3 steps'}
 LONGER = {'duration': '200 steps', 'checkpoint__every': '10 steps', 'eval__every': '100 steps'}
-# Every process but the first compiles all anew, for JAX's cache is written by the first alone.
-XLA_FLAGS = '--xla_backend_optimization_level=0'
 
 
 def as_flags(changes):
@@ -43,7 +41,6 @@ class Job:
                 f'--num_processes={count}',
                 f'--process_id={index}',
                 devices=2,
-                xla_flags=XLA_FLAGS,
             )
             for index in range(count)
         ]
