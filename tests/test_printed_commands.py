@@ -136,7 +136,7 @@ _TINY_MODEL = '--model=NF-ResNet-8 --image-size=16 --batch=2 --rounds=1'
 SHRINK = {
     r'python -m experiments.train --help': '',
     r'.*experiments.train .*configs/imagenet/.*': '--config.smoke=true',
-    r'.*experiments.train .*(configs/digits|small.py).*': _TINY_DIGITS,
+    r'.*experiments.train .*(configs/(digits|sweeps)|small.py).*': _TINY_DIGITS,
     r'.*experiments.train .*(finetune.py|pretrain.py).*': _TINY_IMAGES,
     r'.*experiments.study .*finetune.py:caltech101.*': (
         f'{_TINY_STUDY} --config.base.batch_size=4 --config.base.data.image_size=16 '
