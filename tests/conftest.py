@@ -57,6 +57,17 @@ def running_children() -> dict[int, str]:
     return children
 
 
+@pytest.fixture
+def optimized():
+    """Compiles as users do: unoptimized sums are less exact than some golden values need."""
+    import jax  # after the environment is set
+
+    before = jax.config.read('jax_disable_most_optimizations')
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', before)
+
+
 @pytest.fixture(autouse=True)
 def _no_process_is_left():
     """Fails a test that leaves processes running, and kills them."""

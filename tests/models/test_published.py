@@ -20,6 +20,8 @@ import pytest
 
 from nfnets_jax import models, optimizers, schedules
 
+pytestmark = pytest.mark.usefixtures('optimized')
+
 LABELS = np.array([1, 2])
 GOLDEN = pathlib.Path(__file__).parent.parent / 'golden'
 # The others differ from these by what tests/models/test_zoo.py covers; gradients take most of the

@@ -15,6 +15,8 @@ from nfnets_jax.data.preprocessing import make_transform
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import convert_timm, pretrained
 
+pytestmark = pytest.mark.usefixtures('optimized')
+
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 
 
