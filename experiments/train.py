@@ -41,7 +41,7 @@ from experiments.run import (
     workdir,
 )
 from experiments.run import summary as run_summary
-from experiments.run.batches import open_batches, some_images
+from experiments.run.batches import augmented_images, open_batches, some_images
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.evaluation import describe_accuracy, evaluate, score
 from experiments.run.profiling import Trace
@@ -72,7 +72,7 @@ def train(
       directory: the workdir, which holds checkpoints, metrics and config.
       programs: cache of compiled programs, shared by several runs in one process. Runs that differ
         only in seed, learning rate, clipping or weight decay compile once.
-      quiet: whether to print nothing and draw no curves.
+      quiet: whether to print nothing, draw no curves and show no augmented images.
 
     Returns:
       The content of summary.json: final and best metrics, speed, versions. If a signal stopped the
@@ -198,6 +198,9 @@ def train(
                 batch = next(batches) | {'stop': stop_signal.flag()}
                 if step == 0:
                     writer.write_images('images_before_augmentation', some_images(batch))
+                    if not quiet and parallel.is_primary():  # It compiles the augmentation.
+                        images = augmented_images(experiment, batch)
+                        writer.write_images('images_after_augmentation', images)
                 with parallel.transfer_guard():
                     state, metrics = train_step(state, batch)
                 step += 1

@@ -55,7 +55,7 @@ def run(
     groups = dict(groups or {})
     if distributed:
         _define_distributed_flags()
-        groups['several processes, unless the cluster says it'] = Options._fields
+        groups['processes, unless the cluster says it'] = Options._fields
     module = sys.modules[main.__module__]
 
     def describe() -> str:

@@ -3,11 +3,13 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.experiment import Experiment
-from experiments.run import parallel
+from experiments.run import device_cached, parallel
 from experiments.run.device_cached import DeviceCachedBatches
+from nfnets_jax import augment
 from nfnets_jax.data import pipeline
 from nfnets_jax.data.sampling import balanced_order
 from nfnets_jax.data.sources import read_labels
@@ -68,3 +70,21 @@ def some_images(batch: dict[str, jax.Array], most: int = 32) -> np.ndarray:
     """
     images = batch['image'].addressable_data(0)
     return np.asarray(images[(0,) * (images.ndim - 4)][:most])
+
+
+def augmented_images(
+    experiment: Experiment, batch: dict[str, jax.Array], most: int = 32
+) -> np.ndarray:
+    """Returns the first images that the network sees in step 0, uint8 [N, H, W, C].
+
+    The augmentation runs on the whole share of this process's first device, because MixUp and
+    CutMix mix the images of a share; the normalization is undone.
+    """
+    share = {name: value.addressable_data(0)[0] for name, value in batch.items()}
+    if experiment.on_device:
+        share = device_cached.take(share, jnp.int32(0), experiment.images_per_step)
+    keys = augment.example_keys(experiment.config.seed, 0, share['position'])
+    images, _ = jax.jit(experiment.augmentation)(keys, share['image'], share['label'])
+    spec = experiment.image_spec
+    pixels = np.asarray(images[:most], np.float32) * np.array(spec.std) + np.array(spec.mean)
+    return np.rint(pixels).clip(0, 255).astype(np.uint8)

@@ -153,7 +153,8 @@ def _draw_panel(axes: Axes, panel: _Panel, metrics: Sequence[Mapping[str, float]
         shown = _smoothed(raw) if series.noisy and not few else raw
         if shown is not raw:
             axes.plot(steps, raw, color=series.colour, alpha=0.2, linewidth=0.8)
-            axes.set_title(f'{series.label}: moving average', loc='right', fontsize=9, color=_GREY)
+            smoothed = f'{series.label}: moving average of the faint line'
+            axes.set_title(smoothed, loc='right', fontsize=9, color=_GREY)
         axes.plot(steps, shown, color=series.colour, linewidth=1.8, marker='.' if few else '')
         values.append(raw)
         ends.append((shown[-1], f'{series.label} {panel.value.format(shown[-1])}', series.colour))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tensorboard.backend.event_processing import event_accumulator
 
 from experiments.experiment import build
 from experiments.run import metric_writers, workdir
@@ -66,6 +67,9 @@ def test_a_run_leaves_what_the_contract_names(whole):
         os.listdir(directory)
     )
     assert any(name.startswith('events.out.tfevents') for name in os.listdir(directory))
+    events = event_accumulator.EventAccumulator(str(directory)).Reload()
+    before_and_after = ['images_before_augmentation', 'images_after_augmentation']
+    assert events.Tags()['images'] == before_and_after
     assert json.loads((directory / 'summary.json').read_text()) == summary
     assert summary['step'] == 6
     assert summary['final']['test/top1'] == metric_writers.read_metrics(directory)[-1]['test/top1']

@@ -64,6 +64,12 @@ def test_a_narrow_terminal_gets_narrow_paragraphs():
     assert described('augment_gallery', 300) == described('augment_gallery', COLUMNS)
 
 
+def test_titles_fit_a_narrow_terminal():
+    titles = [line for line in described('evaluate', 40).splitlines() if line.endswith(':')]
+    assert 'processes, unless the cluster says it:' in titles
+    assert max(map(len, titles)) <= 40
+
+
 def test_groups_defaults_and_forms():
     values = flags.FlagValues()
     flags.DEFINE_integer('steps', 7, 'How many; 5 % more.', flag_values=values)

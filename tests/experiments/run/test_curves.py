@@ -50,7 +50,7 @@ def test_four_panels_with_their_final_values():
 
 def test_noisy_curves_are_smoothed_over_faint_raw_ones():
     panel = _panels(curves.curves(_metrics(400)))['Clipped fraction']
-    assert panel.get_title(loc='right') == 'clipped: moving average'
+    assert panel.get_title(loc='right') == 'clipped: moving average of the faint line'
     raw, smooth = panel.lines
     assert raw.get_alpha() < 0.5
     assert smooth.get_alpha() is None
