@@ -43,7 +43,7 @@ from experiments.run import (
 from experiments.run import summary as run_summary
 from experiments.run.batches import open_batches, some_images
 from experiments.run.checkpoints import Checkpoints
-from experiments.run.evaluation import describe_accuracy, evaluate, score
+from experiments.run.evaluation import OnCorrect, describe_accuracy, evaluate, score
 from experiments.run.profiling import Trace
 from experiments.run.progress import Progress
 from experiments.run.recovery import DivergedError, assert_finite, saving_at_failure
@@ -64,6 +64,7 @@ def train(
     *,
     programs: dict[str, Programs] | None = None,
     quiet: bool = False,
+    on_correct: OnCorrect | None = None,
 ) -> dict[str, Any]:
     """Trains to the end of `config.duration`, from the newest whole checkpoint if there is one.
 
@@ -73,6 +74,8 @@ def train(
       programs: cache of compiled programs, shared by several runs in one process. Runs that differ
         only in seed, learning rate, clipping or weight decay compile once.
       quiet: whether to print nothing and draw no curves.
+      on_correct: see `run.evaluation.evaluate`; called by the evaluation after the last step. A run
+        that resumes after that evaluation does not repeat it.
 
     Returns:
       The content of summary.json: final and best metrics, speed, versions. If a signal stopped the
@@ -174,7 +177,8 @@ def train(
                 if f'{split}/top1' in evaluation:
                     continue
                 with throughput.paused(state):
-                    metrics = evaluate(experiment, eval_step, state.variables(), split)
+                    at_end = on_correct if step == total_steps else None
+                    metrics = evaluate(experiment, eval_step, state.variables(), split, at_end)
                     writer.write(step, metrics)
                 evaluation |= metrics
                 log(f'step {step:,}: {describe_accuracy(metrics)}')
