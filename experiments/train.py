@@ -4,10 +4,8 @@
     python -m experiments.train --config=configs/imagenet/nfnet.py:F0 --workdir=runs/f0
 
 bytes -> uint8 batches on the host -> on each device the step of train_step.py, over and over ->
-from time to time metrics, a checkpoint, an exact evaluation. Nothing depends on when a run was
-stopped: a resumed run ends bit for bit where the uninterrupted one does.
-
---config=FILE --help lists the variants and the fields of a config.
+from time to time metrics, a checkpoint, an exact evaluation. A resumed run ends bit for bit where
+the uninterrupted one does. --config=FILE --help lists the variants and fields of a config.
 """
 
 import contextlib
@@ -41,9 +39,9 @@ from experiments.run import (
     workdir,
 )
 from experiments.run import summary as run_summary
-from experiments.run.batches import augmented_images, open_batches, some_images
+from experiments.run.batches import open_batches, write_images
 from experiments.run.checkpoints import Checkpoints
-from experiments.run.evaluation import describe_accuracy, evaluate, score
+from experiments.run.evaluation import OnCorrect, describe_accuracy, evaluate, score
 from experiments.run.profiling import Trace
 from experiments.run.progress import Progress
 from experiments.run.recovery import DivergedError, assert_finite, saving_at_failure
@@ -64,6 +62,7 @@ def train(
     *,
     programs: dict[str, Programs] | None = None,
     quiet: bool = False,
+    on_correct: OnCorrect | None = None,
 ) -> dict[str, Any]:
     """Trains to the end of `config.duration`, from the newest whole checkpoint if there is one.
 
@@ -73,6 +72,8 @@ def train(
       programs: cache of compiled programs, shared by several runs in one process. Runs that differ
         only in seed, learning rate, clipping or weight decay compile once.
       quiet: whether to print nothing, draw no curves and show no augmented images.
+      on_correct: see `run.evaluation.evaluate`; called by the evaluation after the last step. A run
+        that resumes after that evaluation does not repeat it.
 
     Returns:
       The content of summary.json: final and best metrics, speed, versions. If a signal stopped the
@@ -174,7 +175,8 @@ def train(
                 if f'{split}/top1' in evaluation:
                     continue
                 with throughput.paused(state):
-                    metrics = evaluate(experiment, eval_step, state.variables(), split)
+                    at_end = on_correct if step == total_steps else None
+                    metrics = evaluate(experiment, eval_step, state.variables(), split, at_end)
                     writer.write(step, metrics)
                 evaluation |= metrics
                 log(f'step {step:,}: {describe_accuracy(metrics)}')
@@ -197,10 +199,7 @@ def train(
                         trace.toggle()
                 batch = next(batches) | {'stop': stop_signal.flag()}
                 if step == 0:
-                    writer.write_images('images_before_augmentation', some_images(batch))
-                    if not quiet and parallel.is_primary():  # It compiles the augmentation.
-                        images = augmented_images(experiment, batch)
-                        writer.write_images('images_after_augmentation', images)
+                    write_images(writer, experiment, batch, augmented=not quiet)
                 with parallel.transfer_guard():
                     state, metrics = train_step(state, batch)
                 step += 1

@@ -338,9 +338,10 @@ def _has_label(targets: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def make_eval_step(experiment: Experiment, *, flip: bool = False) -> jax.stages.Wrapped:
-    """Returns a parallel function (variables by name, batch) -> sums of metrics by name.
+    """Returns a parallel function (variables by name, batch) -> metrics, and what is correct.
 
-    The batch holds 'image', 'label' and 'mask', which is 0 for examples that do not count. For
+    The batch holds 'image', 'label', 'index' and 'mask', which is 0 for examples that do not count.
+    The result holds 'sums' and 'correct' by name, and 'index' and 'mask' of all examples. For
     `flip` see `make_logits_fn`. With several labels for an image it is that of `make_predict_step`,
     because average precision needs the order of all images.
     """
@@ -349,11 +350,14 @@ def make_eval_step(experiment: Experiment, *, flip: bool = False) -> jax.stages.
         return make_predict_step(logits_fn)
 
     def eval_step(variables: Mapping[str, tuple], batch: dict) -> dict[str, dict]:
-        sums = {
-            name: _sums(logits_fn(params, state, batch['image']), batch['label'], batch['mask'])
+        examples = {
+            name: _metrics(logits_fn(params, state, batch['image']), batch['label'], batch['mask'])
             for name, (params, state) in variables.items()
         }
-        return jax.lax.psum(sums, parallel.AXIS)
+        rest = {name: batch[name] for name in ('index', 'mask')}
+        rest['correct'] = {name: values['top1'] for name, values in examples.items()}
+        sums = jax.lax.psum(jax.tree.map(jnp.sum, examples), parallel.AXIS)
+        return {'sums': sums} | jax.lax.all_gather(rest, parallel.AXIS, tiled=True)
 
     return parallel.parallelize(eval_step)
 
@@ -362,13 +366,14 @@ def make_eval_step(experiment: Experiment, *, flip: bool = False) -> jax.stages.
 FEWEST_CLASSES_FOR_TOP5 = 10
 
 
-def _sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+def _metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Returns the metrics of each example, [n]; 0 where it does not count."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     ranks = (1, 5) if logits.shape[-1] >= FEWEST_CLASSES_FOR_TOP5 else (1,)
     _, ranked = jax.lax.top_k(logits, ranks[-1])
     hits = ranked == labels[:, None]
-    right = {f'top{k}': jnp.sum(jnp.where(hits[:, :k].any(1), mask, 0)) for k in ranks}
-    return {'loss': jnp.sum(losses * mask), **right, 'count': jnp.sum(mask)}
+    right = {f'top{k}': jnp.where(hits[:, :k].any(1), mask, 0) for k in ranks}
+    return {'loss': losses * mask, **right, 'count': mask}
 
 
 def make_logits_fn(experiment: Experiment, *, flip: bool = False) -> LogitsFn:

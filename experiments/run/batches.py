@@ -9,6 +9,7 @@ import numpy as np
 from experiments.experiment import Experiment
 from experiments.run import device_cached, parallel
 from experiments.run.device_cached import DeviceCachedBatches
+from experiments.run.metric_writers import Writer
 from nfnets_jax import augment
 from nfnets_jax.data import pipeline
 from nfnets_jax.data.sampling import balanced_order
@@ -60,6 +61,17 @@ def open_eval_batches(experiment: Experiment, split: str) -> pipeline.Prefetch:
         process_count=jax.process_count(),
     )
     return pipeline.Prefetch(batches, parallel.shard)
+
+
+def write_images(
+    writer: Writer, experiment: Experiment, batch: dict[str, jax.Array], *, augmented: bool
+) -> None:
+    """Writes images of a run's first batch, on process 0; `augmented` ones need a compilation."""
+    if parallel.is_primary():
+        writer.write_images('images_before_augmentation', some_images(batch))
+        if augmented:
+            images = augmented_images(experiment, batch)
+            writer.write_images('images_after_augmentation', images)
 
 
 def some_images(batch: dict[str, jax.Array], most: int = 32) -> np.ndarray:

@@ -8,10 +8,18 @@ import numpy as np
 from experiments.experiment import Experiment
 from experiments.run.batches import open_eval_batches
 from experiments.run.predictions import Predictions, predict
+from nfnets_jax.data.sources import Source
+
+# (split, such as 'test' or 'test_ema'; is_correct, bool [N] in the source's order; the source)
+OnCorrect = Callable[[str, np.ndarray, Source], None]
 
 
 def evaluate(
-    experiment: Experiment, eval_step: Callable, variables: Mapping[str, tuple], split: str = 'test'
+    experiment: Experiment,
+    eval_step: Callable,
+    variables: Mapping[str, tuple],
+    split: str = 'test',
+    on_correct: OnCorrect | None = None,
 ) -> dict[str, float]:
     """Evaluates on every readable example of a split, exactly once.
 
@@ -23,6 +31,7 @@ def evaluate(
       eval_step: from `make_eval_step`.
       variables: from `TrainState.variables`, placed by `parallel.replicate`.
       split: one of `experiment.splits`.
+      on_correct: called for each of the variables if all images can be read and have one label.
 
     Returns:
       {'<split>/loss', '<split>/top1', '<split>/top5'} and '<split>_ema/...': means over the
@@ -39,14 +48,25 @@ def evaluate(
                 metrics[f'{split}{name}/{key}'] = value
     else:
         sums: dict[str, dict[str, list]] = {name: {} for name in variables}
+        correct: dict[str, list] = {name: [] for name in variables}
+        indices = []
         with open_eval_batches(experiment, split) as batches:
             for batch in batches:
-                for name, values in jax.device_get(eval_step(variables, batch)).items():
+                found = jax.device_get(eval_step(variables, batch))
+                real = found['mask'] == 1
+                indices.append(found['index'][real])
+                for name, values in found['sums'].items():
+                    correct[name].append(found['correct'][name][real] == 1)
                     for key, value in values.items():
                         sums[name].setdefault(key, []).append(float(value))
         for name, values in sums.items():
             count = sum(values.pop('count'))
             metrics |= {f'{split}{name}/{key}': sum(x) / count for key, x in values.items()}
+        source = experiment.splits[split]
+        if on_correct and count == len(source):
+            order = np.argsort(np.concatenate(indices))
+            for name, parts in correct.items():
+                on_correct(split + name, np.concatenate(parts)[order], source)
     if experiment.skip_bad:
         metrics[f'{split}/skipped_pictures'] = len(experiment.splits[split]) - count
     return metrics

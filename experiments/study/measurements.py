@@ -57,10 +57,19 @@ def training(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any
 
     It also writes which images of each evaluated split are classified correctly: see `per_image`.
     """
-    summary = train(config, directory, programs=compiled.training, quiet=True)
+    correct = {}
+
+    def keep(split: str, is_correct: np.ndarray, source: Source) -> None:
+        correct[split] = per_image.Correct(is_correct, source.checksum())
+
+    summary = train(config, directory, programs=compiled.training, quiet=True, on_correct=keep)
     if 'final' not in summary:
         return None
-    _write_per_image(build(config), directory, compiled)
+    evaluated = {name for name in summary['final'] if name.endswith('/top1')}
+    if evaluated == {f'{split}/top1' for split in correct}:
+        per_image.write(directory, correct)
+    else:  # it was evaluated before it was interrupted
+        _write_per_image(build(config), directory, compiled)
     kept = ('images_per_second', 'training_seconds', 'compile_seconds', 'parameters')
     last = [line for line in metric_writers.read_metrics(directory) if 'train/loss' in line][-1]
     in_training = {name: value for name, value in last.items() if name.startswith('train/')}

@@ -458,11 +458,13 @@ def test_the_steps_trace_under_strict_promotion(tiny, changes, precision):
         after, _ = jax.eval_shape(make_train_step(experiment), state, shapes)
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
         mask = jax.ShapeDtypeStruct(shapes['label'].shape, jnp.float32)
-        sums = jax.eval_shape(
-            make_eval_step(experiment), state.variables(), shapes | {'mask': mask}
+        found = jax.eval_shape(
+            make_eval_step(experiment),
+            state.variables(),
+            shapes | {'mask': mask, 'index': shapes['position']},
         )
-    assert sums
-    assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {np.dtype('float32')}
+    assert found['sums']
+    assert {leaf.dtype for leaf in jax.tree.leaves(found['sums'])} == {np.dtype('float32')}
 
 
 def test_a_state_has_the_same_dtypes_under_x64(tiny):

@@ -36,3 +36,19 @@ def test_a_trial_keeps_which_images_it_classifies(tmp_path):
     assert evaluate(str(tmp_path))['test/top1'] == metrics['test/top1']
     steps = [r['step'] for r in metric_writers.read_metrics(tmp_path) if 'test/top1' in r]
     assert steps == [6], 'test images are evaluated once, at the end'
+
+
+def test_the_predictions_of_a_trial_are_computed_once(tmp_path, monkeypatch):
+    config = tiny_config(data__validation_fraction=0.2, ema=0.9)
+    again = []
+    predict = measurements.predict
+    monkeypatch.setattr(measurements, 'predict', lambda *args: again.append(1) or predict(*args))
+    measurements.training(config, tmp_path, measurements.Compiled())
+    written = (tmp_path / per_image.PER_IMAGE_FILE).read_bytes()
+    assert not again
+
+    # A trial that was interrupted after its last evaluation predicts; its file is the same.
+    (tmp_path / per_image.PER_IMAGE_FILE).unlink()
+    measurements.training(config, tmp_path, measurements.Compiled())
+    assert len(again) == 2, 'test and validation'
+    assert (tmp_path / per_image.PER_IMAGE_FILE).read_bytes() == written
