@@ -274,6 +274,14 @@ def _is_on_device(config: ConfigDict, image_spec: ImageSpec) -> bool:
     return on_device
 
 
+def describe(experiment: Experiment) -> Iterator[str]:
+    """Yields the lines with which a training run begins."""
+    yield describe_network(experiment)
+    yield from describe_data(experiment)
+    yield from describe_imbalance(experiment)
+    yield describe_steps(experiment)
+
+
 def describe_network(experiment: Experiment) -> str:
     """Returns a line like 'network: NF-ResNet-8, 78,045 parameters'."""
     name = models.variant_info(experiment.config.model.name).name

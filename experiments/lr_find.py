@@ -21,13 +21,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
 from experiments import config as schema
-from experiments.experiment import (
-    Experiment,
-    build,
-    describe_data,
-    describe_network,
-    describe_steps,
-)
+from experiments.experiment import Experiment, build, describe
 from experiments.launch import cli
 from experiments.run import curves, init_weights, parallel
 from experiments.run.batches import open_batches
@@ -188,8 +182,7 @@ def main() -> None:
     if args.out is not None:
         cli.check_out(pathlib.Path(args.out), ('.png',))
     experiment = prepare(config, steps)
-    lines = [describe_network(experiment), *describe_data(experiment), describe_steps(experiment)]
-    for line in (*lines, *schema.take_adaptations(experiment.config), 'compiling'):
+    for line in (*describe(experiment), *schema.take_adaptations(experiment.config), 'compiling'):
         print(line, file=sys.stderr, flush=True)
     rates, losses = learning_rates(low, high, steps), []
     with Progress(steps) as progress:

@@ -21,13 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import config as schema
 from experiments import smoke
-from experiments.experiment import (
-    build,
-    describe_data,
-    describe_imbalance,
-    describe_network,
-    describe_steps,
-)
+from experiments.experiment import build, describe
 from experiments.launch import cli, preemption
 from experiments.run import (
     data_record,
@@ -46,13 +40,7 @@ from experiments.run.profiling import Trace
 from experiments.run.progress import Progress
 from experiments.run.recovery import DivergedError, assert_finite, saving_at_failure
 from experiments.run.throughput import Throughput, flops_per_image
-from experiments.train_step import (
-    Programs,
-    compile_programs,
-    init_state,
-    layers,
-    make_logits_fn,
-)
+from experiments.train_step import Programs, compile_programs, init_state, layers, make_logits_fn
 from nfnets_jax.data import pipeline
 
 
@@ -97,9 +85,7 @@ def train(
         log = progress.log
         workdir.check_config(directory, config)
         metric_writers.check_destinations(directory, config)
-        lines += [describe_network(experiment), *describe_data(experiment)]
-        lines += [*describe_imbalance(experiment), describe_steps(experiment)]
-        for line in (*lines, *schema.take_adaptations(config)):
+        for line in (*lines, *describe(experiment), *schema.take_adaptations(config)):
             log(line)
         data = data_record.make_record(experiment.splits)
         workdir.assert_same(config, data)
