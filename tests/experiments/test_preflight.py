@@ -129,7 +129,7 @@ def test_the_programs_have_the_shapes_of_images_that_are_not_square(tiny, channe
     open_source = functools.partial(planned_data.open_source, **PLANNED)
     with parallel.using(jax.devices()[:1]):
         experiment = build(wide(tiny, channels), open_source=open_source)
-        train, test = preflight._train_batch(experiment), preflight._eval_batch(experiment)
+        train, test = preflight.train_batch(experiment), preflight.eval_batch(experiment)
         batch_size = experiment.config.batch_size
         assert train['image'].shape == (1, batch_size, 12, 20, channels)
         assert test['image'].shape == (1, eval_batch_size(experiment), 16, 28, channels)
