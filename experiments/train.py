@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments import config as schema
 from experiments import smoke
 from experiments.experiment import build, describe
-from experiments.launch import cli, preemption
+from experiments.launch import allocator, cli, preemption
 from experiments.run import (
     data_record,
     init_weights,
@@ -221,6 +221,8 @@ def train(
 
 
 def main() -> None:
+    if flags.FLAGS.keep_memory:
+        allocator.keep_memory()
     parallel.split_cpu(flags.FLAGS.cpu_devices)
     try:
         summary = train(flags.FLAGS.config, flags.FLAGS.workdir)
@@ -240,9 +242,9 @@ if __name__ == '__main__':
     flags.DEFINE_integer(
         'cpu_devices',
         None,
-        'Cores of a CPU to train on, each as a device; by default all, or one where results would '
-        'depend on their number.',
+        'Cores of a CPU to train on, each a device; all by default, one if results depend on it.',
         lower_bound=1,
     )
+    flags.DEFINE_bool('keep_memory', False, 'Faster steps on a CPU, slower compilation (glibc).')
     flags.mark_flags_as_required(['config', 'workdir'])
     cli.run(main, distributed=True)

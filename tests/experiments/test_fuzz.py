@@ -31,6 +31,7 @@ import grain.python, matplotlib.pyplot, orbax.checkpoint, sklearn.datasets
 config_flags.DEFINE_config_file('config', None, '', lock_config=True)
 flags.DEFINE_string('workdir', None, '')
 flags.DEFINE_integer('cpu_devices', None, '')
+flags.DEFINE_bool('keep_memory', False, '')
 for line in sys.stdin:
     case = json.loads(line)
     child = os.fork()
