@@ -1,13 +1,14 @@
 """Evaluates a trained run exactly: every test image once, raw and EMA parameters.
 
     python -m experiments.evaluate --workdir=runs/digits
-    python -m experiments.evaluate --workdir=runs/digits --watch
+    python -m experiments.evaluate --weights=eca_nfnet_l0 --data=imagenet/val
 
-It prints the figures that training printed for the same checkpoint, whatever the batch size and
-the number of devices and processes. The data must be those that the run was trained on, unless
---data names others. --watch also keeps the figures in evaluations.jsonl.
+Of a run it prints the figures that training printed for the same checkpoint, whatever the batch
+size and the number of devices and processes, on its own data unless --data names others. --watch
+also keeps them in evaluations.jsonl.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -21,6 +22,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from experiments import config as schema
 from experiments.experiment import build, describe_data, describe_devices, describe_network
 from experiments.launch import cli
 from experiments.run import (
@@ -86,6 +88,51 @@ def evaluate(
         for line in (*evaluator.lines, f'run: {directory}, step {step:,}', 'compiling'):
             log(line)
     results = {'step': parallel.broadcast_json(step)} | evaluator(state)
+    if report:
+        evaluator.write_report(state, report)
+    return results
+
+
+def evaluate_weights(
+    path: str,
+    other: str,
+    *,
+    report: str | None = None,
+    real: str | None = None,
+    log: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> dict:
+    """Returns {'test/top1', 'test/loss'} and more of weights on data with their classes.
+
+    Args:
+      path: any weights that `load_pretrained` accepts, in every process.
+      other: path of the data, see `run.other_data`. Weights that name no classes have the classes
+        '0', '1', ...: directories are then called by numbers.
+      report, real, log: as in `evaluate`.
+      **options: options of `_Evaluator`.
+
+    Raises:
+      UsageError: the weights cannot be read, or the data are not of their classes.
+    """
+    loaded = pretrained.from_pretrained(path)
+    metadata = loaded.metadata
+    if not metadata.class_names:
+        names = tuple(map(str, range(metadata.num_classes or 0)))
+        metadata = dataclasses.replace(metadata, class_names=names)
+    config = schema.default_config()
+    config.model = {'name': metadata.model, **metadata.options}
+    config.ema = 0.0
+    with config.data.unlocked():
+        config.data.update(mean=metadata.mean, std=metadata.std, value_range=metadata.value_range)
+    encoded = pretrained.encode_metadata(metadata)
+    fields = {'config': workdir.as_json(config), 'data': None, 'metadata': encoded}
+    evaluator = _Evaluator(fields, path, other=other, **options)
+    if real:
+        evaluator.use_real_labels(real)
+    for line in (*evaluator.lines, f'weights: {path}', 'compiling'):
+        log(line)
+    state = evaluator.template._replace(params=loaded.params, state=loaded.state)
+    results = evaluator(state)
     if report:
         evaluator.write_report(state, report)
     return results
@@ -312,7 +359,16 @@ def main() -> None:
     options |= {'image_size': args.image_size, 'flip': args.tta == 'flip', 'other': args.data}
     options['val_labels'] = args.val_labels
     options |= {'split': args.split} if args.split else {}
-    if args.watch:
+    if (args.workdir is None) == (args.weights is None):
+        raise UsageError('give one of --workdir and --weights')
+    asked = {'report': args.report, 'real': args.real}
+    if args.weights:
+        if not args.data:
+            raise UsageError(f'--weights={args.weights}: give --data, the images to evaluate on')
+        if args.watch or args.checkpoint != 'latest':
+            raise UsageError('--watch and --checkpoint are of a run: give --workdir')
+        found = iter([evaluate_weights(args.weights, **asked, **options)])
+    elif args.watch:
         if args.checkpoint != 'latest':
             raise UsageError('--watch evaluates all checkpoints: leave --checkpoint out')
         for flag in ('report', 'data', 'val_labels', 'real'):
@@ -320,18 +376,19 @@ def main() -> None:
                 raise UsageError(f'--watch evaluates all checkpoints: leave --{flag} out')
         found = watch(args.workdir, **options)
     else:
-        asked = {'report': args.report, 'real': args.real}
         found = iter([evaluate(args.workdir, args.checkpoint, **asked, **options)])
     for results in found:
         if parallel.is_primary():
-            line = f'step {results["step"]:,}: {evaluation.describe_accuracy(results)}'
+            step = f'step {results["step"]:,}: ' if 'step' in results else ''
+            line = step + evaluation.describe_accuracy(results)
             print(json.dumps(results) if args.json else line, flush=True)
             if args.report:
                 print(f'report: {args.report}', file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':
-    cli.define_workdir('Directory of the run.', required=True)
+    cli.define_workdir('Directory of the run.')
+    cli.define_path('weights', None, 'Or weights: a file, a published name, a run.')
     flags.DEFINE_string('checkpoint', 'latest', "'latest', 'best', or a step.")
     flags.DEFINE_enum(
         'split',
@@ -357,5 +414,9 @@ if __name__ == '__main__':
     cli.run(
         main,
         distributed=True,
-        groups={'other data': ('data', 'val_labels', 'real'), 'data that have moved': moved},
+        groups={
+            'what to evaluate': ('workdir', 'weights', 'checkpoint'),
+            'other data': ('data', 'val_labels', 'real'),
+            'data that have moved': moved,
+        },
     )

@@ -91,15 +91,12 @@ def test_a_command_runs_as_a_file(name, tmp_path):
     )
     for done in (as_file, as_module):
         assert 'Traceback' not in done.stderr
-        assert 'flags:' in done.stdout or 'usage:' in done.stdout
-    assert (as_file.returncode, as_file.stdout.splitlines()[1:]) == (
-        as_module.returncode,
-        as_module.stdout.splitlines()[1:],
-    )
+        assert 'options:' in done.stdout
+    assert (as_file.returncode, as_file.stdout) == (as_module.returncode, as_module.stdout)
 
 
 @pytest.mark.parametrize('name', runnable('benchmarks'))
 def test_a_benchmark_runs_as_a_file(name, tmp_path):
     done = python(ROOT / 'benchmarks' / f'{name}.py', '--help', cwd=tmp_path)
     assert 'Traceback' not in done.stderr
-    assert f'{name}.py' in done.stdout
+    assert name in done.stdout

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnets_jax import augment, extras, files, models
+from nfnets_jax.data import imagenet
 from nfnets_jax.errors import UsageError, first_line, nearest
 from nfnets_jax.image_size import ImageSize, is_size
 from nfnets_jax.image_size import describe as describe_size
@@ -137,12 +138,13 @@ def load_pretrained(
     """
     if model is not None:
         model = models.variant_info(model).name
-    path = downloads.locate(files.expand(path))
+    asked, path = path, downloads.locate(files.expand(path))
     if os.path.isdir(path):
         weights = _load_run(pathlib.Path(path), str(checkpoint), ema)
     else:
         ahead = _read_ahead.pop(_file_key(path), None)
         weights = ahead or _load_file(path)
+        weights = weights._replace(metadata=_name_classes(weights.metadata, asked))
     if model not in (None, weights.metadata.model):
         found = weights.metadata.model
         problem = f'are those of {found}' if found else _misfit(weights, model)
@@ -164,7 +166,7 @@ def load_metadata(path: str | os.PathLike, model: str | None = None) -> Metadata
     Raises:
       UsageError: naming the file and what is wrong with it.
     """
-    path = downloads.locate(files.expand(path))
+    asked, path = path, downloads.locate(files.expand(path))
     if os.path.isdir(path):
         metadata = _run_metadata(pathlib.Path(path))
     elif _METADATA_KEY in (text := weight_files.read_header(path)):
@@ -173,13 +175,22 @@ def load_metadata(path: str | os.PathLike, model: str | None = None) -> Metadata
         weights = load_pretrained(path, model)
         _read_ahead.clear()
         _read_ahead[_file_key(path)] = weights
-        return weights.metadata
+        return _name_classes(weights.metadata, asked)
     model = model if model is None else models.variant_info(model).name
     if model not in (None, metadata.model):
         raise UsageError(
             f'{path} does not hold weights of {model}: they are those of {metadata.model}'
         )
     return metadata
+
+
+def _name_classes(metadata: Metadata, asked: str | os.PathLike) -> Metadata:
+    """Names the classes of weights that were asked for by a published name: ImageNet's."""
+    known = bool(metadata.class_names) or os.path.exists(asked) or downloads.find(asked) is None
+    names = () if known else imagenet.class_names()
+    if len(names) != metadata.num_classes:
+        return metadata
+    return dataclasses.replace(metadata, class_names=names)
 
 
 # Weights that `load_metadata` had to read, until they are asked for: at most one file's.

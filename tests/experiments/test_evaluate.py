@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import signal
@@ -7,14 +8,16 @@ import jax
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
-from experiments.evaluate import EVALUATIONS_FILE, evaluate, watch
+from experiments.evaluate import EVALUATIONS_FILE, evaluate, evaluate_weights, watch
 from experiments.experiment import build
 from experiments.run import evaluation, metric_writers, parallel, workdir
 from experiments.train import train
 from experiments.train_step import init_state, make_eval_step, make_logits_fn
 from nfnets_jax import augment
 from nfnets_jax.errors import UsageError
+from nfnets_jax.weights import pretrained
 from nfnets_jax.weights.checkpoints import CheckpointReader
 from tests.experiments.conftest import tiny_config
 
@@ -187,6 +190,46 @@ def test_the_report_is_of_the_moving_average_and_agrees_with_the_metrics(run, tm
     assert summary['loss'] == pytest.approx(metrics['test_ema/loss'], rel=1e-5)
     lines = (tmp_path / 'report' / 'predictions.csv').read_text().splitlines()
     assert [line.split(',')[0] for line in lines[1:3]] == ['digits/test[0]', 'digits/test[1]']
+
+
+@pytest.mark.parametrize('named', [True, False])
+def test_weights_are_evaluated_on_data_of_their_classes(named, run, tmp_path):
+    """As the run is, and without names of classes, whose directories are then their numbers."""
+    directory, _ = run
+    weights = pretrained.load_pretrained(directory)
+    names = [f'digit {i}' if named else str(i) for i in range(10)]
+    metadata = dataclasses.replace(weights.metadata, class_names=tuple(names) if named else ())
+    pretrained.save_weights(tmp_path / 'w.safetensors', weights._replace(metadata=metadata))
+    source = build(workdir.load_config(directory)).test_source
+    examples = [source[i] for i in range(24)]
+    for i, example in enumerate(examples):
+        path = tmp_path / 'images' / names[example['label']] / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(example['image']).save(path)
+    found = evaluate_weights(str(tmp_path / 'w.safetensors'), str(tmp_path / 'images'))
+    network = pretrained.network(weights.metadata)
+    images = augment.normalize(np.stack([example['image'] for example in examples]))
+    logits = network.apply(weights.params, weights.state, None, images, False)[0]['logits']
+    labels = np.array([example['label'] for example in examples])
+    assert found['test/top1'] == np.mean(np.argmax(logits, 1) == labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    assert found['test/loss'] == pytest.approx(float(np.mean(losses)), rel=1e-5)
+    assert 'step' not in found
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--weights=w.npz'], 'give --data, the images to evaluate on'),
+        (['--weights=w.npz', '--workdir=r'], 'give one of --workdir and --weights'),
+        ([], 'give one of --workdir and --weights'),
+        (['--weights=w.npz', '--data=d', '--watch'], 'are of a run: give --workdir'),
+    ],
+)
+def test_weights_and_runs_are_not_mixed_up(arguments, message, command):
+    done = command('evaluate', *arguments)
+    _, err = done.communicate()
+    assert (done.returncode, message in err) == (2, True)
 
 
 def test_flips_average_the_probabilities(run):

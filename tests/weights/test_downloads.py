@@ -215,9 +215,10 @@ def test_two_processes_get_one_file(server, path):
     assert server.ranges == [None]
 
 
-def test_weights_by_name(server, monkeypatch, tmp_path):
-    """From the name to the parameters."""
-    metadata = pretrained.Metadata(model='NF-ResNet-8', num_classes=3)
+@pytest.mark.parametrize('num_classes', [3, 1000])
+def test_weights_by_name(num_classes, server, monkeypatch, tmp_path):
+    """From the name to the parameters, and to the names of ImageNet's classes."""
+    metadata = pretrained.Metadata(model='NF-ResNet-8', num_classes=num_classes)
     shapes = pretrained.variable_shapes(metadata)[0]
     arrays = {name: np.ones(leaf.shape, 'f4') for name, leaf in pretrained.flatten(shapes).items()}
     np.savez(tmp_path / 'w.npz', **arrays)
@@ -228,6 +229,12 @@ def test_weights_by_name(server, monkeypatch, tmp_path):
     assert weights.metadata.model == 'NF-ResNet-8'
     np.testing.assert_equal(pretrained.flatten(weights.params), arrays)
     assert pretrained.load_metadata('NFNet-F0') == weights.metadata
+    names = load_pretrained('NFNet-F0').metadata.class_names  # read ahead by load_metadata
+    assert names == weights.metadata.class_names
+    assert len(names) == (1000 if num_classes == 1000 else 0)
+    assert names == tuple(sorted(names))
+    assert names[207:208] == (('n02099601',) if names else ())  # golden retriever
+    assert not load_pretrained(tmp_path / 'w.npz').metadata.class_names
 
 
 def test_a_hostile_file_is_not_run(server, monkeypatch):
