@@ -351,7 +351,8 @@ def workplace(request, materials, tmp_path):
         shutil.copytree(materials / 'docs', tmp_path / 'docs')
         (tmp_path / 'runs').mkdir()
         (tmp_path / 'runs' / 'cifar10.npz').symlink_to(materials / 'cifar10.npz')
-        directories = re.findall(r'--workdir=(\S+)', command)
+        directories = re.findall(r'--workdir=(\S+)|--weights=(runs/\S+)', command)
+        directories = [workdir or weights for workdir, weights in directories]
         if reads_run:
             of_files = re.search(r'validation|image_size', command)
             copied = 'a_validated_run' if of_files else 'a_run'
