@@ -167,9 +167,9 @@ def validated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         real = evaluation.evaluate
 
-        def counted(experiment, step, variables, split):
+        def counted(experiment, step, variables, split, *rest):
             calls.append(split)
-            return real(experiment, step, variables, split)
+            return real(experiment, step, variables, split, *rest)
 
         patch.setattr('experiments.train.evaluate', counted)
         summary = train(config, root / 'run')
