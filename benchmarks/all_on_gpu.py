@@ -4,9 +4,9 @@
     python -m benchmarks.all_on_gpu --out=DIR [--target=H100:1] [--minutes=20] [--quick] [--write]
 
 In this order, as far as the time goes: the training step of NFNet-F0, NFNet-F1 and NF-ResNet-50
-beside timm under torch.compile, at batch 32 and at the largest power of two that fits; the runner's
-step, its augmentation and its evaluation at 256 px beside what preflight says; the optimizers; the
-implementations of convolutions. --write puts the fastest of these into the table of
+beside timm under torch.compile, at batch 32 and at doubled batches as long as they are faster; the
+runner's step, its augmentation and its evaluation at 256 px beside what preflight says; the
+optimizers; the implementations of convolutions. --write puts the fastest of these into the table of
 nfnets_jax/convolution.
 
 DIR gets each benchmark's output, its table as JSON, and README.md with all tables and commands. A
@@ -14,6 +14,7 @@ benchmark that fails or takes too long says so there, and the next one starts. -
 command with tiny networks, on any device, to try it.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -24,7 +25,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from benchmarks import timing
 from experiments.launch import cli
 from nfnets_jax import files
 
@@ -54,7 +54,9 @@ class Result:
 
 
 def main(argv=None):
-    parser = timing.parser(__doc__, target='H100:1', minutes=20.0)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--target', default='H100:1', help='as experiments.preflight takes it')
+    parser.add_argument('--minutes', type=float, default=20.0, help='default: 20')
     parser.add_argument('--out', required=True, type=files.expand, help='directory of the results')
     parser.add_argument('--quick', action='store_true', help='tiny networks, to try the commands')
     parser.add_argument('--write', action='store_true', help="write the convolutions' table")
@@ -72,7 +74,7 @@ def main(argv=None):
         files.atomic_write(out / f'{name}.txt', result.output)
         results.append(result)
         print(result.text(), flush=True)
-        about = ' '.join(sys.argv[1:] if argv is None else argv)
+        about = shlex.join(sys.argv[1:] if argv is None else argv)
         title = f'# python -m benchmarks.all_on_gpu {about}\n\n'
         files.atomic_write(out / 'README.md', title + '\n'.join(x.text() for x in results))
         return result

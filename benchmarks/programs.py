@@ -29,6 +29,7 @@ from experiments.run import targets
 from nfnets_jax.errors import UsageError
 
 KEY = ('model', 'target', 'rows', 'augment')
+PLAN = {'examples': None, 'classes': None}  # ImageNet's are known
 
 
 def main(argv=None):
@@ -66,8 +67,7 @@ def compiled(model: str, target: str, rows: int, augment: bool) -> dict[str, Any
     """Returns the row of one program, compiled."""
     opened = targets.open_target(target)
     config = published_config(model, rows * len(opened.devices), augment)
-    plan = {'examples': None, 'classes': None}
-    report = preflight.preflight(config, opened, plan, preflight.Progress(f'{model} on {target}'))
+    report = preflight.preflight(config, opened, PLAN, preflight.Progress(f'{model} on {target}'))
     flags = report.get('flags', [])
     report = report.get('with_flags', report)
     memory = sum(report['memory'][key] for key in ('arguments', 'temporaries', 'code'))

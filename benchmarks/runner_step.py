@@ -30,8 +30,6 @@ from experiments.launch import cli
 from experiments.run import parallel, planned_data, targets
 from experiments.run.batches import eval_batch_size
 
-PLAN = {'examples': None, 'classes': None}
-
 
 def main(argv=None):
     parser = timing.parser(__doc__, model='NFNet-F0', rows=32, rounds=5)
@@ -49,7 +47,9 @@ def main(argv=None):
     configs['training'].eval.batch_size = batch_size
     prepared, sizes, images = {}, {}, {}
     for row, config in configs.items():
-        experiment = build(config, open_source=functools.partial(planned_data.open_source, **PLAN))
+        experiment = build(
+            config, open_source=functools.partial(planned_data.open_source, **programs.PLAN)
+        )
         steps = train_step.compile_programs(experiment, {})
         prepared[row], sizes[row] = train(experiment, steps)
         images[row] = batch_size
@@ -120,7 +120,7 @@ def compiled(config: ConfigDict, target: str | None) -> dict[str, float]:
     if target is None:
         return {}
     opened = targets.open_target(target)
-    report = preflight.preflight(config, opened, PLAN, preflight.Progress(target))
+    report = preflight.preflight(config, opened, programs.PLAN, preflight.Progress(target))
     bound = max(report['arithmetic_seconds'], report.get('memory_seconds', 0.0))
     return {
         'kernels': report.get('kernels'),

@@ -42,7 +42,7 @@ def classify(
     may have several classes, each has a probability of its own.
     """
     metadata = weights.metadata
-    names = metadata.class_names or tuple(map(str, range(metadata.num_classes or 0)))
+    names = metadata.class_labels
     activation = jax.nn.sigmoid if metadata.multi_label else jax.nn.softmax
     for path, found in image_files.outputs(weights, paths, batch_size, activation):
         if isinstance(found, str):

@@ -85,12 +85,8 @@ def evaluate(
     step, state = None, evaluator.template
     if parallel.is_primary():
         step, state = _restore(directory, checkpoint, evaluator.template)
-        for line in (*evaluator.lines, f'run: {directory}, step {step:,}', 'compiling'):
-            log(line)
-    results = {'step': parallel.broadcast_json(step)} | evaluator(state)
-    if report:
-        evaluator.write_report(state, report)
-    return results
+    results = _evaluate_once(evaluator, state, f'run: {directory}, step {step or 0:,}', report, log)
+    return {'step': parallel.broadcast_json(step)} | results
 
 
 def evaluate_weights(
@@ -115,10 +111,7 @@ def evaluate_weights(
       UsageError: the weights cannot be read, or the data are not of their classes.
     """
     loaded = pretrained.from_pretrained(path)
-    metadata = loaded.metadata
-    if not metadata.class_names:
-        names = tuple(map(str, range(metadata.num_classes or 0)))
-        metadata = dataclasses.replace(metadata, class_names=names)
+    metadata = dataclasses.replace(loaded.metadata, class_names=loaded.metadata.class_labels)
     config = schema.default_config()
     config.model = {'name': metadata.model, **metadata.options}
     config.ema = 0.0
@@ -129,9 +122,20 @@ def evaluate_weights(
     evaluator = _Evaluator(fields, path, other=other, **options)
     if real:
         evaluator.use_real_labels(real)
-    for line in (*evaluator.lines, f'weights: {path}', 'compiling'):
-        log(line)
     state = evaluator.template._replace(params=loaded.params, state=loaded.state)
+    return _evaluate_once(evaluator, state, f'weights: {path}', report, log)
+
+
+def _evaluate_once(
+    evaluator: '_Evaluator',
+    state: TrainState,
+    origin: str,
+    report: str | None,
+    log: Callable[[str], None],
+) -> dict:
+    """Returns the metrics of a state; `origin` is the line that says where it comes from."""
+    for line in (*evaluator.lines, origin, 'compiling') if parallel.is_primary() else ():
+        log(line)
     results = evaluator(state)
     if report:
         evaluator.write_report(state, report)

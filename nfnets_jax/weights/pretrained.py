@@ -72,6 +72,11 @@ class Metadata:
         return self.options.get('channels') or 3
 
     @property
+    def class_labels(self) -> tuple[str, ...]:
+        """Names of the classes; their numbers where no names are known."""
+        return self.class_names or tuple(map(str, range(self.num_classes or 0)))
+
+    @property
     def pixels(self) -> PixelFormat:
         """What the pixels of an image become."""
         return PixelFormat(self.channels, self.value_range)
