@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+import benchmarks
 from experiments.launch import cli
 from nfnets_jax import files
 
@@ -132,8 +133,12 @@ def timed(command: Sequence[str], seconds: float) -> Result:
     if seconds <= 0:
         return Result(command, 0.0, '', 'not run: the time was over')
     start = time.monotonic()
-    # JAX and PyTorch share a device in one process.
-    environment = os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+    environment = os.environ | {
+        # JAX and PyTorch share a device in one process.
+        'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+        # python -m benchmarks.NAME runs from any directory.
+        'PYTHONPATH': os.path.dirname(benchmarks.__path__[0]),
+    }
     error = None
     try:
         done = subprocess.run(
