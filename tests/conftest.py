@@ -5,6 +5,7 @@ process behind.
 """
 
 import ctypes
+import importlib.metadata
 import os
 import pathlib
 import signal
@@ -13,12 +14,15 @@ import time
 
 import pytest
 
-os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
-).strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# The programs of tests run for milliseconds, but compile for seconds.
+# The programs of tests run for milliseconds, but compile for seconds: 3.6 s with XLA's emitters of
+# fusions, 1.0 s with its older ones and one LLVM module, for the step of `tiny_config`.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+_FLAGS = ['--xla_force_host_platform_device_count=4']
+if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11):
+    # Later ones have one kind of emitters, and end at a flag that they do not know.
+    _FLAGS += ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1']
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_FLAGS]).strip()
 os.environ.setdefault(
     'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parent.parent / '.cache' / 'jax')
 )
@@ -29,6 +33,8 @@ for _number in (signal.SIGINT, signal.SIGHUP):
         # The tests still ignore it, but child processes do not inherit a Python handler.
         signal.signal(_number, lambda number, frame: None)
 
+from tests import processes  # noqa: E402  # It keeps the environment of the tests.
+
 if sys.platform == 'linux':
     _PR_SET_CHILD_SUBREAPER = 36  # Orphans of child processes become ours, and are found.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -37,7 +43,8 @@ if sys.platform == 'linux':
 def running_children() -> dict[int, str]:
     """Returns {process ID: command line} of this process's children; {} without Linux.
 
-    Multiprocessing's resource tracker, which lives as long as its parent, is left out.
+    Multiprocessing's resource tracker and the server of `processes`, which live as long as their
+    parent, are left out.
     """
     children = {}
     for file in pathlib.Path('/proc/self/task').glob('*/children'):
@@ -52,7 +59,8 @@ def running_children() -> dict[int, str]:
                 command = (process / 'cmdline').read_text(errors='replace').replace('\0', ' ')
             except OSError:
                 continue
-            if state != 'Z' and 'multiprocessing.resource_tracker' not in command:
+            ours = 'multiprocessing.resource_tracker' in command
+            if state != 'Z' and not ours and int(number) != processes.server_process():
                 children[int(number)] = command
     return children
 

@@ -4,12 +4,12 @@ import os
 import pathlib
 import re
 import subprocess
-import sys
 
 import pytest
 from ml_collections import ConfigDict
 
 from experiments.config import default_config
+from tests import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Compilation dominates a small run, and grows with the network's depth.
@@ -59,11 +59,10 @@ def command(tmp_path_factory):
     def start(name, *arguments, devices=4, **options):
         if name == 'train' and not any(str(x).startswith('--config=') for x in arguments):
             arguments = (f'--config={file}', *arguments)
-        return subprocess.Popen(
-            [sys.executable, '-m', f'experiments.{name}', *map(str, arguments)],
+        return processes.start(
+            ['-m', f'experiments.{name}', *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
             cwd=ROOT,
             env={
                 **os.environ,

@@ -2,46 +2,20 @@
 
     .venv/bin/python -m pytest tests/experiments/test_fuzz.py -m slow
 
-Every case is the real command, in a process of its own; only the imports are shared, by forking.
+Every case is the real command, in a process of its own.
 """
 
-import json
 import os
 import random
 import re
-import subprocess
-import sys
 
 import pytest
 
+from tests import processes
 from tests.experiments.conftest import ROOT, tiny_config
 
 CASES = 1000
 FEW = 10
-
-# Started once for many cases: takes a line of JSON, forks, runs the command in the child, and tells
-# its status. JAX has no threads before its first use, so the child is as good as a new process.
-SERVER = """
-import json, os, sys
-from absl import flags
-from ml_collections import config_flags
-from experiments import train
-from experiments.launch import cli
-import grain.python, matplotlib.pyplot, orbax.checkpoint, sklearn.datasets
-config_flags.DEFINE_config_file('config', None, '', lock_config=True)
-flags.DEFINE_string('workdir', None, '')
-flags.DEFINE_integer('cpu_devices', None, '')
-flags.DEFINE_bool('keep_memory', False, '')
-for line in sys.stdin:
-    case = json.loads(line)
-    child = os.fork()
-    if not child:
-        for stream, number in (('out', 1), ('err', 2)):
-            os.dup2(os.open(case[stream], os.O_WRONLY | os.O_CREAT), number)
-        sys.argv = ['train', *case['arguments']]
-        cli.run(train.main)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 
 CONFIG_FILE = """
 from tests.experiments.conftest import tiny_config
@@ -124,44 +98,28 @@ def command_line(seed):
 
 
 @pytest.fixture(scope='module')
-def server(tmp_path_factory):
+def train(tmp_path_factory):
+    """A function that runs a case: its exit status, its errors and its workdir."""
     path = tmp_path_factory.mktemp('fuzz')
     (path / 'fuzz.py').write_text(CONFIG_FILE)
-    process = subprocess.Popen(
-        [sys.executable, '-c', SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={
-            **os.environ,
-            'PYTHONPATH': str(ROOT),
-            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-            'XLA_FLAGS': re.sub(r'(device_count)=\d+', r'\1=1', os.environ['XLA_FLAGS']),
-        },
-    )
+    environment = {
+        **os.environ,
+        'XLA_FLAGS': re.sub(r'(device_count)=\d+', r'\1=1', os.environ['XLA_FLAGS']),
+    }
 
     def run(seed, arguments):
-        out, err, workdir = (path / f'{seed}.{name}' for name in ('out', 'err', 'run'))
-        arguments = [
-            f'--config={path}/fuzz.py{arguments[0]}',
-            f'--workdir={workdir}',
-            *arguments[1:],
-        ]
-        case = {'arguments': arguments, 'out': str(out), 'err': str(err)}
-        process.stdin.write(json.dumps(case) + '\n')
-        process.stdin.flush()
-        return int(process.stdout.readline()), err.read_text(), workdir
+        workdir = path / f'{seed}.run'
+        flags = [f'--config={path}/fuzz.py{arguments[0]}', f'--workdir={workdir}', *arguments[1:]]
+        done = processes.run(['-m', 'experiments.train', *flags], cwd=ROOT, env=environment)
+        return done.returncode, done.stderr, workdir
 
-    yield run
-    process.stdin.close()
-    assert process.wait(60) == 0
+    return run
 
 
-def check(server, seed):
+def check(train, seed):
     """Runs a case; returns its exit status, and what is wrong with how it ended, if anything."""
     arguments = [f':{seed}'] if seed % 2 else ['', *command_line(seed)]
-    status, err, workdir = server(seed, arguments)
+    status, err, workdir = train(seed, arguments)
     match status:
         case 0:
             right = (workdir / 'summary.json').exists()
@@ -174,20 +132,20 @@ def check(server, seed):
     return status, None if right else f'{arguments}: status {status}\n{err}'
 
 
-def check_all(server, seeds):
-    ends = [check(server, seed) for seed in seeds]
+def check_all(train, seeds):
+    ends = [check(train, seed) for seed in seeds]
     problems = [problem for _, problem in ends if problem]
     assert not problems, '\n'.join(problems)
     return {status for status, _ in ends}
 
 
-def test_a_few(server):
-    assert 2 in check_all(server, range(FEW))
-    status, _, workdir = server(CASES, [''])  # What no mistake was put into is trained.
+def test_a_few(train):
+    assert 2 in check_all(train, range(FEW))
+    status, _, workdir = train(CASES, [''])  # What no mistake was put into is trained.
     assert (status, (workdir / 'summary.json').exists()) == (0, True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('first', range(FEW, CASES, FEW))
-def test_many(server, first):
-    check_all(server, range(first, first + FEW))
+def test_many(train, first):
+    check_all(train, range(first, first + FEW))

@@ -12,6 +12,7 @@ from absl import flags
 from experiments.config import default_config, unknown_key
 from experiments.launch import cli
 from nfnets_jax.errors import UsageError
+from tests import processes
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -67,10 +68,8 @@ def directory(tmp_path_factory):
 
 
 def run(directory, *arguments, program='program.py', **environment):
-    return subprocess.run(
-        [sys.executable, program, *arguments],
-        capture_output=True,
-        text=True,
+    return processes.run(
+        [program, *arguments],
         cwd=directory,
         env={**os.environ, 'PYTHONPATH': str(ROOT), **environment},
     )
@@ -271,11 +270,10 @@ def test_a_run_in_the_home_directory(command, tmp_path, monkeypatch):
 
 def test_a_workdir_that_orbax_cannot_write_is_refused(tmp_path):
     name = os.fsdecode(b'run\xff')
-    done = subprocess.run(
-        [sys.executable, '-m', 'experiments.train', '--config=configs/digits.py']
-        + [f'--workdir={tmp_path / name}'],
-        capture_output=True,
+    done = processes.run(
+        ['-m', 'experiments.train', '--config=configs/digits.py', f'--workdir={tmp_path / name}'],
         cwd=ROOT,
+        text=False,
     )
     assert done.returncode == 2
     assert b'must be valid UTF-8' in done.stderr

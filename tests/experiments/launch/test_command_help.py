@@ -1,14 +1,14 @@
 """--help of every command: it fits a screen, has groups, and examples that are commands."""
 
+import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 from absl import flags
 
 from experiments.launch import command_help
+from tests import processes
 
 ROOT = pathlib.Path(__file__).parents[3]
 COMMANDS = sorted(
@@ -23,15 +23,13 @@ CODE = {'study': 'experiments/study/command.py', 'report': 'experiments/report/_
 
 
 def described(command, columns):
-    done = subprocess.run(
-        [sys.executable, '-m', f'experiments.{command}', '--help'],
+    done = processes.run(
+        ['-m', f'experiments.{command}', '--help'],
         cwd=ROOT,
-        env={'COLUMNS': str(columns), 'PATH': '', 'PYTHONPATH': str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
+        env={**os.environ, 'COLUMNS': str(columns), 'PATH': ''},
     )
     assert not done.stderr
+    assert done.returncode == 0
     return done.stdout
 
 

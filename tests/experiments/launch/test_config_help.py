@@ -1,6 +1,4 @@
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -8,16 +6,12 @@ from configs.imagenet import nf_resnet
 from experiments import config as schema
 from experiments.launch import config_help
 from experiments.study import config as study_config
+from tests import processes
 from tests.experiments.conftest import ROOT, tiny_config
 
 
 def run(command, *arguments):
-    return subprocess.run(
-        [sys.executable, '-m', f'experiments.{command}', *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    return processes.run(['-m', f'experiments.{command}', *arguments], cwd=ROOT)
 
 
 def listing(config):

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from experiments.launch import output
+from tests import processes
 from tests.experiments.conftest import ROOT
 
 # A program that says `text` on both streams, a thousand times.
@@ -25,9 +26,10 @@ with output.session():
 
 
 def start(text=b'x', count=1, program=PROGRAM, **options):
-    return subprocess.Popen(
-        [sys.executable, '-c', program, text.hex(), str(count)],
+    return processes.start(
+        ['-c', program, text.hex(), str(count)],
         cwd=ROOT,
+        text=False,
         **{'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **options},
     )
 

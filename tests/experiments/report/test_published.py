@@ -3,13 +3,12 @@
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 
 from experiments.report import reading, results, static, summaries, tables
 from experiments.report.wording import mean_and_error
+from tests import processes
 
 ROOT = pathlib.Path(__file__).parents[3]
 STUDIES = ROOT / 'docs' / 'studies.md'
@@ -51,7 +50,7 @@ def test_the_printed_command_computes_them(tmp_path):
         r'^python (-m experiments.report --tables=.*)$', STUDIES.read_text(encoding='utf-8'), re.M
     )
     arguments = shlex.split(command.replace('results.html', str(tmp_path / 'results.html')))
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+    assert processes.run(arguments, cwd=ROOT).returncode == 0
     page = (tmp_path / 'results.html').read_text(encoding='utf-8')
     for cells in ('+9.86 points', 'corrected = 0.79'):
         assert cells in page

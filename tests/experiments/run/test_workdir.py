@@ -1,9 +1,6 @@
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 from ml_collections import ConfigDict
@@ -11,6 +8,7 @@ from ml_collections import ConfigDict
 from experiments.run import workdir
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import pretrained
+from tests import processes
 from tests.experiments.conftest import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -111,12 +109,7 @@ def test_a_second_process_is_refused(tmp_path):
         'with workdir.claimed(sys.argv[1], ConfigDict({})): print("mine")'
     )
     with workdir.claimed(tmp_path, ConfigDict({})):
-        other = subprocess.run(
-            [sys.executable, '-c', program, tmp_path],
-            capture_output=True,
-            text=True,
-            env={**os.environ, 'PYTHONPATH': str(ROOT)},
-        )
+        other = processes.run(['-c', program, tmp_path], cwd=ROOT)
         assert 'in use by another process' in other.stderr
     with workdir.claimed(tmp_path, ConfigDict({})):
         pass

@@ -23,6 +23,7 @@ from experiments.study import config as study_config
 from experiments.study.config import default_study, make_trials
 from experiments.study.journal import MAX_ATTEMPTS, Journal, round_robin
 from nfnets_jax.errors import UsageError
+from tests import processes
 from tests.experiments.conftest import ONE_BLOCK, ROOT, tiny_config
 
 
@@ -243,9 +244,7 @@ time.sleep(60)
 
 def killed_with_a_trial(directory):
     """Lets a process take a trial, kills it, and returns which trial it was."""
-    process = subprocess.Popen(
-        [sys.executable, '-c', CLAIMER, directory], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = processes.start(['-c', CLAIMER, directory], cwd=ROOT, stdout=subprocess.PIPE)
     id = process.stdout.readline().strip()
     yield id
     process.kill()
