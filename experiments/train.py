@@ -20,7 +20,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import config as schema
-from experiments import smoke
 from experiments.experiment import build, describe
 from experiments.launch import allocator, cli, preemption
 from experiments.run import (
@@ -29,6 +28,7 @@ from experiments.run import (
     metric_writers,
     parallel,
     recovery,
+    smoke,
     step_metrics,
     workdir,
 )
