@@ -52,15 +52,19 @@ def get_config():
 
 @pytest.fixture(scope='session')
 def command(tmp_path_factory):
-    """Returns a function that starts `python -m experiments.NAME`, by default for the tiny run."""
+    """Returns a function that starts `python -m experiments.NAME`, by default for the tiny run.
+
+    `host` is one of `launch.hosts`, instead of this machine.
+    """
     file = tmp_path_factory.mktemp('config') / 'tiny.py'
     file.write_text(CONFIG_FILE)
 
-    def start(name, *arguments, devices=4, **options):
+    def start(name, *arguments, devices=4, host=None, **options):
         if name == 'train' and not any(str(x).startswith('--config=') for x in arguments):
             arguments = (f'--config={file}', *arguments)
+        line = [sys.executable, '-m', f'experiments.{name}', *map(str, arguments)]
         return subprocess.Popen(
-            [sys.executable, '-m', f'experiments.{name}', *map(str, arguments)],
+            host.command(*line) if host else line,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
