@@ -14,7 +14,6 @@ benchmark that fails or takes too long says so there, and the next one starts. -
 command with tiny networks, on any device, to try it.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -26,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import benchmarks
-from experiments.launch import cli
+from experiments.launch import cli, command_help
 from nfnets_jax import files
 
 NETWORKS = {'NFNet-F0': 192, 'NFNet-F1': 224, 'NF-ResNet-50': 224}
@@ -55,7 +54,7 @@ class Result:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_help.parser(__doc__)
     parser.add_argument('--target', default='H100:1', help='as experiments.preflight takes it')
     parser.add_argument('--minutes', type=float, default=20.0, help='default: 20')
     parser.add_argument('--out', required=True, type=files.expand, help='directory of the results')

@@ -37,7 +37,9 @@ SIZE, BATCH_SIZE = 224, 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     path = os.path.expanduser
     parser.add_argument('--images', '--pictures', type=path, required=True, help='with JPEGs')
     parser.add_argument('--tensorflow', type=path, help='a Python that has TensorFlow')

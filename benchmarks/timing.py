@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from experiments.launch import command_help
 from nfnets_jax import files
 
 
 def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
     """Returns a parser with an option for each default, of its type, and --json."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser = command_help.parser(doc)
     for name, default in defaults.items():
         option = f'--{name.replace("_", "-")}'
         parser.add_argument(option, type=type(default), default=default, help=f'default: {default}')

@@ -9,8 +9,10 @@ import os
 import pathlib
 import sys
 
-from pygments.lexers.special import TextLexer
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 DOCS = pathlib.Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
@@ -27,10 +29,21 @@ exclude_patterns = ['_build']
 nb_execution_mode = 'off'
 myst_heading_anchors = 4  # as on GitHub, so that links between guides work in both places
 myst_enable_extensions = ['dollarmath']
-html_math_renderer = 'mathjax'
+html_math_renderer = 'mathml'
 
 html_theme = 'furo'
 html_title = f'nfnets_jax {release}'
+html_show_copyright = False
+html_static_path = ['site.css']
+html_css_files = ['site.css']
+html_theme_options = {
+    'dark_css_variables': {
+        'chart-filter': 'invert(0.9) hue-rotate(180deg)',  # Charts are drawn on white.
+        'mystnb-source-border-color': 'var(--color-background-border)',
+    }
+}
+highlight_language = 'text'  # as on GitHub
+pygments_dark_style = 'github-dark'
 
 # Docstrings have Google's sections, and names in single backticks.
 default_role = 'code'
@@ -39,6 +52,7 @@ autodoc_typehints = 'description'
 autodoc_typehints_description_target = 'documented_params'
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+napoleon_attr_annotations = False  # They would show as jax.jaxlib._jax.Array.
 
 if importlib.util.find_spec('haiku') is None:
     raise RuntimeError("the API pages need the networks: pip install 'nfnets_jax[train,docs]'")
@@ -69,8 +83,16 @@ def _skip_tuple_field(app: Sphinx, what: str, name: str, field: object, skip: bo
     return skip or type(field).__name__ == '_tuplegetter'
 
 
+def _write_formula(translator: HTML5Translator, node: nodes.Element) -> None:
+    """Writes a formula as MathML, which browsers draw without a script or the network."""
+    block = isinstance(node, nodes.math_block)
+    formula = tex2mathml(node.astext(), as_block=block)
+    translator.body.append(f'<div class="math">{formula}</div>' if block else formula)
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer('mathml', (_write_formula, None), (_write_formula, None))
     app.connect('autodoc-skip-member', _skip_tuple_field)
     app.connect('source-read', _show_root_file)
     app.connect('source-read', _leave_out_of_menu)
-    app.add_lexer('mermaid', TextLexer)  # drawn by GitHub; drawing it here would need the network

@@ -246,6 +246,8 @@ ADDED_FIELDS = {
     'log_by_layer': False,
     'eval.report': False,
     'optimizer.schedule.end_value': 0.0,
+    'optimizer.schedule.every': '1 epoch',
+    'optimizer.schedule.patience': 10,
 }
 
 

@@ -5,10 +5,13 @@
 
 GMACs are billions of multiply-accumulates for one image of the test size. Top-1 and top-5 are the
 published ImageNet accuracies in percent at the test size, with their paper, or timm's table of
-results for timm's own networks. A dash means that this table has none.
+results for timm's own networks. A dash means that this table has none. On a terminal that is too
+narrow a row has several lines.
 """
 
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
@@ -17,34 +20,52 @@ from nfnets_jax import models
 from nfnets_jax.errors import UsageError
 
 HEADER = (
-    f'{"model":<20} {"parameters":>12} {"GMACs":>8} {"train":>6} {"test":>5}'
-    f' {"top-1":>6} {"top-5":>6}  source'
+    *(f'{"model":<20}', f'{"parameters":>11}', f'{"GMACs":>7}', f'{"train":>5}', f'{"test":>4}'),
+    *(f'{"top-1":>5}', f'{"top-5":>5}', ' source'),
 )
 
 
-def row(name: str, num_classes: int) -> str:
-    """Returns the line of a model."""
+def row(name: str, num_classes: int) -> tuple[str, ...]:
+    """Returns the cells of a model."""
     info = models.variant_info(name)
     cost = models.model_cost(name, num_classes)
     top1, top5 = ('-' if top is None else f'{top:.1f}' for top in (info.top1, info.top5))
     return (
-        f'{name:<20} {cost.parameters:12,} {cost.macs(info.test_size) / 1e9:8.2f}'
-        f' {info.train_size:6} {info.test_size:5} {top1:>6} {top5:>6}  {info.source or "-"}'
+        f'{name:<20}',
+        f'{cost.parameters:11,}',
+        f'{cost.macs(info.test_size) / 1e9:7.2f}',
+        f'{info.train_size:5}',
+        f'{info.test_size:4}',
+        f'{top1:>5}',
+        f'{top5:>5}',
+        f' {info.source or "-"}',
     )
 
 
-def table(contains: str, num_classes: int) -> Iterator[str]:
-    """Yields the lines of the table for the models whose name contains a text."""
+def fold(cells: Sequence[str], columns: int | None) -> str:
+    """Returns a row in one line, or in lines of so many columns, indented from the second on."""
+    lines = [cells[0]]
+    for cell in cells[1:]:
+        if columns is None or len(lines[-1]) + 1 + len(cell) <= columns:
+            lines[-1] += f' {cell}'
+        else:
+            lines.append(f'    {cell}')
+    return '\n'.join(lines)
+
+
+def table(contains: str, num_classes: int, columns: int | None = None) -> Iterator[str]:
+    """Yields the rows of the table for the models whose name contains a text."""
     names = [name for name in models.list_models() if contains in name]
     if not names:
         raise UsageError(f'--models={contains}: no model has this in its name')
-    yield HEADER
+    yield fold(HEADER, columns)
     for name in names:
-        yield row(name, num_classes)
+        yield fold(row(name, num_classes), columns)
 
 
 def main() -> None:
-    for line in table(flags.FLAGS.models, flags.FLAGS.num_classes):
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in table(flags.FLAGS.models, flags.FLAGS.num_classes, columns):
         print(line, flush=True)
 
 

@@ -26,10 +26,10 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import scaling, smoke, train_step
+from experiments import scaling, train_step
 from experiments.experiment import Experiment, build
 from experiments.launch import cli
-from experiments.run import compiled_text, parallel, planned_data, step_parts, targets
+from experiments.run import compiled_text, parallel, planned_data, smoke, step_parts, targets
 from experiments.run.batches import eval_batch_size
 from experiments.run.compiled_text import Instruction, Program
 from experiments.run.targets import Compiled, Target, compile_program

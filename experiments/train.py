@@ -20,7 +20,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import config as schema
-from experiments import smoke
 from experiments.experiment import build, describe
 from experiments.launch import allocator, cli, preemption
 from experiments.run import (
@@ -29,6 +28,7 @@ from experiments.run import (
     metric_writers,
     parallel,
     recovery,
+    smoke,
     step_metrics,
     workdir,
 )
@@ -41,6 +41,7 @@ from experiments.run.progress import Progress
 from experiments.run.recovery import DivergedError, assert_finite, saving_at_failure
 from experiments.run.throughput import Throughput, flops_per_image
 from experiments.train_step import Programs, compile_programs, init_state, layers, make_logits_fn
+from nfnets_jax import schedules
 from nfnets_jax.data import pipeline
 
 
@@ -151,7 +152,8 @@ def train(
             metrics |= {'skipped_pictures': len(bad)} if experiment.skip_bad else {}
             metrics |= {'skipped_steps': nonfinite} if config.skip_nonfinite else {}
             updates = max(0, step - 1 - nonfinite)  # before the last one
-            metrics['learning_rate'] = float(experiment.optimizer.learning_rate(updates))
+            rate = experiment.optimizer.learning_rate(updates)
+            metrics['learning_rate'] = float(rate * schedules.plateau_scale(state.opt_state))
             writer.write(step, {f'train/{name}': value for name, value in metrics.items()})
             return metrics
 

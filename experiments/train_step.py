@@ -266,7 +266,9 @@ def make_train_step(experiment: Experiment) -> jax.stages.Wrapped:
         optimizer = experiment.optimizer.with_hyperparameters(s.numbers)
         before = trained
         with jax.named_scope(UPDATE):
-            updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
+            updates, opt_state = optimizer.update(
+                gradients, s.opt_state, trained, value=metrics['loss']
+            )
             trained = optax.apply_updates(trained, updates)
 
         ema_params, ema_state = s.ema_params, s.ema_state

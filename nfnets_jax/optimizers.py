@@ -12,7 +12,7 @@ parameter, so that a misspelt pattern cannot silently train another model than t
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +56,12 @@ class Hyperparameters(NamedTuple):
 class Optimizer(NamedTuple):
     """The update rule, its learning-rate schedule and its hyperparameters."""
 
-    transformation: optax.GradientTransformation
-    learning_rate: schedules.Schedule
+    transformation: optax.GradientTransformationExtraArgs
+    learning_rate: schedules.Schedule  # times `schedules.plateau_scale` of the state
     groups: dict[str, Group]  # parameter name -> the rule that decides for it
     hyperparameters: Hyperparameters  # those of `transformation`
     # Returns the same transformation with other hyperparameters.
-    with_hyperparameters: Callable[[Hyperparameters], optax.GradientTransformation]
+    with_hyperparameters: Callable[[Hyperparameters], optax.GradientTransformationExtraArgs]
 
 
 # The published groups. In every family a weight is called 'w', whereas gains, biases, skip gains
@@ -140,9 +140,10 @@ def create(
 
     Returns:
         An `Optimizer`. Its transformation takes float32 gradients that are already averaged over
-        devices, and needs `params` in `update`. All trees may be whole, or the trained part that
-        `partition` returns; the state is the same. Unless nothing is clipped, the state holds the
-        fraction of clipped units, `optax.tree.get(opt_state, 'clipped_fraction')`.
+        devices, and needs `params` in `update`; with the schedule 'plateau' also `value`, the
+        training loss. All trees may be whole, or the trained part that `partition` returns; the
+        state is the same. Unless nothing is clipped, the state holds the fraction of clipped units,
+        `optax.tree.get(opt_state, 'clipped_fraction')`.
 
     Raises:
         UsageError: naming the field that is wrong.
@@ -188,18 +189,26 @@ def create(
 
     scale = batch_size / 256 if config['scale_lr_by_batch'] else 1.0
     peak = config['learning_rate'] * scale
-
-    def learning_rate(peak: jax.typing.ArrayLike) -> schedules.Schedule:
-        return schedules.create(
-            config['schedule'],
-            peak,
-            steps_per_epoch=steps_per_epoch,
-            total_steps=total_steps,
-            scale=scale,
-            key=f'{key}.schedule',
+    schedule = config['schedule']
+    falls = schedule['name'] == 'plateau'
+    if falls and schedule['end_value'] > config['learning_rate']:
+        raise UsageError(
+            f'{key}.schedule.end_value={schedule["end_value"]}: must be at most '
+            f'{key}.learning_rate={config["learning_rate"]}',
+            f'{key}.schedule.end_value',
+            f'{key}.learning_rate',
         )
+    scheduled: dict[str, Any] = {
+        'steps_per_epoch': steps_per_epoch,
+        'total_steps': total_steps,
+        'scale': scale,
+        'key': f'{key}.schedule',
+    }
 
-    def with_hyperparameters(hyperparameters: Hyperparameters) -> optax.GradientTransformation:
+    def with_hyperparameters(
+        hyperparameters: Hyperparameters,
+    ) -> optax.GradientTransformationExtraArgs:
+        peak = hyperparameters.learning_rate
         clip = _clip(config['clip'], hyperparameters.clipping, marked('clip'))
         decay = optax.add_decayed_weights(hyperparameters.weight_decay, marked('decay'))
         adam = _promoting(optax.scale_by_adam(config['b1'], config['b2'], config['eps']))
@@ -226,10 +235,11 @@ def create(
                 for duration, start in starts.items()
                 if start  # Without it there is no state, as in earlier versions.
             ),
-            optax.scale_by_learning_rate(learning_rate(hyperparameters.learning_rate)),
+            optax.scale_by_learning_rate(schedules.create(schedule, peak, **scheduled)),
+            *([_promoting(schedules.plateau(schedule, peak, **scheduled))] if falls else []),
         )
         if len(trained) == len(groups):
-            return transformation
+            return optax.with_extra_args_support(transformation)
         return optax.partition(
             {'trained': transformation, 'frozen': optax.set_to_zero()},
             lambda tree: jax.tree.map(
@@ -240,7 +250,7 @@ def create(
     hyperparameters = Hyperparameters(peak, config['clip']['clipping'], config['weight_decay'])
     return Optimizer(
         with_hyperparameters(hyperparameters),
-        learning_rate(peak),
+        schedules.create(schedule, peak, **scheduled),
         groups,
         hyperparameters,
         with_hyperparameters,
@@ -461,14 +471,17 @@ def _clip(
             return optax.identity()
 
 
-def _promoting(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Permits mixed dtypes, which optax's Adam needs, if jax_numpy_dtype_promotion is 'strict'."""
+def _promoting(
+    transformation: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Permits the mixed dtypes of optax if jax_numpy_dtype_promotion is 'strict'."""
+    transformation = optax.with_extra_args_support(transformation)
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, **more):
         with jax.numpy_dtype_promotion('standard'):
-            return transformation.update(updates, state, params)
+            return transformation.update(updates, state, params, **more)
 
-    return optax.GradientTransformation(transformation.init, update)
+    return optax.GradientTransformationExtraArgs(transformation.init, update)
 
 
 def _scale_leaves(factors: Callable[[optax.Params], optax.Params]):

@@ -6,12 +6,14 @@ therefore multiplied by zero, as in the authors' training.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from nfnets_jax import fields
 from nfnets_jax.errors import UsageError, nearest
@@ -160,20 +162,33 @@ class ScheduleConfig:
     """The fields of a schedule's config."""
 
     name: Annotated[
-        Literal['cosine', 'constant', 'step'], Field('Shape of the schedule after the warm-up.')
+        Literal['cosine', 'constant', 'step', 'plateau'],
+        Field('Shape after the warm-up; plateau: falls where the training loss falls no more.'),
     ] = 'cosine'
     warmup: Annotated[int | str, Field('Duration of the linear rise from 0.', wants=DURATION)] = (
         '0 steps'
     )
     end_value: Annotated[
         float,
-        Field('cosine: the learning rate at the end, scaled as the learning rate is.', low=0),
+        Field(
+            'cosine: the learning rate at the end; plateau: the lowest. Scaled as the learning '
+            'rate is.',
+            low=0,
+        ),
     ] = 0.0
     boundaries: Annotated[
         Sequence[int | str],
         Field('step: the learning rate falls here.', wants=f'a list, each entry {DURATION}'),
     ] = ('30%', '60%', '80%')
-    factor: Annotated[float, Field('step: the factor that it falls by.', above=0)] = 0.1
+    factor: Annotated[float, Field('step, plateau: the factor that it falls by.', above=0)] = 0.1
+    every: Annotated[
+        int | str,
+        Field('plateau: the period whose mean training loss is compared.', wants=DURATION),
+    ] = '1 epoch'
+    patience: Annotated[
+        int,
+        Field('plateau: periods in a row without a lower loss before each fall.', low=1),
+    ] = 10
 
 
 def default_config() -> dict:
@@ -190,7 +205,7 @@ def create(
     scale: float = 1.0,
     key: str = 'schedule',
 ) -> Schedule:
-    """Returns the schedule that a config describes.
+    """Returns the schedule that a config describes; of 'plateau' without the falls, see `plateau`.
 
     Args:
         config: fields as in `ScheduleConfig`, all present.
@@ -205,29 +220,13 @@ def create(
     """
 
     fields.check(fields.options(ScheduleConfig), config, key, whole=True)
-
-    def in_steps(duration, field, minimum):
-        steps = num_steps(
-            duration,
-            steps_per_epoch=steps_per_epoch,
-            total_steps=total_steps,
-            key=f'{key}.{field}',
-            minimum=minimum,
-        )
-        if steps > total_steps:
-            raise UsageError(
-                f'{key}.{field}={duration!r} is {steps} steps, '
-                f'longer than the whole training ({total_steps})',
-                f'{key}.{field}',
-            )
-        return steps
-
+    in_steps = functools.partial(_in_steps, steps_per_epoch, total_steps, key)
     warmup_steps = in_steps(config['warmup'], 'warmup', minimum=0)
     end_value = config['end_value']
-    if end_value and config['name'] != 'cosine':
+    if end_value and config['name'] not in ('cosine', 'plateau'):
         raise UsageError(
             f'{key}.end_value={end_value}: {key}.name={config["name"]!r} has no end; '
-            "choose 'cosine', or 0",
+            "choose 'cosine' or 'plateau', or 0",
             f'{key}.end_value',
             f'{key}.name',
         )
@@ -239,9 +238,69 @@ def create(
                 warmup_steps=warmup_steps,
                 end_value=end_value * scale,
             )
-        case 'constant':
+        case 'constant' | 'plateau':
             return constant(peak, warmup_steps=warmup_steps)
     boundaries = [in_steps(each, 'boundaries', minimum=1) for each in config['boundaries']]
     return step_decay(
         peak, boundaries=boundaries, factor=config['factor'], warmup_steps=warmup_steps
     )
+
+
+def plateau(
+    config: Mapping,
+    peak: jax.typing.ArrayLike,
+    *,
+    steps_per_epoch: float,
+    total_steps: int,
+    scale: float = 1.0,
+    key: str = 'schedule',
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation that multiplies updates by the falls of 'plateau' so far.
+
+    `optax.contrib.reduce_on_plateau`: the mean of `value`, the training loss, over each period is
+    compared with the least so far. It counts as lower below 0.9999 of that. The arguments and
+    errors are those of `create`, which gives the warm-up.
+    """
+    if config['factor'] >= 1:
+        raise UsageError(
+            f"{key}.factor={config['factor']}: must be below 1 for {key}.name='plateau'",
+            f'{key}.factor',
+        )
+    period = _in_steps(steps_per_epoch, total_steps, key, config['every'], 'every', minimum=1)
+    return optax.contrib.reduce_on_plateau(
+        config['factor'],
+        config['patience'],
+        accumulation_size=period,
+        min_scale=config['end_value'] and config['end_value'] * scale / peak,
+    )
+
+
+def plateau_scale(opt_state: optax.OptState) -> jax.typing.ArrayLike:
+    """Returns what the last update was multiplied by through `plateau`; 1 without one."""
+    state = optax.tree.get(opt_state, 'ReduceLROnPlateauState')
+    return 1.0 if state is None else state.scale
+
+
+def _in_steps(
+    steps_per_epoch: float,
+    total_steps: int,
+    key: str,
+    duration: int | str,
+    field: str,
+    minimum: int,
+) -> int:
+    """Returns a duration of a schedule in steps; raises a UsageError if the training is shorter."""
+    steps = num_steps(
+        duration,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        key=f'{key}.{field}',
+        minimum=minimum,
+    )
+    if steps > total_steps:
+        raise UsageError(
+            f'{key}.{field}={duration!r} is {steps} steps, '
+            f'longer than the whole training ({total_steps})',
+            f'{key}.{field}',
+        )
+    return steps

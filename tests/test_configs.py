@@ -8,9 +8,8 @@ import pytest
 
 from configs.imagenet import fixup_resnet, nf_regnet, nf_resnet, nfnet, resnet, sam, skipinit_resnet
 from experiments import config as schema
-from experiments import smoke
 from experiments.experiment import build
-from experiments.run import workdir
+from experiments.run import smoke, workdir
 from experiments.train import train
 from nfnets_jax import models
 from nfnets_jax.data import sources

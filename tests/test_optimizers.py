@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from nfnets_jax import optimizers
+from nfnets_jax import optimizers, schedules
 from nfnets_jax.errors import UsageError
 
 PARAM_TREES = pathlib.Path(__file__).parent / 'golden' / 'param_trees'
@@ -341,6 +341,30 @@ def test_parameters_that_are_frozen_at_first_wait_for_their_step():
         _create(_config(groups=rules))
 
 
+@pytest.mark.parametrize('name', ['sgd', 'adamw'])
+def test_plateau_scales_what_a_constant_rate_would_do(name):
+    """Gradients do not depend on parameters here, so that without decay updates are the same."""
+    params, *gradients = _trees(9)
+    frozen = {'match': '.*conv/.*', 'freeze': True}
+    groups = (frozen, *optimizers.PUBLISHED_GROUPS)
+    changes = {'name': name, 'clip__name': 'none', 'weight_decay': 0.0, 'groups': groups}
+    changes |= {'schedule__warmup': '2 steps', 'schedule__every': '1 epoch'}
+    plateau = {'schedule__name': 'plateau', 'schedule__patience': 1, 'schedule__factor': 0.5}
+    constant = _create(_config(**changes, schedule__name='constant')).transformation
+    optimizer = _create(_config(**changes, **plateau)).transformation
+    with jax.numpy_dtype_promotion('strict'):
+        states = constant.init(params), optimizer.init(params)
+        losses, scales = [3, 2, 3, 3, 2, 2, 2, 2], [1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25]
+        for gradient, loss, scale in zip(gradients, losses, scales, strict=True):
+            updates, plain = constant.update(gradient, states[0], params, value=np.float32(loss))
+            found, state = optimizer.update(gradient, states[1], params, value=np.float32(loss))
+            chex.assert_trees_all_equal(found, jax.tree.map(lambda x, s=scale: x * s, updates))
+            states = plain, state
+            assert schedules.plateau_scale(state) == scale
+    # Runs without it have the state of earlier versions.
+    assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(plain)) + 6
+
+
 @pytest.mark.parametrize('batch_size', [64, 256, 4096])
 def test_learning_rate_scales_with_the_batch(batch_size):
     config = _config(scale_lr_by_batch=True, schedule__name='constant')
@@ -483,6 +507,10 @@ def test_bad_rules(rules, message):
         ({'clip': 'agc'}, r"optimizer\.clip='agc': must be a mapping of fields: name, clipping"),
         ({'nesterov': 'no'}, r"optimizer\.nesterov='no': must be True or False"),
         ({'schedule': {}}, r'optimizer\.schedule\.name is missing'),
+        (
+            {'schedule': schedules.default_config() | {'name': 'plateau', 'end_value': 1.0}},
+            r'optimizer\.schedule\.end_value=1\.0: must be at most optimizer\.learning_rate=0\.1',
+        ),
         ({'groups': ({'match': 'x'},)}, r"optimizer\.groups\[0\]\.match='x'"),
     ],
 )

@@ -160,7 +160,61 @@ def test_step_decay_by_value():
     assert values == [0, 0.5, 1, 1, 0.5, 0.5, 0.25, 0.25]
 
 
-@pytest.mark.parametrize('name', ['cosine', 'constant', 'step'])
+def falls(losses, period, patience, factor, floor=0.0):
+    """Returns the factor of the rate at each loss: Keras' ReduceLROnPlateau, in plain Python."""
+    scale, best, bad, scales = 1.0, np.inf, 0, []
+    for end in range(1, len(losses) + 1):
+        if end % period == 0:
+            mean = sum(losses[end - period : end]) / period
+            lower = mean < best * (1 - 1e-4)
+            best, bad = (mean, 0) if lower else (best, bad + 1)
+            if bad == patience:
+                scale, bad = max(scale * factor, floor), 0
+        scales.append(scale)
+    return scales
+
+
+@pytest.mark.parametrize(('period', 'patience', 'end_value'), [(1, 1, 0.0), (5, 2, 0.03)])
+def test_plateau_falls_as_the_rule_says(period, patience, end_value):
+    options = {'every': f'{period / 10} epochs', 'patience': patience, 'factor': 0.5}
+    config = schedules.default_config() | {'name': 'plateau', 'end_value': end_value} | options
+    durations = {'steps_per_epoch': 10, 'total_steps': 60}
+    losses = np.exp(-np.arange(60) / 20).clip(0.3) + np.random.default_rng(0).normal(0, 0.05, 60)
+    update = jax.jit(lambda *args, peak, value: make(peak).update(*args, value=value))
+
+    def make(peak):
+        return schedules.plateau(config, peak, scale=2.0, **durations)
+
+    state, found = make(0.4).init(np.float32(0)), []
+    for loss in losses:
+        factor, state = update(np.float32(1), state, peak=np.float32(0.4), value=np.float32(loss))
+        assert factor == schedules.plateau_scale(state)
+        found.append(float(factor))
+    expected = falls(losses.tolist(), period, patience, 0.5, floor=2 * end_value / 0.4)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert len(set(expected)) > 2
+    assert min(found) > 0.1 or not end_value  # 0.15, where it would have been 0.125
+
+
+def test_without_a_plateau_nothing_is_scaled():
+    batch_norm = {'bn': {'scale': np.ones(2, np.float32)}}
+    assert schedules.plateau_scale(optax.sgd(0.1, 0.9).init(batch_norm)) == 1
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'factor': 1.0}, r"schedule\.factor=1\.0: must be below 1 for schedule\.name='plateau'"),
+        ({'every': '11 epochs'}, r"schedule\.every='11 epochs' is 110 steps, longer than .*100"),
+    ],
+)
+def test_plateau_names_the_wrong_field(change, message):
+    config = schedules.default_config() | {'name': 'plateau'} | change
+    with pytest.raises(UsageError, match=message):
+        schedules.plateau(config, 0.1, steps_per_epoch=10, total_steps=100)
+
+
+@pytest.mark.parametrize('name', ['cosine', 'constant', 'step', 'plateau'])
 def test_schedules_agree_inside_and_outside_of_jit(name):
     config = schedules.default_config() | {'name': name, 'warmup': '10%'}
     schedule = schedules.create(config, 0.1, steps_per_epoch=10, total_steps=100)
@@ -194,6 +248,7 @@ def test_create_reads_durations():
         ({'end_value': True}, r'schedule\.end_value=True: must be a number'),
         ({'name': 'step', 'end_value': 0.1}, r"end_value=0\.1: schedule\.name='step' has no end"),
         ({'name': 'step', 'factor': 0.0}, r'schedule\.factor=0\.0'),
+        ({'name': 'plateau', 'patience': 0}, r'schedule\.patience=0: must be an integer of at lea'),
         ({'name': 'step', 'boundaries': ('5 parsecs',)}, r"schedule\.boundaries='5 parsecs'"),
     ],
 )

@@ -73,8 +73,19 @@ def test_every_link_and_anchor_of_the_site_leads_somewhere(site):
 def test_pages_load_nothing_from_other_hosts(site):
     for path in site.rglob('*.html'):
         for link in Page(path).loaded:
-            local = not urllib.parse.urlsplit(link).netloc
-            assert local or 'mathjax' in link, f'{path.name} loads {link}'  # only to draw formulas
+            assert not urllib.parse.urlsplit(link).netloc, f'{path.name} loads {link}'
+
+
+@pytest.mark.parametrize('page', ['equations', 'tutorials/agc_in_five_minutes'])
+def test_formulas_are_drawn_by_the_browser(site, page):
+    text = (site / f'{page}.html').read_text(encoding='utf-8')
+    assert '<mfrac>' in text
+    assert r'\frac' not in text
+
+
+def test_a_page_has_one_title(site):
+    for path in site.rglob('*.html'):
+        assert path.read_text(encoding='utf-8').count('<h1') <= 1, path.name  # search makes its own
 
 
 @pytest.mark.parametrize(

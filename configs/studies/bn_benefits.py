@@ -4,7 +4,8 @@
 
 Sizes: digits, cifar10_small, cifar10. The small CNN of the report's experiment A and a ResNet, as
 in its experiment B, with and without batch norm, trained by Adam at learning rates up to 1e-1. At
-cifar10 the small CNN alone: `resnet_without_norm` has the ResNet-20.
+cifar10 the small CNN alone: `resnet_without_norm` has the ResNet-20. The report trained it with
+plateau decay: --config.base.optimizer.schedule.name=plateau.
 """
 
 from configs.studies.settings import (

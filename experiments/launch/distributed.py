@@ -15,13 +15,13 @@ import json
 import os
 import re
 import secrets
-import select
+import selectors
 import socket
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -55,8 +55,11 @@ def session(options: Options) -> Iterator[None]:
     Raises:
       UsageError: the flags do not fit together.
     """
-    with _startup_deadline(options):
-        detector = _connect(options) if _start(options) else None
+    detector = None
+    with _startup_deadline(options) as met:
+        if _start(options):
+            met.set()
+            detector = _connect(options)
     if not detector:
         yield
         return
@@ -73,6 +76,9 @@ def session(options: Options) -> Iterator[None]:
     except BaseException as error:
         # If another process has died, a collective operation may fail before it is detected.
         detector.wait_for_end(_GRACE)
+        if isinstance(error, jax.errors.JaxRuntimeError) and 'Gloo' in str(error):
+            lost = f'the connection between two processes failed ({first_line(error)})'
+            detector.fail(PEER_LOST, f'stopped: {lost}; {_RESTART}')
         sys.excepthook(type(error), error, error.__traceback__)
         detector.fail(1, f'stopped by {type(error).__name__}')
     finally:
@@ -109,10 +115,12 @@ def _start(options: Options) -> bool:
                 options.coordinator,
                 options.num_processes,
                 options.process_id,
-                # Longer than ours, because these end in an abort of C++.
+                # Longer than ours, because these end in an abort of C++. JAX sends a heartbeat each
+                # half of its timeout, so it may miss one after the other half.
                 initialization_timeout=int(options.start_timeout + 30),
-                heartbeat_timeout_seconds=int(options.peer_timeout + 30),
+                heartbeat_timeout_seconds=int(2 * (options.peer_timeout + 30)),
                 shutdown_timeout_seconds=int(options.peer_timeout),
+                coordinator_bind_address=_bind_address(options.coordinator),
             )
         except ValueError as error:
             if not explicit and 'coordinator_address' in str(error):
@@ -202,24 +210,59 @@ def _is_loopback(host: str) -> bool:
     return any(ipaddress.ip_address(address).is_loopback for address in _addresses(host))
 
 
+def _own_address(host: str) -> str:
+    """Returns the address with this name if it is one of this host; '' otherwise.
+
+    A name that leads to the loopback here may lead elsewhere on other hosts, except localhost.
+    """
+    addresses = sorted(_addresses(host), key=lambda address: ':' in address)  # IPv4 first
+    if _is_loopback(host) and host not in ('localhost', *addresses):
+        return ''
+    for address in addresses:
+        with contextlib.suppress(OSError), _listen(address):
+            return address
+    return ''
+
+
+def _listen(address: str) -> socket.socket:
+    """Returns a socket that listens on any free port of the address; '': of all of this host."""
+    family = socket.AF_INET6 if ':' in address else socket.AF_INET
+    return socket.create_server((address, 0), family=family)
+
+
+def _bind_address(coordinator: str | None) -> str | None:
+    """Returns where process 0's coordinator of JAX listens; None: on all addresses."""
+    if not coordinator or 'JAX_COORDINATOR_BIND_ADDRESS' in os.environ:
+        return None
+    # By its name, which may have several addresses.
+    return coordinator if _own_address(_host(coordinator)) else None
+
+
 @contextlib.contextmanager
-def _startup_deadline(options: Options) -> Iterator[None]:
-    """Ends this process with one line if the block takes longer than --start_timeout."""
+def _startup_deadline(options: Options) -> Iterator[threading.Event]:
+    """Ends this process with one line if the block takes longer than --start_timeout.
+
+    The block sets the event once all processes have met.
+    """
+    met = threading.Event()
 
     def give_up():
+        seconds = f'within --start_timeout={options.start_timeout:g} seconds'
+        if met.is_set():
+            _end(MISTAKE, _unconnected(seconds))
         who = (
             f'process {options.process_id} has not met all {options.num_processes} processes at '
             f'{options.coordinator}'
             if options.coordinator
             else 'this process has not met all those that the cluster names'
         )
-        _end(MISTAKE, f'error: {who} within --start_timeout={options.start_timeout:g} seconds')
+        _end(MISTAKE, f'error: {who} {seconds}')
 
     timer = threading.Timer(options.start_timeout, give_up)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield met
     finally:
         timer.cancel()
 
@@ -238,15 +281,26 @@ def _connect(options: Options) -> 'FailureDetector':
     except Exception as error:  # From a collective operation without one of the processes.
         if jax.default_backend() == 'cpu' and (problem := _name_problem()):
             _end(MISTAKE, f'error: {problem}')
+        if re.search('time(d |-)?out', str(error), re.IGNORECASE):
+            _end(MISTAKE, _unconnected(f'({first_line(error)})'))
         _end(
             PEER_LOST,
             f'stopped: a process has died while all met ({first_line(error)}); start all again',
         )
 
 
+def _unconnected(detail: str) -> str:
+    return (
+        f'error: the processes have met, but cannot connect to one another {detail}: firewalls '
+        'must let the hosts of a run reach all ports of one another'
+    )
+
+
 def _connections(options: Options) -> dict[int, '_Connection']:
     """Returns the connections of `FailureDetector`; none anywhere if one process has none."""
-    listener = socket.create_server(('', 0)) if parallel.is_primary() else None
+    listener = None
+    if parallel.is_primary():
+        listener = _listen(_own_address(_host(options.coordinator)) if options.coordinator else '')
     port = listener.getsockname()[1] if listener else None
     hosts, port, token = parallel.broadcast_json([_hosts(options), port, secrets.token_hex(16)])
     if listener:
@@ -285,26 +339,49 @@ def _hosts(options: Options) -> list[str]:
 
 
 def _accept(listener: socket.socket, token: str) -> dict[int, '_Connection']:
-    """Returns the connections of the other processes that came in time, by process index."""
+    """Returns the connections of the other processes that came in time, by process index.
+
+    Another program that finds the port may connect, and send nothing or anything.
+    """
     connections: dict[int, _Connection] = {}
+    unknown: list[_Connection] = []  # They have not sent their token yet.
     deadline = time.monotonic() + _CONNECT_SECONDS
+    listener.setblocking(False)
     while len(connections) < jax.process_count() - 1 and time.monotonic() < deadline:
-        listener.settimeout(max(deadline - time.monotonic(), 0.1))
-        # Another program that found the port can send anything.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            connection = _Connection(listener.accept()[0])
-            greeting = connection.read_greeting()
-            if secrets.compare_digest(str(greeting['token']).encode(), token.encode()):
-                connection.host = greeting['host']
-                connections[int(greeting['process'])] = connection
+        readable = _readable([listener, *(c.socket for c in unknown)], deadline - time.monotonic())
+        with contextlib.suppress(OSError):  # The other end may be gone already.
+            if listener in readable:
+                unknown.append(_Connection(listener.accept()[0]))
+        for connection in [c for c in unknown if c.socket in readable]:
+            try:
+                greetings = connection.receive()
+                if not greetings:
+                    continue
+                if secrets.compare_digest(str(greetings[0]['token']).encode(), token.encode()):
+                    connection.host = greetings[0]['host']
+                    connections[int(greetings[0]['process'])] = connection
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                connection.socket.close()
+            unknown.remove(connection)
+    for connection in unknown:
+        connection.socket.close()
     return connections
 
 
-def _reach(hosts: Iterable[str], port: int, token: str) -> dict[int, '_Connection']:
+def _readable(sockets: Iterable[socket.socket], seconds: float) -> list[socket.socket]:
+    """Returns the sockets with something to read, once there is one or the time is up."""
+    with selectors.DefaultSelector() as selector:
+        for each in sockets:
+            selector.register(each, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(max(seconds, 0))]  # type: ignore[misc]
+
+
+def _reach(hosts: Sequence[str], port: int, token: str) -> dict[int, '_Connection']:
     """Returns {0: the connection to process 0}; {} if it cannot be reached."""
     for host in hosts:
         with contextlib.suppress(OSError):
-            connection = _Connection(socket.create_connection((host, port), timeout=5))
+            seconds = _CONNECT_SECONDS / len(hosts)
+            connection = _Connection(socket.create_connection((host, port), timeout=seconds))
             connection.host = host
             connection.send(
                 {'token': token, 'process': jax.process_index(), 'host': socket.gethostname()}
@@ -314,6 +391,7 @@ def _reach(hosts: Iterable[str], port: int, token: str) -> dict[int, '_Connectio
 
 
 _CONNECT_SECONDS = 20.0
+_MESSAGE_BYTES = 1 << 16
 
 
 class _Connection:
@@ -323,6 +401,7 @@ class _Connection:
 
     def __init__(self, end: socket.socket):
         self.socket = end
+        end.settimeout(5)  # Nothing waits longer than that for the other end.
         self.last_message = time.monotonic()
         self._received, self._sending = b'', threading.Lock()
 
@@ -332,19 +411,20 @@ class _Connection:
             self.socket.sendall(json.dumps(message).encode() + b'\n')
 
     def receive(self) -> list[dict]:
-        """Returns the messages received; raises OSError if the other end is gone."""
+        """Returns the messages received.
+
+        Raises:
+          OSError: the other end is gone.
+          ValueError: it sends something else than messages.
+        """
         data = self.socket.recv(1 << 16)
         if not data:
             raise ConnectionResetError
         self.last_message = time.monotonic()
         *lines, self._received = (self._received + data).split(b'\n')
+        if len(self._received) > _MESSAGE_BYTES:
+            raise ValueError
         return [json.loads(line) for line in lines]
-
-    def read_greeting(self) -> dict:
-        self.socket.settimeout(5)
-        while True:
-            if messages := self.receive():
-                return messages[0]
 
 
 class FailureDetector:
@@ -399,7 +479,7 @@ class FailureDetector:
 
     def _listen(self, seconds: float) -> None:
         here = [c.socket for i, c in self._connections.items() if i not in self._ended]
-        readable, _, _ = select.select(here, [], [], seconds)
+        readable = _readable(here, seconds)
         for index, connection in self._connections.items():
             if connection.socket not in readable:
                 continue
@@ -440,10 +520,10 @@ class FailureDetector:
 
 
 def _lost(index: int, connection: _Connection, what: str) -> str:
-    return (
-        f'stopped: process {index} on {connection.host} {what}; start all processes again, and '
-        'training continues from the last checkpoint'
-    )
+    return f'stopped: process {index} on {connection.host} {what}; {_RESTART}'
+
+
+_RESTART = 'start all processes again, and training continues from the last checkpoint'
 
 
 def _print(line: str) -> None:

@@ -117,7 +117,7 @@ def _section(study: Study, figures: Sequence[str], own: str) -> str:
 
 
 def _method() -> str:
-    return '\n'.join(['# How results are judged', '', *(f'{p}\n' for p in summaries.METHOD)])
+    return '\n'.join(['## How results are judged', '', *(f'{p}\n' for p in summaries.METHOD)])
 
 
 def _escape(text: str) -> str:

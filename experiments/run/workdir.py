@@ -30,7 +30,7 @@ FREE_TO_CHANGE = (
 
 _DURATIONS = frozenset(
     ('duration', 'log_every', 'eval.every', 'checkpoint.every', 'profile')
-    + ('optimizer.schedule.warmup', 'optimizer.schedule.boundaries')
+    + ('optimizer.schedule.warmup', 'optimizer.schedule.boundaries', 'optimizer.schedule.every')
 )
 
 

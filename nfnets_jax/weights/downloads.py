@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import http.client
+import logging
 import os
 import pathlib
 import re
@@ -274,12 +275,18 @@ def _hub() -> Any:
 
 def _from_hub(hub: Any, source: Source) -> str:
     by_hand = f'hf download {source.repo} model.safetensors'
+    log = logging.getLogger('huggingface_hub')
+    level = log.level
+    log.setLevel(logging.ERROR)  # The hub logs every attempt; the error below says it once.
     try:
         path = hub.hf_hub_download(source.repo, 'model.safetensors')
     except Exception as error:  # The type depends on the HTTP library, which varies by version.
+        reason = first_line(error.__cause__ or error)  # 'Name or service not known'
         raise UsageError(
-            f'{source.name} cannot be downloaded: {first_line(error)}; by hand: {by_hand}'
+            f'{source.name} cannot be downloaded: {reason}; by hand: {by_hand}'
         ) from error
+    finally:
+        log.setLevel(level)
     # The hub names large files by their SHA-256.
     expected = os.path.basename(os.path.realpath(path))
     known = cache_directory() / f'{source.repo.replace("/", "--")}.sha256'

@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import subprocess
+import sys
 
 import pytest
 from ml_collections import ConfigDict
@@ -52,19 +53,22 @@ def get_config():
 
 @pytest.fixture(scope='session')
 def command(tmp_path_factory):
-    """Returns a function that starts `python -m experiments.NAME`, by default for the tiny run."""
+    """Returns a function that starts `python -m experiments.NAME`, by default for the tiny run.
+
+    `host` is one of `launch.hosts`, instead of this machine.
+    """
     file = tmp_path_factory.mktemp('config') / 'tiny.py'
     file.write_text(CONFIG_FILE)
 
-    def start(name, *arguments, devices=4, **options):
+    def start(name, *arguments, devices=4, host=None, **options):
         if name == 'train' and not any(str(x).startswith('--config=') for x in arguments):
             arguments = (f'--config={file}', *arguments)
-        return processes.start(
-            ['-m', f'experiments.{name}', *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=ROOT,
-            env={
+        program = ['-m', f'experiments.{name}', *map(str, arguments)]
+        options = {
+            'stdout': subprocess.PIPE,
+            'stderr': subprocess.PIPE,
+            'cwd': ROOT,
+            'env': {
                 **os.environ,
                 'PYTHONPATH': str(ROOT),
                 'XLA_FLAGS': re.sub(
@@ -72,6 +76,9 @@ def command(tmp_path_factory):
                 ),
             },
             **options,
-        )
+        }
+        if host:
+            return subprocess.Popen(host.command(sys.executable, *program), text=True, **options)
+        return processes.start(program, **options)
 
     return start

@@ -14,6 +14,7 @@ import pytest
 from experiments.run import metric_writers
 from experiments.train import train
 from tests.experiments.conftest import tiny_config
+from tests.experiments.launch.hosts import Network
 from tests.experiments.test_train import assert_same_run, final_state, newest_step, timeless
 
 SHORT = {'duration': '12 steps', 'checkpoint__every': '6 steps', 'eval__every': '3 steps'}
@@ -25,11 +26,16 @@ def as_flags(changes):
 
 
 class Job:
-    """The processes of one run; process 0 alone is given the directory."""
+    """The processes of one run; process 0 alone is given the directory.
 
-    def __init__(self, command, count, directory, *flags, name='train', flags_of_1=()):
+    They run on this machine with two devices each, or one with one device on each of `hosts`.
+    """
+
+    def __init__(self, command, count, directory, *flags, name='train', flags_of_1=(), hosts=()):
         with socket.create_server(('', 0)) as server:
-            port = server.getsockname()[1]
+            coordinator = f'localhost:{server.getsockname()[1]}'
+        if hosts:
+            coordinator = f'{Network.address(0)}:{Network.PORT}'
         elsewhere = '/proc/nowhere'
         self.processes = [
             command(
@@ -37,10 +43,11 @@ class Job:
                 f'--workdir={elsewhere if index else directory}',
                 *flags,
                 *(flags_of_1 if index else ()),
-                f'--coordinator=localhost:{port}',
+                f'--coordinator={coordinator}',
                 f'--num_processes={count}',
                 f'--process_id={index}',
-                devices=2,
+                devices=1 if hosts else 2,
+                host=hosts[index] if hosts else None,
             )
             for index in range(count)
         ]
@@ -140,6 +147,7 @@ SLOW_DISK = """
 import time
 from experiments.run.checkpoints import Checkpoints
 from tests.experiments.conftest import tiny_config
+from tests.experiments.launch.hosts import Network
 wait = Checkpoints.wait
 def wait_long(checkpoints):
     time.sleep(3 if checkpoints._manager else 0)

@@ -55,7 +55,7 @@ def test_a_constant_rate_is_training_at_that_rate(scale, tiny, tmp_path):
     train.train(config, tmp_path / 'run', quiet=True)
     lines = metric_writers.read_metrics(tmp_path / 'run')
     expected = [line['train/loss'] for line in lines if 'train/loss' in line]
-    config.optimizer.schedule.warmup = '50%'  # The test has a schedule of its own.
+    config.optimizer.schedule.update(name='plateau', warmup='50%')  # The test has its own.
     experiment = lr_find.prepare(config, 6)
     losses = list(lr_find.range_test(experiment, np.full(6, 0.7)))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)

@@ -29,3 +29,16 @@ def test_number_of_classes_counts():
 def test_no_such_model():
     with pytest.raises(UsageError, match='--models=NFnet: no model has this in its name'):
         list(table_of_models.table('NFnet', 10))
+
+
+def test_a_narrow_terminal_gets_rows_of_several_lines():
+    rows = list(table_of_models.table('test_nfnet', 1000, columns=40))
+    assert rows[1].splitlines() == [
+        'test_nfnet               383,080    0.29',
+        '      160  160  47.6  72.9',
+        '     timm, results-imagenet.csv',
+    ]
+    assert rows[0].splitlines()[1:] == ['    train test top-1 top-5  source']
+    assert list(table_of_models.table('test_nfnet', 1000, columns=200)) == list(
+        table_of_models.table('test_nfnet', 1000)
+    )

@@ -233,6 +233,7 @@ def test_a_split_that_is_not_there_is_named(validated):
             {'optimizer.schedule.boundaries': ['30%', '2 epochs']},
             {'optimizer.schedule.boundaries': ['30 %', '2.0 epochs']},
         ),
+        ({'optimizer.schedule.every': '1 epoch'}, {'optimizer.schedule.every': '1.0 epochs'}),
         ({'ema': 1}, {'ema': 1.0}),
         ({'model.name': 'NFNet-F0'}, {'model.name': 'dm_nfnet_f0'}),
         ({'data.name': 'noise'}, {'data.name': 'noise', 'data.classes': 10}),

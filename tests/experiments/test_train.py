@@ -17,9 +17,11 @@ from experiments.run import metric_writers, workdir
 from experiments.train import DivergedError, train
 from experiments.train_step import init_state
 from nfnets_jax.errors import UsageError
+from nfnets_jax.optimizers import PUBLISHED_GROUPS as GROUPS
 from nfnets_jax.weights.checkpoints import CheckpointReader
 from tests.experiments.conftest import ONE_BLOCK, tiny_config
 from tests.test_files import files_no_larger_than
+from tests.test_schedules import falls
 
 
 def final_state(directory):
@@ -358,3 +360,27 @@ def test_metrics_by_layer_are_written_and_resume_exactly(tmp_path):
         assert min(by_layer) <= line['train/clipped_fraction'] <= max(by_layer)
         ratios = [line[name.replace('clipped_fraction', 'gradient_to_weight')] for name in clipped]
         assert max(ratios) > 0
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'skip_nonfinite': 1, 'sam__rho': 0.05},
+        {'accumulate': 2, 'optimizer__groups': ({'match': '.*block.*', 'freeze': True}, *GROUPS)},
+    ],
+    ids=['skipping_sam', 'accumulating_frozen'],
+)
+def test_plateau_falls_by_the_logged_loss_and_resumes_exactly(changes, tmp_path):
+    """Resumed at step 3, in the middle of a period; the rate is so high that the loss rises."""
+    config = tiny_config(log_every='1 steps', checkpoint__keep=3, **changes)
+    config.optimizer.learning_rate = 256.0
+    config.optimizer.schedule.update(
+        name='plateau', warmup='2 steps', every='2 steps', patience=1, factor=0.5
+    )
+    train(config, tmp_path / 'whole')
+    assert_resumes_exactly(config, tmp_path / 'whole', tmp_path / 'resumed')
+    lines = [x for x in timeless(tmp_path / 'whole') if 'train/loss' in x]
+    scales = falls([x['train/loss'] for x in lines], period=2, patience=1, factor=0.5)
+    assert min(scales) < 1
+    expected = [64 * min(1, i / 2) * scale for i, scale in enumerate(scales)]
+    np.testing.assert_allclose([x['train/learning_rate'] for x in lines], expected, rtol=1e-5)

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import http.server
 import json
+import logging
 import os
 import pathlib
 import pickle
@@ -285,6 +286,19 @@ def test_the_hub(server, tmp_path):
         known.unlink()
     blob.write_bytes(b'damaged')
     assert 'its SHA-256 begins with' in locate(HF_HUB_OFFLINE='1')
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(server, monkeypatch, caplog):
+    class Hub:
+        @staticmethod
+        def hf_hub_download(repo, file):
+            logging.getLogger('huggingface_hub.utils._http').warning('Retrying in 1s')
+            raise RuntimeError('cannot find the requested files') from OSError('no such host')
+
+    monkeypatch.setattr(downloads, '_hub', lambda: Hub)
+    with pytest.raises(UsageError, match='cannot be downloaded: no such host; by hand: hf'):
+        downloads.locate('test_nfnet')
+    assert not caplog.records
 
 
 def test_names():

@@ -11,20 +11,22 @@ from experiments.launch import command_help
 from tests import processes
 
 ROOT = pathlib.Path(__file__).parents[3]
-COMMANDS = sorted(
-    path.parent.name if path.name == '__main__.py' else path.stem
-    for pattern in ('*.py', '*/__main__.py')
-    for path in (ROOT / 'experiments').glob(pattern)
-    if 'cli.run(' in path.read_text() or path.name == '__main__.py'
-)
-LINES, COLUMNS = 44, 80
 # With `command.py`: a command whose flags are defined there.
 CODE = {'study': 'experiments/study/command.py', 'report': 'experiments/report/__main__.py'}
+COMMANDS = sorted(
+    path.parent.name if path.name == '__main__.py' else path.stem
+    for path in [
+        *(ROOT / 'experiments').glob('*.py'),
+        *(ROOT / 'experiments').glob('*/__main__.py'),
+    ]
+    if 'cli.run(' in path.read_text() or path.parent.name in CODE
+)
+LINES, COLUMNS = 44, 80
 
 
-def described(command, columns):
+def described(command, columns, package='experiments'):
     done = processes.run(
-        ['-m', f'experiments.{command}', '--help'],
+        ['-m', f'{package}.{command}', '--help'],
         cwd=ROOT,
         env={**os.environ, 'COLUMNS': str(columns), 'PATH': ''},
     )
@@ -60,6 +62,38 @@ def test_a_narrow_terminal_gets_narrow_paragraphs():
     examples = narrow.replace('\\\n        ', '')
     assert '    python -m experiments.augment_gallery --out=strong.png --magnitude=20\n' in examples
     assert described('augment_gallery', 300) == described('augment_gallery', COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ('package', 'command'),
+    [('experiments', 'study'), ('benchmarks', 'dispatch'), ('benchmarks', 'all_on_gpu')],
+)
+def test_lists_and_benchmarks_are_wrapped_too(package, command):
+    text = described(command, 40, package)
+    assert f'    python -m {package}.{command} \\\n' in text
+    prose = [line for line in text.splitlines() if not line.startswith('        --')]
+    assert max(map(len, prose)) <= 40  # An option of an example cannot be split.
+    assert max(map(len, described(command, COLUMNS, package).splitlines())) <= COLUMNS
+
+
+def test_lists_are_filled(monkeypatch):
+    doc = (
+        'Does it.\n\n    a     first words\n          second words\n    longer term  of one line\n'
+    )
+    monkeypatch.setenv('COLUMNS', '40')
+    (listed,) = [
+        part for part in command_help.parser(doc).format_help().split('\n\n') if 'a ' in part
+    ]
+    assert listed.splitlines() == [
+        '    a            first words second',
+        '                 words',
+        '    longer term  of a line',
+    ]
+
+
+def test_the_package_lists_its_commands():
+    done = processes.run(['-m', 'experiments'], cwd=ROOT)
+    assert re.findall(r'^    (\w+)', done.stdout, re.M) == COMMANDS
 
 
 def test_titles_fit_a_narrow_terminal():

@@ -1,16 +1,18 @@
 """The processes of a run: how they meet, and that none outlives another in silence."""
 
+import contextlib
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from experiments.launch import distributed
 from experiments.launch.distributed import Options, session
 from experiments.run import parallel
 from nfnets_jax.errors import UsageError
@@ -148,6 +150,85 @@ def test_one_that_the_others_never_join_gives_up():
     )
 
 
+STRANGERS = [
+    b'',  # and stays
+    b'GET / HTTP/1.1\r\n\r\n',
+    bytes(range(256)),
+    b'x' * 200_000,
+    b'{"token": "guessed", "process": 1, "host": "stranger"}\n',
+    b'{"token": 1}\n',
+    b'[[]]\n',
+    b'[' * 60_000 + b'\n',
+    b'{"token": ',  # and more never comes
+]
+
+
+def test_strangers_neither_join_a_run_nor_delay_it(monkeypatch):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(distributed._listen('127.0.0.1'))
+        place = listener.getsockname()
+        for said in STRANGERS * 3:
+            stranger = stack.enter_context(socket.create_connection(place))
+            stranger.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                stranger.send(said)
+        monkeypatch.setattr(jax, 'process_index', lambda: 1)
+        distributed._reach([place[0]], place[1], 'token')
+        begun = time.monotonic()
+        connections = distributed._accept(listener, 'token')
+        assert time.monotonic() - begun < distributed._CONNECT_SECONDS / 2
+        assert [(index, c.host) for index, c in connections.items()] == [(1, socket.gethostname())]
+
+
+def test_where_a_process_does_not_come_strangers_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(distributed, '_CONNECT_SECONDS', 0.5)
+    with (
+        distributed._listen('127.0.0.1') as listener,
+        socket.create_connection(listener.getsockname()) as stranger,
+    ):
+        stranger.send(b'{')
+        assert distributed._accept(listener, 'token') == {}
+        assert stranger.recv(1) == b'', 'it is hung up on'
+
+
+@pytest.mark.parametrize(
+    ('coordinator', 'addresses', 'listens'),
+    [
+        ('127.0.0.1:4321', ['127.0.0.1'], True),
+        ('localhost:4321', ['::1', '127.0.0.1'], True),
+        ('me:4321', ['127.0.1.1'], False),  # Other hosts may know it by another address.
+        ('elsewhere:4321', ['192.0.2.1'], False),
+        ('nowhere:4321', [], False),
+        (None, [], False),
+    ],
+)
+def test_the_coordinator_listens_on_its_own_address_alone(
+    monkeypatch, coordinator, addresses, listens
+):
+    known = {(coordinator or '').rpartition(':')[0]: addresses}
+    monkeypatch.setattr(distributed, '_addresses', lambda host: known.get(host, [host]))
+    assert distributed._bind_address(coordinator) == (coordinator if listens else None)
+    monkeypatch.setenv('JAX_COORDINATOR_BIND_ADDRESS', '[::]:4321')
+    assert distributed._bind_address(coordinator) is None
+
+
+def test_jax_detects_a_silent_process_later_than_we_do(monkeypatch):
+    given = {}
+
+    def initialize(*_, **options):
+        given.update(options)
+        raise RuntimeError
+
+    monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+    with pytest.raises(UsageError), session(Options('localhost:1', 2, 0, 300, 60)):
+        pass
+    # It sends heartbeats at half of that interval: it may have sent one before the silence began.
+    assert given['heartbeat_timeout_seconds'] / 2 > 60 + 2 * distributed._GRACE
+    assert given['initialization_timeout'] > 300
+
+
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
@@ -216,90 +297,44 @@ def test_the_name_of_a_host_that_others_cannot_reach(
         jax.config.update('jax_platforms', before)
 
 
-NAMES = ('nfnets-test-a', 'nfnets-test-b')
-
-
 @pytest.fixture
-def two_hosts(tmp_path):
-    """Two network namespaces with addresses 10.77.0.1 and .2: a function that runs PROGRAM there.
+def run_on_hosts(network, tmp_path):
+    """A function: PROGRAM on two hosts that resolve their own names to these addresses.
 
-    It takes what their own names resolve to, and returns exit status, output, errors of each.
+    It returns exit status, output and errors of each.
     """
-    if os.geteuid() or not (shutil.which('ip') and shutil.which('unshare')):
-        pytest.skip('needs to be root, and iproute2 and util-linux')
-
-    def ip(*arguments):
-        return subprocess.run(['ip', *arguments], capture_output=True, text=True)
-
-    def remove():
-        for name in NAMES:
-            ip('netns', 'del', name)
-
-    remove()
-    commands = [
-        *(('netns', 'add', name) for name in NAMES),
-        (
-            'link',
-            'add',
-            'eth0',
-            'netns',
-            NAMES[0],
-            'type',
-            'veth',
-            'peer',
-            'eth0',
-            'netns',
-            NAMES[1],
-        ),
-    ]
-    for index, name in enumerate(NAMES):
-        commands += [
-            ('-n', name, 'addr', 'add', f'10.77.0.{index + 1}/24', 'dev', 'eth0'),
-            ('-n', name, 'link', 'set', 'eth0', 'up'),
-            ('-n', name, 'link', 'set', 'lo', 'up'),
-        ]
-    for command in commands:
-        if (done := ip(*command)).returncode:
-            remove()
-            pytest.skip(f'needs to make network namespaces: {done.stderr.strip()}')
     program = tmp_path / 'program.py'
     program.write_text(PROGRAM)
 
-    def run(addresses):
-        processes = []
-        for index, (name, address) in enumerate(zip(NAMES, addresses, strict=True)):
-            hosts = tmp_path / f'hosts{index}'
-            hosts.write_text(f'127.0.0.1 localhost\n{address} {name}\n')
-            script = f'mount --bind {hosts} /etc/hosts && hostname {name} && exec "$@"'
-            processes.append(
-                subprocess.Popen(
-                    ['ip', 'netns', 'exec', name, 'unshare', '--uts', '--mount']
-                    + ['sh', '-c', script, 'sh', sys.executable, str(program)]
-                    + ['--coordinator=10.77.0.1:4321', '--num_processes=2']
-                    + [f'--process_id={index}', 'none:0'],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    env=environment_of_two(),
-                )
+    def run(own_addresses):
+        hosts = network(2, own_addresses).hosts
+        processes = [
+            subprocess.Popen(
+                host.command(sys.executable, program, '--coordinator=10.77.0.1:4321')
+                + ['--num_processes=2', f'--process_id={index}', 'none:0'],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment_of_two(),
             )
+            for index, host in enumerate(hosts)
+        ]
         return [(p.returncode, *texts) for p, texts in ((p, p.communicate()) for p in processes)]
 
-    yield run
-    remove()
+    return run
 
 
-def test_two_hosts_whose_own_names_lead_to_themselves_say_so(two_hosts):
-    for name, (status, out, err) in zip(NAMES, two_hosts(['127.0.1.1', '127.0.0.1']), strict=True):
+def test_two_hosts_whose_own_names_lead_to_themselves_say_so(run_on_hosts):
+    for index, (status, out, err) in enumerate(run_on_hosts(['127.0.1.1', '127.0.0.1'])):
         assert (status, out) == (2, ''), err
         assert re.fullmatch(
-            rf'error: this host is called {name}, which it resolves to 127\.0\.[01]\.1: other '
+            rf'error: this host is called host{index}, which it resolves to 127\.0\.[01]\.1: other '
             r'hosts cannot reach it; on every host, let /etc/hosts .*\n',
             err,
         )
 
 
 @pytest.mark.slow
-def test_two_hosts_train_where_their_names_are_those_of_the_network(two_hosts):
-    for index, (status, out, err) in enumerate(two_hosts(['10.77.0.1', '10.77.0.2'])):
+def test_two_hosts_train_where_their_names_are_those_of_the_network(run_on_hosts):
+    for index, (status, out, err) in enumerate(run_on_hosts(['10.77.0.1', '10.77.0.2'])):
         assert (status, out) == (0, f'done {index}\n'), err

@@ -4,7 +4,9 @@ import pathlib
 import re
 import shlex
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from experiments.report import reading, results, static, summaries, tables
 from experiments.report.wording import mean_and_error
@@ -20,6 +22,13 @@ def studies(tmp_path_factory):
     """Every study whose tables are published, by the name of its files."""
     found = tables.restore_all(PUBLISHED, tmp_path_factory.mktemp('restored'))
     return {static.slug(study): study for study in map(reading.load, found)}
+
+
+EARLIER = [  # Pages of versions that kept no trials.
+    path
+    for path in sorted(PUBLISHED.rglob('*.md'))
+    if path.name != 'README.md' and not path.with_name(f'{path.stem}-trials.csv').exists()
+]
 
 
 def row(*cells):
@@ -54,3 +63,24 @@ def test_the_printed_command_computes_them(tmp_path):
     page = (tmp_path / 'results.html').read_text(encoding='utf-8')
     for cells in ('+9.86 points', 'corrected = 0.79'):
         assert cells in page
+
+
+@pytest.mark.parametrize('page', EARLIER, ids=lambda path: path.stem)
+def test_pages_without_trials_say_so_and_tell_their_power(page):
+    """From the standard errors of the page: Welch's test at 90 %, the noncentral t distribution."""
+    text = page.read_text(encoding='utf-8')
+    assert '- not kept: the trials' in text
+    claims = [line for line in text.splitlines() if '; claimed is ' in line]
+    assert claims
+    for line in claims:
+        sides = re.findall(r'±\s([\d.e-]+)\s\((\d)', line)
+        errors, seeds = np.array([[float(error), int(n)] for error, n in sides]).T
+        if not errors.any():  # as of memory
+            assert 'could have been seen' not in line
+            continue
+        (told,) = re.findall(r'smallest difference that could have been seen \+(\d+\.?\d*)', line)
+        variance = np.square(errors).sum()
+        df = variance**2 / (errors**4 / (seeds - 1)).sum()
+        shift = float(told) / np.sqrt(variance)
+        power = stats.nct.sf(stats.t.ppf(0.95, df), df, shift)
+        assert power == pytest.approx(0.8, abs=0.02), line

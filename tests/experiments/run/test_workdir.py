@@ -46,7 +46,10 @@ def test_what_the_result_does_not_depend_on_may_change(tmp_path):
     assert workdir.load_config(tmp_path).eval.every == '2 epochs'
 
 
-ADDED = ('augment.mix_pairs', 'eval.precision', 'optimizer.schedule.end_value')
+ADDED = (
+    *('augment.mix_pairs', 'eval.precision'),
+    *(f'optimizer.schedule.{name}' for name in ('end_value', 'every', 'patience')),
+)
 
 
 def forget(path, *keys):

@@ -56,6 +56,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
         config.duration = '3 steps'
         config.optimizer.schedule.warmup = '1 steps'
         config.optimizer.schedule.boundaries = ('2 steps',)
+        config.optimizer.schedule.every = '1 steps'
         config.optimizer.groups = _matching(
             config.optimizer.groups, pretrained.flatten(_parameters(config.model))
         )
