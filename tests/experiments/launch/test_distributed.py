@@ -214,6 +214,18 @@ def test_the_coordinator_listens_on_its_own_address_alone(
     assert distributed._bind_address(coordinator) is None
 
 
+def test_heartbeats_come_twice_a_second_however_many_arrive():
+    here, there = socket.socketpair()
+    with there:
+        detector = distributed.FailureDetector({1: distributed._Connection(here)}, timeout=60)
+        received, end = 0, time.monotonic() + 2
+        while time.monotonic() < end:
+            received += there.recv(1 << 16).count(b'\n')
+            there.send(b'{}\n')
+        detector.leave()
+    assert 2 <= received <= 6
+
+
 def test_jax_detects_a_silent_process_later_than_we_do(monkeypatch):
     given = {}
 
