@@ -96,6 +96,8 @@ def send_signal(popen, number):
     """Sends a signal to the process that `Host.command` started as `popen`."""
     (process,) = children(popen.pid)
     os.kill(process, number)
+    if number == signal.SIGKILL:
+        popen.kill()  # nsenter stops when its child does.
 
 
 class Network:
