@@ -9,7 +9,7 @@ import time
 import pytest
 
 from experiments.train import train
-from tests.experiments.conftest import tiny_config
+from tests.experiments.conftest import ROOT, tiny_config
 from tests.experiments.launch.hosts import Network, networks, send_signal
 from tests.experiments.launch.test_distributed import STRANGERS, errors_of
 from tests.experiments.test_distributed import (
@@ -96,6 +96,45 @@ FAULTS = {
     'hanging': (2, hang(1), [silent(1), None]),
     'hanging of 4': (4, hang(0), [None, *3 * [silent(0)]]),
 }
+
+
+# Two processes that watch each other, without training.
+WATCHING = """
+import socket, sys, time
+import jax
+from experiments.launch import distributed
+
+process, address = int(sys.argv[1]), sys.argv[2]
+jax.process_index, jax.process_count = lambda: process, lambda: 2
+if process == 0:
+    with socket.create_server((address, 4321)) as listener:
+        connections = distributed._accept(listener, 'token')
+else:
+    while not (connections := distributed._reach([address], 4321, 'token')):
+        time.sleep(0.1)
+distributed.FailureDetector(connections, timeout=5)
+print('connected', flush=True)
+time.sleep(60)
+"""
+
+
+def test_where_a_cable_is_pulled_both_say_so(network, monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    network = network(2)
+    processes = [
+        subprocess.Popen(
+            host.command(sys.executable, '-c', WATCHING, index, Network.address(0)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, host in enumerate(network.hosts)
+    ]
+    assert [process.stdout.readline() for process in processes] == 2 * ['connected\n']
+    network.plug(1, 'down')
+    for process, line in zip(processes, [silent(1), silent(0)], strict=True):
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (3, f'{line}\n')
 
 
 @pytest.mark.slow
