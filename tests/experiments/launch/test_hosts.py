@@ -10,7 +10,7 @@ import pytest
 
 from experiments.train import train
 from tests.experiments.conftest import ROOT, tiny_config
-from tests.experiments.launch.hosts import Network, networks, send_signal
+from tests.experiments.launch.hosts import Network, networks
 from tests.experiments.launch.test_distributed import STRANGERS, errors_of
 from tests.experiments.test_distributed import (
     SHORT,
@@ -80,9 +80,9 @@ def firewall(network, job):
 
 def hang(victim):
     def stop(network, job):
-        send_signal(job.processes[victim], signal.SIGSTOP)
+        job.processes[victim].send_signal(signal.SIGSTOP)
         yield
-        send_signal(job.processes[victim], signal.SIGKILL)
+        job.processes[victim].kill()
 
     return stop
 
