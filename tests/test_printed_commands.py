@@ -103,7 +103,7 @@ NOT_RUN = {
     r'python -m experiments.export .*\.onnx': 'needs jax2onnx; test_guide.py has it',
     r'python -m experiments.soup .*--workdir=.*': 'needs several checkpoints; test_soup.py has it',
     r'python -m experiments.train .*--workdir=/mnt/small/run': 'is for the full disk mounted there',
-    r'\S+python -m pytest -m slow': 'is this suite',
+    r'\S+python -m pytest -m slow( tests/\S+)?': 'is this suite',
     r'python -m pytest tests/\S+|\S+python -m pytest tests/\S+': 'is part of this suite',
     r'python -m experiments.prepare_data .*': 'downloads; test_prepare_data.py has it',
     r'python -m benchmarks.input_pipeline .*=PATH/TO/PYTHON': 'needs TensorFlow',
