@@ -136,6 +136,7 @@ _TINY_MODEL = '--model=NF-ResNet-8 --image-size=16 --batch=2 --rounds=1'
 # Regular expressions of commands that are run -> what makes them tiny, the last that is given of a
 # flag counts; the first expression that matches decides.
 SHRINK = {
+    r'python -m experiments': '',
     r'python -m experiments.train --help': '',
     r'.*experiments.train .*configs/imagenet/.*': '--config.smoke=true',
     r'.*experiments.train .*(configs/(digits|sweeps)|small.py).*': _TINY_DIGITS,
@@ -463,7 +464,7 @@ def test_the_flags_of_every_command_are_known(workplace):
     commands = {}
     for command in COMMANDS:
         if not matching(NOT_RUN, command) and re.search(
-            r'-m (experiments|benchmarks)(?!.*--help)', command
+            r'-m (experiments|benchmarks)\.(?!.*--help)', command
         ):
             words = shlex.split(runnable(command).replace('$k', '0').replace('$port', '1'))
             words = words[words.index('-m') + 1 :]
