@@ -139,6 +139,12 @@ SHRINK = {
     r'python -m experiments': '',
     r'python -m experiments.train --help': '',
     r'.*experiments.train .*configs/imagenet/.*': '--config.smoke=true',
+    r'.*experiments.train .*name=plateau.*': (
+        f"{_TINY_DIGITS} --config.optimizer.schedule.every='1 steps'"
+    ),
+    r'.*experiments.study .*name=plateau.*': (
+        f"{_TINY_STUDY} --config.base.optimizer.schedule.every='1 steps'"
+    ),
     r'.*experiments.train .*(configs/(digits|sweeps)|small.py).*': _TINY_DIGITS,
     r'.*experiments.train .*(finetune.py|pretrain.py).*': _TINY_IMAGES,
     r'.*experiments.study .*finetune.py:caltech101.*': (
