@@ -13,6 +13,7 @@ import pytest
 
 from examples import spectrograms
 from nfnets_jax.weights import pretrained
+from tests import processes
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / 'examples'
@@ -85,13 +86,11 @@ def runnable(folder):
 @pytest.mark.parametrize('name', runnable('experiments'))
 def test_a_command_runs_as_a_file(name, tmp_path):
     """It says the same as `python -m experiments.NAME` in the repository does."""
-    as_file, as_module = (
-        python(ROOT / 'experiments' / f'{name}.py', '--help', cwd=tmp_path),
-        python('-m', f'experiments.{name}', '--help', cwd=ROOT),
-    )
+    as_file = python(ROOT / 'experiments' / f'{name}.py', '--help', cwd=tmp_path)
+    as_module = processes.run(['-m', f'experiments.{name}', '--help'], cwd=ROOT)
     for done in (as_file, as_module):
         assert 'Traceback' not in done.stderr
-        assert 'options:' in done.stdout
+        assert '--help' in done.stdout
     assert (as_file.returncode, as_file.stdout) == (as_module.returncode, as_module.stdout)
 
 

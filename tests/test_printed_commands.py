@@ -103,7 +103,7 @@ NOT_RUN = {
     r'python -m experiments.export .*\.onnx': 'needs jax2onnx; test_guide.py has it',
     r'python -m experiments.soup .*--workdir=.*': 'needs several checkpoints; test_soup.py has it',
     r'python -m experiments.train .*--workdir=/mnt/small/run': 'is for the full disk mounted there',
-    r'\S+python -m pytest -m slow': 'is this suite',
+    r'\S+python -m pytest -m slow( tests/\S+)?': 'is this suite',
     r'python -m pytest tests/\S+|\S+python -m pytest tests/\S+': 'is part of this suite',
     r'python -m experiments.prepare_data .*': 'downloads; test_prepare_data.py has it',
     r'python -m benchmarks.input_pipeline .*=PATH/TO/PYTHON': 'needs TensorFlow',
@@ -136,8 +136,15 @@ _TINY_MODEL = '--model=NF-ResNet-8 --image-size=16 --batch=2 --rounds=1'
 # Regular expressions of commands that are run -> what makes them tiny, the last that is given of a
 # flag counts; the first expression that matches decides.
 SHRINK = {
+    r'python -m experiments': '',
     r'python -m experiments.train --help': '',
     r'.*experiments.train .*configs/imagenet/.*': '--config.smoke=true',
+    r'.*experiments.train .*name=plateau.*': (
+        f"{_TINY_DIGITS} --config.optimizer.schedule.every='1 steps'"
+    ),
+    r'.*experiments.study .*name=plateau.*': (
+        f"{_TINY_STUDY} --config.base.optimizer.schedule.every='1 steps'"
+    ),
     r'.*experiments.train .*(configs/(digits|sweeps)|small.py).*': _TINY_DIGITS,
     r'.*experiments.train .*(finetune.py|pretrain.py).*': _TINY_IMAGES,
     r'.*experiments.study .*finetune.py:caltech101.*': (
@@ -463,7 +470,7 @@ def test_the_flags_of_every_command_are_known(workplace):
     commands = {}
     for command in COMMANDS:
         if not matching(NOT_RUN, command) and re.search(
-            r'-m (experiments|benchmarks)(?!.*--help)', command
+            r'-m (experiments|benchmarks)\.(?!.*--help)', command
         ):
             words = shlex.split(runnable(command).replace('$k', '0').replace('$port', '1'))
             words = words[words.index('-m') + 1 :]

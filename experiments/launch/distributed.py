@@ -462,17 +462,22 @@ class FailureDetector:
             connection.send({'left': True})
 
     def _watch(self) -> None:
-        interval = min(0.5, self._timeout / 4)
+        interval, heartbeat_due = min(0.5, self._timeout / 4), 0.0
         while not self._left:
-            self._listen(interval)
+            # Taken before reading all that has arrived: a pause of this process is no silence.
+            now = time.monotonic()
+            self._listen(heartbeat_due - now)
             if self._failure:
                 self._end_all(*self._failure)
-            for connection in self._connections.values():
-                connection.send({})
+            if now >= heartbeat_due:
+                # Not at each message: processes would answer one another without a pause.
+                heartbeat_due = now + interval
+                for connection in self._connections.values():
+                    connection.send({})
             for index, connection in self._connections.items():
                 if index in self._ended:
                     continue  # A process that has left may be silent.
-                if time.monotonic() - connection.last_message > self._timeout:
+                if now - connection.last_message > self._timeout:
                     self._end_all(
                         PEER_LOST, _lost(index, connection, f'is silent for {self._timeout:g} s')
                     )

@@ -19,7 +19,7 @@ from experiments.experiment import Experiment, build
 from experiments.run import metric_writers, parallel, workdir
 from experiments.run.predictions import make_predict_step, predict
 from experiments.signal_propagation import measure_signal
-from experiments.study import per_image
+from experiments.study import landscape, per_image
 from experiments.train import train
 from experiments.train_step import (
     Programs,
@@ -50,6 +50,11 @@ Measurement = Callable[[ConfigDict, str | os.PathLike, Compiled], dict[str, Any]
 PROBES = 8  # images whose logits are compared
 DRAWS = 4  # batches for each of them
 _DISCREPANCY_IMAGES = 512
+
+STEP_SIZES = (0.5, 1.0, 2.0, 4.0)  # times the learning rate
+DISTANCES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # times the norms of the filters
+DIRECTIONS = 8
+_LANDSCAPE_IMAGES = 128
 
 
 def training(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any] | None:
@@ -194,6 +199,58 @@ def batch_dependence(config: ConfigDict, directory, compiled: Compiled) -> dict[
     }
 
 
+def loss_landscape(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any]:
+    """Measures the loss around the parameters of a run: see `landscape`.
+
+    It is the loss in training mode of images that were drawn once, without augmentation. Along the
+    gradient it is measured at initialization and at every checkpoint, a line of metrics.jsonl each,
+    at `STEP_SIZES` times the peak of the learning rate. Along random directions it is measured at
+    the end: the `step` of these lines is the distance in percent of the norms of the filters.
+
+    Returns:
+      The median over initialization and checkpoints of each metric of `landscape.along_gradient`,
+      and 'landscape/random_rise': the loss at half the norms, less that at the parameters.
+    """
+    experiment = build(config)
+    rng = np.random.default_rng(config.seed)
+    images = min(_LANDSCAPE_IMAGES, len(experiment.train_source))
+    batch = _load_images(
+        experiment.train_source, rng.choice(len(experiment.train_source), images, replace=False)
+    )
+    key = f'landscape: {config.model.to_json(sort_keys=True)} in {config.precision}'
+    value_and_grad = compiled.logits.setdefault(
+        key, jax.jit(jax.value_and_grad(_make_loss(experiment)))
+    )
+    rate = float(np.asarray(experiment.optimizer.hyperparameters.learning_rate))
+    sizes = [size * rate for size in STEP_SIZES]
+    lines: list[tuple[int, dict[str, float]]] = []
+    checkpoints = CheckpointReader(os.path.join(directory, 'checkpoints'))
+    for step in (0, *sorted(checkpoints.steps())):
+        state = _state_at(experiment, directory, step)
+        at = functools.partial(value_and_grad, state=state.state, batch=batch)
+        lines.append((step, landscape.along_gradient(at, state.params, sizes)))
+    medians = {name: float(np.median([line[name] for _, line in lines])) for name in lines[0][1]}
+    keys = jax.random.split(jax.random.key(config.seed), DIRECTIONS)
+    found = landscape.along_random(lambda x: at(x)[0], state.params, DISTANCES, keys)
+    lines += [
+        (round(100 * far), {'random_loss': loss})
+        for far, loss in zip(DISTANCES, found, strict=True)
+    ]
+    with workdir.claimed(directory, config) as path:
+        known = metric_writers.read_metrics(path)  # A killed trial has written some of them.
+        # Nothing that training wrote is dropped.
+        writer = metric_writers.open_writer(
+            path, config=config, start_step=max(experiment.total_steps, 100)
+        )
+        for step, metrics in lines:
+            named = {f'landscape/{name}': x for name, x in metrics.items()}
+            if {'step': step, **named} not in known:
+                writer.write(step, named)
+        writer.close()
+    medians['random_rise'] = float(found[DISTANCES.index(0.5)] - found[0])
+    return {f'landscape/{name}': value for name, value in medians.items()}
+
+
 def step_memory(config: ConfigDict, directory, compiled: Compiled) -> dict[str, Any]:
     """Measures the memory of a training step, independent of what else the process did.
 
@@ -213,14 +270,22 @@ MEASUREMENTS: dict[str, Measurement] = {
     'train': training,
     'signal_propagation': signal_propagation,
     'batch_dependence': batch_dependence,
+    'loss_landscape': loss_landscape,
     'step_memory': step_memory,
 }
 
 
 def _final_state(experiment: Experiment, directory) -> TrainState:
+    return _state_at(experiment, directory, experiment.total_steps)
+
+
+def _state_at(experiment: Experiment, directory, step: int) -> TrainState:
+    """Returns the state of a run at a checkpoint, or the initial one at step 0."""
+    if step == 0:
+        return init_state(experiment)
     template = jax.eval_shape(lambda: init_state(experiment))
     checkpoints = CheckpointReader(os.path.join(directory, 'checkpoints'))
-    return checkpoints.restore(experiment.total_steps, template)
+    return checkpoints.restore(step, template)
 
 
 def _step_mib(experiment: Experiment) -> float:
@@ -265,6 +330,18 @@ def _make_logits(experiment: Experiment) -> Callable:
         return outputs['logits'][0]
 
     return logits
+
+
+def _make_loss(experiment: Experiment) -> Callable:
+    """Returns a function (params, state, batch of images and labels) -> loss in training mode."""
+    logits = _make_logits(experiment)
+
+    def loss(params, state, batch):
+        images, labels = batch
+        found = logits(params, state, images, True)
+        return optax.softmax_cross_entropy_with_integer_labels(found, labels).mean()
+
+    return loss
 
 
 def _rms(x: np.ndarray) -> float:

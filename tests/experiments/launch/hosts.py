@@ -1,32 +1,21 @@
 """Hosts in a network of their own on this machine, made of Linux namespaces.
 
-A host has its own network, name, /etc/hosts and process numbers. Its first process waits for the
-end of a pipe that the tests hold open. The kernel ends the host's processes with the first one, and
-removes the namespaces, links and firewall rules with the last: nothing outlives the tests.
+A host has its own network, name and /etc/hosts. A process that holds them waits for the end of a
+pipe that the tests hold open; the kernel removes the namespaces, links and firewall rules with the
+last process in them, and ends all when the tests are killed: nothing outlives them.
 """
 
 import contextlib
 import os
-import pathlib
 import shutil
-import signal
 import subprocess
 
 import pytest
 
 from tests.experiments.conftest import ROOT
 
-NEEDED = ('ip', 'unshare', 'nsenter', 'mount', 'hostname')
+NEEDED = ('ip', 'unshare', 'nsenter', 'setpriv', 'mount', 'hostname')
 BOOT = 'mount --bind "$1" /etc/hosts && hostname "$2" && ip link set lo up && echo up && exec cat'
-
-
-def children(process):
-    """Returns the process IDs of a process's children."""
-    return [
-        int(child)
-        for file in pathlib.Path('/proc', str(process), 'task').glob('*/children')
-        for child in file.read_text().split()
-    ]
 
 
 class Host:
@@ -40,7 +29,7 @@ class Host:
     def __init__(self, name, etc_hosts):
         self.name = name
         self._holder = subprocess.Popen(
-            ['unshare', '--net', '--uts', '--mount', '--pid', '--fork', '--kill-child']
+            ['unshare', '--net', '--uts', '--mount']
             + ['sh', '-c', BOOT, 'sh', str(etc_hosts), name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -49,26 +38,20 @@ class Host:
         )
         if self._holder.stdout.readline() != 'up\n':
             pytest.skip(f'needs to make namespaces: {self._holder.communicate()[1].strip()}')
-        (self.first_process,) = children(self._holder.pid)
+
+    @property
+    def process(self):
+        """A process on the host, by which the kernel knows it."""
+        return self._holder.pid
 
     def command(self, *arguments):
-        """Returns a command line that runs this command on the host."""
-        return [
-            'nsenter',
-            f'--target={self.first_process}',
-            '--all',
-            f'--wd={ROOT}',
-            '--',
-            *map(str, arguments),
-        ]
+        """Returns a command line that runs this command on the host, and ends with the tests."""
+        enter = ['nsenter', f'--target={self.process}', '--net', '--uts', '--mount', f'--wd={ROOT}']
+        return [*enter, 'setpriv', '--pdeathsig=KILL', *map(str, arguments)]
 
     def run(self, *arguments):
-        """Runs a command on the host's network; returns its output.
-
-        It keeps this machine's process numbers, for those that `ss` prints.
-        """
-        enter = ['nsenter', f'--target={self.first_process}', '--net', '--', *map(str, arguments)]
-        done = subprocess.run(enter, capture_output=True, text=True)
+        """Runs a command on the host; returns its output."""
+        done = subprocess.run(self.command(*arguments), capture_output=True, text=True)
         assert done.returncode == 0, f'{arguments}: {done.stderr}'
         return done.stdout
 
@@ -86,16 +69,7 @@ class Host:
             self.run('nft', f'add rule inet drill in iif eth0 {rule}')
 
     def stop(self):
-        """Ends all processes of the host, as a power cut would, and the host."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.first_process, signal.SIGKILL)
-        self._holder.communicate()
-
-
-def send_signal(popen, number):
-    """Sends a signal to the process that `Host.command` started as `popen`."""
-    (process,) = children(popen.pid)
-    os.kill(process, number)
+        self._holder.communicate()  # It ends with its standard input.
 
 
 class Network:
@@ -128,7 +102,7 @@ class Network:
             self.hosts.append(host)
             self.switch.run(
                 *('ip', 'link', 'add', f'port{index}', 'type', 'veth'),
-                *('peer', 'name', 'eth0', 'netns', host.first_process),
+                *('peer', 'name', 'eth0', 'netns', host.process),
             )
             self.switch.run('ip', 'link', 'set', f'port{index}', 'master', 'bridge', 'up')
             host.run('ip', 'address', 'add', f'{addresses[index]}/24', 'dev', 'eth0')

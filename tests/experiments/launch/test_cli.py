@@ -262,7 +262,8 @@ def test_home_directories_in_the_config(directory, tmp_path):
 def test_a_run_in_the_home_directory(command, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     process = command('train', '--workdir=~/run')
-    assert 'step 6' in process.communicate()[1]
+    err = process.communicate()[1]
+    assert 'step 6' in err, err
     assert process.returncode == 0
     assert (tmp_path / 'run' / 'summary.json').exists()
     assert not (ROOT / '~').exists()

@@ -214,6 +214,37 @@ def test_the_coordinator_listens_on_its_own_address_alone(
     assert distributed._bind_address(coordinator) is None
 
 
+def test_heartbeats_come_twice_a_second_however_many_arrive():
+    here, there = socket.socketpair()
+    with there:
+        detector = distributed.FailureDetector({1: distributed._Connection(here)}, timeout=60)
+        received, end = 0, time.monotonic() + 2
+        while time.monotonic() < end:
+            received += there.recv(1 << 16).count(b'\n')
+            there.send(b'{}\n')
+        detector.leave()
+    assert 2 <= received <= 6
+
+
+def test_a_pause_of_a_process_is_no_silence_of_the_others(monkeypatch):
+    ended = []
+    monkeypatch.setattr(distributed.FailureDetector, '_end_all', lambda _, *why: ended.append(why))
+    here, there = socket.socketpair()
+    connection = distributed._Connection(here)
+
+    def pause(message):
+        time.sleep(0.8)
+        there.send(b'{}\n')  # meanwhile
+
+    monkeypatch.setattr(connection, 'send', pause)
+    with there:
+        detector = distributed.FailureDetector({1: connection}, timeout=0.5)
+        time.sleep(2)
+        detector.leave()
+        detector.wait_for_end(2)
+    assert not ended
+
+
 def test_jax_detects_a_silent_process_later_than_we_do(monkeypatch):
     given = {}
 

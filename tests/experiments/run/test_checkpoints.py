@@ -151,7 +151,11 @@ def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize('damage', [flip, truncate, pathlib.Path.unlink])
+def slow(damage):
+    return pytest.param(damage, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize('damage', [flip, slow(truncate), slow(pathlib.Path.unlink)])
 def test_any_damaged_file_is_noticed_or_harmless(directory, damage, capfd):
     save_all(directory, {1: None, 2: None})
     newest = directory / '2'

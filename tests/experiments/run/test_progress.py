@@ -2,6 +2,7 @@ import fcntl
 import io
 import os
 import pty
+import select
 import struct
 import termios
 
@@ -78,13 +79,18 @@ def test_silent_processes():
     assert stream.getvalue() == ''
 
 
+def waiting(screen):
+    """Returns the next bytes of a terminal, b'' if none come for a second."""
+    return os.read(screen, 1 << 16) if select.select([screen], [], [], 1)[0] else b''
+
+
 @pytest.fixture
 def terminal():
     """Yields a stream that is a terminal of 100 columns, and a function that reads its screen."""
     screen, keyboard = pty.openpty()
     fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))
     with os.fdopen(keyboard, 'w') as stream:
-        yield stream, lambda: os.read(screen, 1 << 16).decode()
+        yield stream, lambda: b''.join(iter(lambda: waiting(screen), b'')).decode()
     os.close(screen)
 
 
