@@ -273,10 +273,12 @@ def listening(host):
 def test_what_listens_does_so_for_the_network_of_the_run_and_bears_strangers(
     network, command, uninterrupted, tmp_path
 ):
+    program = tmp_path / 'stranger.py'
+    program.write_text(STRANGER)
     *hosts, outsider = network(3).hosts
     job = Job(command, 2, tmp_path / 'run', *as_flags(STEPS), hosts=hosts)
     stranger = subprocess.Popen(
-        outsider.command(sys.executable, '-c', STRANGER),
+        outsider.command(sys.executable, program),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
