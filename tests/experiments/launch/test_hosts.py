@@ -252,14 +252,15 @@ def test_a_firewall_must_pass_the_coordinator_and_the_ports_that_the_system_give
 # Connects to each address that it reads, with each of the payloads, and stays.
 STRANGER = f"""
 import contextlib, socket, sys
-connections = []
+connections, reached = [], set()
 for line in sys.stdin:
     host, _, port = line.strip().rpartition(':')
     for said in {STRANGERS!r}:
         with contextlib.suppress(OSError):
             connections.append(socket.create_connection((host, int(port)), timeout=1))
+            reached.add(line)
             connections[-1].send(said)
-print(len({{connection.getpeername() for connection in connections}}))
+print(len(reached))
 """
 
 
@@ -295,5 +296,5 @@ def test_what_listens_does_so_for_the_network_of_the_run_and_bears_strangers(
     assert f'{Network.address(0)}:{Network.PORT}' in found
     assert len(found) >= 3, 'the coordinator, and Gloo of each'
     connected, _ = stranger.communicate()
-    print(f'{sorted(found)}: {connected} are gone or connected')
+    assert int(connected) >= 3
     assert_same_run(tmp_path / 'run', uninterrupted(2))
