@@ -36,11 +36,13 @@ def row(*cells):
 
 
 def test_the_numbers_of_the_guide_follow_from_the_tables(studies):
-    study, text = studies['regularization-digits'], STUDIES.read_text(encoding='utf-8')
-    for cells in summaries.answers(study):
-        assert row(*cells) in text
+    text, best = STUDIES.read_text(encoding='utf-8'), set()
+    for name in ('regularization-digits', 'loss-landscape-digits'):
+        study = studies[name]
+        for cells in summaries.answers(study):
+            assert row(*cells) in text
+        best |= {mean_and_error(t.sample, study.metric) for t in results.tunings(study)}
     printed = set(re.findall(r'\d+\.\d+ ± \d+\.\d+ \(3\)', text))
-    best = {mean_and_error(t.sample, study.metric) for t in results.tunings(study)}
     assert printed <= {text.replace('\N{NO-BREAK SPACE}', ' ') for text in best}
     assert len(printed) == 2
 
