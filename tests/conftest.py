@@ -5,6 +5,7 @@ process behind.
 """
 
 import ctypes
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -13,6 +14,9 @@ import sys
 import time
 
 import pytest
+
+# Tracing makes much garbage that counting references frees.
+gc.set_threshold(100_000, 50, 100)
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # The programs of tests run for milliseconds, but compile for seconds: 3.6 s with XLA's emitters of
@@ -74,6 +78,16 @@ def optimized():
     jax.config.update('jax_disable_most_optimizations', False)
     yield
     jax.config.update('jax_disable_most_optimizations', before)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _no_program_is_kept():
+    """Frees what a file of tests has compiled: garbage collection is slow in a large heap."""
+    yield
+    if jax := sys.modules.get('jax'):
+        jax.clear_caches()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
