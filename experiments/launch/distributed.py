@@ -478,9 +478,12 @@ class FailureDetector:
                 if index in self._ended:
                     continue  # A process that has left may be silent.
                 if now - connection.last_message > self._timeout:
-                    self._end_all(
-                        PEER_LOST, _lost(index, connection, f'is silent for {self._timeout:g} s')
-                    )
+                    line = _lost(index, connection, f'is silent for {self._timeout:g} s')
+                    if not parallel.is_primary():
+                        # No answer of process 0 to wait for. Its end would have JAX abort this
+                        # process first, where a firewall passes JAX's port alone.
+                        _end(PEER_LOST, line)
+                    self._end_all(PEER_LOST, line)
 
     def _listen(self, seconds: float) -> None:
         here = [c.socket for i, c in self._connections.items() if i not in self._ended]
