@@ -6,6 +6,7 @@ environment, streams and status, and the test is its parent, so signals and wait
 `subprocess`. JAX has no threads before its first use, so the fork is as good as a new process.
 """
 
+import atexit
 import gc
 import inspect
 import json
@@ -113,11 +114,17 @@ def _fork(program: Mapping, streams: Sequence[int]) -> int:
             ),
         )
         theirs.close()
+        atexit.register(_stop, *_server)
     connection = _server[0]
     data = json.dumps(program).encode()
     socket.send_fds(connection, [len(data).to_bytes(8, 'big')], streams)
     connection.sendall(data)
     return int.from_bytes(connection.recv(8, socket.MSG_WAITALL), 'big')
+
+
+def _stop(connection: socket.socket, server: subprocess.Popen) -> None:
+    connection.close()
+    server.wait()
 
 
 # ------------------------------------------------------------------------------------- the server
