@@ -4,6 +4,7 @@ A command imports JAX, Grain and Orbax for two seconds of processor time and oft
 milliseconds, and tests start hundreds of them. The forked program has its own arguments, directory,
 environment, streams and status, and the test is its parent, so signals and waiting are as with
 `subprocess`. JAX has no threads before its first use, so the fork is as good as a new process.
+It finds the packages of this repository whatever PYTHONPATH says; tests of that use `subprocess`.
 """
 
 import atexit
@@ -119,7 +120,10 @@ def _fork(program: Mapping, streams: Sequence[int]) -> int:
     data = json.dumps(program).encode()
     socket.send_fds(connection, [len(data).to_bytes(8, 'big')], streams)
     connection.sendall(data)
-    return int.from_bytes(connection.recv(8, socket.MSG_WAITALL), 'big')
+    answer = connection.recv(8, socket.MSG_WAITALL)
+    if not answer:
+        raise RuntimeError('the server of programs has ended; its standard error says why')
+    return int.from_bytes(answer, 'big')
 
 
 def _stop(connection: socket.socket, server: subprocess.Popen) -> None:

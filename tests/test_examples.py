@@ -90,7 +90,7 @@ def test_a_command_runs_as_a_file(name, tmp_path):
     as_module = processes.run(['-m', f'experiments.{name}', '--help'], cwd=ROOT)
     for done in (as_file, as_module):
         assert 'Traceback' not in done.stderr
-        assert 'python -m experiments' in done.stdout
+        assert 'options:' in done.stdout or name == '__main__'  # It lists the others.
     assert (as_file.returncode, as_file.stdout) == (as_module.returncode, as_module.stdout)
 
 
