@@ -132,11 +132,12 @@ def timed(command: Sequence[str], seconds: float) -> Result:
     if seconds <= 0:
         return Result(command, 0.0, '', 'not run: the time was over')
     start = time.monotonic()
+    # python -m benchmarks.NAME runs from any directory.
+    path = [os.path.dirname(benchmarks.__path__[0]), os.environ.get('PYTHONPATH', '')]
     environment = os.environ | {
         # JAX and PyTorch share a device in one process.
         'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
-        # python -m benchmarks.NAME runs from any directory.
-        'PYTHONPATH': os.path.dirname(benchmarks.__path__[0]),
+        'PYTHONPATH': os.pathsep.join(filter(None, path)),
     }
     error = None
     try:

@@ -41,7 +41,6 @@ from experiments.run.progress import Progress
 from experiments.run.recovery import DivergedError, assert_finite, saving_at_failure
 from experiments.run.throughput import Throughput, flops_per_image
 from experiments.train_step import Programs, compile_programs, init_state, layers, make_logits_fn
-from nfnets_jax import schedules
 from nfnets_jax.data import pipeline
 
 
@@ -152,8 +151,7 @@ def train(
             metrics |= {'skipped_pictures': len(bad)} if experiment.skip_bad else {}
             metrics |= {'skipped_steps': nonfinite} if config.skip_nonfinite else {}
             updates = max(0, step - 1 - nonfinite)  # before the last one
-            rate = experiment.optimizer.learning_rate(updates)
-            metrics['learning_rate'] = float(rate * schedules.plateau_scale(state.opt_state))
+            metrics['learning_rate'] = experiment.optimizer.last_rate(updates, state.opt_state)
             writer.write(step, {f'train/{name}': value for name, value in metrics.items()})
             return metrics
 

@@ -63,6 +63,10 @@ class Optimizer(NamedTuple):
     # Returns the same transformation with other hyperparameters.
     with_hyperparameters: Callable[[Hyperparameters], optax.GradientTransformationExtraArgs]
 
+    def last_rate(self, updates: int, opt_state: optax.OptState) -> float:
+        """Returns the learning rate of the update that follows `updates` and left `opt_state`."""
+        return float(self.learning_rate(updates) * schedules.plateau_scale(opt_state))
+
 
 # The published groups. In every family a weight is called 'w', whereas gains, biases, skip gains
 # and batch norm's scale and offset have other names; and the classifier is the one linear layer

@@ -7,7 +7,7 @@ so that whatever reads runs can read them too.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -224,9 +224,7 @@ def loss_landscape(config: ConfigDict, directory, compiled: Compiled) -> dict[st
     rate = float(np.asarray(experiment.optimizer.hyperparameters.learning_rate))
     sizes = [size * rate for size in STEP_SIZES]
     lines: list[tuple[int, dict[str, float]]] = []
-    checkpoints = CheckpointReader(os.path.join(directory, 'checkpoints'))
-    for step in (0, *sorted(checkpoints.steps())):
-        state = _state_at(experiment, directory, step)
+    for step, state in _states(experiment, directory):
         at = functools.partial(value_and_grad, state=state.state, batch=batch)
         lines.append((step, landscape.along_gradient(at, state.params, sizes)))
     medians = {name: float(np.median([line[name] for _, line in lines])) for name in lines[0][1]}
@@ -276,16 +274,19 @@ MEASUREMENTS: dict[str, Measurement] = {
 
 
 def _final_state(experiment: Experiment, directory) -> TrainState:
-    return _state_at(experiment, directory, experiment.total_steps)
-
-
-def _state_at(experiment: Experiment, directory, step: int) -> TrainState:
-    """Returns the state of a run at a checkpoint, or the initial one at step 0."""
-    if step == 0:
-        return init_state(experiment)
     template = jax.eval_shape(lambda: init_state(experiment))
     checkpoints = CheckpointReader(os.path.join(directory, 'checkpoints'))
-    return checkpoints.restore(step, template)
+    return checkpoints.restore(experiment.total_steps, template)
+
+
+def _states(experiment: Experiment, directory) -> Iterator[tuple[int, TrainState]]:
+    """Yields step and state at initialization and at every checkpoint of a run."""
+    initial = init_state(experiment)
+    yield 0, initial
+    template = jax.eval_shape(lambda: initial)
+    checkpoints = CheckpointReader(os.path.join(directory, 'checkpoints'))
+    for step in sorted(checkpoints.steps()):
+        yield step, checkpoints.restore(step, template)
 
 
 def _step_mib(experiment: Experiment) -> float:
