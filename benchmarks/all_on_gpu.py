@@ -1,7 +1,8 @@
 """Measures on a GPU everything that docs/performance.md has no figures of, within 20 minutes.
 
     pip install 'nfnets_jax[cuda]' torch timm
-    python -m benchmarks.all_on_gpu --out=DIR [--target=H100:1] [--minutes=20] [--quick] [--write]
+    python -m benchmarks.all_on_gpu --out=runs/gpu
+    python -m benchmarks.all_on_gpu --out=runs/gpu --write
 
 In this order, as far as the time goes: the training step of NFNet-F0, NFNet-F1 and NF-ResNet-50
 beside timm under torch.compile, at batch 32 and at doubled batches as long as they are faster; the
@@ -55,7 +56,9 @@ class Result:
 
 def main(argv=None):
     parser = command_help.parser(__doc__)
-    parser.add_argument('--target', default='H100:1', help='as experiments.preflight takes it')
+    parser.add_argument(
+        '--target', default='H100:1', help='as experiments.preflight takes it; default: H100:1'
+    )
     parser.add_argument('--minutes', type=float, default=20.0, help='default: 20')
     parser.add_argument('--out', required=True, type=files.expand, help='directory of the results')
     parser.add_argument('--quick', action='store_true', help='tiny networks, to try the commands')

@@ -1,9 +1,8 @@
 """Estimates the cost of the augmentation on a TPU with the TPU's compiler; needs no TPU.
 
     pip install 'nfnets_jax[tpu]'
-    python -m benchmarks.augmentation_tpu [--targets=v5e:2x2,v6e:2x2] [--batch=32]
-        [--image-size=192] [--magnitude=5] [--step=v5e:38.74,v6e:19.06] [--form=ours,groups]
-        [--json=FILE]
+    python -m benchmarks.augmentation_tpu
+    python -m benchmarks.augmentation_tpu --targets=v5e:2x2 --form=ours
 
 The recipe is the published one: flip, MixUp and CutMix, four layers of RandAugment, normalization.
 A conditional counts by the probability of its branches. `cycles` are in millions. They do not
@@ -28,7 +27,11 @@ from nfnets_jax.augment import operations, packed_images
 def main(argv=None):
     options = {'targets': 'v5e:2x2,v6e:2x2', 'batch': 32, 'image_size': 192, 'magnitude': 5.0}
     parser = timing.parser(__doc__, **options)
-    parser.add_argument('--step', default='v5e:38.74,v6e:19.06', help='million cycles of a step')
+    parser.add_argument(
+        '--step',
+        default='v5e:38.74,v6e:19.06',
+        help='million cycles of a step; default: v5e:38.74,v6e:19.06',
+    )
     parser.add_argument('--form', default='ours,groups', help='ours, or groups: as on a CPU')
     args = parser.parse_args(argv)
     if missing := extras.how_to_install('libtpu'):

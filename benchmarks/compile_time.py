@@ -1,6 +1,7 @@
 """Measures how long a training step takes to compile, with and without a scan over equal blocks.
 
-    python -m benchmarks.compile_time [--models=NFNet-F0,NFNet-F3,NFNet-F6] [--image-size=64]
+    python -m benchmarks.compile_time
+    python -m benchmarks.compile_time --models=NFNet-F0,NFNet-F6 --image-size=32
 
 The step is the loss and its gradient on two images. Lowering (Python and JAX, down to StableHLO)
 and compilation (XLA) are separate; nothing is run, and no compilation cache is used. Seconds are

@@ -1,7 +1,8 @@
 """Measures every implementation of the convolutions of networks, and writes the lookup table.
 
-    python -m benchmarks.convolution [--networks=NFNet-F0:192,NF-ResNet-50:224] [--batch=32]
-        [--dtype=bfloat16] [--rounds=5] [--seconds=0.2] [--loop] [--write] [--json=FILE]
+    python -m benchmarks.convolution
+    python -m benchmarks.convolution --networks=NFNet-F0:96 --batch=8 --dtype=float32 --loop
+    python -m benchmarks.convolution --write
 
 Prints milliseconds of the forward pass, the input's gradient and the weight's gradient, and seconds
 to compile the three, for each implementation at each signature of a convolution in the networks.

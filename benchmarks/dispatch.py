@@ -1,6 +1,7 @@
 """Measures a step's cost on the host, by the number of leaves of the training state.
 
-    python -m benchmarks.dispatch [--leaves=100,300,900] [--rounds=20] [--json=FILE]
+    python -m benchmarks.dispatch
+    python -m benchmarks.dispatch --leaves=900 --rounds=50
 
 The step adds one to small leaves, so almost all of its time is dispatch: an F0's state has about
 900 leaves (parameters, momentum, average), an F7's six times as many. Rows:

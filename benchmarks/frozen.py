@@ -1,7 +1,7 @@
 """Measures one step of the runner: training everything, or the classifier alone.
 
-    python -m benchmarks.frozen [--model=NF-ResNet-50] [--image-size=64] [--batch=16] [--classes=10]
-        [--rho=0] [--accumulate=1] [--rounds=5] [--json=FILE]
+    python -m benchmarks.frozen
+    python -m benchmarks.frozen --model=NFNet-F0 --rho=0.05
 
 The step is that of `experiments.train`, on synthetic images: augmentation, loss, gradient, AGC,
 Nesterov momentum and the moving average. Rows, which take turns in one process:

@@ -1,7 +1,7 @@
 """Measures inference: throughput of a batch and latency of one image, beside timm.
 
-    python -m benchmarks.inference [--model=NFNet-F0] [--image-size=96] [--batch=8]
-        [--dtype=float32] [--rounds=5] [--json=FILE]
+    python -m benchmarks.inference
+    python -m benchmarks.inference --model=NFNet-F0 --image-size=192 --dtype=bfloat16
 
 Rows, which take turns in one process:
 
@@ -61,7 +61,9 @@ def prepare(row: str, batch: int, args: argparse.Namespace):
 
 def main(argv=None):
     parser = timing.parser(__doc__, model='NFNet-F0', image_size=96, batch=8, rounds=5)
-    parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
+    parser.add_argument(
+        '--dtype', default='float32', choices=['float32', 'bfloat16'], help='default: float32'
+    )
     args = parser.parse_args(argv)
 
     names = ['ours', 'folded']

@@ -1,6 +1,7 @@
 """Measures the training input from JPEG files to uint8 batches, beside Pillow and tf.data.
 
-    python -m benchmarks.input_pipeline --images=DIR [--tensorflow=PYTHON] [--rounds=3]
+    python -m benchmarks.input_pipeline --images=DIR
+    python -m benchmarks.input_pipeline --images=DIR --batches=48 --tensorflow=PATH/TO/PYTHON
 
 `--images` holds JPEGs, at any depth. Every row reads the same files in random order, crops them at
 random (8 to 100 % of the area), resizes to 224 pixels and flips, with as many threads as there are
@@ -43,9 +44,9 @@ def main() -> None:
     path = os.path.expanduser
     parser.add_argument('--images', '--pictures', type=path, required=True, help='with JPEGs')
     parser.add_argument('--tensorflow', type=path, help='a Python that has TensorFlow')
-    parser.add_argument('--rounds', type=int, default=3)
-    parser.add_argument('--batches', type=int, default=16)
-    parser.add_argument('--threads', type=int, default=os.cpu_count())
+    parser.add_argument('--rounds', type=int, default=3, help='default: 3')
+    parser.add_argument('--batches', type=int, default=16, help='default: 16')
+    parser.add_argument('--threads', type=int, default=os.cpu_count(), help='default: one a core')
     parser.add_argument('--row', choices=_ROWS, help='measure only this row, in this process')
     args = parser.parse_args()
     if args.row:

@@ -1,6 +1,7 @@
 """Trains for 20,000 steps, to see whether memory grows or steps become slower.
 
     python -m benchmarks.long_run --workdir=runs/long --out=docs/long_run.png
+    python -m benchmarks.long_run --workdir=runs/short --out=runs/short.png --steps=2000
 
 The steps of a narrow NF-ResNet-8 on 8x8 digits take milliseconds, so that the runner's own work on
 steps, log lines, evaluations and checkpoints dominates. The figure shows images per second at each

@@ -1,6 +1,7 @@
 """Measures the optimizer's update of an NFNet-F0: momentum SGD alone, after AGC, after optax's AGC.
 
-    python -m benchmarks.optimizer [--model=NFNet-F0] [--rounds=15] [--json=FILE]
+    python -m benchmarks.optimizer
+    python -m benchmarks.optimizer --model=NF-ResNet-50 --rounds=30
 
 They take turns in one process, compiled with donated parameters and state. Momentum SGD must read
 the parameters, the gradient and the momentum and write two of them back: 5 passes, the floor. AGC

@@ -1,8 +1,8 @@
 """What training steps are once compiled: cycles on TPUs, kernels and bytes on GPUs; none is run.
 
     pip install 'nfnets_jax[tpu]' 'nfnets_jax[cuda]'
-    python -m benchmarks.programs --json=FILE [--models=NFNet-F0,NFNet-F1,NF-ResNet-50]
-        [--targets=v3:2x2,v5e:2x2,H100:1] [--rows=32] [--augment] [--nocompile]
+    python -m benchmarks.programs --json=FILE
+    python -m benchmarks.programs --json=FILE --models=NFNet-F0 --targets=v5e:2x2 --augment
 
 The step is the runner's, with AGC, decay, Nesterov and moving average, in bfloat16, for so many
 --rows on each device; with --augment the published augmentation is in it. `ms` is the

@@ -1,7 +1,7 @@
 """Measures the runner's own training step and evaluation on this machine's devices.
 
-    python -m benchmarks.runner_step [--model=NFNet-F0] [--rows=32] [--rounds=5]
-        [--set=model.width=0.25] [--target=H100:1] [--json=FILE]
+    python -m benchmarks.runner_step
+    python -m benchmarks.runner_step --model=NF-ResNet-50 --rows=64 --set=model.width=0.25
 
 The programs are those of the published recipe, with AGC, decay, Nesterov, moving average and, in
 the first row, the published augmentation. Images are made, and lie on the devices: nothing is
@@ -9,9 +9,9 @@ decoded. `share` is the row's part of the first row's time, so 1 less that of `n
 share of the augmentation. `GB` is what the compiler needs, `GB peak` what the device had allocated
 at most by the end of the benchmark, where it tells.
 
-With --target the training steps are also compiled as experiments.preflight compiles them: `kernels`
-and `GB moved` of a step, and `bound ms`, the time that the device's memory or arithmetic needs for
-it at the least.
+With --target=H100:1 the training steps are also compiled as experiments.preflight compiles them:
+`kernels` and `GB moved` of a step, and `bound ms`, the time that the device's memory or arithmetic
+needs for it at the least.
 """
 
 import ast
@@ -34,7 +34,7 @@ from experiments.run.batches import eval_batch_size
 def main(argv=None):
     parser = timing.parser(__doc__, model='NFNet-F0', rows=32, rounds=5)
     parser.add_argument('--set', action='append', default=[], help='KEY=VALUE in the config')
-    parser.add_argument('--target', help='as experiments.preflight takes it, such as H100:1')
+    parser.add_argument('--target', help='as experiments.preflight takes it')
     args = parser.parse_args(argv)
     batch_size = args.rows * jax.local_device_count()
     changes = {

@@ -1,6 +1,7 @@
 """Measures the gradient of SAM against the plain gradient, by the share of the batch that climbs.
 
-    python -m benchmarks.sam [--model=NF-ResNet-50] [--batch=20] [--image-size=64] [--rounds=5]
+    python -m benchmarks.sam
+    python -m benchmarks.sam --model=NFNet-F0 --batch=8
 
 The ascent costs its fraction of a plain gradient plus one pass over the parameters.
 """

@@ -1,7 +1,7 @@
 """Measures one training step of a network, beside plain XLA convolutions and beside timm.
 
-    python -m benchmarks.train_step [--model=NFNet-F0] [--image-size=96] [--batch=8]
-        [--dtype=float32] [--rounds=5] [--rows=ours,plain,timm] [--json=FILE]
+    python -m benchmarks.train_step --rows=ours,timm,'timm bare',plain
+    python -m benchmarks.train_step --model=ResNet-20 --image-size=32 --batch=128 --rows=ours,torch
 
 A step is loss, gradient, AGC, weight decay, Nesterov momentum and the moving average of the
 parameters. Rows, which take turns in one process:
@@ -115,9 +115,11 @@ def prepare(row: str, args: argparse.Namespace):
 
 def main(argv=None):
     parser = timing.parser(__doc__, model='NFNet-F0', image_size=96, batch=8, rounds=5)
-    parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
+    parser.add_argument(
+        '--dtype', default='float32', choices=['float32', 'bfloat16'], help='default: float32'
+    )
     parser.add_argument('--rows', default='ours,plain,timm,timm bare', help=','.join(ROWS))
-    parser.add_argument('--peak-tflops', type=float)
+    parser.add_argument('--peak-tflops', type=float, help='of the device, for MFU')
     parser.add_argument('--cpu-devices', type=int, default=1, help='cores that our rows share')
     args = parser.parse_args(argv)
     wanted = args.rows.split(',')

@@ -1,4 +1,4 @@
-"""Links, anchors and file names in the documents lead to files that exist."""
+"""Links, anchors and file names in the documents lead to files that exist, and tables are whole."""
 
 import pathlib
 import re
@@ -72,9 +72,26 @@ def broken(document, text):
     return faults
 
 
+def torn_tables(text):
+    """First lines of tables that have no header, or rows of different numbers of cells."""
+    faults = []
+    for table in re.findall(r'^(?:\|.*\n?)+', prose(text), re.M):
+        rows = table.splitlines()
+        rows_of_code = [re.sub(r'`[^`]*`', '', row).replace('\\|', '') for row in rows]
+        headed = len(rows) > 1 and re.fullmatch(r'[|: -]+', rows[1])
+        if not headed or len({row.count('|') for row in rows_of_code}) > 1:
+            faults.append(rows[0])
+    return faults
+
+
 @pytest.mark.parametrize('document', DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 def test_links_and_file_names_exist(document):
     assert not broken(document, document.read_text())
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
+def test_tables_are_whole(document):
+    assert not torn_tables(document.read_text())
 
 
 def test_the_page_of_fields_is_that_of_their_declarations():
@@ -95,3 +112,10 @@ def test_the_page_of_fields_is_that_of_their_declarations():
 )
 def test_a_broken_one_is_found(text):
     assert broken(ROOT / 'CHANGELOG.md', text)
+
+
+def test_a_torn_table_is_found():
+    whole = '| a | b |\n|---|---|\n| 1 | `x | y` |\n| 2 | \\|x\\| |\n'
+    assert not torn_tables(whole)
+    assert torn_tables(f'{whole}\n| 3 | 4 |\n') == ['| 3 | 4 |']
+    assert torn_tables(f'{whole}| 3 |\n') == ['| a | b |']

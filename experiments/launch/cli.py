@@ -232,7 +232,11 @@ def _parse(
         _fail(str(error))
     except (flags.Error, TypeError, ValueError) as error:  # The value of some flag.
         missing = re.search(r'Flag (--\w+) must have a value other than None', str(error))
-        _fail(f'{missing[1]} is missing: see --help' if missing else _one_line(error))
+        _fail(
+            (missing and f'{missing[1]} is missing: see --help')
+            or (loaded and _of_a_field(error, argv, _declared(loaded.config, declared)))
+            or _one_line(error)
+        )
     except SystemExit as ending:
         sys.exit(0 if ending.code == 1 else ending.code)  # absl ends --helpfull with 1.
 
@@ -298,11 +302,30 @@ def _load(config: str) -> tuple[ConfigDict, Sequence[str]]:
 def _describe_config(
     loaded: _Loaded, declared: Callable[[ConfigDict], Mapping[str, Option]] | None
 ) -> None:
-    from experiments.config import declared as declared_config  # here: a slow import
-
-    known = (declared or declared_config)(loaded.config)
+    known = _declared(loaded.config, declared)
     path = loaded.given.partition(':')[0]
     print(*config_help.describe(path, loaded.variants, known, loaded.config), sep='\n')
+
+
+def _declared(
+    config: ConfigDict, declared: Callable[[ConfigDict], Mapping[str, Option]] | None
+) -> Mapping[str, Option]:
+    from experiments.config import declared as declared_config  # here: a slow import
+
+    return (declared or declared_config)(config)
+
+
+def _of_a_field(error: Exception, argv: Sequence[str], known: Mapping[str, Option]) -> str:
+    """Says what the field must be whose value absl cannot parse; '' if no field is the reason."""
+    for argument in (argument.lstrip('-') for argument in argv):
+        name, _, value = argument.partition('=')
+        if str(error).startswith(f'flag --{argument}: '):
+            option, inner = None, known
+            for key in name.split('.')[1:]:
+                option = inner.get(key)
+                inner = (option.inner if option else None) or {}
+            return f'{name}={value}: must be {option.wants}' if option else ''
+    return ''
 
 
 def _set_options(config: ConfigDict, argv: Sequence[str]) -> list[str]:

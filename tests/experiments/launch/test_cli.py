@@ -48,6 +48,12 @@ def get_config(arg=''):
     return config
 """
 
+WHOLE = """
+from experiments.config import default_config
+def get_config():
+    return default_config()
+"""
+
 
 @pytest.fixture(scope='module')
 def directory(tmp_path_factory):
@@ -61,6 +67,7 @@ def directory(tmp_path_factory):
             'print([config.value.model.to_dict(), config.value.data.to_dict()])',
         )
     )
+    (path / 'whole.py').write_text(WHOLE)
     (path / 'syntax.py').write_text('def get_config(:\n')
     (path / 'empty.py').write_text('x = 1\n')
     (path / 'plain.py').write_text(CONFIG.replace("arg=''", '').replace('arg', "''"))
@@ -126,6 +133,17 @@ def test_options_that_the_file_does_not_name_can_be_set_one_by_one(directory):
         (['--config=plain.py:x'], 'get_config() of plain.py takes no argument'),
         (['--config=good.py:locked'], 'good.py:6: AttributeError'),
         (['--config=good.py:raises'], 'good.py:8: ZeroDivisionError: division by zero'),
+        (
+            ['--config=whole.py', '--config.batch_size=2.5'],
+            'config.batch_size=2.5: must be an integer of at least 1\n',
+        ),
+        (
+            ['--config=whole.py', '--config.optimizer.clip.clipping=a: b'],
+            'config.optimizer.clip.clipping=a: b: must be a number above 0\n',
+        ),
+        (['--config=whole.py', '--noconfig.augment.flip=1'], '=1 does not take an argument'),
+        (['--config=whole.py', '--config.augment.flip=maybe'], 'must be True or False\n'),
+        (['--config=whole.py', '--config.sam=8'], 'config.sam=8: must be a mapping of fields: '),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(directory, arguments, message):
