@@ -4,7 +4,7 @@ REQUIREMENTS ?= requirements.txt
 BIN := .venv/bin
 INSTALLED := .venv/.requirements-installed
 
-.PHONY: setup train test test-fast lint docs lock
+.PHONY: setup train test pytest test-fast lint docs lock
 
 setup: $(INSTALLED)
 
@@ -24,7 +24,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint pytest
+
+pytest: setup
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 # AGC, layers, optimizers, convolutions, data and configs: two minutes, and no run is trained.

@@ -75,7 +75,9 @@ def test_runs_as_a_file(name, place, tmp_path):
     done = python(os.path.relpath(FOLDER / f'{name}.py', cwd), cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert done.stdout
-    assert not done.stderr
+    # jaxlib 0.10.1 and earlier say this of every program that they read from a cache.
+    lines = [x for x in done.stderr.splitlines() if 'Loading XLA:CPU AOT result' not in x]
+    assert not lines
 
 
 def runnable(folder):
@@ -98,4 +100,4 @@ def test_a_command_runs_as_a_file(name, tmp_path):
 def test_a_benchmark_runs_as_a_file(name, tmp_path):
     done = python(ROOT / 'benchmarks' / f'{name}.py', '--help', cwd=tmp_path)
     assert 'Traceback' not in done.stderr
-    assert done.stdout.count(f'python -m benchmarks.{name}') == 2
+    assert done.stdout.count(f'python -m benchmarks.{name}') >= 2

@@ -19,10 +19,11 @@ def images():
     return np.random.default_rng(0).integers(1, 256, (N, HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
+ALL = range(N)
 make_keys = jax.jit(augment.example_keys)
 
 
-def keys(step=0, seed=0, positions=range(N)):
+def keys(step=0, seed=0, positions=ALL):
     return make_keys(seed, step, jnp.asarray(positions))
 
 

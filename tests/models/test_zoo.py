@@ -170,9 +170,12 @@ def test_a_batch_norm_in_the_stem_is_all_that_stem_bn_adds(random_variables):
 
 
 def assert_close(got, want, tolerance):
-    """Equal up to `tolerance` of each array's largest entry (of rounding, where that is all)."""
+    """Equal up to `tolerance` of each array's largest entry (of rounding, where that is all).
+
+    The gradient of a bias before a batch normalization is rounding alone: 1e-7 with jaxlib 0.10.1.
+    """
 
     def check(a, b):
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-4))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 3e-4))
 
     jax.tree.map(check, got, want)

@@ -195,7 +195,6 @@ def arrays_file(path, shift=0, count=8):
     ],
 )
 def test_arrays_are_compared_too(tmp_path, name, then, now, words):
-
     def record(**options):
         arrays_file(tmp_path / 'a.npz', **options)
         config = config_of('')
