@@ -67,7 +67,8 @@ def main(paths: list[str]) -> None:
     if not weights.metadata.num_classes:
         raise UsageError(f'{source} have no classifier: see experiments.embed')
     images = list(image_files.expand_directories(paths))
-    line = f'{source}: {pretrained.describe(weights)}; {len(images):,} images; compiling'
+    count = f'{len(images):,} image{"s" if len(images) > 1 else ""}'
+    line = f'{source}: {pretrained.describe(weights)}; {count}; compiling'
     print(line, file=sys.stderr, flush=True)
     unreadable = 0
     options = args.top, args.batch_size, args.threshold

@@ -75,7 +75,8 @@ def main(paths: list[str]) -> None:
         raise UsageError(missing)
     source, weights = weights_flags.load()
     images = list(image_files.expand_directories(paths))
-    line = f'{source}: {pretrained.describe(weights)}; {len(images):,} images; compiling'
+    count = f'{len(images):,} image{"s" if len(images) > 1 else ""}'
+    line = f'{source}: {pretrained.describe(weights)}; {count}; compiling'
     print(line, file=sys.stderr, flush=True)
     embedded, features = [], []
     for path, result in embed(weights, images, args.batch_size):

@@ -147,6 +147,6 @@ def describe_next_steps(summary: Mapping[str, Any], path: str) -> str:
 curves:       {path}/curves.png
 look closer:  {os.path.join(os.path.dirname(python), 'tensorboard')} --logdir={path}
 evaluate:     {python} -m experiments.evaluate --workdir={path}
-continue:     a stopped run continues with the same command; to train for longer, give another
-              --workdir and --config.duration
+continue:     the same command resumes a stopped run; to train for longer,
+              give another --workdir and --config.duration
 """
