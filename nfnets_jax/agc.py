@@ -293,7 +293,8 @@ def _clip_in_groups(
         first = leaves[members[0]]
         pairs = tuple((_parts(grads[i]), _parts(weights[i])) for i in members)
         axes = tuple(leaves[i].axes for i in members)
-        grad_norm, norm = (_over_mesh(x, first.sum_over) for x in _norms(pairs, axes, tiny))
+        norms = _norms_traced_once(pairs, axes, tiny, joined)
+        grad_norm, norm = (_over_mesh(x, first.sum_over) for x in norms)
         dtype = np.promote_types(grad_norm.dtype, norm.dtype)
         grad_norm, norm = grad_norm.astype(dtype), norm.astype(dtype)
         bound = jnp.asarray(first.clipping, dtype) * jnp.maximum(norm, jnp.asarray(eps, dtype))
@@ -367,9 +368,12 @@ _Parts = tuple[jax.Array, ...]
 _Sums = Callable[[Sequence[jax.Array], tuple[int, ...]], Sequence[jax.Array]]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _norms(
-    pairs: tuple[tuple[_Parts, _Parts], ...], axes: tuple[tuple[int, ...], ...], tiny: bool
+    pairs: tuple[tuple[_Parts, _Parts], ...],
+    axes: tuple[tuple[int, ...], ...],
+    tiny: bool,
+    joined: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns L2 norms of the first and of the second array of all pairs, as two vectors.
 
@@ -402,11 +406,11 @@ def _norms(
         first, second = zip(*powers, strict=True)
         return _choose(of_first, first), _choose(of_second, second)
 
-    first, second = jax.lax.platform_dependent(
-        *leaves,
-        tpu=functools.partial(norms, 0, _sums_together),
-        default=functools.partial(norms, _SMALL, _sums_apart),
-    )
+    apart = functools.partial(norms, _SMALL, _sums_apart)
+    if not joined:  # The form of a CPU.
+        return apart(*leaves)
+    together = functools.partial(norms, 0, _sums_together)
+    first, second = jax.lax.platform_dependent(*leaves, tpu=together, default=apart)
     return first, second
 
 
@@ -496,11 +500,15 @@ def _choose(sums: Sequence[Sequence[jax.Array]], exponents: Sequence[Sequence[in
 
 @_norms.defjvp
 def _norms_jvp(
-    axes: tuple[tuple[int, ...], ...], tiny: bool, primals: tuple[Any, ...], tangents: Any
+    axes: tuple[tuple[int, ...], ...],
+    tiny: bool,
+    joined: bool,
+    primals: tuple[Any, ...],
+    tangents: Any,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """The derivative is the unit vector along the numbers; 0 at 0."""
     (pairs,), (changes,) = primals, tangents
-    norms = _norms(pairs, axes, tiny)
+    norms = _norms(pairs, axes, tiny, joined)
     shapes = [_kept(parts[0].shape, over) for (parts, _), over in zip(pairs, axes, strict=True)]
 
     def along(norm: jax.Array, side: int) -> jax.Array:
@@ -515,6 +523,10 @@ def _norms_jvp(
         return jnp.concatenate(totals)
 
     return norms, (along(norms[0], 0), along(norms[1], 1))
+
+
+# Leaves repeat their shapes. `inline`: the program is as without this, only its trace is shared.
+_norms_traced_once = jax.jit(_norms, static_argnums=(1, 2, 3), inline=True)
 
 
 def _over_mesh(norm: jax.Array, names: tuple[str, ...]) -> jax.Array:

@@ -46,7 +46,7 @@ def conv2d(
     choices = {platform: impl for platform, impl in choices.items() if impl != XLA}
     if not choices:
         return xla(options, x, w)
-    return _per_platform(tuple(choices.items()), options, x, w)
+    return _traced_once(tuple(choices.items()), options, x, w)
 
 
 class ConvOptions(NamedTuple):
@@ -128,6 +128,13 @@ def _forward(choices, options, x, w):
 
 
 def _backward(choices, options, residuals, cotangent):
+    return _gradients(choices, options, *residuals, cotangent)
+
+
+# A network repeats its convolutions. `inline`: the program is as without jit, only its trace is
+# shared.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _gradients(choices, options, x, w, cotangent):
     def gradients(impl: Impl, x: Array, w: Array, cotangent: Array) -> tuple[Array, Array]:
         if impl.input_gradient == impl.weight_gradient:  # One trace is a tenth faster.
             _, to_both = jax.vjp(functools.partial(IMPLS[impl.input_gradient], options), x, w)
@@ -136,10 +143,11 @@ def _backward(choices, options, residuals, cotangent):
         _, to_w = jax.vjp(lambda w: IMPLS[impl.weight_gradient](options, x, w), w)
         return *to_x(cotangent), *to_w(cotangent)
 
-    return _lower(gradients, choices, *residuals, cotangent)
+    return _lower(gradients, choices, x, w, cotangent)
 
 
 _per_platform.defvjp(_forward, _backward)
+_traced_once = jax.jit(_per_platform, static_argnums=(0, 1), inline=True)
 
 
 def _lower(function: Callable, choices: tuple[tuple[str, Impl], ...], *arrays: Array):

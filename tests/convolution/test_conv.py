@@ -202,3 +202,25 @@ def _conditionals(jaxpr):
                 yield from _conditionals(value.jaxpr)
             elif hasattr(value, 'eqns'):
                 yield from _conditionals(value)
+
+
+def test_a_repeated_convolution_is_traced_once(monkeypatch):
+    traced = []
+
+    def counted(options, x, w):
+        traced.append(x.shape)
+        return conv.xla(options, x, w)
+
+    monkeypatch.setattr(conv, 'IMPLS', dict.fromkeys(conv.IMPLS, counted))
+
+    def traces(repeats, size):
+        traced.clear()
+        x, w = jnp.ones((1, size, size, 8)), jnp.ones((3, 3, 8, 8))
+
+        def out(w):
+            return functools.reduce(lambda x, _: conv.conv2d(x, w), range(repeats), x).sum()
+
+        jax.jit(jax.grad(out)).lower(w)
+        return len(traced)
+
+    assert traces(repeats=9, size=13) == traces(repeats=3, size=14) > 0
