@@ -270,6 +270,21 @@ def test_squeeze_excite_has_a_hidden_unit_at_least():
     assert params['squeeze_excite/~/linear']['w'].shape == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ('channels', 'divisor', 'rounded'),
+    [(11.9, 8, 8), (12, 8, 16), (27, 8, 24), (3, 8, 8), (2.5, 1, 3), (0.2, 1, 1)],
+)
+def test_channels_are_rounded_to_the_nearest_multiple(channels, divisor, rounded):
+    assert layers.round_to(channels, divisor) == rounded
+
+
+@pytest.mark.parametrize(('divisor', 'hidden'), [(1, 2), (2, 2), (3, 3)])
+def test_hidden_units_of_squeeze_excite_are_cut_off_unless_a_divisor_rounds_them(divisor, hidden):
+    network = hk.transform(lambda x: layers.SqueezeExcite(11, 0.25, divisor)(x))
+    params = jax.eval_shape(network.init, jax.random.key(0), normal(1, 2, 2, 11))
+    assert params['squeeze_excite/~/linear']['w'].shape == (11, hidden)
+
+
 def test_efficient_channel_attention_convolves_the_channels_means():
     x = normal(3, 4, 4, 16)
     params, _, gates, _ = init_and_apply(lambda: layers.EfficientChannelAttention(16), x)

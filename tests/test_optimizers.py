@@ -351,7 +351,8 @@ def test_plateau_scales_what_a_constant_rate_would_do(name):
     changes |= {'schedule__warmup': '2 steps', 'schedule__every': '1 epoch'}
     plateau = {'schedule__name': 'plateau', 'schedule__patience': 1, 'schedule__factor': 0.5}
     constant = _create(_config(**changes, schedule__name='constant')).transformation
-    optimizer = _create(_config(**changes, **plateau)).transformation
+    created = _create(_config(**changes, **plateau))
+    optimizer = created.transformation
     with jax.numpy_dtype_promotion('strict'):
         states = constant.init(params), optimizer.init(params)
         losses, scales = [3, 2, 3, 3, 2, 2, 2, 2], [1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25]
@@ -361,6 +362,7 @@ def test_plateau_scales_what_a_constant_rate_would_do(name):
             chex.assert_trees_all_equal(found, jax.tree.map(lambda x, s=scale: x * s, updates))
             states = plain, state
             assert schedules.plateau_scale(state) == scale
+        assert created.last_rate(8, state) == created.learning_rate(8) * 0.25
     # Runs without it have the state of earlier versions.
     assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(plain)) + 6
 

@@ -123,6 +123,14 @@ def test_own_files_come_back_whole(weights, tmp_path):
     assert again.metadata == SMALL
 
 
+def test_metadata_of_own_files_are_read_without_the_arrays(weights, tmp_path, monkeypatch):
+    save_weights(tmp_path / 'w.safetensors', weights)
+    monkeypatch.delattr(pretrained, '_load_file')
+    assert pretrained.load_metadata(tmp_path / 'w.safetensors', 'NF-ResNet-8') == SMALL
+    with pytest.raises(UsageError, match='NF-ResNet-14'):
+        pretrained.load_metadata(tmp_path / 'w.safetensors', 'NF-ResNet-14')
+
+
 def test_the_state_of_batch_norm_travels_too(tmp_path):
     weights = random_weights(Metadata(model='ResNet-8', num_classes=2, options={'width': 0.5}))
     save_weights(tmp_path / 'w.safetensors', weights)

@@ -93,6 +93,15 @@ def test_the_error_is_that_of_seeds_and_of_images():
     assert apart.error > found[-1].error, 'what is not paired scatters more'
 
 
+def test_two_seeds_tell_the_variance_that_images_do_not_explain():
+    """Against the mean square of what is left of seed and image, with one degree of freedom each."""
+    correct = np.random.default_rng(3).random((2, 40)) < [[0.7], [0.8]]
+    runs = Runs(correct.mean(axis=1), correct, 'these')
+    left = correct - correct.mean(axis=1, keepdims=True) - correct.mean(axis=0) + correct.mean()
+    assert runs.rest_variance == pytest.approx((left**2).sum() / 39 / 80)
+    assert runs.by_image == pytest.approx(correct.mean(axis=0))
+
+
 # Options of two arms that are equally good at their best, in logits below it.
 FLAT, PEAKED, NEAR = [0.0] * 5, [-3.0, -3.0, 0.0, -3.0, -3.0], [-0.3, -0.3, 0.0, -0.3, -0.3]
 EQUAL_ARMS = {
