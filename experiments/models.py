@@ -9,13 +9,11 @@ results for timm's own networks. A dash means that this table has none. On a ter
 narrow a row has several lines.
 """
 
-import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from absl import flags
 
-from experiments.launch import cli
+from experiments.launch import cli, output
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError
 
@@ -42,30 +40,18 @@ def row(name: str, num_classes: int) -> tuple[str, ...]:
     )
 
 
-def fold(cells: Sequence[str], columns: int | None) -> str:
-    """Returns a row in one line, or in lines of so many columns, indented from the second on."""
-    lines = [cells[0]]
-    for cell in cells[1:]:
-        if columns is None or len(lines[-1]) + 1 + len(cell) <= columns:
-            lines[-1] += f' {cell}'
-        else:
-            lines.append(f'    {cell}')
-    return '\n'.join(lines)
-
-
 def table(contains: str, num_classes: int, columns: int | None = None) -> Iterator[str]:
     """Yields the rows of the table for the models whose name contains a text."""
     names = [name for name in models.list_models() if contains in name]
     if not names:
         raise UsageError(f'--models={contains}: no model has this in its name')
-    yield fold(HEADER, columns)
+    yield output.fold(HEADER, columns)
     for name in names:
-        yield fold(row(name, num_classes), columns)
+        yield output.fold(row(name, num_classes), columns)
 
 
 def main() -> None:
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for line in table(flags.FLAGS.models, flags.FLAGS.num_classes, columns):
+    for line in table(flags.FLAGS.models, flags.FLAGS.num_classes, output.terminal_columns()):
         print(line, flush=True)
 
 

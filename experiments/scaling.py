@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from experiments.launch import cli
+from experiments.launch import cli, output
 from experiments.run import accelerators
 from nfnets_jax import models
 from nfnets_jax.errors import UsageError, nearest
@@ -179,8 +179,8 @@ def parse_devices(text: str) -> list[tuple[accelerators.Device, int]]:
 
 
 HEADER = (
-    f'{"model":<16}{"devices":>12}{"ms/step":>9}{"images/s":>10}{"all-reduce":>11}{"GB":>7}'
-    f'{"parts":>6}{"remat":>6}{"hours":>8}{"chip-hours":>11}{"$":>9}'
+    *(f'{"model":<16}', f'{"devices":>11}', f'{"ms/step":>8}', f'{"images/s":>9}'),
+    *('all-reduce', f'{"GB":>6}', 'parts', 'remat', f'{"hours":>7}', 'chip-hours', f'{"$":>8}'),
 )
 
 
@@ -192,18 +192,18 @@ def row(
     epochs: float,
     utilisation: float | None,
     price: float | None,
-) -> str:
-    """Returns the line of a network on `count` devices."""
+) -> tuple[str, ...]:
+    """Returns the cells of a network on `count` devices."""
     result = estimate(name, device, count, batch, utilisation)
     steps = epochs * IMAGES / batch
     hours = steps * result.step / 3600
     cost = '-' if price is None else f'{hours * count * price:,.0f}'
     memory = f'{result.memory / 1e9:.1f}' + ('' if result.fits else '!')
     return (
-        f'{name:<16}{f"{count} x {device.name}":>12}{1e3 * result.step:9.1f}'
-        f'{batch / result.step:10,.0f}{result.all_reduce / result.step:11.1%}{memory:>7}'
-        f'{result.accumulate:6}{"yes" if result.remat else "":>6}{hours:8.1f}'
-        f'{hours * count:11,.0f}{cost:>9}'
+        *(f'{name:<16}', f'{f"{count} x {device.name}":>11}', f'{1e3 * result.step:8.1f}'),
+        *(f'{batch / result.step:9,.0f}', f'{result.all_reduce / result.step:10.1%}'),
+        *(f'{memory:>6}', f'{result.accumulate:5}', f'{"yes" if result.remat else "":>5}'),
+        *(f'{hours:7.1f}', f'{hours * count:10,.0f}', f'{cost:>8}'),
     )
 
 
@@ -240,12 +240,12 @@ def table() -> Iterator[str]:
     )
     yield f'COMPUTED, not measured: {share} of the peak'
     yield f'{values.batch:,} examples a step, {values.epochs} epochs of ImageNet'
-    yield HEADER
+    columns = output.terminal_columns()
+    yield output.fold(HEADER, columns)
+    options = values.batch, values.epochs, values.utilisation, values.price
     for name in names:
         for device, count in machines:
-            yield row(
-                name, device, count, values.batch, values.epochs, values.utilisation, values.price
-            )
+            yield output.fold(row(name, device, count, *options), columns)
 
 
 def main() -> None:

@@ -216,7 +216,7 @@ def _parse(
         argv = _expand_config(argv)
         for argument, following in zip(argv[1:], [*argv[2:], ''], strict=False):
             name, equals, value = argument.partition('=')
-            if name in ('-config', '--config'):
+            if name in ('-config', '--config') and 'config' in flags.FLAGS:
                 given = value if equals else following
                 flags.FLAGS['config'].parser = loaded = _Loaded(given)
                 argv = _set_options(loaded.config, argv)

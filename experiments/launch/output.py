@@ -15,8 +15,9 @@ import errno
 import io
 import os
 import select
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 READER_GONE = 141  # exit status: 128 + SIGPIPE, what a shell shows for `yes | head -1`
@@ -94,6 +95,22 @@ class _Descriptor(io.FileIO):
         except OSError as error:
             _lose(self.fileno(), error)
         return len(data)
+
+
+def terminal_columns() -> int | None:
+    """Returns the width of the terminal that shows standard output; None if that is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def fold(cells: Sequence[str], columns: int | None) -> str:
+    """Returns a row of a table in one line, or in lines of so many columns, the later indented."""
+    lines = [cells[0]]
+    for cell in cells[1:]:
+        if columns is None or len(lines[-1]) + 1 + len(cell) <= columns:
+            lines[-1] += f' {cell}'
+        else:
+            lines.append(f'    {cell}')
+    return '\n'.join(lines)
 
 
 def _lose(descriptor: int, error: OSError) -> None:

@@ -155,6 +155,15 @@ def test_a_mistake_is_one_line_and_status_2(directory, arguments, message):
     assert done.stdout == ''
 
 
+@pytest.mark.parametrize('flag', ['--config=configs/digits.py', '--config.batch_size=2'])
+@pytest.mark.parametrize('command', ['augment_gallery', 'classify', 'evaluate', 'report'])
+def test_a_config_is_an_unknown_flag_where_a_command_takes_none(command, flag):
+    done = processes.run(['-m', f'experiments.{command}', flag], cwd=ROOT)
+    unknown = flag.removeprefix('--').partition('=')[0]
+    assert done.stderr.startswith(f"error: Unknown command line flag '{unknown}'")
+    assert (done.returncode, done.stderr.count('\n'), done.stdout) == (2, 1, '')
+
+
 def test_a_config_file_is_run_once(directory, tmp_path):
     (tmp_path / 'counting.py').write_text(
         f'open({str(tmp_path / "runs")!r}, "a").write("x")\n{CONFIG}'

@@ -94,7 +94,7 @@ def test_the_error_is_that_of_seeds_and_of_images():
 
 
 def test_two_seeds_tell_the_variance_that_images_do_not_explain():
-    """Against the mean square of what is left of seed and image, with one degree of freedom each."""
+    """Against the mean square of what is left of the effects of seed and image."""
     correct = np.random.default_rng(3).random((2, 40)) < [[0.7], [0.8]]
     runs = Runs(correct.mean(axis=1), correct, 'these')
     left = correct - correct.mean(axis=1, keepdims=True) - correct.mean(axis=0) + correct.mean()
