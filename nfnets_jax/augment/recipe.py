@@ -115,8 +115,8 @@ def random_shift_crop(
 def random_rotation(keys: jax.Array, images: jax.Array, degrees: int) -> jax.Array:
     """Rotates each of `images`, uint8 [N, H, W, C], by a whole number of degrees.
 
-    Each of -degrees ... degrees is as likely. Pixels are the nearest ones, as by Pillow; outside of
-    the image it is gray.
+    Each of -degrees ... degrees is as likely. Pixels are the nearest ones, those of Pillow but for
+    what `operations` says; outside of the image it is gray.
     """
     drawn = jax.vmap(lambda key: jax.random.randint(key, (), -degrees, degrees + 1))(keys)
     rotations = [Operation('Rotate', float(angle)) for angle in range(1, degrees + 1)]

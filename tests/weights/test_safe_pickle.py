@@ -110,6 +110,24 @@ def test_pickles_written_by_hand_are_refused(data):
         read(data)
 
 
+class ArrayOf:
+    """Pickles as a numpy array with this state."""
+
+    def __init__(self, shape, data):
+        self.state = (1, shape, np.dtype(np.int32), False, data)
+
+    def __reduce__(self):
+        function, arguments = np.zeros(1).__reduce__()[:2]
+        return function, arguments, self.state
+
+
+def test_an_array_is_a_shape_and_bytes():
+    np.testing.assert_array_equal(read(pickle.dumps(ArrayOf((2,), bytes(8)))), [0, 0])
+    for shape, data in [((2,), 'text'), ((2,), [0, 0]), ([2], bytes(8)), ((-2, -1), bytes(8))]:
+        with pytest.raises(safe_pickle.RefusedError, match='it holds an array of'):
+            read(pickle.dumps(ArrayOf(shape, data)))
+
+
 def test_a_pickle_cut_anywhere_is_refused():
     data = pickle.dumps(TREE, protocol=4)
     for end in range(0, len(data) - 1, 37):

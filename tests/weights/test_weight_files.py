@@ -19,19 +19,21 @@ ARRAYS = {
     'stem.gain': np.float64([0.5, 2]),
     'half': np.float16([[1, 2], [3, 4]]),
     'count': np.array(7),
+    'empty': np.zeros((0, 3), np.float32),
 }
 
 
 class Tensor:
-    """Pickles as a PyTorch tensor does; the view of a storage that begins one element later."""
+    """Pickles as a PyTorch tensor does; every second one begins one element into its storage."""
 
     def __init__(self, key: str, array: np.ndarray):
-        self.key, self.array = key, np.asarray(array)
-        self.storage = np.concatenate([np.zeros(1, self.array.dtype), self.array.ravel()])
+        self.key, self.array, self.offset = key, np.asarray(array), int(key) % 2
+        unused = np.zeros(self.offset, self.array.dtype)
+        self.storage = np.concatenate([unused, self.array.ravel()])
 
     def __reduce__(self):
         strides = tuple(n // self.array.itemsize for n in self.array.strides)
-        arguments = (self, 1, self.array.shape, strides, False, {})
+        arguments = (self, self.offset, self.array.shape, strides, False, {})
         return sys.modules['torch._utils']._rebuild_tensor_v2, arguments
 
 
@@ -94,10 +96,12 @@ def state_dict(tensors):
     return tensors
 
 
-def save_legacy_pth(torch, path, arrays):
+MACHINE = {'protocol_version': 1001, 'little_endian': True, 'type_sizes': {'long': 4}}
+
+
+def save_legacy_pth(torch, path, arrays, machine=MACHINE):
     """Writes the stream of pickles of PyTorch before 1.6."""
     tensors = {name: Tensor(str(i), array) for i, (name, array) in enumerate(arrays.items())}
-    machine = {'protocol_version': 1001, 'little_endian': True, 'type_sizes': {'long': 4}}
     with open(path, 'wb') as file:
         for head in (0x1950A86A20F9469CFC6C, 1001, machine):
             pickle.dump(head, file, protocol=2)
@@ -141,6 +145,13 @@ def test_a_truncated_file_is_named_in_one_line(file):
             weight_files.read(file)
         assert str(file) in str(error.value)
         assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('machine', [MACHINE | {'little_endian': False}, {}, 7])
+def test_a_legacy_file_of_another_machine_is_refused(machine, tmp_path, torch):
+    save_legacy_pth(torch, tmp_path / 'weights', ARRAYS, machine)
+    with pytest.raises(UsageError, match='weights .*big-endian machine'):
+        weight_files.read(tmp_path / 'weights')
 
 
 def test_metadata_travel_with_safetensors(tmp_path):
@@ -198,14 +209,14 @@ def test_an_npz_of_objects_is_not_unpickled(tmp_path):
 
 def test_tensors_must_lie_within_their_storage(torch, tmp_path):
     path = tmp_path / 'w'
-    tensor = Tensor('0', np.ones(1000, np.float32))
+    tensor = Tensor('1', np.ones(1000, np.float32))  # begins at 1
     pickled = dump(torch, {'a': tensor})
     for shape in (b'M\xe8\x03', b'M\xe9\x03'):  # 1000, 1001
         with zipfile.ZipFile(path, 'w') as archive:
             archive.writestr(
                 'x/data.pkl', pickled.replace(b'K\x01M\xe8\x03\x85', b'K\x01' + shape + b'\x85')
             )
-            archive.writestr('x/data/0', tensor.storage.tobytes())
+            archive.writestr('x/data/1', tensor.storage.tobytes())
         if shape == b'M\xe8\x03':
             assert weight_files.read(path).arrays['a'].shape == (1000,)
     with pytest.raises(UsageError, match='beyond the end'):
