@@ -22,6 +22,7 @@ from nfnets_jax.errors import UsageError
         ('.25 epochs', 2),  # 2.5 rounds to even
         ('1 Epoch', 10),
         ('10%', 20),
+        ('50%', 100),
         ('0.7 %', 1),
         (' 7 steps ', 7),
         ('0.1%', 1),

@@ -28,9 +28,10 @@ def originals():
     ]
     flat = np.full((48, 61, 3), 200, np.uint8)
     two_values = np.where(np.arange(61)[:, None] < 30, 3, 250) + np.zeros_like(flat)
+    neighbors = np.clip(two_values, 100, 101)
     noise = np.random.default_rng(0).integers(20, 193, flat.shape)
     dim = [image // 2 + 40 for image in photographs]
-    return np.stack([*photographs, *dim, flat, two_values, noise]).astype(np.uint8)
+    return np.stack([*photographs, *dim, flat, two_values, neighbors, noise]).astype(np.uint8)
 
 
 def with_pillow(operation, image, sign):
