@@ -1,3 +1,5 @@
+import zlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -85,6 +87,12 @@ def test_pixels_shrink_with_small_pictures(monkeypatch):
     reach = [dict(operations)['TranslateX'] for operations, *_ in calls]
     np.testing.assert_allclose(reach, [12.5, 100, 100])
     assert [dict(operations)['Cutout'] for operations, *_ in calls] == [5, 40, 40]
+
+
+def test_the_policy_is_as_published():
+    """Compared with policy_v0 of the authors' autoaugment.py line by line; this is its checksum."""
+    assert len(randaugment._POLICY_V0) == 25
+    assert zlib.crc32(repr(randaugment._POLICY_V0).encode()) == 3292130283
 
 
 def test_autoaugment_follows_its_policy(monkeypatch):

@@ -123,7 +123,7 @@ class ArrayOf:
 
 def test_an_array_is_a_shape_and_bytes():
     np.testing.assert_array_equal(read(pickle.dumps(ArrayOf((2,), bytes(8)))), [0, 0])
-    for shape, data in [((2,), 'text'), ((2,), [0, 0]), ([2], bytes(8)), ((-2, -1), bytes(8))]:
+    for shape, data in [((2,), 'textual!'), ((2,), [0] * 8), ([2], bytes(8)), ((-2, -1), bytes(8))]:
         with pytest.raises(safe_pickle.RefusedError, match='it holds an array of'):
             read(pickle.dumps(ArrayOf(shape, data)))
 
