@@ -1,5 +1,6 @@
 # docker build --target=cuda --tag=nfnets_jax:cuda .       also: --target=cpu, --target=tpu
-# docker run --gpus=all nfnets_jax:cuda python -m experiments.train --config=configs/digits.py --workdir=/runs/digits
+# docker run --gpus=all --volume="$PWD/runs:/runs" nfnets_jax:cuda \
+#     python -m experiments.train --config=configs/digits.py --workdir=/runs/digits
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS cpu

@@ -2,13 +2,13 @@ PYTHON ?= python3
 # What to install: REQUIREMENTS=locks/python3.11.txt installs the versions with which the tests passed.
 REQUIREMENTS ?= requirements.txt
 BIN := .venv/bin
-INSTALLED := .venv/.requirements-installed
+INSTALLED := .venv/.$(notdir $(REQUIREMENTS))-installed
 
 .PHONY: setup train test pytest test-fast lint docs lock
 
 setup: $(INSTALLED)
 
-$(INSTALLED): requirements.txt pyproject.toml
+$(INSTALLED): $(REQUIREMENTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'Python 3.11 or newer is needed, for example: make setup PYTHON=python3.12'; exit 1; }
 	$(PYTHON) -m venv .venv

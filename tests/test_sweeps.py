@@ -21,6 +21,8 @@ def test_the_values_are_those_of_the_studys_grid():
     found = {key: tuple(options['values']) for key, options in SWEEP['parameters'].items()}
     assert found == expected
     assert SWEEP['method'] == 'grid'
+    # A run without a moving average logs none.
+    assert SWEEP['metric']['name'] == f'test{"_ema" if planned.base.ema else ""}/top1'
 
 
 @pytest.mark.parametrize('size', sweep.VARIANTS)

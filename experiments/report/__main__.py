@@ -39,6 +39,7 @@ def main() -> None:
 
 def _write(args: flags.FlagValues, directories: Sequence[str | os.PathLike]) -> None:
     found = [reading.load(directory) for directory in directories]
+    static.check_slugs(found)
     out = pathlib.Path(args.out or pathlib.Path(directories[0]) / 'report.html')
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f'--out={out}: give a file, in a directory that exists')

@@ -31,9 +31,7 @@ def write(studies: Sequence[Study], directory: str | os.PathLike, *, made: str) 
     never links to a missing file. The directory is created.
     """
     path = pathlib.Path(directory)
-    slugs = [slug(study) for study in studies]
-    if repeated := {name for name in slugs if slugs.count(name) > 1}:
-        raise UsageError(f'--static: two of the studies would both be written as {min(repeated)}-*')
+    slugs = list(map(slug, studies))
     try:
         path.mkdir(parents=True, exist_ok=True)
         written: list[str] = []
@@ -64,6 +62,16 @@ def write(studies: Sequence[Study], directory: str | os.PathLike, *, made: str) 
 def slug(study: Study) -> str:
     """Returns what the names of a study's files begin with: 'agc-nf-digits'."""
     return _slug(f'{study.name}-{study.size}')
+
+
+def check_slugs(studies: Sequence[Study]) -> None:
+    """Raises a UsageError if the files of two studies would have the same names."""
+    slugs = list(map(slug, studies))
+    if repeated := {name for name in slugs if slugs.count(name) > 1}:
+        raise UsageError(
+            f'--workdir: two of the studies would both be written as {min(repeated)}-*: make a '
+            'report of each, in different directories'
+        )
 
 
 def _slug(text: str) -> str:

@@ -11,6 +11,8 @@ import io
 import json
 import os
 import pathlib
+import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,10 @@ from experiments.report.reading import Study
 from experiments.study import per_image
 from experiments.study.schema import SUMMARY_FILE
 from nfnets_jax import files
-from nfnets_jax.errors import UsageError
+from nfnets_jax.errors import UsageError, first_line
 
 TRIALS_FILE, CORRECT_FILE = 'trials.csv', per_image.PER_IMAGE_FILE
+_DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error)
 
 
 def write(study: Study, directory: str | os.PathLike, prefix: str = '') -> list[str]:
@@ -69,14 +72,21 @@ def restore_all(directory: str | os.PathLike, to: str | os.PathLike) -> list[pat
     """Restores every study whose tables are in a directory; returns their new directories.
 
     Raises:
-      UsageError: there are none.
+      UsageError: there are none, or one is damaged.
     """
-    found = sorted(pathlib.Path(directory).glob(f'*{SUMMARY_FILE}'))
+    found = sorted(pathlib.Path(directory).glob(f'*-{TRIALS_FILE}'))
     if not found:
-        raise UsageError(f'--tables={directory}: holds no *{SUMMARY_FILE}')
-    prefixes = [path.name.removesuffix(SUMMARY_FILE) for path in found]
+        raise UsageError(f'--tables={directory}: holds no *-{TRIALS_FILE}')
+    prefixes = [path.name.removesuffix(TRIALS_FILE) for path in found]
     for prefix in prefixes:
-        restore(directory, pathlib.Path(to) / f'{prefix}restored', prefix)
+        try:
+            restore(directory, pathlib.Path(to) / f'{prefix}restored', prefix)
+        except OSError as error:
+            raise UsageError(f'{error.filename or directory}: {error.strerror or error}') from error
+        except (ValueError, KeyError, TypeError, EOFError, *_DAMAGED_ARCHIVE) as error:
+            raise UsageError(
+                f'--tables={directory}: {prefix}* are damaged: {first_line(error)}'
+            ) from error
     return [pathlib.Path(to) / f'{prefix}restored' for prefix in prefixes]
 
 

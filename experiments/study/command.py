@@ -305,6 +305,7 @@ def _check_configs(
                 schema.check(trial.config)
             else:
                 experiment = _check_config(trial.config, training='train' in study.measure)
+                measurements.check(study.measure, experiment)
                 if (name := data_record.key(trial.config)) not in data:
                     data[name] = data_record.make_record(experiment.splits)
         except UsageError as error:
@@ -504,7 +505,8 @@ def main() -> None:
     args = flags.FLAGS
     study = args.config
     if args.seeds is not None:
-        study.grid.seed = tuple(range(args.seeds))
+        with study.grid.unlocked():
+            study.grid.seed = tuple(range(args.seeds))
     try:
         run_study(
             study,

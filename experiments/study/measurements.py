@@ -7,7 +7,7 @@ so that whatever reads runs can read them too.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from experiments.train_step import (
 )
 from nfnets_jax import augment
 from nfnets_jax.data.sources import Source
+from nfnets_jax.errors import UsageError
 from nfnets_jax.weights.checkpoints import CheckpointReader
 
 
@@ -173,11 +174,12 @@ def batch_dependence(config: ConfigDict, directory, compiled: Compiled) -> dict[
             'dependence/prediction_change': float((predictions[1:] != predictions[0]).mean()),
         }
 
-    probes = _load_images(experiment.test_source, rng.choice(len(experiment.test_source), PROBES))
+    drawn = rng.choice(len(experiment.test_source), PROBES)
+    probes = _load_images(experiment, experiment.test_source, drawn)
     draws = []
     for _ in range(DRAWS):
         chosen = rng.choice(len(experiment.train_source), config.batch_size - 1, replace=False)
-        neighbors = _load_images(experiment.train_source, chosen)[0]
+        neighbors = _load_images(experiment, experiment.train_source, chosen)[0]
         draws.append(
             [logits(np.concatenate([image[None], neighbors]), True)[0] for image in probes[0]]
         )
@@ -187,7 +189,7 @@ def batch_dependence(config: ConfigDict, directory, compiled: Compiled) -> dict[
     chosen = chosen[: min(count, len(chosen) // config.batch_size * config.batch_size)]
     found: dict[bool, list] = {True: [], False: []}
     for part in chosen.reshape(-1, config.batch_size):
-        images, labels = _load_images(experiment.train_source, part)
+        images, labels = _load_images(experiment, experiment.train_source, part)
         for is_training, values in found.items():
             out = logits(images, is_training)
             losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
@@ -214,9 +216,8 @@ def loss_landscape(config: ConfigDict, directory, compiled: Compiled) -> dict[st
     experiment = build(config)
     rng = np.random.default_rng(config.seed)
     images = min(_LANDSCAPE_IMAGES, len(experiment.train_source))
-    batch = _load_images(
-        experiment.train_source, rng.choice(len(experiment.train_source), images, replace=False)
-    )
+    drawn = rng.choice(len(experiment.train_source), images, replace=False)
+    batch = _load_images(experiment, experiment.train_source, drawn)
     key = f'landscape: {config.model.to_json(sort_keys=True)} in {config.precision}'
     value_and_grad = compiled.logits.setdefault(
         key, jax.jit(jax.value_and_grad(_make_loss(experiment)))
@@ -273,6 +274,12 @@ MEASUREMENTS: dict[str, Measurement] = {
 }
 
 
+def check(names: Sequence[str], experiment: Experiment) -> None:
+    """Raises a UsageError if one of the measurements cannot be made of an experiment."""
+    if experiment.multi_label and (wrong := {'batch_dependence', 'loss_landscape'} & set(names)):
+        raise UsageError(f'config.measure: {min(wrong)!r} is for images with one label')
+
+
 def _final_state(experiment: Experiment, directory) -> TrainState:
     template = jax.eval_shape(lambda: init_state(experiment))
     checkpoints = CheckpointReader(os.path.join(directory, 'checkpoints'))
@@ -307,10 +314,14 @@ def _step_mib(experiment: Experiment) -> float:
     return (plan.argument_size_in_bytes + plan.temp_size_in_bytes + outputs) / 2**20
 
 
-def _load_images(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _load_images(
+    experiment: Experiment, source: Source, indices: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images of a source as evaluation sees them, and their labels."""
+    transform = experiment.image_spec.test_transform or (lambda image, rng: image)
     examples = [source[int(i)] for i in indices]
     return (
-        np.stack([example['image'] for example in examples]),
+        np.stack([transform(example['image'], None) for example in examples]),
         np.array([example['label'] for example in examples]),
     )
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -110,6 +111,10 @@ class ImageTable:
                     f'data.label_separator={label_separator!r}: stands in no row of {path}; give '
                     "what is between the labels of an image, or '' where each has one"
                 )
+            if not label_separator and any(isinstance(text, _JoinedList) for text in column):
+                raise UsageError(
+                    f"data.label_separator is missing: {path} has lists of labels; give '|'"
+                )
             labels = [_split_labels(text, label_separator) for text in column]
         self.name, self.origin = f'{path} ({split})', str(path)
         self.left_out: dict[str, int] = collections.Counter()
@@ -199,6 +204,8 @@ def _read(path: pathlib.Path) -> dict[str, Sequence[str]]:
         raise UsageError(f'data.path={str(path)!r}: cannot be read as a table: {reason}') from error
     if not rows:
         raise UsageError(f'data.path={str(path)!r}: has no rows below its header')
+    if repeated := {name for name in header if header.count(name) > 1}:
+        raise UsageError(f'data.path={str(path)!r}: has two columns {min(repeated)!r}')
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise UsageError(
@@ -214,10 +221,14 @@ def _read_parquet(path: pathlib.Path) -> dict[str, Sequence[str]]:
     return {name: list(map(_as_text, table[name].to_pylist())) for name in table.column_names}
 
 
+class _JoinedList(str):
+    """A list of a Parquet file as a text."""
+
+
 def _as_text(value: Any) -> str:
     """Returns a value of a Parquet file as a .csv would have it; '|' separates those of a list."""
     if isinstance(value, list):
-        return '|'.join(map(_as_text, value))
+        return _JoinedList('|'.join(map(_as_text, value)))
     return '' if value is None else str(value)
 
 
@@ -295,7 +306,7 @@ def _split_name(text: str, path: pathlib.Path, row: int) -> str:
 
 def _class_names(labels: Iterable[str]) -> tuple[str, ...]:
     names = set(labels)
-    are_integers = all(name.isdecimal() for name in names)
+    are_integers = all(re.fullmatch(r'-?[0-9]+', name) for name in names)
     return tuple(sorted(names, key=int if are_integers else None))
 
 

@@ -74,6 +74,12 @@ def test_arrays_may_come_from_a_file(tmp_path):
     np.savez(path, **arrays)
     with pytest.raises(UsageError, match=r'pictures.npz.*train_labels are missing: it holds'):
         open_source('arrays', 'train', path=str(path))
+    np.savez_compressed(path, train_labels=[0, 1], **arrays)
+    whole = path.read_bytes()
+    for damaged in (b'', whole[:-30], whole[:200] + bytes(64) + whole[264:]):
+        (tmp_path / 'damaged.npz').write_bytes(damaged)
+        with pytest.raises(UsageError, match=r'damaged\.npz.*: not an \.npz file'):
+            open_source('arrays', 'train', path=str(tmp_path / 'damaged.npz'))
     path.write_text('no archive')
     with pytest.raises(UsageError, match=r'not an \.npz file'):
         open_source('arrays', 'train', path=str(path))

@@ -77,13 +77,13 @@ def test_splits_are_those_of_their_column(images, tmp_path):
 
 def test_integers_are_ordered_by_value_and_paths_get_a_suffix(images, tmp_path):
     rows = [
-        (f'{name}/{i}', 10 if name == 'cat' else 9) for name in ('cat', 'dog') for i in range(6)
+        (f'{name}/{i}', 10 if name == 'cat' else -9) for name in ('cat', 'dog') for i in range(6)
     ]
     path = write(tmp_path / 't.csv', rows, ('id', 'Target'))
     source = ImageTable(
         'train', path, root=str(images), image_column='id', suffix='.png', test_fraction=0.5
     )
-    assert source.class_names == ('9', '10')
+    assert source.class_names == ('-9', '10')
     labels = [source[i]['label'] for i in range(len(source))]
     reds = [decode(source[i]['image'])[0, 0, 0] for i in range(len(source))]
     np.testing.assert_array_equal(np.array(labels) == 0, np.array(reds) == 100)
@@ -159,6 +159,8 @@ def test_a_parquet_column_of_lists_has_several_labels(images, tmp_path):
     source = open_source('table', 'test', **options)
     expected = MultiLabelBinarizer(classes=['big', 'red', 'wild']).fit_transform(SEVERAL[6:])
     np.testing.assert_array_equal(source.labels, expected)
+    with pytest.raises(UsageError, match=r'label_separator is missing: .*t\.parquet has lists'):
+        open_source('table', 'test', **{**options, 'label_separator': ''})
 
 
 def test_the_identity_sees_each_of_several_labels(several, images, tmp_path):
@@ -234,6 +236,7 @@ def test_a_share_of_all_rows_is_held_out_where_images_have_several_labels(images
             "data.label_separator='|': data.label_columns say the labels",
         ),
         ('image,label\ncat/0.png,cat\n', {'test_fraction': 2.0}, 'data.test_fraction=2.0'),
+        ('image,label,label\ncat/0.png,cat,dog\n', {}, "has two columns 'label'"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_one_line(images, tmp_path, text, options, message):

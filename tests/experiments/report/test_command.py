@@ -1,4 +1,5 @@
 import json
+import shutil
 
 
 def _finish(process):
@@ -75,3 +76,37 @@ def test_the_tables_of_a_page_make_it_again(command, study_directory, tmp_path):
     for wrong in ((), (f'--tables={static}',), empty):
         status, _, errors = _finish(command('report', *wrong))
         assert (status, errors.count('\n')) == (2, 1)
+
+
+def test_tables_that_are_not_whole_are_one_line(command, study_directory, tmp_path):
+    whole = tmp_path / 'static'
+
+    def told(directory):
+        given = f'--tables={directory}', f'--out={tmp_path}/again.html'
+        status, _, errors = _finish(command('report', *given))
+        assert (status, errors.count('\n')) == (2, 1)
+        return errors
+
+    assert 'holds no *-trials.csv' in told(study_directory)
+    _finish(command('report', f'--workdir={study_directory}', f'--static={whole}'))
+    (settings,) = whole.glob('*-study.json')
+    text = settings.read_text()
+    settings.write_text(text[:-9])
+    assert f'--tables={whole}: {settings.name.removesuffix("study.json")}* are damaged' in told(
+        whole
+    )
+    settings.unlink()
+    assert f'{settings.name}: No such file' in told(whole)
+    settings.write_text(text)
+    (trials,) = whole.glob('*-trials.csv')
+    trials.write_text(trials.read_text().replace('axis:', 'axes:'))
+    assert 'are damaged' in told(whole)
+
+
+def test_studies_whose_files_have_one_name_are_refused(command, study_directory, tmp_path):
+    shutil.copytree(study_directory, tmp_path / 'other')
+    both = f'--workdir={study_directory}', f'--workdir={tmp_path}/other'
+    status, _, errors = _finish(command('report', *both, f'--out={tmp_path}/both.html'))
+    assert (status, errors.count('\n')) == (2, 1)
+    assert 'two of the studies would both be written as' in errors
+    assert not (tmp_path / 'both.html').exists()
