@@ -691,7 +691,7 @@ def _clipping_rule(
                 stacklevel=3,
             )
         return clipping
-    if callable(clipping) or (isinstance(clipping, float) and clipping != 0.01):
+    if callable(clipping) or (isinstance(clipping, int | float) and clipping != 0.01):
         raise ValueError(
             f'clipping={clipping} and clipping_by_leaf exclude each other; give one of them'
         )

@@ -36,6 +36,8 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
       UsageError: the file cannot be written. An existing file is unchanged.
     """
     path = pathlib.Path(path)
+    if not path.name:
+        raise UsageError(f'{path} cannot be written: it is a directory')
     beside = path.with_name(path.name + '.tmp')
     try:
         with open(beside, 'wb') as file:

@@ -67,7 +67,9 @@ def num_steps(
     else:
         raise UsageError(f'{key}={duration!r}: a number of steps must be whole', key)
     steps = round(steps)
-    if amount < 0 or steps < minimum:
+    if amount < 0:
+        raise UsageError(f'{key}={duration!r}: must be at least {minimum}', key)
+    if steps < minimum:
         raise UsageError(f'{key}={duration!r} is {steps} steps: it must be at least {minimum}', key)
     if steps > MAX_STEPS:
         raise UsageError(

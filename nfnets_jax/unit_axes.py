@@ -8,8 +8,9 @@ axes to take the norm over, that is, all axes *but* the output axes:
 * `leaf` is a `jax.ShapeDtypeStruct`, with `shape`, `ndim`, `size` and `dtype` but no values;
 * the axes are an int, a tuple of ints (negative ones count from the end), or None for `by_rank`.
 
-Like the paper's code, every rule here treats a leaf with at most one axis longer than 1 as a
-vector, which is one unit whatever its rank (Equinox stores the bias of a convolution as [C, 1, 1]).
+Like the paper's code, the rules here treat a leaf with at most one axis longer than 1 as a vector,
+which is one unit whatever its rank (Equinox stores the bias of a convolution as [C, 1, 1]). Only
+`dense_general` and the kernels of `flax_attention` go by the place of an axis.
 
 The rule for each layout of kernels:
 

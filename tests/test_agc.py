@@ -402,7 +402,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=r'\(path, leaf\) -> float; got a function of 3'):
             adaptive_grad_clip(lambda a, b, c: 0.01)
 
-    @pytest.mark.parametrize('clipping', [0.02, 1.0, optax.constant_schedule(0.02)])
+    @pytest.mark.parametrize('clipping', [0.02, 1.0, 1, optax.constant_schedule(0.02)])
     def test_clipping_twice(self, clipping):
         with pytest.raises(ValueError, match='clipping=.* and clipping_by_leaf exclude each other'):
             adaptive_grad_clip(clipping, clipping_by_leaf=lambda path, leaf: 0.01)

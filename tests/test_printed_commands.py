@@ -93,7 +93,7 @@ NOT_RUN = {
     r'make (train|test|setup|docs)': 'sets up an environment from the network first',
     r'(\S*python -m )?pip install .*': 'needs the network',
     r'wandb (sweep|agent) .*': 'needs an account; test_sweeps.py runs the command of a run',
-    r'gcloud .*': 'needs an account of Google Cloud',
+    r'gcloud .*|git clone .* /tmp/nfnets_jax': 'needs an account of Google Cloud',
     r'(srun|scancel) .*': 'needs SLURM',
     r'python -m experiments.train .*nfnet-0\.nfnet.*': 'needs Kubernetes',
     r'python -m experiments.report --tables=docs/results .*': 'test_published.py runs it',

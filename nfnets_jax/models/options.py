@@ -99,15 +99,25 @@ def attention(use_eca: bool, se_ratio: float, form: Form) -> Callable[[int], Any
     return lambda channels: layers.SqueezeExcite(channels, se_ratio, divisor)
 
 
+_INTEGERS = 'None or a list of at least one integer, each at least 1'
+
+
 class Overrides(TypedDict, total=False):
     """Options of every residual family; None or a missing option keeps the value of the variant."""
 
     width: Annotated[float | None, Field('Width multiplier.', above=0)]
     widths: Annotated[
         Sequence[int] | None,
-        Field('Output channels of each stage, before the width multiplier.', low=1, rule=len),
+        Field(
+            'Output channels of each stage, before the width multiplier.',
+            low=1,
+            rule=len,
+            wants=_INTEGERS,
+        ),
     ]
-    depths: Annotated[Sequence[int] | None, Field('Blocks of each stage.', low=1, rule=len)]
+    depths: Annotated[
+        Sequence[int] | None, Field('Blocks of each stage.', low=1, rule=len, wants=_INTEGERS)
+    ]
     stem: Annotated[
         Literal['imagenet', 'small'] | None,
         Field('imagenet downsamples the image before the first block, small keeps its size.'),

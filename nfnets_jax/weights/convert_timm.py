@@ -160,7 +160,7 @@ def to_skip_gains(
     gain = np.float32(get_gain(activation))
     for module in params:
         root, _, name = module.partition('/~/')
-        if name in ('initial_conv', 'final_conv'):
+        if name in ('initial_conv', 'stem_conv0', 'final_conv'):
             moved[module]['gain'] = params[module]['gain'] * gain
         elif name == 'linear':
             moved[module]['w'] = params[module]['w'] / gain

@@ -230,7 +230,7 @@ def _receive_rest(url: str, part: pathlib.Path) -> None:
         with open(part, 'r+b' if start else 'wb') as file, _progress(part, start, total) as report:
             file.seek(start)
             while start < total:
-                if not (chunk := response.read(min(_CHUNK, total - start))):
+                if not (chunk := _read(response, min(_CHUNK, total - start))):
                     raise ConnectionError(f'it ended after {start} of {total} bytes')
                 file.write(chunk)
                 start += len(chunk)
@@ -238,6 +238,16 @@ def _receive_rest(url: str, part: pathlib.Path) -> None:
             file.truncate()
             file.flush()
             os.fsync(file.fileno())
+
+
+def _read(response: Any, count: int) -> bytes:
+    """Reads from the network, whose errors are a ConnectionError here; a disk has others."""
+    try:
+        return response.read(count)
+    except (ConnectionError, TimeoutError):
+        raise
+    except OSError as error:  # of TLS, or no route to the host any more
+        raise ConnectionError(error.strerror or first_line(error)) from error
 
 
 def _total(response: Any, start: int) -> int | None:
@@ -290,13 +300,16 @@ def _from_hub(hub: Any, source: Source) -> str:
     # The hub names large files by their SHA-256.
     expected = os.path.basename(os.path.realpath(path))
     known = cache_directory() / f'{source.repo.replace("/", "--")}.sha256'
-    if not re.fullmatch('[0-9a-f]{64}', expected):
-        expected = known.read_text().strip() if known.exists() else ''
-    elif known.exists() and known.read_text().strip() == expected:
-        return path
     try:
+        if not re.fullmatch('[0-9a-f]{64}', expected):
+            expected = known.read_text().strip() if known.exists() else ''
+        elif known.exists() and known.read_text().strip() == expected:
+            return path
         known.parent.mkdir(parents=True, exist_ok=True)
         _check(pathlib.Path(path), expected, source.name, known)
     except UsageError as error:
         raise UsageError(f'{error}: delete {path}, and again {by_hand}') from error
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UsageError(f'{error.filename or known} cannot be written: {reason}') from error
     return path

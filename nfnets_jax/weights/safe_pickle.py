@@ -177,16 +177,25 @@ def _dtype(code: Any, *_) -> _Array:
     return _Array(np.dtype(code))
 
 
-def _array(data: Any, dtype: Any, shape: Any, order: Literal['C', 'F']) -> np.ndarray:
-    """Returns the array that a numpy pickle describes; `data` are the bytes of the elements."""
+def _array(
+    data: Any, dtype: Any, shape: Any, order: Literal['C', 'F', 'K'], axes: Any = None
+) -> np.ndarray:
+    """Returns the array that a numpy pickle describes; `data` are the bytes of the elements.
+
+    With the order 'K', of NumPy from 2.3 on, the shape is that in memory, and `axes` permutes it.
+    """
     if not isinstance(data, bytes | bytearray) or not isinstance(dtype.value, np.dtype):
         raise RefusedError('it holds an array of objects, not of numbers')
     if not isinstance(shape, tuple) or any(not isinstance(n, int) or n < 0 for n in shape):
         raise RefusedError(f'it holds an array of shape {shape!r}')
     if len(data) != math.prod(shape) * dtype.value.itemsize:
         raise RefusedError(f'it holds an array of shape {shape} in {len(data)} bytes')
-    flat = np.frombuffer(data, dtype.value)
-    return flat.reshape(shape, order=order).astype(dtype.value.newbyteorder('='), order='C')
+    array = np.frombuffer(data, dtype.value).reshape(shape, order='F' if order == 'F' else 'C')
+    if order == 'K' and axes is not None:
+        if not isinstance(axes, tuple) or sorted(axes) != list(range(len(shape))):
+            raise RefusedError(f'it holds an array of shape {shape} with its axes in order {axes}')
+        array = array.transpose(axes)
+    return array.astype(dtype.value.newbyteorder('='), order='C')
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_) -> _Tensor:
@@ -228,8 +237,8 @@ for _core in ('numpy.core', 'numpy._core'):  # before and since numpy 2
     _NAMES |= {
         f'{_core}.multiarray._reconstruct': lambda *_: _Array(),
         f'{_core}.multiarray.scalar': lambda dtype, data: _Array(_array(data, dtype, (), 'C')),
-        f'{_core}.numeric._frombuffer': lambda data, dtype, shape, order: _Array(
-            _array(data, dtype, shape, order)
+        f'{_core}.numeric._frombuffer': lambda data, dtype, shape, order, axes=None: _Array(
+            _array(data, dtype, shape, order, axes)
         ),
     }
 _STORAGES: Mapping[str, str] = {

@@ -106,8 +106,12 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
                 tree = _read_torch(archive, pickled[0].removesuffix('data.pkl'))
                 return _flatten(_state_dict(tree))
         file.seek(0)
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays}
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive}
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):
+                raise safe_pickle.RefusedError(f'it holds {name!r}, which is no array')
+        return arrays
     except safe_pickle.RefusedError:
         raise
     except Exception as error:  # Damaged archives raise nearly anything.

@@ -162,3 +162,18 @@ def test_activations_grow_with_the_picture_and_a_scan_keeps_no_more(saved, monke
         assert scanned < 0.95 * bytes_of(128)
     else:
         assert scanned == pytest.approx(bytes_of(128), rel=0.01)
+
+
+def test_activations_are_without_the_weights_that_a_loop_stacks():
+    options = {'widths': (16, 64), 'scan': True}
+    few, more, most = (
+        models.activation_bytes('NF-ResNet-8', 8, 'blocks', depths=(1, n), **options)
+        for n in (13, 14, 15)
+    )
+    assert more - few == most - more > 0
+
+
+def test_activations_of_other_channels():
+    options = {'widths': (8,), 'depths': (1,)}
+    gray = models.activation_bytes('NF-ResNet-8', 8, channels=1, **options)
+    assert 0 < gray < models.activation_bytes('NF-ResNet-8', 8, **options)

@@ -195,6 +195,7 @@ def test_only_timms_names_are_taken_for_timms():
     [
         ('NF-ResNet-50', {'widths': (16, 16), 'depths': (1, 2)}),
         ('NF-RegNet-B0', {'widths': (16, 16), 'depths': (1, 2)}),
+        ('NFNet-F0', {'widths': (16, 16), 'depths': (1, 2), 'group_size': 8}),
     ],
 )
 def test_with_skip_gains_a_network_computes_the_same(name, options):
@@ -206,7 +207,7 @@ def test_with_skip_gains_a_network_computes_the_same(name, options):
         jax.eval_shape(lambda: network.init(jax.random.key(0), images, True))[0],
     )
     expected, _ = network.apply(params, {}, None, images, False)
-    activation = {'NF-ResNet-50': 'relu', 'NF-RegNet-B0': 'silu'}[name]
+    activation = {'NF-ResNet-50': 'relu', 'NF-RegNet-B0': 'silu', 'NFNet-F0': 'gelu'}[name]
     outputs, _ = build(name, 5, conventions='timm', **options).apply(
         convert_timm.to_skip_gains(params, activation), {}, None, images, False
     )

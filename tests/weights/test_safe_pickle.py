@@ -18,6 +18,7 @@ TREE = {
     'NFNet/~/conv': {
         'w': np.arange(24, dtype=np.float32).reshape(2, 3, 4),
         'fortran': np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        'transposed': np.arange(24.0).reshape(2, 3, 4).transpose(1, 2, 0),
         'swapped': np.arange(3, dtype='>i4'),
         'flags': np.array([True, False]),
         'empty': np.zeros((0, 2), np.float16),

@@ -154,6 +154,14 @@ def test_a_legacy_file_of_another_machine_is_refused(machine, tmp_path, torch):
         weight_files.read(tmp_path / 'weights')
 
 
+def test_an_archive_of_other_files_is_refused(tmp_path):
+    np.savez(tmp_path / 'weights', **ARRAYS)
+    with zipfile.ZipFile(tmp_path / 'weights.npz', 'a') as archive:
+        archive.writestr('note.txt', 'of last week')
+    with pytest.raises(UsageError, match=r"weights\.npz .*'note\.txt', which is no array"):
+        weight_files.read(tmp_path / 'weights.npz')
+
+
 def test_metadata_travel_with_safetensors(tmp_path):
     weight_files.write_safetensors(tmp_path / 'w', ARRAYS, {'model': 'NFNet-F0'})
     assert weight_files.read(tmp_path / 'w').metadata == {'model': 'NFNet-F0'}
