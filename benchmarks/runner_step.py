@@ -1,7 +1,7 @@
 """Measures the runner's own training step and evaluation on this machine's devices.
 
     python -m benchmarks.runner_step
-    python -m benchmarks.runner_step --model=NF-ResNet-50 --rows=64 --set=model.width=0.25
+    python -m benchmarks.runner_step --model=NFNet-F1 --rows=64 --set=data.image_size=224
 
 The programs are those of the published recipe, with AGC, decay, Nesterov, moving average and, in
 the first row, the published augmentation. Images are made, and lie on the devices: nothing is
