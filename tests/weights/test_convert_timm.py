@@ -212,3 +212,17 @@ def test_with_skip_gains_a_network_computes_the_same(name, options):
         convert_timm.to_skip_gains(params, activation), {}, None, images, False
     )
     np.testing.assert_allclose(outputs['logits'], expected['logits'], rtol=1e-4, atol=1e-5)
+
+
+def test_the_crops_are_timms():
+    crops = [mode.rpartition('_')[2] for mode in convert_timm.EVAL_MODES.values()]
+    assert crops == ['0.9', '0.91', '0.92', '0.94', '0.951', '0.954', '0.956']
+    assert set(convert_timm.EVAL_MODES) == {f'NFNet-F{level}' for level in range(7)}
+
+
+@pytest.mark.parametrize('shape', [(5, 7), (5, 7, 1, 1)])
+def test_linear_layers_have_two_axes_or_are_convolutions_of_one_pixel(shape):
+    weight = np.arange(35, dtype=np.float32).reshape(shape)
+    name, found = convert_timm._parameter('head', 'NFNet/~/linear', 'weight', weight)
+    assert name == 'NFNet/~/linear/w'
+    np.testing.assert_array_equal(found, weight.reshape(5, 7).T)
