@@ -6,7 +6,6 @@ process behind.
 
 import ctypes
 import gc
-import importlib.metadata
 import os
 import pathlib
 import signal
@@ -14,6 +13,8 @@ import sys
 import time
 
 import pytest
+
+from tests import versions
 
 # Tracing makes much garbage that counting references frees.
 gc.set_threshold(100_000, 50, 100)
@@ -23,11 +24,10 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # fusions, 1.0 s with its older ones and one LLVM module, for the step of `tiny_config`.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 _FLAGS = ['--xla_force_host_platform_device_count=4']
-_JAXLIB = tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:3]))
-if _JAXLIB < (0, 10, 2):
+if versions.JAXLIB < (0, 10, 2):
     # It writes an error of 2,000 characters for each program that it reads from a cache.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-if _JAXLIB < (0, 11):
+if versions.JAXLIB < (0, 11):
     # Later ones have one kind of emitters, and end at a flag that they do not know.
     _FLAGS += ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1']
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_FLAGS]).strip()

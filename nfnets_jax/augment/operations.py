@@ -1,9 +1,10 @@
 """Pillow's image operations on the device, on batches of uint8, a different one for each image.
 
 Results equal Pillow's bit for bit, except where a warp has two source pixels that are about equally
-near. Pillow rounds the steps of a rotation to 1 / 65536 of a pixel, so that up to 0.15 % of the
-pixels of 224 px are a neighbor there; up to 32 px none is. There are two implementations with the
-same results, chosen by the platform that a program is lowered for.
+near. Pillow rounds the steps of a rotation to 1 / 65536 of a pixel, and may take the other one. Of
+the 360 rotations by whole degrees, 346 differ at 224 px, in at most 0.32 % of the pixels; 74 at
+32 px, in at most 2.2 %; none at 8 px. There are two implementations with the same results, chosen
+by the platform that a program is lowered for.
 `nfnets_jax.augment.packed_images` is for TPUs. This module is for CPUs and GPUs: it reduces the
 operations to four primitives (an affine warp, a table of 256 values for each channel, a blend, a
 mask) and runs each primitive only on the images that need it.

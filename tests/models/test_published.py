@@ -14,12 +14,12 @@ from typing import NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import optax
 import pytest
 
 from nfnets_jax import models, optimizers, schedules
+from tests import versions
 
 pytestmark = pytest.mark.usefixtures('optimized')
 
@@ -28,9 +28,7 @@ GOLDEN = pathlib.Path(__file__).parent.parent / 'golden'
 # The others differ from these by what tests/models/test_zoo.py covers; gradients take most of the
 # time to compile.
 QUICK, QUICK_FORWARD = {'NF-ResNet-50'}, ('NFNet-F0', 'ResNet-50')
-# Sums on a CPU are a tenth as exact before jaxlib 0.10.2: 1.4e-6 for 1.5e-7 over 1,568 numbers.
-EXACT_SUMS = tuple(map(int, jaxlib.__version__.split('.')[:3])) >= (0, 10, 2)
-GRADIENT_ROUNDING = np.finfo(np.float32).eps if EXACT_SUMS else 5e-5
+GRADIENT_ROUNDING = np.finfo(np.float32).eps if versions.EXACT_SUMS else 5e-5
 
 
 def build(golden_name, num_classes=1000, **overrides):
