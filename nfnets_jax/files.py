@@ -1,10 +1,16 @@
-"""Expands paths from users and writes files atomically."""
+"""Expands paths from users, makes directories and writes files atomically."""
 
 import contextlib
+import errno
 import os
 import pathlib
+import zipfile
+import zlib
 
 from nfnets_jax.errors import UsageError
+
+# What reading an .npz file may raise, besides OSError, ValueError, KeyError and TypeError.
+DAMAGED_ARCHIVE = (EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def expand(path: str | os.PathLike) -> str:
@@ -23,6 +29,24 @@ def expand(path: str | os.PathLike) -> str:
             f'{path}: there is no user {user!r}; a name that begins with ~ is ./{path}'
         )
     return expanded
+
+
+def make_directory(path: str | os.PathLike) -> pathlib.Path:
+    """Makes a directory to write into, unless it exists; returns its path.
+
+    Raises:
+      UsageError: there is a file, or the directory cannot be made or written.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except FileExistsError as error:
+        raise UsageError(f'{path} is a file: give a directory') from error
+    except OSError as error:
+        raise UsageError(f'{path} cannot be written: {error.strerror or error}') from error
+    return path
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:

@@ -8,7 +8,7 @@ import resource
 import pytest
 
 from nfnets_jax.errors import UsageError
-from nfnets_jax.files import atomic_write, expand
+from nfnets_jax.files import atomic_write, expand, make_directory
 
 
 @contextlib.contextmanager
@@ -40,6 +40,16 @@ def test_what_cannot_be_written_leaves_the_old_file_alone(tmp_path):
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(UsageError, match='nowhere/a cannot be written: No such file'):
         atomic_write(tmp_path / 'nowhere' / 'a', '')
+
+
+def test_directories_are_made_or_refused(tmp_path):
+    assert make_directory(tmp_path / 'a' / 'b').is_dir()
+    assert make_directory(str(tmp_path / 'a')) == tmp_path / 'a'
+    (tmp_path / 'file').touch()
+    with pytest.raises(UsageError, match='file is a file: give a directory$'):
+        make_directory(tmp_path / 'file')
+    with pytest.raises(UsageError, match='cannot be written: Not a directory$'):
+        make_directory(tmp_path / 'file' / 'a')
 
 
 def test_a_path_is_what_a_shell_makes_of_it(monkeypatch, tmp_path):

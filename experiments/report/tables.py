@@ -11,8 +11,6 @@ import io
 import json
 import os
 import pathlib
-import zipfile
-import zlib
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,6 @@ from nfnets_jax import files
 from nfnets_jax.errors import UsageError, first_line
 
 TRIALS_FILE, CORRECT_FILE = 'trials.csv', per_image.PER_IMAGE_FILE
-_DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error)
 
 
 def write(study: Study, directory: str | os.PathLike, prefix: str = '') -> list[str]:
@@ -83,7 +80,7 @@ def restore_all(directory: str | os.PathLike, to: str | os.PathLike) -> list[pat
             restore(directory, pathlib.Path(to) / f'{prefix}restored', prefix)
         except OSError as error:
             raise UsageError(f'{error.filename or directory}: {error.strerror or error}') from error
-        except (ValueError, KeyError, TypeError, EOFError, *_DAMAGED_ARCHIVE) as error:
+        except (*files.DAMAGED_ARCHIVE, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f'--tables={directory}: {prefix}* are damaged: {first_line(error)}'
             ) from error

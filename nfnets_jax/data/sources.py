@@ -24,8 +24,6 @@ import hashlib
 import importlib.util
 import os
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -352,9 +350,6 @@ class Digits(ArraySource):
         )
 
 
-_DAMAGED = (EOFError, zipfile.BadZipFile, zlib.error)
-
-
 class ArrayFile(ArraySource):
     """The arrays of an .npz file: train_images, train_labels, test_images and test_labels.
 
@@ -390,7 +385,7 @@ class ArrayFile(ArraySource):
                 others = {name: 1 for name in file.files if name not in known}
         except MissingSplit:
             raise
-        except (*_DAMAGED, OSError, ValueError, KeyError, TypeError) as error:
+        except (*files.DAMAGED_ARCHIVE, OSError, ValueError, KeyError, TypeError) as error:
             reason = ' '.join(str(error.args[-1] if error.args else error).split())
             raise UsageError(
                 f'data.path={str(path)!r}: not an .npz file with train_images, train_labels, '

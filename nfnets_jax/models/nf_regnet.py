@@ -6,7 +6,6 @@ import haiku as hk
 import jax
 
 from nfnets_jax import fields, layers
-from nfnets_jax.errors import UsageError
 from nfnets_jax.fields import Field
 from nfnets_jax.models import options, residual
 from nfnets_jax.models.nf_block import NFBlock
@@ -63,8 +62,7 @@ class NFRegNet(hk.Module):
             return layers.round_to(width, 8) if form.is_timm else int(width)
 
         widths = [rounded(width * info.width) for width in info.widths]
-        if min(widths) < 1:
-            raise UsageError(f'width={info.width}: leaves a convolution without channels')
+        options.check_channels(info, widths)
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=True)
         self.initial_conv = layers.ScaledWSConv2D(

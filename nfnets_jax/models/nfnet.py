@@ -94,12 +94,11 @@ class NFNet(hk.Module):
         self.remat, self.scan = remat, scan
         self.activation = layers.get_activation(activation, scaled=True)
         strides = (1, 1, 1, 1) if info.stem == 'small' else (2, 1, 1, 2)
-        if min(info.channels) < 1 or (stem_width is None and info.widths[0] < 2):
-            raise UsageError(f'width={info.width}: leaves a convolution without channels')
         if stem_width is None:
             stem_channels = (16, 32, 64, info.widths[0] // 2)
         else:
             stem_channels = (stem_width // 8, stem_width // 4, stem_width // 2, stem_width)
+        options.check_channels(info, (*stem_channels, *info.channels))
         self.stem = [
             layers.ScaledWSConv2D(
                 width,

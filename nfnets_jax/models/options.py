@@ -1,7 +1,7 @@
 """Options of the families: their declarations, and the values of a variant."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import haiku as hk
@@ -158,3 +158,9 @@ def resolve(family: str, variant: str, overrides: Overrides) -> Variant:
             'widths has'
         )
     return resolved
+
+
+def check_channels(variant: Variant, channels: Iterable[int]) -> None:
+    """Raises a UsageError if the width of the variant leaves a convolution without channels."""
+    if min(channels) < 1:
+        raise UsageError(f'width={variant.width}: leaves a convolution without channels')

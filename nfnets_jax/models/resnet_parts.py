@@ -4,8 +4,7 @@ import jax
 
 from nfnets_jax import layers
 from nfnets_jax.convolution.conv import Padding
-from nfnets_jax.errors import UsageError
-from nfnets_jax.models import residual
+from nfnets_jax.models import options, residual
 from nfnets_jax.models.variants import Variant
 
 # Arguments of a convolution: output channels, kernel size, stride.
@@ -38,8 +37,7 @@ def plan_resnet(variant: Variant, alpha: float = 0.0) -> list[residual.BlockPlan
       UsageError: the width leaves a convolution without channels.
     """
     inner = min(variant.channels) // (4 if variant.block == 'bottleneck' else 1)
-    if min(stem_shape(variant)[0], inner) < 1:
-        raise UsageError(f'width={variant.width}: leaves a convolution without channels')
+    options.check_channels(variant, (stem_shape(variant)[0], inner))
     return residual.plan_blocks(
         stem_shape(variant)[0],
         variant.channels,
