@@ -167,7 +167,8 @@ def _network(metadata: pretrained.Metadata) -> dict[str, Any]:
         return {'model': None}
     options = models.resolved_options(metadata.model, **metadata.options)
     kept = {key: value for key, value in options.items() if key not in init_weights.FREE_OPTIONS}
-    return kept | {'num_classes': metadata.num_classes, 'multi_label': metadata.multi_label}
+    same = ('channels', 'num_classes', 'multi_label')
+    return kept | {name: getattr(metadata, name) for name in same}
 
 
 def make_accuracy(

@@ -75,6 +75,7 @@ def test_greedy_takes_the_best_first_and_leaves_out_what_lowers_the_average():
         ({'model': 'ResNet-8', 'options': {'widths': (8,)}}, 'is .* in B and .* in A'),
         ({'options': METADATA.options | {'depths': (2,)}}, r'depths is \[2\] in B and \[1\] in A'),
         ({'num_classes': 4}, 'num_classes is 4 in B and 3 in A'),
+        ({'options': METADATA.options | {'channels': 1}}, 'channels is 1 in B and 3 in A'),
         ({'multi_label': True}, 'multi_label is True in B and False in A'),
         ({'class_names': ('a', 'b', 'd')}, "class 2 is 'd' in B and 'c' in A"),
         ({'mean': (1.0, 2.0, 3.0)}, r'mean is \(1.0, 2.0, 3.0\) in B'),
