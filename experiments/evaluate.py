@@ -9,6 +9,7 @@ also keeps them in evaluations.jsonl.
 """
 
 import dataclasses
+import fcntl
 import json
 import pathlib
 import sys
@@ -41,12 +42,12 @@ from nfnets_jax.data import sources
 from nfnets_jax.data.sources import Source
 from nfnets_jax.data.splits import SPLITS
 from nfnets_jax.errors import UsageError, nearest
-from nfnets_jax.image_size import ImageSize
+from nfnets_jax.image_size import ImageSize, height_width
 from nfnets_jax.weights import pretrained
 from nfnets_jax.weights.checkpoints import CheckpointReader, DamagedCheckpointError
 
 EVALUATIONS_FILE = 'evaluations.jsonl'
-
+WATCH_OPTIONS = ('tta', 'image_size')  # besides the split, they tell lines of one step apart
 
 # Options of config.data that do not change the data, and their types.
 DATA_OPTIONS: Mapping[str, type] = MappingProxyType({'path': str, 'data_dir': str, 'skip_bad': int})
@@ -151,8 +152,9 @@ def watch(
 ) -> Iterator[dict]:
     """Yields the result of `evaluate` for each checkpoint of a run until the run is complete.
 
-    Each result is appended to the run's EVALUATIONS_FILE; those in it are not computed again. A
-    checkpoint that the run has removed is skipped, and a damaged one is reported.
+    Each result is appended to the run's EVALUATIONS_FILE, with those of WATCH_OPTIONS that are
+    given; those in it are not computed again with the same split and options. A checkpoint that the
+    run has removed is skipped, and a damaged one is reported.
 
     Args:
       directory: directory of the run; if there is no run yet, `watch` waits for it.
@@ -170,7 +172,8 @@ def watch(
             log(line)
         follow = _Follower(directory, evaluator)
     while (step := _wait_for(lambda: follow and follow.next_step(), seconds)) != 'complete':
-        results = {'step': step} | evaluator(follow.state if follow else evaluator.template)
+        results = evaluator(follow.state if follow else evaluator.template)
+        results = {'step': step} | evaluator.marks | results
         if follow:
             follow.record(results)
         yield results
@@ -199,7 +202,8 @@ class _Evaluator:
       other: path of other data with the same classes, see `run.other_data`; then `split` is theirs.
       val_labels: file with the labels of other data that lie directly in a directory.
 
-    Attributes: the `split`, the `template` of a state, and `lines` that describe network and data.
+    Attributes: the `split`, the `template` of a state, `lines` that describe network and data, and
+    `marks`, those of WATCH_OPTIONS that are given, as JSON values.
     """
 
     def __init__(
@@ -257,6 +261,9 @@ class _Evaluator:
         ]
         self.template = jax.eval_shape(lambda: init_state(experiment))
         self._flip, self._step = flip, make_eval_step(experiment, flip=flip)
+        self.marks: dict[str, Any] = {'tta': 'flip'} if flip else {}
+        if image_size is not None:
+            self.marks['image_size'] = list(height_width(image_size))
         self._real: tuple[list[list[int]], np.ndarray] | None = None
 
     def __call__(self, state: TrainState) -> dict[str, float]:
@@ -318,10 +325,13 @@ class _Follower:
         self._directory, self._template = pathlib.Path(directory), evaluator.template
         self._checkpoints = CheckpointReader(self._directory / 'checkpoints')
         self._file = self._directory / EVALUATIONS_FILE
-        self._lines = self._file.read_text().splitlines() if self._file.exists() else []
         try:
-            found = [json.loads(line) for line in self._lines]
-            self._seen = {one['step'] for one in found if f'{evaluator.split}/top1' in one}
+            self._seen = {
+                one['step']
+                for one in map(json.loads, self._lines())
+                if any(name.startswith(f'{evaluator.split}/') for name in one)
+                and {name: one[name] for name in WATCH_OPTIONS if name in one} == evaluator.marks
+            }
         except (ValueError, TypeError, KeyError):
             raise UsageError(
                 f'{self._file} holds a line that is not an evaluation: remove it'
@@ -348,8 +358,14 @@ class _Follower:
         return 'complete' if complete else None
 
     def record(self, results: dict) -> None:
-        self._lines.append(json.dumps(results))
-        files.atomic_write(self._file, '\n'.join([*self._lines, '']))
+        # Another process may watch the same run with another split or other options.
+        with open(self._directory / '.evaluations.lock', 'a') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lines = [*self._lines(), json.dumps(results), '']
+            files.atomic_write(self._file, '\n'.join(lines))
+
+    def _lines(self) -> list[str]:
+        return self._file.read_text().splitlines() if self._file.exists() else []
 
 
 def main() -> None:
@@ -366,6 +382,11 @@ def main() -> None:
     if (args.workdir is None) == (args.weights is None):
         raise UsageError('give one of --workdir and --weights')
     asked = {'report': args.report, 'real': args.real}
+    if args.report and not args.watch:
+        try:
+            files.make_directory(args.report)
+        except UsageError as error:
+            raise UsageError(f'--report={error}') from error
     if args.weights:
         if not args.data:
             raise UsageError(f'--weights={args.weights}: give --data, the images to evaluate on')

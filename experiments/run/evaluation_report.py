@@ -11,7 +11,6 @@ worst.png         the images whose label was given the least probability
 
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -131,8 +130,7 @@ def write_report(
     Raises:
       UsageError: a file cannot be written.
     """
-    path = pathlib.Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
+    path = files.make_directory(directory)
     names, confusion, summary = (
         source.class_names,
         confusion_matrix(predictions),

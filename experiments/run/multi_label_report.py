@@ -12,7 +12,6 @@ Precision, recall and F1 are of the classes with a probability of at least 50 %.
 
 import json
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -89,8 +88,7 @@ def write_report(
     pixels: PixelFormat = RGB,
 ) -> dict[str, float]:
     """Writes the report of one split, as `evaluation_report.write_report` does for one label."""
-    path = pathlib.Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
+    path = files.make_directory(directory)
     names, scores, summary = source.class_names, class_scores(predictions), summarize(predictions)
     write_csv(
         path / 'classes.csv',

@@ -128,6 +128,21 @@ def test_watching_evaluates_each_checkpoint_once_until_the_run_is_complete(run, 
     assert list(watch(directory, seconds=0)) == told[1:], 'what was evaluated is passed over'
 
 
+def test_two_that_watch_keep_each_others_lines(run, tmp_path):
+    directory = tmp_path / 'run'
+    shutil.copytree(run[0], directory)
+    plain, flipped = (watch(directory, seconds=0, flip=flip) for flip in (False, True))
+    found = [next(watching) for watching in (plain, flipped, flipped, plain)]
+    assert [(one['step'], one.get('tta')) for one in found] == [
+        *[(3, None), (3, 'flip')],
+        *[(6, 'flip'), (6, None)],
+    ]
+    lines = (directory / EVALUATIONS_FILE).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == found
+    assert found[1]['test_ema/loss'] != found[0]['test_ema/loss']
+    assert [list(watch(directory, seconds=0, flip=flip)) for flip in (False, True)] == [[], []]
+
+
 def test_watching_waits_and_passes_over_what_is_damaged(run, tmp_path, capsys):
     directory = tmp_path / 'run'
     shutil.copytree(run[0], directory)
@@ -234,6 +249,7 @@ def test_weights_are_evaluated_on_data_of_their_classes(named, run, tmp_path):
         (['--weights=w.npz', '--workdir=r'], 'give one of --workdir and --weights'),
         ([], 'give one of --workdir and --weights'),
         (['--weights=w.npz', '--data=d', '--watch'], 'are of a run: give --workdir'),
+        (['--workdir=r', f'--report={__file__}'], f'--report={__file__} is a file: give a dir'),
     ],
 )
 def test_weights_and_runs_are_not_mixed_up(arguments, message, command):
