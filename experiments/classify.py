@@ -61,15 +61,11 @@ def describe_guesses(path: pathlib.Path, guesses: list[Guess]) -> str:
 
 def main(paths: list[str]) -> None:
     args = flags.FLAGS
-    if not paths:
-        raise UsageError('name images, or directories of images')
+    images = image_files.expand_directories(paths)
     source, weights = weights_flags.load()
     if not weights.metadata.num_classes:
         raise UsageError(f'{source} have no classifier: see experiments.embed')
-    images = list(image_files.expand_directories(paths))
-    count = f'{len(images):,} image{"s" if len(images) > 1 else ""}'
-    line = f'{source}: {pretrained.describe(weights)}; {count}; compiling'
-    print(line, file=sys.stderr, flush=True)
+    image_files.announce(source, weights, images)
     unreadable = 0
     options = args.top, args.batch_size, args.threshold
     for path, result in classify(weights, images, *options):

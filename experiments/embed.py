@@ -67,17 +67,13 @@ def write_features(
 
 def main(paths: list[str]) -> None:
     args = flags.FLAGS
-    if not paths:
-        raise UsageError('name images, or directories of images')
+    images = image_files.expand_directories(paths)
     out = pathlib.Path(args.out)
     cli.check_out(out, FORMATS)
     if out.suffix == '.parquet' and (missing := extras.how_to_install('pyarrow')):
         raise UsageError(missing)
     source, weights = weights_flags.load()
-    images = list(image_files.expand_directories(paths))
-    count = f'{len(images):,} image{"s" if len(images) > 1 else ""}'
-    line = f'{source}: {pretrained.describe(weights)}; {count}; compiling'
-    print(line, file=sys.stderr, flush=True)
+    image_files.announce(source, weights, images)
     embedded, features = [], []
     for path, result in embed(weights, images, args.batch_size):
         if isinstance(result, str):

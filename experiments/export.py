@@ -60,11 +60,18 @@ def override(metadata: pretrained.Metadata, **values: Any) -> pretrained.Metadat
 
 
 def read_class_names(path: str) -> tuple[str, ...]:
-    """Returns the lines of a file without the empty ones at its end."""
+    """Returns the lines of a file without the empty ones at its end.
+
+    Raises:
+      UsageError: the file cannot be read, or names no class.
+    """
     try:
-        return tuple(pathlib.Path(path).read_text(encoding='utf-8').rstrip().splitlines())
+        names = tuple(pathlib.Path(path).read_text(encoding='utf-8').rstrip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f'--classes={path} cannot be read: {error}') from error
+    if not names:
+        raise UsageError(f'--classes={path} is empty: write the names of the classes, one a line')
+    return names
 
 
 def main() -> None:

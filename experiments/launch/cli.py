@@ -8,8 +8,10 @@ output any more.
 
 import ast
 import contextlib
+import errno
 import functools
 import inspect
+import math
 import os
 import pathlib
 import re
@@ -30,6 +32,12 @@ from nfnets_jax import extras, files
 from nfnets_jax.errors import UsageError, first_line, nearest
 from nfnets_jax.fields import Option
 from nfnets_jax.image_size import ImageSize, parse
+
+# What a file system says of a path or a disk; other errors of files may be ours.
+_REFUSALS = frozenset(
+    (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EROFS)
+    + (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+)
 
 flags.disclaim_key_flags()  # What is defined here are the flags, in --help, of who calls.
 
@@ -92,6 +100,8 @@ def guarded() -> Iterator[None]:
         except Exception as error:
             if isinstance(error, ImportError) and (line := extras.how_to_install(error.name)):
                 _fail(line)
+            if isinstance(error, OSError) and error.errno in _REFUSALS:
+                _fail(f'{error.filename or "the file system"}: {error.strerror}')
             if problem := _missing_devices():
                 _fail(problem)
             raise
@@ -180,14 +190,20 @@ def define_image_size(name: str, help: str) -> flags.FlagHolder:
     return flags.DEFINE(ImageSizeParser(), name, None, help)
 
 
-def check_out(out: pathlib.Path, suffixes: Collection[str]) -> None:
-    """Raises a UsageError if --out has none of the suffixes, or its directory cannot be written."""
-    if out.suffix not in suffixes:
-        raise UsageError(f'--out={out}: unknown suffix{nearest(out.suffix, suffixes)}')
-    if not out.parent.is_dir():
-        raise UsageError(f'--out={out}: there is no directory {out.parent}')
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UsageError(f'--out={out}: cannot be written')
+def check_out(out: pathlib.Path, suffixes: Collection[str] = (), flag: str = 'out') -> None:
+    """Raises a UsageError if a file cannot be written.
+
+    Args:
+      out: the file.
+      suffixes: the allowed ones; () allows any.
+      flag: that names the file.
+    """
+    if suffixes and out.suffix not in suffixes:
+        raise UsageError(f'--{flag}={out}: unknown suffix{nearest(out.suffix, suffixes)}')
+    if not os.path.isdir(out.parent):
+        raise UsageError(f'--{flag}={out}: there is no directory {out.parent}')
+    if os.path.isdir(out) or not os.access(out.parent, os.W_OK):
+        raise UsageError(f'--{flag}={out}: cannot be written')
 
 
 def _define_distributed_flags() -> None:
@@ -227,7 +243,11 @@ def _parse(
                 _describe_config(loaded, declared)
             sys.exit()
         sys.argv[:] = argv  # where the flags of a config look for each other
-        return flags.FLAGS(argv)
+        positional = flags.FLAGS(argv)
+        for name, flag in flags.FLAGS.flag_values_dict().items():
+            if isinstance(flag, float) and not math.isfinite(flag):
+                raise UsageError(f'--{name}={flag}: must be a finite number')
+        return positional
     except UsageError as error:
         _fail(str(error))
     except (flags.Error, TypeError, ValueError) as error:  # The value of some flag.

@@ -116,7 +116,7 @@ def _is_required(flag: flags.Flag) -> bool:
 
 def _default(flag: flags.Flag) -> str:
     """Returns the default in words; nothing for those that say nothing."""
-    if flag.default in (None, '', False):
+    if flag.default in (None, '') or flag.default is False:
         return ''
     return f' (default: {str(flag.default_as_str).strip(chr(39))})'
 

@@ -25,8 +25,8 @@ def load() -> tuple[str, pretrained.Weights]:
     """Returns the path or name of the weights that the flags name, and the weights.
 
     Raises:
-      UsageError: none or both of the flags are given, the weights cannot be read, or they are not
-        those of a known model.
+      UsageError: none or both of the flags are given, the weights cannot be read, they are not
+        those of a known model, or what chooses among the weights of a run is given of others.
     """
     args = flags.FLAGS
     if (args.workdir is None) == (args.weights is None):
@@ -34,6 +34,9 @@ def load() -> tuple[str, pretrained.Weights]:
     if args.workdir is not None:
         check_workdir(args.workdir)
     source = args.workdir or args.weights
+    for flag, is_given in (('checkpoint', args.checkpoint != 'latest'), ('noema', not args.ema)):
+        if is_given and not os.path.isdir(source):
+            raise UsageError(f'--{flag} is of a run: {source} is a file of weights, or a name')
     weights = pretrained.load_pretrained(
         source, args.model, checkpoint=args.checkpoint, ema=args.ema
     )

@@ -1,7 +1,9 @@
 """The images that a command names, and what a network computes from each of them."""
 
+import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -9,19 +11,31 @@ import numpy as np
 from nfnets_jax import files
 from nfnets_jax.data.folder import find_images
 from nfnets_jax.data.preprocessing import ImageError, make_transform
+from nfnets_jax.errors import UsageError
 from nfnets_jax.weights import export, pretrained
 
 
-def expand_directories(paths: Iterable[str]) -> Iterator[pathlib.Path]:
-    """Yields the given files, and the images in the given directories in the order of their paths.
+def expand_directories(paths: Sequence[str]) -> list[pathlib.Path]:
+    """Returns the given files, and the images in the given directories in the order of their paths.
 
-    A directory without images is yielded itself.
+    A directory without images is returned itself.
+
+    Raises:
+      UsageError: there are no paths, or one is empty.
     """
+    if not paths or not all(paths):
+        raise UsageError('name images, or directories of images')
+    found: list[pathlib.Path] = []
     for path in map(pathlib.Path, map(files.expand, paths)):
-        if not path.is_dir():
-            yield path
-            continue
-        yield from find_images(path) or [path]
+        found += (find_images(path) if os.path.isdir(path) else []) or [path]
+    return found
+
+
+def announce(source: str, weights: pretrained.Weights, images: Sequence[pathlib.Path]) -> None:
+    """Prints, before anything is compiled, what the weights are and how many images they get."""
+    count = f'{len(images):,} image{"s" if len(images) > 1 else ""}'
+    line = f'{source}: {pretrained.describe(weights)}; {count}; compiling'
+    print(line, file=sys.stderr, flush=True)
 
 
 def outputs(
@@ -48,7 +62,7 @@ def outputs(
     predict = jax.jit(lambda pixels: activation(network(pixels)))
 
     def read(path: pathlib.Path) -> np.ndarray | str:
-        if path.is_dir():
+        if os.path.isdir(path):
             return 'there are no images in this directory'
         try:
             return np.asarray(transform(path.read_bytes(), None), np.float32)

@@ -73,6 +73,9 @@ def test_metadata_can_be_put_right(weights, tmp_path):
         export.override(weights.metadata, eval_mode='squash')
     with pytest.raises(UsageError, match='cannot be read'):
         export.read_class_names(tmp_path / 'absent.txt')
+    (tmp_path / 'empty.txt').write_text('\n\n')
+    with pytest.raises(UsageError, match='is empty: write the names of the classes, one a line'):
+        export.read_class_names(tmp_path / 'empty.txt')
 
 
 @pytest.mark.parametrize(

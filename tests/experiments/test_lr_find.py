@@ -102,6 +102,7 @@ def test_the_command_writes_nothing_but_the_curve(command, tmp_path):
     ('options', 'problem'),
     [
         (['--low=1', '--high=0.1'], '--low=1.0: must be below --high=0.1'),
+        (['--high=inf'], '--high=inf: must be a finite number'),
         (['--out=lr.jpg'], '--out=lr.jpg: unknown suffix'),
         (['--out=absent/lr.png'], 'there is no directory absent'),
     ],

@@ -1,4 +1,5 @@
 import ast
+import errno
 import os
 import pathlib
 import runpy
@@ -309,6 +310,24 @@ def test_a_workdir_that_orbax_cannot_write_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ('error', 'line'),
+    [
+        (PermissionError(errno.EACCES, 'Permission denied', 'a b'), 'a b: Permission denied'),
+        (OSError(errno.ENAMETOOLONG, 'File name too long', 'a'), 'a: File name too long'),
+        (OSError(errno.ENOSPC, 'No space left on device'), 'the file system: No space left on'),
+        (FileNotFoundError(errno.ENOENT, 'No such file or directory', 'a'), None),
+    ],
+)
+def test_what_a_file_system_refuses_is_one_line(error, line, capfd):
+    # A file that is not there may be a mistake of ours, whose place a stack trace shows.
+    with pytest.raises(SystemExit if line else FileNotFoundError), cli.guarded():
+        raise error
+    err = capfd.readouterr().err
+    assert err.startswith(f'error: {line}' if line else '')
+    assert err.count('\n') == bool(line)
+
+
+@pytest.mark.parametrize(
     ('name', 'problem'),
     [
         ('out.pgn', r"unknown suffix \(did you mean '\.png'\?\)"),
@@ -321,3 +340,6 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(name, problem, tm
     with pytest.raises(UsageError, match=f'^--out=.*{name}: {problem}'):
         cli.check_out(tmp_path / name, ('.png', '.pdf'))
     cli.check_out(tmp_path / 'out.png', ('.png', '.pdf'))
+    cli.check_out(tmp_path / 'out.any')
+    with pytest.raises(UsageError, match='^--json=.*: there is no directory'):
+        cli.check_out(tmp_path / 'absent' / 'out', flag='json')

@@ -106,12 +106,14 @@ def test_groups_defaults_and_forms():
     flags.DEFINE_bool('json', False, 'As JSON.', flag_values=values)
     flags.DEFINE_enum('split', None, ['a', 'b'], 'Which.', flag_values=values, required=True)
     flags.DEFINE_string('host', None, 'Where.', flag_values=values)
-    known = [values[name] for name in ('steps', 'json', 'split', 'host')]
+    flags.DEFINE_float('low', 0, 'From.', flag_values=values)
+    known = [values[name] for name in ('steps', 'json', 'split', 'host', 'low')]
     text = command_help.describe('Does it.\n\n    python -m it\n', known, {'far away': ['host']})
     assert text.split('\n\n') == [
         'Does it.',
         '    python -m it',
         'required:\n  --split=a|b  Which.',
-        'options:\n  --steps=N    How many; 5 % more. (default: 7)\n  --[no]json   As JSON.',
+        'options:\n  --steps=N    How many; 5 % more. (default: 7)\n  --[no]json   As JSON.\n'
+        '  --low=X      From. (default: 0.0)',
         'far away:\n  --host=TEXT  Where.\n',
     ]

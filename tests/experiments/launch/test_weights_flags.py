@@ -44,6 +44,8 @@ def test_either_names_the_directory_of_a_run(name, given, monkeypatch, tmp_path)
         ({'weights': 'a', 'workdir': 'b'}, '^give one of --workdir and --weights$'),
         ({'workdir': 'eca_nfnet_l0'}, '^--workdir=eca_nfnet_l0 holds no run: there is no such'),
         ({'weights': 'eca_nfnet_k0'}, "did you mean 'eca_nfnet_l0'"),
+        ({'weights': 'w.npz', 'checkpoint': 'best'}, '^--checkpoint is of a run: w.npz is a file'),
+        ({'weights': 'eca_nfnet_l0', 'ema': False}, '^--noema is of a run: eca_nfnet_l0 is'),
     ],
 )
 def test_mistakes_are_one_line(values, problem, given):

@@ -1,13 +1,16 @@
 """The images that a command names, and the network's output for each of them."""
 
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 from experiments.run import image_files
 from nfnets_jax.data.preprocessing import crop_resize
+from nfnets_jax.errors import UsageError
 from nfnets_jax.pixel_format import PixelFormat
 from nfnets_jax.weights import pretrained
 
@@ -38,11 +41,20 @@ def test_directories_are_searched_at_any_depth(tmp_path):
     beside = save_image(tmp_path / 'd' / 'b.png')
     (tmp_path / 'd' / 'notes.txt').write_text('no image')
     named = tmp_path / 'anything'
-    found = list(image_files.expand_directories([str(named), str(tmp_path / 'd')]))
+    found = image_files.expand_directories([str(named), str(tmp_path / 'd')])
     assert found == [named, beside, inside]
     (tmp_path / 'empty').mkdir()
-    found = list(image_files.expand_directories([str(tmp_path / 'empty')]))
-    assert found == [tmp_path / 'empty']
+    assert image_files.expand_directories([str(tmp_path / 'empty')]) == [tmp_path / 'empty']
+    long = 300 * 'a'  # longer than a name may be
+    assert image_files.expand_directories([long]) == [pathlib.Path(long)]
+    ((_, problem),) = image_files.outputs(make_weights(), [pathlib.Path(long)], 1)
+    assert problem == 'cannot be read: File name too long'
+
+
+@pytest.mark.parametrize('paths', [[], ['a.png', '']])
+def test_a_path_must_be_named(paths):
+    with pytest.raises(UsageError, match='^name images, or directories of images$'):
+        image_files.expand_directories(paths)
 
 
 def test_each_row_is_of_its_own_image_whatever_the_batch(tmp_path):
