@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from benchmarks import timing
 from configs.digits import get_config
 from experiments.launch import cli
-from experiments.run import metric_writers
+from experiments.run import curves, metric_writers
 from experiments.train import train
+from nfnets_jax import files
 
 _PAGE = 4096  # bytes, of /proc/self/statm
 
@@ -55,7 +56,7 @@ def run(directory: str, steps: int) -> tuple[list[dict], np.ndarray]:
 
 def draw(lines: list[dict], memory: np.ndarray) -> Figure:
     """Returns a figure of speed above memory."""
-    figure = Figure(figsize=(8, 5), layout='constrained')
+    figure = Figure(figsize=(8, 5), dpi=110, layout='constrained')
     speed, used = figure.subplots(2)
     speed.plot(
         [line['step'] for line in lines],
@@ -75,8 +76,11 @@ def draw(lines: list[dict], memory: np.ndarray) -> Figure:
 
 def main() -> None:
     args = flags.FLAGS
+    out = pathlib.Path(args.out)
+    files.make_directory(out.parent)
+    cli.check_out(out, curves.FIGURE_SUFFIXES)
     lines, memory = run(args.workdir, args.steps)
-    draw(lines, memory).savefig(args.out, dpi=110)
+    curves.write_figure(out, draw(lines, memory))
     speed = np.array([line['train/images_per_second'] for line in lines])
     fifth = len(speed) // 5
     parts = {'first': (speed[:fifth], len(memory) // 5), 'last': (speed[-fifth:], -1)}
@@ -90,7 +94,7 @@ def main() -> None:
             for name, (part, i) in parts.items()
         ]
     )
-    print(f'wrote {args.out}')
+    print(f'wrote {out}')
 
 
 if __name__ == '__main__':

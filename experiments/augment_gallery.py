@@ -19,12 +19,13 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 
 from experiments.launch import cli
+from experiments.run import curves
 from nfnets_jax import augment
 from nfnets_jax.augment.operations import OPERATIONS, WARPS, apply_operations
 from nfnets_jax.augment.randaugment import published_operation
 from nfnets_jax.data.folder import find_images
-from nfnets_jax.data.preprocessing import make_transform
-from nfnets_jax.errors import UsageError
+from nfnets_jax.data.preprocessing import ImageError, make_transform
+from nfnets_jax.errors import UsageError, first_line
 
 SIZE = 224  # side of an image in pixels
 
@@ -81,39 +82,48 @@ def augmented(
 
 
 def draw(tiles: list[tuple], path: pathlib.Path) -> None:
-    """Writes titled images to a PNG file."""
+    """Writes titled images to an image file, atomically."""
     rows = -(-len(tiles) // _COLUMNS)
-    figure = Figure(figsize=(2.4 * _COLUMNS, 2.6 * rows), dpi=100, layout='constrained')
+    # Whole pixels, after the division: 6 * 2.4 inches are 14.399...
+    size = (240 * _COLUMNS / 100, 260 * rows / 100)
+    figure = Figure(figsize=size, dpi=100, layout='constrained')
     grid = figure.subplots(rows, _COLUMNS).ravel()
     for axes in grid:
         axes.axis('off')
     for axes, (title, image) in zip(grid, tiles, strict=False):
         axes.imshow(image)
         axes.set_title(title, fontsize=9)
-    figure.savefig(path)
+    curves.write_figure(path, figure)
 
 
 def load_originals(directory: str | None) -> np.ndarray:
     """Returns the first two images of a directory, or scikit-learn's: uint8 [2, SIZE, SIZE, 3]."""
-    images = list(load_sample_images().images)
-    if directory:
-        files = find_images(directory)
-        if len(files) < 2:
-            raise UsageError(f'--pictures={directory}: holds fewer than two images')
-        images = [path.read_bytes() for path in files[:2]]
     transform = make_transform('crop_resize', SIZE)
-    return np.stack([transform(image, None).clip(0, 255).astype(np.uint8) for image in images])
+
+    def prepare(image: bytes | np.ndarray) -> np.ndarray:
+        return transform(image, None).clip(0, 255).astype(np.uint8)
+
+    if not directory:
+        return np.stack([prepare(image) for image in load_sample_images().images])
+    files = find_images(directory)[:2]
+    if len(files) < 2:
+        raise UsageError(f'--pictures={directory}: holds fewer than two images')
+    images = []
+    for path in files:
+        try:
+            images.append(prepare(path.read_bytes()))
+        except (OSError, ImageError) as error:
+            raise UsageError(f'{path}: {first_line(error)}') from error
+    return np.stack(images)
 
 
 def main() -> None:
     path = pathlib.Path(_OUT.value)
+    cli.check_out(path, curves.FIGURE_SUFFIXES)
     originals, magnitude = load_originals(_PICTURES.value), _MAGNITUDE.value
     tiles = [('image 1', originals[0]), ('image 2', originals[1])]
     tiles += [*operations(originals[0], magnitude), *recipes(originals, magnitude)]
-    try:
-        draw(tiles, path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f'--out={path}: cannot be written: {error}') from error
+    draw(tiles, path)
     print(f'{len(tiles)} images in {path}')
 
 

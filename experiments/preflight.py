@@ -17,6 +17,7 @@ remat that makes it fit. Compiled programs are cached, so a second call is quick
 import collections
 import functools
 import json
+import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -376,6 +377,10 @@ class Progress:
 def main() -> None:
     values = flags.FLAGS
     jax.config.update('jax_platforms', 'cpu')  # Nothing needs an accelerator.
+    if not any(values.target):
+        raise UsageError('--target= is empty: name one, such as v5e:16x16')
+    if values.json:
+        cli.check_out(pathlib.Path(values.json), flag='json')
     plan = {'examples': values.examples, 'classes': values.classes}
     opened = [targets.open_target(name) for name in values.target]
     reports = []

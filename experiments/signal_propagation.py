@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.launch import cli
-from experiments.run import parallel
+from experiments.run import curves, parallel
 from nfnets_jax import models
-from nfnets_jax.errors import UsageError, nearest
+from nfnets_jax.errors import UsageError
 
 _PANELS = (
     ('avg_sq_mean', 'Squared channel mean'),
@@ -75,7 +75,7 @@ def measure_signal(
 
 def draw(signals: dict[str, dict[str, np.ndarray]]) -> Figure:
     """Returns the figure for {model name: its signal metrics}."""
-    figure = Figure(figsize=(13, 4), layout='constrained')
+    figure = Figure(figsize=(13, 4), dpi=120, layout='constrained')
     for axes, (metric, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for (name, signal), colour in zip(signals.items(), _COLOURS, strict=False):
             # Branches start at block 1, activations at the stem, 0.
@@ -100,18 +100,14 @@ def draw(signals: dict[str, dict[str, np.ndarray]]) -> Figure:
 def main() -> None:
     args = flags.FLAGS
     out = pathlib.Path(args.out)
-    if not out.parent.is_dir() or out.is_dir():
-        raise UsageError(f'--out={out}: give a file, in a directory that exists')
-    known = Figure().canvas.get_supported_filetypes()
-    if out.suffix[1:] not in known:
-        raise UsageError(f'--out={out}: unknown suffix{nearest(out.suffix[1:], known)}')
+    cli.check_out(out, curves.FIGURE_SUFFIXES)
     size = args.size or models.variant_info(args.model).train_size
     options = {'batch_size': args.batch_size, 'seed': args.seed, 'gain': args.gain}
     signals = {
         name: measure_signal(name, size=size, **options)
         for name in dict.fromkeys([args.model, args.against or counterpart(args.model)])
     }
-    draw(signals).savefig(out, dpi=120)
+    curves.write_figure(out, draw(signals))
     for name, signal in signals.items():
         print(f'{name}: channel variance', *(f'{value:.2f}' for value in signal['avg_var']))
     print(f'wrote {out}')

@@ -18,6 +18,7 @@ import tqdm
 
 from nfnets_jax import files
 from nfnets_jax.data import shards
+from nfnets_jax.data.tfds import is_known
 from nfnets_jax.errors import UsageError, first_line
 
 _VERSION = '1.0.0'
@@ -47,7 +48,8 @@ def convert(
       The directory of the data set.
 
     Raises:
-      UsageError: a shard is damaged, or the data set there is of other shards.
+      UsageError: a shard is damaged, the data set there is of other shards, or the name is that of
+        another data set.
     """
     if not re.fullmatch(_NAME, dataset):
         raise UsageError(f'--dataset={dataset}: must be like my_images: a-z, 0-9 and _')
@@ -57,6 +59,7 @@ def convert(
     sizes = {str(s.path.relative_to(root)): s.path.stat().st_size for s in found}
     plan = _read_plan(target, sizes, label_column, classes)
     if plan is None:
+        _check_name(dataset, data_dir)
         plan = _make_plan(found, sizes, label_column, classes)
         target.mkdir(parents=True, exist_ok=True)
         files.atomic_write(target / _PLAN, json.dumps(plan, indent=1) + '\n')
@@ -69,6 +72,15 @@ def size(directory: str) -> int:
     """Returns the bytes of the shards in a directory."""
     found = shards.find_shards(pathlib.Path(files.expand(directory)))
     return sum(shard.path.stat().st_size for shard in found)
+
+
+def _check_name(dataset: str, data_dir: pathlib.Path) -> None:
+    """Raises a UsageError if the name would be read as another data set's."""
+    others = [path for path in (data_dir / dataset).glob('*') if path.name != _VERSION]
+    if others:
+        raise UsageError(f'{others[0]} is of another data set; choose another --dataset')
+    if is_known(dataset):
+        raise UsageError(f'--dataset={dataset}: is a data set of TFDS; choose another')
 
 
 def _read_plan(

@@ -4,12 +4,14 @@ import io
 import itertools
 import math
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -27,6 +29,7 @@ from nfnets_jax import files
 _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9'
 _GREY = '#666666'
 
+FIGURE_SUFFIXES = tuple(f'.{name}' for name in FigureCanvasBase.filetypes)
 _FEW_POINTS = 30  # Up to this many points, each is marked and none is smoothed.
 
 
@@ -93,10 +96,10 @@ def draw_curves(
 
 
 def write_figure(path: str | os.PathLike, figure: Figure) -> None:
-    """Writes a figure as PNG, atomically."""
-    png = io.BytesIO()
-    figure.savefig(png, format='png')
-    files.atomic_write(path, png.getvalue())
+    """Writes a figure atomically, in the format of the suffix, one of FIGURE_SUFFIXES."""
+    content = io.BytesIO()
+    figure.savefig(content, format=pathlib.Path(path).suffix[1:])
+    files.atomic_write(path, content.getvalue())
 
 
 def curves(

@@ -282,7 +282,7 @@ class _Wandb:
         wandb = _import_wandb(config)
         id_file = workdir / _WANDB_ID_FILE
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            files.atomic_write(id_file, secrets.token_hex(4))
         try:
             self._run = wandb.init(
                 project=config.wandb.project,

@@ -44,8 +44,8 @@ def using(devices: Sequence[jax.Device]) -> Iterator[None]:
 def split_cpu(most: int | None = None) -> None:
     """Makes a device of each core of a CPU, for `using`; before JAX starts.
 
-    Changes nothing where several processes train together, and where XLA_FLAGS says how many
-    devices a CPU is.
+    Changes nothing where several processes train together, where XLA_FLAGS says how many devices a
+    CPU is, and where JAX has started, as by a config file that counts devices.
 
     Args:
       most: how many at most; None: as many as there are cores.
@@ -57,7 +57,10 @@ def split_cpu(most: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0))  # A container may have fewer than the machine.
     else:
         cores = os.cpu_count() or 1
-    jax.config.update('jax_num_cpu_devices', min(cores, most or cores))
+    try:
+        jax.config.update('jax_num_cpu_devices', min(cores, most or cores))
+    except RuntimeError:  # JAX has started.
+        return
     _cpu_is_split = jax.default_backend() == 'cpu'
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 import threading
 import time
 import warnings
@@ -209,8 +210,11 @@ def compile_program(
     # There is no device to time kernels on.
     options = {} if target.clock else {'xla_gpu_autotune_level': '0'}
     compiled = _in_background(lambda: _compile(lowered, options), waiting)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.atomic_write(path, gzip.compress(json.dumps(compiled._asdict()).encode()))
+    try:
+        files.make_directory(path.parent)
+        files.atomic_write(path, gzip.compress(json.dumps(compiled._asdict()).encode()))
+    except UsageError as error:
+        print(f'the compiled program is not kept: {error}', file=sys.stderr, flush=True)
     return compiled
 
 

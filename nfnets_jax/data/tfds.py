@@ -155,6 +155,13 @@ def open_builder(dataset: str, data_dir: str):
     return tfds.builder_from_directory(builder.data_dir) if builder.info.splits else builder
 
 
+def is_known(name: str) -> bool:
+    """Returns whether TFDS has code for a data set of this name, and so reads only its versions."""
+    import tensorflow_datasets as tfds
+
+    return name in tfds.list_builders(with_community_datasets=False)
+
+
 def _image_and_label(info) -> tuple[str, str]:
     """Returns the names of the image and the class among a data set's features."""
     import tensorflow_datasets as tfds

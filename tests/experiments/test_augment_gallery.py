@@ -16,7 +16,7 @@ def test_every_operation_is_shown_and_the_picture_is_written(tmp_path):
     np.testing.assert_array_equal(images['Invert 0'], 255 - PICTURES[0])
     assert (images['Rotate 21'] != images['Rotate -21']).any()
     augment_gallery.draw(tiles, tmp_path / 'gallery.png')
-    assert Image.open(tmp_path / 'gallery.png').size == pytest.approx((1440, 1040), abs=1)
+    assert Image.open(tmp_path / 'gallery.png').size == (1440, 1040)
 
 
 def test_mixed_pictures_say_how_much_of_each_they_are():
@@ -32,6 +32,10 @@ def test_pictures_of_a_directory(tmp_path):
     np.testing.assert_array_equal(
         augment_gallery.load_originals(str(tmp_path))[1, 0, 0], [10, 20, 30]
     )
+    whole = (tmp_path / 'b.png').read_bytes()
+    (tmp_path / 'b.png').write_bytes(whole[:40])
+    with pytest.raises(UsageError, match=r'^.*/b\.png: '):
+        augment_gallery.load_originals(str(tmp_path))
     (tmp_path / 'a.png').unlink()
     with pytest.raises(UsageError, match='holds fewer than two images'):
         augment_gallery.load_originals(str(tmp_path))

@@ -1,3 +1,5 @@
+import types
+
 import pytest
 
 from experiments import scaling
@@ -72,6 +74,13 @@ def test_calibration_implies_the_shares_that_are_assumed():
 def test_devices_that_cannot_be_read(text, problem):
     with pytest.raises(UsageError, match=problem):
         scaling.parse_devices(text)
+
+
+def test_what_cannot_be_computed_is_told_before_the_table(monkeypatch):
+    values = types.SimpleNamespace(models='NFNet-F0,SmallCNN', devices='v5e:8')
+    monkeypatch.setattr(scaling.flags, 'FLAGS', values)
+    with pytest.raises(UsageError, match='^--models=NFNet-F0,SmallCNN: SmallCNN is not computed'):
+        next(scaling.table())
 
 
 def test_a_batch_that_does_not_split_is_told():

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import http.client
 import http.server
 import json
 import logging
@@ -12,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -185,6 +187,17 @@ def test_without_a_network(server, path, monkeypatch):
     assert downloads.fetch(server.url, path) == path
 
 
+def test_a_network_that_fails_is_not_a_disk_that_does(server, path, monkeypatch):
+    def read(response, *_):
+        raise OSError(errno.EHOSTUNREACH, 'No route to host')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(http.client.HTTPResponse, 'read', read)
+        with pytest.raises(UsageError, match='cannot be downloaded: No route to host; by hand'):
+            downloads.fetch(server.url, path)
+    assert downloads.fetch(server.url, path, SHA).read_bytes() == DATA
+
+
 def test_a_full_disk(server, path, monkeypatch):
     with monkeypatch.context() as patch:
         usage = type(downloads.shutil.disk_usage('/'))(4, 3, 1)
@@ -299,6 +312,15 @@ def test_a_hub_that_cannot_be_reached_is_one_line(server, monkeypatch, caplog):
     with pytest.raises(UsageError, match='cannot be downloaded: no such host; by hand: hf'):
         downloads.locate('test_nfnet')
     assert not caplog.records
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(server, monkeypatch, tmp_path):
+    (tmp_path / 'hub').write_bytes(b'weights')
+    hub = types.SimpleNamespace(hf_hub_download=lambda repo, file: str(tmp_path / 'hub'))
+    monkeypatch.setattr(downloads, '_hub', lambda: hub)
+    (tmp_path / 'cache').touch()
+    with pytest.raises(UsageError, match='cache.* cannot be written: '):
+        downloads.locate('test_nfnet')
 
 
 def test_names():

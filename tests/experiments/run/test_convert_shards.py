@@ -130,6 +130,16 @@ def test_other_shards_under_the_same_name_are_refused(tmp_path):
         prepare(tmp_path / 'shards', tmp_path)
 
 
+def test_a_name_that_would_be_read_as_another_data_sets_is_refused(tmp_path):
+    root = write(tmp_path / 'shards', names=True)
+    (tmp_path / 'mine' / '2.0.0').mkdir(parents=True)
+    with pytest.raises(UsageError, match=r'mine/2\.0\.0 is of another data set; choose another'):
+        convert_shards.convert(str(root), 'mine', tmp_path)
+    with pytest.raises(UsageError, match='^--dataset=cifar10: is a data set of TFDS'):
+        convert_shards.convert(str(root), 'cifar10', tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['mine', 'shards']
+
+
 @pytest.mark.parametrize(
     ('examples', 'message'),
     [

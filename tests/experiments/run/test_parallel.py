@@ -35,6 +35,14 @@ def test_the_devices_that_xla_flags_name_are_left_alone():
     assert not parallel.cpu_is_split()
 
 
+def test_devices_that_have_been_counted_are_left_alone(monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '')
+    before = jax.config.jax_num_cpu_devices
+    parallel.split_cpu(2)
+    assert jax.config.jax_num_cpu_devices == before
+    assert not parallel.cpu_is_split()
+
+
 def test_replicate_keeps_shapes_and_reaches_every_device():
     tree = parallel.replicate({'w': np.ones((2, 3)), 'n': jnp.int32(7)})
     chex.assert_shape(tree['w'], (2, 3))

@@ -82,6 +82,14 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch):
         targets.compile_program(lowered(target), target)
 
 
+def test_a_program_that_cannot_be_kept_is_not_lost(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('NFNETS_JAX_CACHE', str(tmp_path / 'file'))
+    here = targets.Target('cpu', None, jax.devices()[:1], 1, 1e9, 1e9, {})
+    assert 'ENTRY' in targets.compile_program(lowered(here), here).text
+    assert capsys.readouterr().err.startswith('the compiled program is not kept: ')
+
+
 @needs('libtpu', 'tpu')
 def test_more_than_a_device_has(tmp_path, monkeypatch):
     monkeypatch.setenv('NFNETS_JAX_CACHE', str(tmp_path))
