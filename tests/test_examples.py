@@ -1,6 +1,7 @@
 """Every example runs, shows what it says, and is short."""
 
 import importlib
+import json
 import os
 import pathlib
 import subprocess
@@ -55,12 +56,12 @@ def test_each_is_short_and_tested():
         assert len(file.read_text().splitlines()) < limit, file.name
 
 
-def python(*arguments, cwd):
+def python(*arguments, cwd, **options):
     """Runs Python as a shell does, without the path that pytest has added."""
     environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=cwd, env=environment,
+        capture_output=True, text=True, check=False, cwd=cwd, env=environment, **options,
     )  # fmt: skip
 
 
@@ -83,19 +84,71 @@ def runnable(folder):
     return [name for name in names if '__main__' in (ROOT / folder / f'{name}.py').read_text()]
 
 
+# Forks a process that has imported what the files need, except for this repository's packages; each
+# fork runs a file as Python does, with the file's directory first on the path.
+RUN_FILES = """
+import gc, json, os, runpy, sys, tempfile
+imports, files = json.load(sys.stdin)
+for name in imports:
+    __import__(name)
+gc.freeze()
+results = {}
+for file in files:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.argv, sys.path[0] = [file, '--help'], os.path.dirname(file)
+            runpy.run_path(file, run_name='__main__')
+            sys.exit()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for stream in (out, err):
+            stream.seek(0)
+        results[file] = [status, out.read().decode(), err.read().decode()]
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope='module')
+def helped(tmp_path_factory):
+    """What each command and benchmark says to --help as a file: [status, out, err]."""
+    files = [
+        str(ROOT / folder / f'{name}.py')
+        for folder in ('experiments', 'benchmarks')
+        for name in runnable(folder)
+    ]
+    others = ('haiku', 'ml_collections', 'optax', 'tensorflow_datasets')
+    imports = [*(name for name in processes.IMPORTS if 'experiments' not in name), *others]
+    done = python(
+        '-c',
+        RUN_FILES,
+        cwd=tmp_path_factory.mktemp('elsewhere'),
+        input=json.dumps([imports, files]),
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize('name', runnable('experiments'))
-def test_a_command_runs_as_a_file(name, tmp_path):
+def test_a_command_runs_as_a_file(name, helped):
     """It says the same as `python -m experiments.NAME` in the repository does."""
-    as_file = python(ROOT / 'experiments' / f'{name}.py', '--help', cwd=tmp_path)
+    status, out, err = helped[str(ROOT / 'experiments' / f'{name}.py')]
     as_module = processes.run(['-m', f'experiments.{name}', '--help'], cwd=ROOT)
-    for done in (as_file, as_module):
-        assert 'Traceback' not in done.stderr
-        assert 'options:' in done.stdout or name == '__main__'  # It lists the others.
-    assert (as_file.returncode, as_file.stdout) == (as_module.returncode, as_module.stdout)
+    for said, errors in ((out, err), (as_module.stdout, as_module.stderr)):
+        assert 'Traceback' not in errors
+        assert 'options:' in said or name == '__main__'  # It lists the others.
+    assert (status, out) == (as_module.returncode, as_module.stdout)
+
+
+def test_a_command_runs_as_a_file_of_a_shell(tmp_path):
+    done = python(ROOT / 'experiments' / 'train.py', '--help', cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert 'options:' in done.stdout
 
 
 @pytest.mark.parametrize('name', runnable('benchmarks'))
-def test_a_benchmark_runs_as_a_file(name, tmp_path):
-    done = python(ROOT / 'benchmarks' / f'{name}.py', '--help', cwd=tmp_path)
-    assert 'Traceback' not in done.stderr
-    assert done.stdout.count(f'python -m benchmarks.{name}') >= 2
+def test_a_benchmark_runs_as_a_file(name, helped):
+    _, out, err = helped[str(ROOT / 'benchmarks' / f'{name}.py')]
+    assert 'Traceback' not in err
+    assert out.count(f'python -m benchmarks.{name}') >= 2
