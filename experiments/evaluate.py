@@ -368,6 +368,13 @@ class _Follower:
         return self._file.read_text().splitlines() if self._file.exists() else []
 
 
+def _make_report_directory(path: str) -> None:
+    try:
+        files.make_directory(path)
+    except UsageError as error:
+        raise UsageError(f'--report={error}') from error
+
+
 def main() -> None:
     args = flags.FLAGS
     given = {name: args[f'config.data.{name}'].value for name in DATA_OPTIONS}
@@ -383,10 +390,7 @@ def main() -> None:
         raise UsageError('give one of --workdir and --weights')
     asked = {'report': args.report, 'real': args.real}
     if args.report and not args.watch:
-        try:
-            files.make_directory(args.report)
-        except UsageError as error:
-            raise UsageError(f'--report={error}') from error
+        parallel.from_primary(_make_report_directory, args.report)
     if args.weights:
         if not args.data:
             raise UsageError(f'--weights={args.weights}: give --data, the images to evaluate on')

@@ -244,9 +244,10 @@ def _parse(
             sys.exit()
         sys.argv[:] = argv  # where the flags of a config look for each other
         positional = flags.FLAGS(argv)
-        for name, flag in flags.FLAGS.flag_values_dict().items():
-            if isinstance(flag, float) and not math.isfinite(flag):
-                raise UsageError(f'--{name}={flag}: must be a finite number')
+        for name, value in flags.FLAGS.flag_values_dict().items():
+            # The schema checks the fields of a config, whose flags have dots.
+            if isinstance(value, float) and not math.isfinite(value) and '.' not in name:
+                raise UsageError(f'--{name}={value}: must be a finite number')
         return positional
     except UsageError as error:
         _fail(str(error))

@@ -76,7 +76,8 @@ def size(directory: str) -> int:
 
 def _check_name(dataset: str, data_dir: pathlib.Path) -> None:
     """Raises a UsageError if the name would be read as another data set's."""
-    others = [path for path in (data_dir / dataset).glob('*') if path.name != _VERSION]
+    found = (data_dir / dataset).glob('*')
+    others = [path for path in found if path.is_dir() and path.name != _VERSION]
     if others:
         raise UsageError(f'{others[0]} is of another data set; choose another --dataset')
     if is_known(dataset):
