@@ -29,8 +29,8 @@ def main(argv=None):
     parser = timing.parser(__doc__, **options)
     parser.add_argument(
         '--step',
-        default='v5e:38.74,v6e:19.06',
-        help='million cycles of a step; default: v5e:38.74,v6e:19.06',
+        default='v5e:33.45,v6e:19.06',
+        help='million cycles of a step; default: v5e:33.45,v6e:19.06',
     )
     parser.add_argument('--form', default='ours,groups', help='ours, or groups: as on a CPU')
     args = parser.parse_args(argv)
