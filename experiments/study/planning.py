@@ -3,11 +3,13 @@
 Without a search these are all points of the grid. With `study.search='coarse'` every point runs
 with the first seed only; the best by validation, and the points beside it on each tuned axis, run
 with all seeds, until the best of those has its neighbors beside it. With `extend`, an axis whose
-best value is the first or last goes on by the ratio of its last two values.
+best value is the first or last goes on by the ratio of its last two values. Where a claim names a
+value of a tuned axis, the same holds of the best of the points with this value.
 
 A plan follows from the journal alone, so all workers make the same.
 """
 
+import collections
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +53,11 @@ class Planner:
         known = {record.id: record for record in records}
         if not self.grows:
             return list(self._trials.values())
-        ids = [id for setting in self._settings() for id in _Search(self, *setting).run(known)]
+        ids = [
+            id
+            for setting, grid in self._settings()
+            for id in _Search(self, setting, grid, self._named_values(setting, grid)).run(known)
+        ]
         by_program: dict[str, list[Trial]] = {}
         for id in ids:
             by_program.setdefault(self._trials[id].program, []).append(self._trials[id])
@@ -66,6 +72,20 @@ class Planner:
             for values in itertools.product(*(grid[axis] for axis in others)):
                 setting = {'arm': arm['name'], **dict(zip(others, values, strict=True))}
                 yield setting, tuned | {'seed': list(grid.get('seed', ()))}
+
+    def _named_values(
+        self, setting: Mapping[str, Any], grid: Mapping[str, list]
+    ) -> list[dict[int, Any]]:
+        """Returns which values of the tuned axes, by their positions, claims name in a setting."""
+        compared = [claim.get('compare') or {} for claim in self._study.claims]
+        points = [pair.get(side) or {} for pair in compared for side in ('better', 'worse')]
+        tuned = [axis for axis in grid if axis != 'seed']
+        found: list[dict[int, Any]] = []
+        for point in points:
+            if all(setting[key] == point[key] for key in setting.keys() & point.keys()):
+                named = {i: point[axis] for i, axis in enumerate(tuned) if axis in point}
+                found += [named] if named and named not in found else []
+        return found
 
     def trial(self, point: Mapping[str, Any]) -> Trial | None:
         """Returns the trial at a point; None if no config may have these values."""
@@ -101,17 +121,30 @@ class Planner:
 
 
 class _Search:
-    """The search of one setting: an arm at a batch size, ..."""
+    """The search of one setting: an arm at a batch size, ...
 
-    def __init__(self, planner: Planner, setting: dict[str, Any], grid: dict[str, list]):
+    Args:
+      planner: makes the trials.
+      setting: the arm, and the values of the axes that are not tuned.
+      grid: the values of the tuned axes, and of the seed.
+      named: values of some tuned axes, by position. The best point with such values is searched
+        for as the best of all is.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        setting: dict[str, Any],
+        grid: dict[str, list],
+        named: Sequence[Mapping[int, Any]] = (),
+    ):
         self._planner, self._setting = planner, setting
+        self._named: list[Mapping[int, Any]] = [{}, *named]
         self._seeds: list = grid.pop('seed') or [None]
-        self._values = {axis: list(values) for axis, values in grid.items()}
-        self._added = dict.fromkeys(grid, 0)
+        self._axes = list(grid)
+        self._added: collections.Counter[tuple] = collections.Counter()
         few = self._seeds[:1] if planner.is_coarse else self._seeds
-        self._points: dict[Point, list] = dict.fromkeys(
-            itertools.product(*self._values.values()), few
-        )
+        self._points: dict[Point, list] = dict.fromkeys(itertools.product(*grid.values()), few)
 
     def run(self, known: Mapping[str, TrialRecord]) -> list[str]:
         """Returns the ids of the trials that are needed now."""
@@ -120,55 +153,79 @@ class _Search:
             needed = [id for several in ids.values() for id in several]
             if not all(id in known and known[id].ended for id in needed):
                 return needed
-            most_seeds = max(map(len, ids.values()))
-            best = max(
-                (point for point in ids if len(ids[point]) == most_seeds),
-                key=lambda point: self._planner.score([known[id] for id in ids[point]]),
-            )
-            if not self._grow(best, searching=most_seeds < len(self._seeds)):
+            grown: dict[Point, list] = {}
+            for named in self._named:
+                for point, seeds in self._grow(named, ids, known).items():
+                    grown[point] = max(grown.get(point, []), seeds, key=len)
+            if not grown:
                 return needed
+            self._points |= grown
 
-    def _grow(self, best: Point, *, searching: bool) -> bool:
-        """Adds points beside the best, or seeds to them; returns whether there are any to add."""
-        new = dict.fromkeys(self._extensions(best), self._points[best])
-        if self._planner.is_coarse and not (searching and new):
-            around = (best, *new, *self._neighbors(best))
+    def _grow(
+        self,
+        named: Mapping[int, Any],
+        ids: Mapping[Point, Sequence[str]],
+        known: Mapping[str, TrialRecord],
+    ) -> dict[Point, list]:
+        """Returns points beside the best of those with the named values, and their seeds."""
+        points = [p for p in ids if all(p[i] == value for i, value in named.items())]
+        if not points:
+            return {}
+        most_seeds = max(len(ids[point]) for point in points)
+        best = max(
+            (point for point in points if len(ids[point]) == most_seeds),
+            key=lambda point: self._planner.score([known[id] for id in ids[point]]),
+        )
+        # Of each axis whose value is not named.
+        tried = {
+            i: sorted({point[i] for point in points})
+            for i in range(len(self._axes))
+            if i not in named
+        }
+        new = dict.fromkeys(self._extensions(best, tried, named), self._points[best])
+        if self._planner.is_coarse and not (new and most_seeds < len(self._seeds)):
+            around = (best, *new, *_neighbors(best, tried))
             new = {p: self._seeds for p in around if self._points.get(p) != self._seeds}
-        self._points |= new
-        return bool(new)
+        return new
 
-    def _neighbors(self, best: Point) -> Iterator[Point]:
-        for i, axis in enumerate(self._values):
-            place = self._values[axis].index(best[i])
-            for j in (place - 1, place + 1):
-                if 0 <= j < len(self._values[axis]):
-                    yield (*best[:i], self._values[axis][j], *best[i + 1 :])
-
-    def _extensions(self, best: Point) -> list[Point]:
-        """Returns new points beyond the edges at which the best lies, and adds their values."""
-        found = []
-        for i, (axis, values) in enumerate(self._values.items()):
+    def _extensions(
+        self, best: Point, tried: Mapping[int, list], named: Mapping[int, Any]
+    ) -> Iterator[Point]:
+        """Yields new points beyond the edges at which the best lies, and counts them."""
+        for i, values in tried.items():
+            key = (i, *sorted(named.items()))
             for first, second in (
                 ((values[0], values[1]), (values[-1], values[-2])) if len(values) > 1 else ()
             ):
-                if best[i] != first or self._added[axis] >= self._planner.most:
+                if best[i] != first or self._added[key] >= self._planner.most:
                     continue
                 if not isinstance(first, float) or min(first, second) <= 0:
                     continue
-                value = float(f'{first * first / second:.3g}')
-                point = (*best[:i], value, *best[i + 1 :])
-                if self._planner.trial(self._axes(point, self._seeds[0])) is None:
+                point = _with_value(best, i, float(f'{first * first / second:.3g}'))
+                if self._planner.trial(self._trial_axes(point, self._seeds[0])) is None:
                     continue
-                self._added[axis] += 1
-                found.append((axis, value, point))
-        for axis, value, _ in found:
-            self._values[axis] = sorted([*self._values[axis], value])
-        return [point for _, _, point in found]
+                self._added[key] += 1
+                yield point
 
     def _ids(self, point: Point) -> list[str]:
-        trials = [self._planner.trial(self._axes(point, seed)) for seed in self._points[point]]
+        trials = [
+            self._planner.trial(self._trial_axes(point, seed)) for seed in self._points[point]
+        ]
         return [trial.id for trial in trials if trial is not None]
 
-    def _axes(self, point: Point, seed: Any) -> dict[str, Any]:
+    def _trial_axes(self, point: Point, seed: Any) -> dict[str, Any]:
         seeds = {} if seed is None else {'seed': seed}
-        return self._setting | dict(zip(self._values, point, strict=True)) | seeds
+        return self._setting | dict(zip(self._axes, point, strict=True)) | seeds
+
+
+def _neighbors(best: Point, tried: Mapping[int, list]) -> Iterator[Point]:
+    """Yields the points beside the best on each axis, among the values tried."""
+    for i, values in tried.items():
+        place = values.index(best[i])
+        for j in (place - 1, place + 1):
+            if 0 <= j < len(values):
+                yield _with_value(best, i, values[j])
+
+
+def _with_value(point: Point, i: int, value: Any) -> Point:
+    return (*point[:i], value, *point[i + 1 :])

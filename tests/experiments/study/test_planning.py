@@ -1,5 +1,6 @@
 """Plans against trials with known results, without training."""
 
+import collections
 import math
 
 import numpy as np
@@ -93,3 +94,56 @@ def test_a_coarse_search_is_the_one_of_the_simulations(seed):
     options = [Option(row, rate) for row, rate in zip(validation, rates, strict=True)]
     whole = [option.runs for option in searched(options)]
     assert found == cross(rates, (0,)) | cross(whole, (0, 1, 2))
+
+
+def named(**values):
+    """A claim about a point with these values of the tuned axes."""
+    compare = {'better': {'arm': 'a', **values}, 'worse': {'arm': 'a'}}
+    return {'text': 'It is so.', 'source': 'me', 'compare': compare}
+
+
+def test_a_point_that_a_claim_names_gets_all_seeds():
+    rates = (0.025, 0.1, 0.4, 1.6, 6.4)
+    claimed = study(rates=rates, claims=(named(learning_rate=6.4),))
+    plans = run(planning.Planner(claimed), peak=0.1)
+    assert plans[-1] == cross(rates, (0,)) | cross((0.025, 0.1, 0.4, 6.4), (0, 1, 2))
+    claimed.arms = ({'name': 'b', 'label': ''}, *claimed.arms)
+    records = {}
+    planner = planning.Planner(claimed)
+    while new := [t for t in planner.plan(list(records.values())) if t.id not in records]:
+        for trial in new:
+            metrics = {'validation/top1': -abs(math.log(trial.axes['learning_rate'] / 0.1))}
+            records[trial.id] = TrialRecord(
+                0, trial.id, trial.axes, '', {}, 'complete', 6, metrics, 1.0, None
+            )
+    seeds = collections.Counter(
+        r.axes['arm'] for r in records.values() if r.axes['learning_rate'] == 6.4
+    )
+    assert seeds == {'a': 3, 'b': 1}
+
+
+@pytest.mark.parametrize('search', ['full', 'coarse'])
+def test_the_best_of_those_that_a_claim_names_is_searched_for_too(search):
+    """The best rate is 0.4 for the one clipping factor and 6.4 for the other, which is worse."""
+    axes = {'learning_rate': 'optimizer.learning_rate', 'seed': 'seed'}
+    axes['clipping'] = 'optimizer.clip.clipping'
+    made = study(search, axes=axes, tuned=('learning_rate', 'clipping'))
+    made.grid.clipping = (0.01, 0.02, 0.04, 0.08)
+    peaks, records = {0.01: 6.4}, {}
+    made.claims = (named(clipping=0.01),)
+    planner = planning.Planner(made, extend=True)
+    while not all(t.id in records for t in planner.plan(list(records.values()))):
+        for trial in planner.plan(list(records.values())):
+            rate, clipping = (trial.axes[axis] for axis in ('learning_rate', 'clipping'))
+            distance = abs(math.log(rate / peaks.get(clipping, 0.4))) / 20
+            top1 = 1 - distance - abs(clipping - 0.04)
+            records[trial.id] = TrialRecord(
+                0, trial.id, trial.axes, '', {}, 'complete', 6, {'validation/top1': top1}, 1.0, None
+            )
+    found = {
+        tuple(r.axes[a] for a in ('clipping', 'learning_rate', 'seed')) for r in records.values()
+    }
+    for rate in (1.6, 6.4, 25.6):
+        assert {(0.01, rate, seed) for seed in (0, 1, 2)} <= found
+    for clipping in (0.02, 0.04, 0.08):
+        assert not {one for one in found if one[0] == clipping and one[1] > 1.6}
