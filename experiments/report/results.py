@@ -11,7 +11,7 @@ from experiments.report import statistics
 from experiments.report.reading import Study, TrialResult
 from experiments.report.statistics import Comparison, Option, Runs, Sample, Verdict
 from experiments.report.wording import is_exact
-from experiments.study.schema import DONE, Claim, Point, Value
+from experiments.study.schema import DONE, Claim, Point, Value, has_learned
 
 Key = tuple[tuple[str, Value], ...]  # a hashable Point
 
@@ -24,6 +24,7 @@ class Tuning(NamedTuple):
     sample: Sample  # the study's metric at the chosen values
     tried: dict[str, list[Value]]  # the values of each tuned axis, in order
     by_choice: dict[Key, Sample]
+    learned: bool = True  # whether the best of several is above chance, where that is known
 
     def at_edge(self) -> list[str]:
         """Returns the tuned axes whose best value is the first or last of those tried."""
@@ -109,6 +110,7 @@ def tune(study: Study, trials: Sequence[TrialResult], tuned: Sequence[str]) -> T
 
     best = max(range(len(choices)), key=lambda i: score(judged[i]))
     tried = {axis: [p[axis] for p in settings(study, ended, [axis])] for axis in tuned}
+    searched = study.higher_is_better and len(choices) > 1
     others = [a for a in study.axes if a not in (*tuned, 'seed')]
     return Tuning(
         {a: ended[0].axes.get(a) for a in others},
@@ -116,6 +118,7 @@ def tune(study: Study, trials: Sequence[TrialResult], tuned: Sequence[str]) -> T
         samples[best],
         {a: _sorted(v) for a, v in tried.items() if v != [None]},
         {key(c): s for c, s in zip(choices, samples, strict=True)},
+        not searched or has_learned(samples[best].mean, study.chance),
     )
 
 
@@ -183,14 +186,19 @@ def _decide(
     judgement: Judgement, test: statistics.Evidence, corrected: float, claims: int
 ) -> Judgement:
     of = test.estimate
-    edges = [f for tunings in judgement.tunings for t in tunings for f in t.at_edge()]
-    verdict = Verdict.UNDECIDED if edges else statistics.decide(test, corrected)
+    tunings = [tuning for side in judgement.tunings for tuning in side]
+    reason = ''
+    if any(tuning.at_edge() for tuning in tunings):
+        reason = 'the best value tried is at the edge of the grid: give --extend'
+    elif not all(tuning.learned for tuning in tunings):
+        reason = 'no value tried of one side has learned: give --extend, or another grid'
+    verdict = Verdict.UNDECIDED if reason else statistics.decide(test, corrected)
     return judgement._replace(
         comparison=Comparison(
             verdict,
             of.difference,
             of.interval(),
-            'the best value tried is at the edge of the grid: give --extend' if edges else '',
+            reason,
             p=test.p,
             corrected=corrected,
             detectable=statistics.detectable(test.rivals, statistics.LEVEL / claims),

@@ -36,9 +36,9 @@ METHOD = (
     f'The difference that could have been seen is meant to be found in {POWER:.0%} of such '
     'studies, at the level that the number of claims leaves, tuning included. As three seeds tell '
     'their scatter roughly, in simulations it was found in 75 to 90 %.',
-    'There is no verdict where a best value lies at the edge of its grid, where the grids of the '
-    'two sides are not equally large, or with fewer than two seeds. Figures that are the same in '
-    'every run, such as memory, are compared without a test.',
+    'There is no verdict where a best value lies at the edge of its grid or has learned nothing, '
+    'where the grids of the two sides are not equally large, or with fewer than two seeds. Figures '
+    'that are the same in every run, such as memory, are compared without a test.',
     'Times are not shown, because trials share the machine with one another and with other '
     'programs.',
 )

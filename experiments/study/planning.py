@@ -3,7 +3,8 @@
 Without a search these are all points of the grid. With `study.search='coarse'` every point runs
 with the first seed only; the best by validation, and the points beside it on each tuned axis, run
 with all seeds, until the best of those has its neighbors beside it. With `extend`, an axis whose
-best value is the first or last goes on by the ratio of its last two values. Where a claim names a
+best value is the first or last goes on by the ratio of its last two values, and in both directions
+while no value has learned anything. Where a claim names a
 value of a tuned axis, the same holds of the best of the points with this value.
 
 A plan follows from the journal alone, so all workers make the same.
@@ -21,7 +22,7 @@ from experiments import config as schema
 from experiments.study import config as study_config
 from experiments.study.config import Trial
 from experiments.study.journal import TrialRecord
-from experiments.study.schema import DONE, selection_metric
+from experiments.study.schema import DONE, has_learned, selection_metric
 from nfnets_jax.errors import UsageError
 
 Point = tuple  # values of the tuned axes, in order
@@ -111,6 +112,11 @@ class Planner:
             values.append(value if study.higher_is_better else -value)
         return sum(values) / len(values)
 
+    def has_learned(self, score: float) -> bool:
+        """Returns whether a score is of a network that has learned something, if that is known."""
+        study = self._study
+        return not study.higher_is_better or has_learned(score, study.chance)
+
     @property
     def most(self) -> int:
         return self._most
@@ -172,32 +178,45 @@ class _Search:
         if not points:
             return {}
         most_seeds = max(len(ids[point]) for point in points)
-        best = max(
-            (point for point in points if len(ids[point]) == most_seeds),
-            key=lambda point: self._planner.score([known[id] for id in ids[point]]),
-        )
+        scores = {
+            point: self._planner.score([known[id] for id in ids[point]])
+            for point in points
+            if len(ids[point]) == most_seeds
+        }
+        best = max(scores, key=lambda point: scores[point])
+        learned = self._planner.has_learned(scores[best])
         # Of each axis whose value is not named.
         tried = {
             i: sorted({point[i] for point in points})
             for i in range(len(self._axes))
             if i not in named
         }
-        new = dict.fromkeys(self._extensions(best, tried, named), self._points[best])
+        beyond = self._extensions(best, tried, named, anywhere=not learned)
+        new = dict.fromkeys(beyond, self._points[best])
         if self._planner.is_coarse and not (new and most_seeds < len(self._seeds)):
             around = (best, *new, *_neighbors(best, tried))
             new = {p: self._seeds for p in around if self._points.get(p) != self._seeds}
         return new
 
     def _extensions(
-        self, best: Point, tried: Mapping[int, list], named: Mapping[int, Any]
+        self,
+        best: Point,
+        tried: Mapping[int, list],
+        named: Mapping[int, Any],
+        *,
+        anywhere: bool,
     ) -> Iterator[Point]:
-        """Yields new points beyond the edges at which the best lies, and counts them."""
+        """Yields new points beyond the edges at which the best lies, and counts them.
+
+        With `anywhere` the best may lie inside.
+        """
         for i, values in tried.items():
             key = (i, *sorted(named.items()))
             for first, second in (
                 ((values[0], values[1]), (values[-1], values[-2])) if len(values) > 1 else ()
             ):
-                if best[i] != first or self._added[key] >= self._planner.most:
+                at_edge = best[i] == first or anywhere
+                if not at_edge or self._added[key] >= self._planner.most:
                     continue
                 if not isinstance(first, float) or min(first, second) <= 0:
                     continue

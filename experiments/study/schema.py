@@ -156,6 +156,15 @@ class Claim:
     scope: str = ''
 
 
+def has_learned(mean: float, chance: float | None) -> bool:
+    """Returns whether an accuracy is above chance by a tenth of what there is above it.
+
+    Below that a learning rate is not the best of a grid: the others are as far from learning, and
+    the best may lie beyond. True where chance is not known.
+    """
+    return chance is None or not mean < chance + 0.1 * (1 - chance)
+
+
 def parse_claim(
     claim: Mapping, axes: Mapping[str, Sequence[Value]], metric: str, name: str
 ) -> Claim:

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 
@@ -126,6 +128,28 @@ def test_the_best_at_an_edge_is_no_verdict(write_study, study_fields):
     assert judged.comparison.verdict is Verdict.UNDECIDED
     assert judged.comparison.reason.endswith('give --extend')
     assert judged.comparison.p < 0.05
+
+
+@pytest.mark.parametrize('learned', [True, False])
+def test_a_side_that_has_learned_nothing_is_no_verdict(learned, write_study, study_fields):
+    """Its best rate may lie elsewhere, although one inside the grid is the best by noise."""
+    study_fields['axes']['learning_rate'] = [0.1, 0.4, 1.6]
+    for trial in list(study_fields['trials']):
+        if trial['axes']['learning_rate'] == 1.6:
+            low = {'id': f'{trial["id"]}low', 'axes': {**trial['axes'], 'learning_rate': 0.1}}
+            study_fields['trials'].append(copy.deepcopy(trial) | low)
+    for trial in study_fields['trials']:
+        if trial['axes']['arm'] == 'nf':
+            noise = 0.01 * (trial['axes']['learning_rate'] == 0.4) + 0.001 * trial['axes']['seed']
+            trial['metrics']['test/top1'] = 0.25 * learned + 0.15 + noise
+    side = {'batch_size': 256}
+    compare = {'better': {'arm': 'bn', **side}, 'worse': {'arm': 'nf', **side}}
+    study_fields['claims'] = study_fields['claims'][:1]
+    study_fields['claims'][0]['compare'] |= compare
+    found = results.judge(_load(write_study, study_fields))[0].comparison
+    assert found.p < 0.05
+    assert found.verdict is (Verdict.AGREES if learned else Verdict.UNDECIDED)
+    assert found.reason.startswith('' if learned else 'no value tried of one side has learned')
 
 
 def test_unequal_grids_are_not_compared(write_study, study_fields):

@@ -74,6 +74,24 @@ def test_a_grid_goes_on_until_the_best_is_inside(search):
     assert cross((6.4, 25.6, 102.0), (0, 1, 2)) <= found
 
 
+def test_a_grid_goes_on_in_both_directions_while_nothing_has_learned():
+    """At chance the middle may be the best, by noise."""
+
+    def result(rate, seed):
+        del seed
+        noise = 0.05 if rate == 0.4 else 0.0
+        return {'validation/top1': 0.9 if rate in learning else 0.1 + noise}
+
+    learning = (25.6,)
+    (first, *_, last) = run_all(planning.Planner(study('full'), extend=True), result)
+    assert {rate for rate, _ in first} == set(RATES)
+    # Two values at each end are the four that may be added.
+    assert {rate for rate, _ in last} == {0.00625, 0.025, *RATES, 6.4, 25.6}
+    learning = ()
+    last = run_all(planning.Planner(study('full', chance=None), extend=True), result)[-1]
+    assert {rate for rate, _ in last} == set(RATES)
+
+
 def test_a_grid_ends_at_its_limit_and_where_no_config_may_have_the_value():
     found = run(planning.Planner(study(extensions=2), extend=True), peak=1e6)[-1]
     assert {rate for rate, _ in found} == {*RATES, 6.4, 25.6}
