@@ -4,8 +4,8 @@ Without a search these are all points of the grid. With `study.search='coarse'` 
 with the first seed only; the best by validation, and the points beside it on each tuned axis, run
 with all seeds, until the best of those has its neighbors beside it. With `extend`, an axis whose
 best value is the first or last goes on by the ratio of its last two values, and in both directions
-while no value has learned anything. Where a claim names a
-value of a tuned axis, the same holds of the best of the points with this value.
+while no value has learned anything. Where a claim names a value of a tuned axis, the best of the
+points with this value is searched for likewise.
 
 A plan follows from the journal alone, so all workers make the same.
 """
@@ -142,7 +142,7 @@ class _Search:
         planner: Planner,
         setting: dict[str, Any],
         grid: dict[str, list],
-        named: Sequence[Mapping[int, Any]] = (),
+        named: Sequence[Mapping[int, Any]],
     ):
         self._planner, self._setting = planner, setting
         self._named: list[Mapping[int, Any]] = [{}, *named]

@@ -37,16 +37,21 @@ def run(planner, peak):
 
 def run_all(planner, result):
     """As `run`, with result(rate, seed) -> metrics."""
+    plans = run_plans(planner, lambda axes: result(axes['learning_rate'], axes['seed']))
+    return [{(axes['learning_rate'], axes['seed']) for axes in plan} for plan in plans]
+
+
+def run_plans(planner, result):
+    """Runs plans to the end, with result(axes) -> metrics; returns the axes in each plan."""
     records, plans = {}, []
     while True:
         plan = planner.plan(list(records.values()))
         if all(t.id in records for t in plan):
             return plans
-        plans.append({(t.axes['learning_rate'], t.axes['seed']) for t in plan})
+        plans.append([t.axes for t in plan])
         for trial in plan:
-            metrics = result(trial.axes['learning_rate'], trial.axes['seed'])
             records[trial.id] = TrialRecord(
-                0, trial.id, trial.axes, '', {}, 'complete', 6, metrics, 1.0, None
+                *(0, trial.id, trial.axes, '', {}, 'complete', 6, result(trial.axes), 1.0, None)
             )
 
 
@@ -126,17 +131,11 @@ def test_a_point_that_a_claim_names_gets_all_seeds():
     plans = run(planning.Planner(claimed), peak=0.1)
     assert plans[-1] == cross(rates, (0,)) | cross((0.025, 0.1, 0.4, 6.4), (0, 1, 2))
     claimed.arms = ({'name': 'b', 'label': ''}, *claimed.arms)
-    records = {}
-    planner = planning.Planner(claimed)
-    while new := [t for t in planner.plan(list(records.values())) if t.id not in records]:
-        for trial in new:
-            metrics = {'validation/top1': -abs(math.log(trial.axes['learning_rate'] / 0.1))}
-            records[trial.id] = TrialRecord(
-                0, trial.id, trial.axes, '', {}, 'complete', 6, metrics, 1.0, None
-            )
-    seeds = collections.Counter(
-        r.axes['arm'] for r in records.values() if r.axes['learning_rate'] == 6.4
-    )
+    last = run_plans(
+        planning.Planner(claimed),
+        lambda axes: {'validation/top1': -abs(math.log(axes['learning_rate'] / 0.1))},
+    )[-1]
+    seeds = collections.Counter(axes['arm'] for axes in last if axes['learning_rate'] == 6.4)
     assert seeds == {'a': 3, 'b': 1}
 
 
@@ -147,20 +146,15 @@ def test_the_best_of_those_that_a_claim_names_is_searched_for_too(search):
     axes['clipping'] = 'optimizer.clip.clipping'
     made = study(search, axes=axes, tuned=('learning_rate', 'clipping'))
     made.grid.clipping = (0.01, 0.02, 0.04, 0.08)
-    peaks, records = {0.01: 6.4}, {}
     made.claims = (named(clipping=0.01),)
-    planner = planning.Planner(made, extend=True)
-    while not all(t.id in records for t in planner.plan(list(records.values()))):
-        for trial in planner.plan(list(records.values())):
-            rate, clipping = (trial.axes[axis] for axis in ('learning_rate', 'clipping'))
-            distance = abs(math.log(rate / peaks.get(clipping, 0.4))) / 20
-            top1 = 1 - distance - abs(clipping - 0.04)
-            records[trial.id] = TrialRecord(
-                0, trial.id, trial.axes, '', {}, 'complete', 6, {'validation/top1': top1}, 1.0, None
-            )
-    found = {
-        tuple(r.axes[a] for a in ('clipping', 'learning_rate', 'seed')) for r in records.values()
-    }
+
+    def result(axes):
+        peak = 6.4 if axes['clipping'] == 0.01 else 0.4
+        distance = abs(math.log(axes['learning_rate'] / peak)) / 20
+        return {'validation/top1': 1 - distance - abs(axes['clipping'] - 0.04)}
+
+    last = run_plans(planning.Planner(made, extend=True), result)[-1]
+    found = {tuple(axes[a] for a in ('clipping', 'learning_rate', 'seed')) for axes in last}
     for rate in (1.6, 6.4, 25.6):
         assert {(0.01, rate, seed) for seed in (0, 1, 2)} <= found
     for clipping in (0.02, 0.04, 0.08):
