@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import benchmarks
+from benchmarks import timing
 from experiments.launch import cli, command_help
 from nfnets_jax import files
 
@@ -60,7 +61,9 @@ def main(argv=None):
         '--target', default='H100:1', help='as experiments.preflight takes it; default: H100:1'
     )
     parser.add_argument('--minutes', type=float, default=20.0, help='default: 20')
-    parser.add_argument('--out', required=True, type=files.expand, help='directory of the results')
+    parser.add_argument(
+        '--out', required=True, type=timing.expanded_path, help='directory of the results'
+    )
     parser.add_argument('--quick', action='store_true', help='tiny networks, to try the commands')
     parser.add_argument('--write', action='store_true', help="write the convolutions' table")
     args = parser.parse_args(argv)

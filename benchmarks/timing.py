@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.launch import command_help
+from experiments.launch import cli, command_help
 from nfnets_jax import files
+from nfnets_jax.errors import UsageError
 
 
 def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -21,8 +23,26 @@ def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
     for name, default in defaults.items():
         option = f'--{name.replace("_", "-")}'
         parser.add_argument(option, type=type(default), default=default, help=f'default: {default}')
-    parser.add_argument('--json', type=files.expand, help='where to write the table as JSON')
+    parser.add_argument('--json', type=_file_to_write, help='where to write the table as JSON')
     return parser
+
+
+def expanded_path(text: str) -> str:
+    """Returns the path that an option gives, with ~ expanded."""
+    try:
+        return files.expand(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _file_to_write(text: str) -> str:
+    """Returns the path of --json, checked before hours of measuring."""
+    expanded = expanded_path(text)
+    try:
+        cli.check_out(pathlib.Path(expanded), flag='json')
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return expanded
 
 
 class Times(NamedTuple):

@@ -129,7 +129,8 @@ def get_config(size: str = 'digits'):
                 scope=REPORT_B,
             ),
             claim(
-                'So it is with each at its best learning rate.',
+                'Each at its best learning rate, a ResNet without batch norm is better '
+                'without AGC.',
                 OURS,
                 better={'arm': 'plain_adam', 'batch_size': batches[1]},
                 worse={'arm': 'plain_adam_agc', 'batch_size': batches[1]},

@@ -84,7 +84,7 @@ def get_config(size: str = 'digits'):
                 scope=REPORT_B,
             ),
             claim(
-                'So it is with each at its best learning rate.',
+                'Each at its best learning rate, a ResNet is better with batch norm.',
                 OURS,
                 better={'arm': 'resnet_bn'},
                 worse={'arm': 'resnet'},

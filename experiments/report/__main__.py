@@ -8,7 +8,7 @@ report.html in the first of them, holds the question, the claims and their outco
 figures, tables, and the commands and versions. Beside it, STUDY-trials.csv has a row for each trial
 and STUDY-correct.npz the images that it classifies correctly. --static=DIR also writes these, PNG
 images, a page for each study, and a README.md of one screen. --tables=DIR reads the studies from
-there instead of their directories, all but the learning curves.
+there instead of their directories, all but the learning curves, and writes no tables again.
 """
 
 import datetime
@@ -55,8 +55,9 @@ def _write(args: flags.FlagValues, directories: Sequence[str | os.PathLike]) -> 
     if args.static:  # First, because it can fail.
         written = static.write(found, args.static, made=made)
         print(f'wrote {len(written)} files into {args.static}')
-    for study in found:
-        tables.write(study, out.parent, f'{static.slug(study)}-')
+    if not args.tables:
+        for study in found:
+            tables.write(study, out.parent, f'{static.slug(study)}-')
     files.atomic_write(out, text)
     print(f'wrote {out} ({len(text) / 1e6:.1f} MB)')
 
