@@ -421,14 +421,6 @@ class BatchNorm(hk.Module):
         return jax.lax.pmean(mean, self.cross_replica_axis)
 
 
-def max_pool(x: Array, window: int, stride: int, padding: conv.Padding = 'SAME') -> Array:
-    """Returns the maximum of [N, H, W, C] over square windows."""
-    if padding == 'SYMMETRIC':
-        ends, padding = (window // 2, window // 2), 'VALID'
-        x = jnp.pad(x, ((0, 0), ends, ends, (0, 0)), constant_values=-jnp.inf)
-    return hk.max_pool(x, (1, window, window, 1), (1, stride, stride, 1), padding)
-
-
 def avg_pool(x: Array, window: int, stride: int) -> Array:
     """Returns the mean of [N, H, W, C] over square windows; padding is not part of the mean."""
     return hk.avg_pool(x, (1, window, window, 1), (1, stride, stride, 1), 'SAME')

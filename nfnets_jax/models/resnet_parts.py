@@ -2,7 +2,7 @@
 
 import jax
 
-from nfnets_jax import layers
+from nfnets_jax import pooling
 from nfnets_jax.convolution.conv import Padding
 from nfnets_jax.models import options, residual
 from nfnets_jax.models.variants import Variant
@@ -19,7 +19,7 @@ def stem_shape(variant: Variant) -> ConvArgs:
 
 def stem_pool(variant: Variant, x: jax.Array, padding: Padding = 'SAME') -> jax.Array:
     """Halves the output of the first convolution, unless the stem is 'small'."""
-    return x if variant.stem == 'small' else layers.max_pool(x, 3, 2, padding)
+    return x if variant.stem == 'small' else pooling.max_pool(x, 3, 2, padding)
 
 
 def branch_shapes(variant: Variant, plan: residual.BlockPlan) -> list[ConvArgs]:

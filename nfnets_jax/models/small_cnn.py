@@ -5,7 +5,7 @@ from typing import Any
 import haiku as hk
 import jax
 
-from nfnets_jax import fields, layers
+from nfnets_jax import fields, layers, pooling
 from nfnets_jax.errors import UsageError
 from nfnets_jax.models import options, residual
 
@@ -74,7 +74,7 @@ class SmallCNN(hk.Module):
                 out = norm(out, is_training)
             out = self.activation(out)
             if i == 1:
-                out = layers.max_pool(out, 2, 2, 'VALID')
+                out = pooling.max_pool(out, 2, 2, 'VALID')
 
         if (last := self.fc) is None:
             return residual.classify(out, None, 0.0, is_training)
