@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import chex
@@ -28,24 +29,20 @@ from nfnets_jax.weights.checkpoints import CheckpointReader
 HEAD = 'NF_ResNet/~/linear'
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Two classes of ten pictures of unequal sizes, dark ones and light ones."""
+def write_folder(directory):
     rng = np.random.RandomState(0)
     for name, low in (('dark', 0), ('light', 128)):
-        directory = tmp_path / 'pictures' / name
-        directory.mkdir(parents=True)
+        (directory / name).mkdir(parents=True)
         for i in range(10):
             pixels = rng.randint(low, low + 128, (20 + i, 30, 3), np.uint8)
-            Image.fromarray(pixels).save(directory / f'{i}.png')
-    return tmp_path / 'pictures'
+            Image.fromarray(pixels).save(directory / name / f'{i}.png')
+    return directory
 
 
-@pytest.fixture
-def weights(tmp_path):
+def write_weights(path, blocks=1):
     metadata = pretrained.Metadata(
         model='NF-ResNet-8',
-        options={'widths': (8, 8), 'depths': (1, 1)},
+        options={'widths': (8,), 'depths': (blocks,)},
         num_classes=5,
         train_size=12,
         test_size=16,
@@ -57,9 +54,34 @@ def weights(tmp_path):
         return rng.standard_normal(leaf.shape).astype(np.float32)
 
     shapes = pretrained.variable_shapes(metadata)
-    path = tmp_path / 'w.safetensors'
     pretrained.save_weights(path, pretrained.Weights(*jax.tree.map(fill, shapes), metadata))
     return path
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    """The folder and the weights, which no test changes; tests that do have copies."""
+    root = tmp_path_factory.mktemp('made')
+    return write_folder(root / 'pictures'), write_weights(root / 'w.safetensors')
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """Two classes of ten pictures of unequal sizes, dark ones and light ones."""
+    return shutil.copytree(made[0], tmp_path / 'pictures')
+
+
+@pytest.fixture
+def weights(made, tmp_path):
+    return pathlib.Path(shutil.copy(made[1], tmp_path))
+
+
+@pytest.fixture(scope='module')
+def base(made, tmp_path_factory):
+    """A run that was fine-tuned from the weights."""
+    directory = tmp_path_factory.mktemp('runs') / 'base'
+    train.train(small(f'weights={made[1]},data={made[0]}'), directory, quiet=True)
+    return directory
 
 
 def small(arguments: str):
@@ -137,7 +159,8 @@ def test_what_the_command_line_overrides_is_not_told(monkeypatch):
     ]
 
 
-def test_learning_rates_fall_from_the_head_to_the_stem(weights, folder):
+def test_learning_rates_fall_from_the_head_to_the_stem(folder, tmp_path):
+    weights = write_weights(tmp_path / 'two_blocks.safetensors', blocks=2)
     arguments = f'weights={weights},data={folder},layer_decay=0.5,freeze=.*/initial_conv/gain'
     groups = build(small(arguments)).optimizer.groups
     scales = {name.split('/')[2]: group.lr_scale for name, group in groups.items()}
@@ -227,9 +250,10 @@ def test_the_head_is_trained_first_and_a_resumed_run_is_bit_for_bit_the_same(
     programs = {}
     train.train(config, tmp_path / 'run', quiet=True, programs=programs)
     source = load_pretrained(weights).params
+    experiment = build(config)
+    template = jax.eval_shape(lambda: init_state(experiment))
 
     def state(directory, step):
-        template = jax.eval_shape(lambda: init_state(build(config)))
         return CheckpointReader(tmp_path / directory / 'checkpoints').restore(step, template)
 
     def moved(step):
@@ -261,7 +285,7 @@ def test_a_pattern_freezes_what_it_matches(weights, folder):
     ('key', 'value', 'problem'),
     [
         ('name', 'NF-ResNet-50', r'weights of NF-ResNet-8, but config\.model\.name'),
-        ('depths', (1, 2), r'config\.model\.depths=\[1, 2\]: .* a network with \[1, 1\]'),
+        ('depths', (2,), r'config\.model\.depths=\[2\]: .* a network with \[1\]'),
     ],
 )
 def test_weights_of_another_network_are_refused(key, value, problem, weights, folder):
@@ -296,8 +320,15 @@ def test_timms_weights_are_read_under_the_name_that_version_0_1_0_gave_them(fold
     experiment = build(config)
     *variables, _ = load_weights(experiment)
     images = rng.normal(size=(2, 32, 32, 3)).astype(np.float32)
-    outputs, _ = experiment.model.apply(*variables, None, images, False)
-    expected, _ = pretrained.network(metadata).apply(params, state, None, images, False)
+    outputs, expected = (
+        jax.jit(lambda *variables, apply=model.apply: apply(*variables, None, images, False)[0])(
+            *values
+        )
+        for model, values in (
+            (experiment.model, variables),
+            (pretrained.network(metadata), (params, state)),
+        )
+    )
     np.testing.assert_allclose(outputs['logits'], expected['logits'], rtol=1e-4, atol=1e-5)
 
 
@@ -323,14 +354,15 @@ def test_images_are_normalized_as_the_weights_were_trained(weights, folder, tmp_
     experiment = build(config)
     keys = augment.example_keys(0, 0, np.arange(4))
     gray = np.full((4, 12, 12, 3), 100, np.uint8)
-    images, _ = experiment.augmentation(keys, gray, np.zeros(4, np.int32))
+    images, _ = jax.jit(experiment.augmentation)(keys, gray, np.zeros(4, np.int32))
     expected = (100 - np.array(half['mean'])) / half['std']
     np.testing.assert_allclose(images, np.broadcast_to(expected, images.shape), rtol=1e-5)
     source, transform = experiment.test_source, experiment.image_spec.test_transform
     rng = np.random.default_rng(0)
     pixels = np.stack([transform(source[i]['image'], rng) for i in range(len(source))])
     normalized = ((pixels - np.array(half['mean'])) / half['std']).astype(np.float32)
-    outputs, _ = experiment.model.apply(tuned.params, tuned.state, None, normalized, False)
+    apply = jax.jit(experiment.model.apply, static_argnums=4)
+    outputs, _ = apply(tuned.params, tuned.state, None, normalized, False)
     losses = optax.softmax_cross_entropy_with_integer_labels(
         outputs['logits'], np.array([source[i]['label'] for i in range(len(source))])
     )
@@ -350,13 +382,12 @@ def test_a_network_that_is_unknown_is_not_called_a_mistake_of_the_data(folder):
         build(config)
 
 
-@pytest.mark.parametrize('freeze', ['', ',freeze=body'])
+@pytest.mark.parametrize('freeze', [pytest.param('', marks=pytest.mark.slow), ',freeze=body'])
 def test_the_directory_of_a_run_is_fine_tuned_from_the_command_line(
-    weights, folder, tmp_path, command, freeze
+    base, folder, tmp_path, command, freeze
 ):
     """Metadata are read while flags are parsed: before JAX may be used."""
-    train.train(small(f'weights={weights},data={folder}'), tmp_path / 'base', quiet=True)
-    arguments = f'configs/finetune.py:weights={tmp_path}/base,data={folder}{freeze}'
+    arguments = f'configs/finetune.py:weights={base},data={folder}{freeze}'
     process = command(
         *('train', f'--config={arguments}', f'--workdir={tmp_path}/run', '--config.duration=2'),
         devices=1,
@@ -392,13 +423,8 @@ def test_weights_that_do_not_say_what_they_are_are_read_once(folder, tmp_path, m
 
 
 @pytest.mark.parametrize('kind', ['file', 'run'])
-def test_metadata_that_are_written_down_are_read_without_an_array(
-    weights, folder, tmp_path, monkeypatch, kind
-):
-    path = weights
-    if kind == 'run':
-        path = tmp_path / 'base'
-        train.train(small(f'weights={weights},data={folder}'), path, quiet=True)
+def test_metadata_that_are_written_down_are_read_without_an_array(made, base, monkeypatch, kind):
+    path = base if kind == 'run' else made[1]
     expected = load_pretrained(path).metadata
 
     def refuse(*args, **options):
@@ -460,17 +486,28 @@ def test_images_that_are_not_square_from_the_command_line_to_the_program(
     assert err.startswith('error: config.data.test_image_size=0: must be a side in pixels, or hei')
 
 
-@pytest.mark.parametrize('channels', [1, 5])
-def test_the_stem_is_fitted_to_other_channels(weights, folder, tmp_path, channels):
-    """As by `from_pretrained`; the pipeline reads so many, and so do the commands afterwards."""
-    data, options = folder, {}
-    if channels == 5:
+@pytest.fixture
+def data_of(folder, tmp_path):
+    """A function that returns data of so many channels, their options and one image's file."""
+
+    def make(channels):
+        if channels == 1:
+            return folder, {}, folder / 'dark' / '0.png'
         rng = np.random.default_rng(0)
-        images, labels = rng.uniform(-1, 1, (40, 18, 22, 5)).astype(np.float32), np.arange(40) % 2
-        data = tmp_path / 'five.npz'
+        images = rng.uniform(-1, 1, (40, 18, 22, channels)).astype(np.float32)
+        labels = np.arange(40) % 2
         arrays = {'train_images': images, 'train_labels': labels}
-        np.savez(data, **arrays, test_images=images[:8], test_labels=labels[:8])
-        options = {'value_range': (-1.0, 1.0)}
+        np.savez(tmp_path / 'many.npz', **arrays, test_images=images[:8], test_labels=labels[:8])
+        np.save(tmp_path / '0.npy', images[0])
+        return tmp_path / 'many.npz', {'value_range': (-1.0, 1.0)}, tmp_path / '0.npy'
+
+    return make
+
+
+@pytest.mark.parametrize('channels', [1, 5])
+def test_the_stem_is_fitted_to_other_channels(weights, data_of, channels):
+    """As by `from_pretrained`."""
+    data, options, _ = data_of(channels)
     config = small(f'weights={weights},data={data},channels={channels}')
     config.data.update(options)
     experiment = build(config)
@@ -483,17 +520,22 @@ def test_the_stem_is_fitted_to_other_channels(weights, folder, tmp_path, channel
     assert config.data.get('mean') is None or config.data.mean == fitted.metadata.mean
     assert experiment.image_spec.mean == fitted.metadata.mean
 
-    train.train(config, tmp_path / 'run')
+
+@pytest.mark.parametrize('channels', [pytest.param(1, marks=pytest.mark.slow), 5])
+def test_the_pipeline_and_the_commands_read_other_channels(weights, data_of, tmp_path, channels):
+    data, options, path = data_of(channels)
+    config = small(f'weights={weights},data={data},channels={channels}')
+    config.data.update(options)
+    mean = build(config).image_spec.mean
+
+    train.train(config, tmp_path / 'run', quiet=True)
     metadata = pretrained.load_metadata(tmp_path / 'run')
-    assert (metadata.channels, metadata.mean) == (channels, fitted.metadata.mean)
+    assert (metadata.channels, metadata.mean) == (channels, mean)
     assert metadata.pixels == PixelFormat(channels, options.get('value_range'))
     found = evaluate.evaluate(tmp_path / 'run', report=str(tmp_path / 'report'))
     assert (tmp_path / 'report' / 'worst.png').exists()
     other = evaluate.evaluate(tmp_path / 'run', other=str(data), split='test' if options else None)
     assert set(other) == set(found)
-    path = folder / 'dark' / '0.png'
-    if channels == 5:
-        np.save(path := tmp_path / '0.npy', images[0])
     tuned = load_pretrained(tmp_path / 'run')
     ((_, guesses),) = classify.classify(tuned, [path], top=2)
     pixels = decode(path.read_bytes(), metadata.pixels)
