@@ -1,15 +1,17 @@
 """Runs on classes of very different sizes: balanced sampling, and weights of the classes."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
 from experiments.experiment import build, describe_imbalance
-from experiments.run import metric_writers, parallel
+from experiments.run import device_cached, evaluation, parallel
 from experiments.run.batches import open_batches
 from experiments.train import train
-from experiments.train_step import init_state, make_train_step
+from experiments.train_step import init_state, make_eval_step, make_train_step
 from nfnets_jax.data import pipeline
 from nfnets_jax.data.sources import Digits
 from nfnets_jax.errors import UsageError
@@ -40,32 +42,61 @@ def unequal(tmp_path_factory):
     return {'name': 'arrays', 'path': str(file)}
 
 
-@pytest.mark.parametrize(
-    'changes',
-    [{}, {'data__on_device': True, **MIXED}],
-    ids=['host', 'device_mixed'],
-)
-def test_a_resumed_balanced_run_is_bit_for_bit_the_same(unequal, changes, tmp_path):
-    """157 images in steps of 64 or 128: resumed at step 3, in the second or third epoch."""
-    config = tiny_config(data=unequal, checkpoint__keep=3, **BALANCED, **changes)
-    programs = {}
-    train(config, tmp_path / 'whole', programs=programs)
-    assert_resumes_exactly(config, tmp_path / 'whole', tmp_path / 'resumed', programs)
+def balanced_config(unequal, **changes):
+    """157 images in steps of 64, or 128 of mixed ones: step 3 is in the second or third epoch."""
+    return tiny_config(data=unequal, checkpoint__keep=3, **BALANCED, **changes)
 
 
 @pytest.fixture(scope='module')
-def balanced(unequal, tmp_path_factory):
+def programs():
+    """What the runs of this file share."""
+    return {}
+
+
+@pytest.fixture(scope='module')
+def balanced(unequal, programs, tmp_path_factory):
     directory = tmp_path_factory.mktemp('runs') / 'balanced'
-    train(tiny_config(data=unequal, checkpoint__keep=3, **BALANCED), directory)
+    train(balanced_config(unequal), directory, programs=programs, quiet=True)
     return directory
 
 
-def test_images_on_the_device_are_the_same_images(unequal, balanced, tmp_path):
-    train(
-        tiny_config(data=unequal, data__on_device=True, checkpoint__keep=3, **BALANCED),
-        tmp_path / 'run',
-    )
+def test_a_resumed_balanced_run_is_bit_for_bit_the_same(unequal, balanced, programs, tmp_path):
+    assert_resumes_exactly(balanced_config(unequal), balanced, tmp_path / 'resumed', programs)
+
+
+@pytest.mark.slow
+def test_a_resumed_balanced_run_of_mixed_images_on_the_device(unequal, programs, tmp_path):
+    config = balanced_config(unequal, data__on_device=True, **MIXED)
+    train(config, tmp_path / 'whole', programs=programs, quiet=True)
+    assert_resumes_exactly(config, tmp_path / 'whole', tmp_path / 'resumed', programs)
+
+
+@pytest.mark.slow
+def test_a_run_on_the_device_is_the_same_run(unequal, balanced, tmp_path):
+    train(balanced_config(unequal, data__on_device=True), tmp_path / 'run', quiet=True)
     assert_same_run(balanced, tmp_path / 'run')
+
+
+def test_images_on_the_device_are_the_same_images(unequal):
+    """Over the ends of epochs, from the first step and from the fourth."""
+    gathered = parallel.parallelize(
+        lambda step, batch: jax.lax.all_gather(
+            device_cached.take(batch, step, 64), parallel.AXIS, tiled=True
+        )
+    )
+    experiments = [build(balanced_config(unequal, data__on_device=x)) for x in (False, True)]
+    for first in (0, 3):
+        with contextlib.ExitStack() as stack:
+            host, device = (
+                stack.enter_context(open_batches(x, first, pipeline.UnreadableExamples()))
+                for x in experiments
+            )
+            for step in range(first, 6):
+                found = gathered(parallel.replicate(np.int32(step)), next(device))
+                for key, rows in next(host).items():
+                    np.testing.assert_array_equal(
+                        found[key], np.asarray(rows).reshape(found[key].shape), key
+                    )
 
 
 def test_a_balanced_epoch_holds_all_classes_equally_often(unequal):
@@ -106,24 +137,30 @@ def test_weighted_loss_and_gradient_equal_the_formula(unequal):
         )
     jax.effects_barrier()
     assert len(seen) == jax.device_count()
-    losses = []
+    losses, apply = [], jax.jit(experiment.model.apply, static_argnums=4)
     for images, targets in seen:
-        outputs, _ = experiment.model.apply(state.params, state.state, None, images, True)
+        outputs, _ = apply(state.params, state.state, None, images, True)
         logits = np.asarray(outputs['logits'], np.float64)
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         losses.append(-(expected * np.asarray(targets, np.float64) * log_p).sum(1))
     assert float(metrics['loss']) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_evaluation_is_not_weighted(unequal, tmp_path):
+def test_evaluation_is_not_weighted(unequal):
+    """Nothing has moved after a step at a rate of 0."""
+    evaluated, losses = [], []
     for name in ('none', 'balanced'):
         config = tiny_config(data=unequal, class_weights=name, optimizer__learning_rate=0.0)
-        train(config, tmp_path / name)
-    weighted, plain = (metric_writers.read_metrics(tmp_path / n) for n in ('balanced', 'none'))
-    assert [line['test/loss'] for line in weighted if 'test/loss' in line] == [
-        line['test/loss'] for line in plain if 'test/loss' in line
-    ]
-    assert weighted[0]['train/loss'] != plain[0]['train/loss']
+        experiment = build(config)
+        stop = parallel.shard(np.zeros(jax.device_count(), np.float32))
+        state = parallel.replicate(init_state(experiment))
+        with open_batches(experiment, 0, pipeline.UnreadableExamples()) as batches:
+            state, metrics = make_train_step(experiment)(state, next(batches) | {'stop': stop})
+        losses.append(float(metrics['loss']))
+        step = make_eval_step(experiment)
+        evaluated.append(evaluation.evaluate(experiment, step, state.variables()))
+    assert evaluated[0] == evaluated[1]
+    assert losses[0] != losses[1]
 
 
 def test_a_line_names_classes_that_are_very_unequal(unequal):

@@ -6,24 +6,31 @@ import numpy as np
 import pytest
 
 from experiments.experiment import build
-from experiments.run import metric_writers, parallel
+from experiments.run import metric_writers, parallel, step_metrics
 from experiments.run.batches import open_batches
 from experiments.train import train
 from experiments.train_step import init_state, make_train_step
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError
+from nfnets_jax.weights.checkpoints import CheckpointReader
 from tests.experiments.conftest import tiny_config
-from tests.experiments.test_train import assert_resumes_exactly, assert_same_run, final_state
+from tests.experiments.test_train import assert_resumes_exactly, assert_same_run
 
 MIXED = {'augment__mixup': 0.2, 'augment__cutmix': 1.0, 'augment__mix_pairs': 'distinct'}
 NOISE = {'name': 'noise', 'image_size': 8, 'classes': 10, 'examples': 256}
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def programs():
+    """What the runs of this file share."""
+    return {}
+
+
+@pytest.fixture(scope='module')
+def whole(programs, tmp_path_factory):
     """A run that was never stopped."""
     directory = tmp_path_factory.mktemp('runs') / 'whole'
-    train(tiny_config(checkpoint__keep=3, **MIXED), directory)
+    train(tiny_config(checkpoint__keep=3, **MIXED), directory, programs=programs, quiet=True)
     return directory
 
 
@@ -39,45 +46,52 @@ def test_every_image_of_an_epoch_is_read_once():
             assert len(set(found)) == 256
 
 
-def test_a_resumed_run_is_bit_for_bit_the_same(whole, tmp_path):
-    assert_resumes_exactly(tiny_config(checkpoint__keep=3, **MIXED), whole, tmp_path / 'run')
+def test_a_resumed_run_is_bit_for_bit_the_same(whole, programs, tmp_path):
+    config = tiny_config(checkpoint__keep=3, **MIXED)
+    assert_resumes_exactly(config, whole, tmp_path / 'run', programs)
 
 
 def test_images_on_the_device_are_the_same_images(whole, tmp_path):
-    train(tiny_config(data__on_device=True, checkpoint__keep=3, **MIXED), tmp_path / 'run')
+    config = tiny_config(data__on_device=True, checkpoint__keep=3, **MIXED)
+    train(config, tmp_path / 'run', quiet=True)
     assert_same_run(whole, tmp_path / 'run')
 
 
-def test_the_number_of_devices_changes_nothing(whole, command, tmp_path):
-    options = [f'--config.{key.replace("__", ".")}={value}' for key, value in MIXED.items()]
-    process = command('train', f'--workdir={tmp_path}/run', *options, devices=1)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    chex.assert_trees_all_close(
-        final_state(whole).params, final_state(tmp_path / 'run').params, rtol=1e-4, atol=1e-5
+def run_steps(count, **changes):
+    """The state after so many steps of a run."""
+    experiment = build(tiny_config(**(MIXED | changes)))
+    step, state = make_train_step(experiment), parallel.replicate(init_state(experiment))
+    stop = parallel.shard(np.zeros(parallel.device_count(), np.float32))
+    with open_batches(experiment, 0, pipeline.UnreadableExamples()) as batches:
+        for _ in range(count):
+            state, _ = step(state, next(batches) | {'stop': stop})
+    return jax.device_get(state)
+
+
+def test_the_number_of_devices_changes_nothing(whole):
+    with parallel.using(jax.devices()[:1]):
+        one = run_steps(3)
+    four = CheckpointReader(whole / 'checkpoints').restore(3, one)
+    for x, y in ((one.params, four.params), (one.ema_params, four.ema_params)):
+        chex.assert_trees_all_close(x, y, rtol=1e-4, atol=1e-5)
+    assert step_metrics.means(one.window) == pytest.approx(
+        step_metrics.means(four.window), rel=1e-4
     )
 
 
-def test_pairs_of_the_batch_are_another_experiment(whole, tmp_path):
-    train(tiny_config(**(MIXED | {'augment__mix_pairs': 'batch'})), tmp_path / 'run')
-    losses = [
-        metric_writers.read_metrics(run)[0]['train/loss'] for run in (whole, tmp_path / 'run')
-    ]
-    assert losses[0] != losses[1]
+def test_pairs_of_the_batch_are_another_experiment(whole):
+    state = run_steps(2, augment__mix_pairs='batch')
+    line = metric_writers.read_metrics(whole)[0]
+    assert line['step'] == state.step == 2
+    assert line['train/loss'] != step_metrics.means(state.window)['loss']
     with pytest.raises(UsageError, match="mix_pairs is 'distinct' there and 'batch' here"):
         train(tiny_config(**(MIXED | {'augment__mix_pairs': 'batch'})), whole)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up_to_the_whole():
-    def step(**changes):
-        experiment = build(tiny_config(**MIXED, **changes))
-        with open_batches(experiment, 0, pipeline.UnreadableExamples()) as batches:
-            stop = parallel.shard(np.zeros(jax.device_count(), np.float32))
-            state = parallel.replicate(init_state(experiment))
-            state, _ = make_train_step(experiment)(state, next(batches) | {'stop': stop})
-        return state.params
-
-    chex.assert_trees_all_close(step(), step(accumulate=4), rtol=1e-5, atol=1e-6)
+    whole, parts = run_steps(1), run_steps(1, accumulate=4)
+    chex.assert_trees_all_close(whole.params, parts.params, rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_that_reads_more_images_than_there_are_is_refused():
