@@ -1,6 +1,7 @@
 """What fails beside training costs no step; the start says what is trained on what."""
 
 import json
+import shutil
 
 import pytest
 
@@ -21,23 +22,49 @@ def programs():
     return {}
 
 
-@pytest.fixture
-def data(tmp_path):
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp('place') / 'data'
+
+
+def fill(place):
+    """Writes the data anew, whatever became of them."""
+    shutil.rmtree(place, ignore_errors=True)
     for split in ('train', 'test'):
-        write_images(tmp_path / 'data' / split, 'b', 'd')
-    return tmp_path / 'data'
+        write_images(place / split, 'b', 'd')
+    return place
+
+
+@pytest.fixture
+def data(place):
+    """Always in the same place, which is part of the config that programs are of."""
+    return fill(place)
+
+
+def four_steps(data, **changes):
+    """Every second is evaluated and saved."""
+    config = config_of(data, **changes)
+    config.eval.every = config.checkpoint.every = '2 steps'
+    return config
 
 
 @pytest.fixture
 def go(data, tmp_path, programs):
-    """Trains in a directory, four steps of which every second is evaluated and saved."""
+    """Trains in a directory."""
 
-    def run(name='run', **changes):
-        config = config_of(data, **changes)
-        config.eval.every = config.checkpoint.every = '2 steps'
-        return train(config, tmp_path / name, programs=programs)
+    def run(name='run', quiet=True, **changes):
+        config = four_steps(data, **changes)
+        return train(config, tmp_path / name, programs=programs, quiet=quiet)
 
     return run
+
+
+@pytest.fixture(scope='module')
+def whole(place, programs, tmp_path_factory):
+    """A run that nothing happened to."""
+    directory = tmp_path_factory.mktemp('runs') / 'whole'
+    train(four_steps(fill(place)), directory, programs=programs, quiet=True)
+    return directory
 
 
 def saved(tmp_path, name='run'):
@@ -69,8 +96,7 @@ def test_an_unreadable_test_image_costs_no_step_and_may_then_be_skipped(data, go
     assert saved(tmp_path) == saved(tmp_path, 'whole')
 
 
-def test_an_unreadable_training_image_costs_no_step(data, go, tmp_path, monkeypatch):
-    go('whole')
+def test_an_unreadable_training_image_costs_no_step(whole, go, tmp_path, monkeypatch):
     real = pipeline.Prefetch.__next__
 
     def fails(self):
@@ -87,12 +113,11 @@ def test_an_unreadable_training_image_costs_no_step(data, go, tmp_path, monkeypa
     monkeypatch.undo()
     assert saved(tmp_path)[0] == [2, 3]
     go()
-    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+    assert_same_run(tmp_path / 'run', whole)
 
 
 @pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), RuntimeError('a bug')])
-def test_metrics_that_cannot_be_written_cost_no_step(go, tmp_path, monkeypatch, error):
-    go('whole')
+def test_metrics_that_cannot_be_written_cost_no_step(whole, go, tmp_path, monkeypatch, error):
     real = metric_writers._TensorBoard.write
 
     def fails(self, step, scalars):
@@ -107,7 +132,7 @@ def test_metrics_that_cannot_be_written_cost_no_step(go, tmp_path, monkeypatch, 
     assert not (tmp_path / 'run' / 'summary.json').exists()
     monkeypatch.undo()
     go()
-    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+    assert_same_run(tmp_path / 'run', whole)
 
 
 def test_curves_that_cannot_be_drawn_are_told_and_the_run_is_complete(
@@ -117,13 +142,13 @@ def test_curves_that_cannot_be_drawn_are_told_and_the_run_is_complete(
         raise RuntimeError('no font')
 
     monkeypatch.setattr(curves, 'draw_curves', fails)
-    summary = go()
+    summary = go(quiet=False)
     assert 'curves.png cannot be drawn: no font\n' in capsys.readouterr().err
     assert json.loads((tmp_path / 'run' / 'summary.json').read_text()) == summary
 
 
 def test_the_start_says_what_is_trained_on_what(data, go, tmp_path, capsys):
-    go()
+    go(quiet=False)
     told = capsys.readouterr().err.splitlines()
     network, images, steps, run, compiling, compiled = told[:6]
     assert network == 'network: SmallCNN, 37,314 parameters'
@@ -148,7 +173,7 @@ def test_the_start_is_told_before_anything_is_compiled(data, tmp_path, monkeypat
 
 
 def test_a_quiet_run_says_nothing(data, tmp_path, programs, capsys):
-    train(config_of(data), tmp_path / 'run', quiet=True, programs=programs)
+    train(four_steps(data), tmp_path / 'run', quiet=True, programs=programs)
     assert capsys.readouterr().err == ''
 
 
@@ -172,7 +197,7 @@ def validated(tmp_path_factory):
             return real(experiment, step, variables, split, *rest)
 
         patch.setattr('experiments.train.evaluate', counted)
-        summary = train(config, root / 'run')
+        summary = train(config, root / 'run', quiet=True)
     return root / 'run', summary, calls
 
 
