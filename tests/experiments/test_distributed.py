@@ -86,10 +86,16 @@ def finish(job):
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def programs():
+    """What the runs in this process share."""
+    return {}
+
+
+@pytest.fixture(scope='module')
+def whole(programs, tmp_path_factory):
     """The same run in this process, with four devices."""
     directory = tmp_path_factory.mktemp('runs') / 'whole'
-    train(tiny_config(**SHORT), directory)
+    train(tiny_config(**SHORT), directory, programs=programs, quiet=True)
     return directory
 
 
@@ -103,7 +109,9 @@ def assert_same_up_to_rounding(directory, other):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
-def test_two_processes_are_stopped_by_either_and_one_goes_on(whole, command, tmp_path, capsys):
+def test_two_processes_are_stopped_by_either_and_one_goes_on(
+    whole, programs, command, tmp_path, capsys
+):
     directory = tmp_path / 'run'
     job = Job(command, 2, directory, *as_flags(SHORT))
     wait_for(job, (directory / 'metrics.jsonl').exists)  # just before the first step
@@ -111,7 +119,7 @@ def test_two_processes_are_stopped_by_either_and_one_goes_on(whole, command, tmp
     said = finish(job)
     step = int(re.search(r'stopped; step (\d+) is saved', said)[1])
     assert newest_step(directory) == step < 12
-    train(tiny_config(**SHORT), directory)
+    train(tiny_config(**SHORT), directory, programs=programs)
     assert (
         f'resuming {directory} at step {step} of 12, with 4 devices instead of 4 devices in '
         '2 processes: the same batches' in capsys.readouterr().err

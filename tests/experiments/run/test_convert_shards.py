@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import digits
 from experiments import evaluate, prepare_data, train
 from experiments.run import convert_shards
 from nfnets_jax.data import shards
 from nfnets_jax.data.preprocessing import decode
 from nfnets_jax.errors import UsageError
 from tests.data.test_shards import write_parquet, write_tar
+from tests.experiments.conftest import tiny_config
 from tests.tfds_builders import open_prepared
 
 NAMES = ('ape', 'bee', 'cat')
@@ -194,14 +194,18 @@ def test_lists_of_labels_from_shards_to_a_report(tmp_path, suffix):
         np.testing.assert_array_equal(decode(train_source[i]['image']), images[i])
     if suffix == '.parquet':
         return
-    config = digits.get_config()
-    config.model = {'name': 'SmallCNN'}
-    config.data = {
-        **{'name': 'tfds', 'dataset': 'mine', 'data_dir': str(tmp_path / 'data')},
-        **{'image_size': 16, 'test_image_size': 16},
-    }
-    config.batch_size, config.eval.batch_size, config.duration = 8, 8, '2 steps'
-    config.eval.every = config.checkpoint.every = config.log_every = '2 steps'
+    config = tiny_config(
+        batch_size=8,
+        duration='2 steps',
+        eval__every=2,
+        checkpoint__every=2,
+        augment__shift=0,
+        optimizer__clip__name='none',
+        data={
+            **{'name': 'tfds', 'dataset': 'mine', 'data_dir': str(tmp_path / 'data')},
+            **{'image_size': 8, 'test_image_size': 8},
+        },
+    )
     train.train(config, tmp_path / 'run', quiet=True)
     report = tmp_path / 'report'
     found = evaluate.evaluate(tmp_path / 'run', report=str(report))
