@@ -141,7 +141,11 @@ def check_all(train, seeds):
 
 def test_a_few(train):
     assert 2 in check_all(train, range(FEW))
-    status, _, workdir = train(CASES, [''])  # What no mistake was put into is trained.
+
+
+@pytest.mark.slow
+def test_what_no_mistake_was_put_into_is_trained(train):
+    status, _, workdir = train(CASES, [''])
     assert (status, (workdir / 'summary.json').exists()) == (0, True)
 
 

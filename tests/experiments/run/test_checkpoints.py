@@ -1,6 +1,8 @@
+import gc
 import os
 import pathlib
 import shutil
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import chex
@@ -12,8 +14,22 @@ import pytest
 
 from experiments.run.checkpoints import Checkpoints
 from nfnets_jax.errors import UsageError
+from nfnets_jax.weights import checkpoints as reading
 from nfnets_jax.weights.checkpoints import CheckpointReader, DamagedCheckpointError
 from tests.test_files import files_no_larger_than
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _imports_are_no_garbage():
+    """Each failed read collects garbage, which takes 0.3 s where all modules are looked at."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A failed read waits a moment for what it has abandoned, so that nothing is printed."""
+    monkeypatch.setattr(reading, 'time', SimpleNamespace(sleep=lambda seconds: None))
 
 
 class State(NamedTuple):
@@ -25,7 +41,7 @@ class State(NamedTuple):
 
 def make_state(step=0):
     # Big enough for its values to lie in files of their own, beside the index.
-    weights = jax.random.normal(jax.random.key(step), (64, 64))
+    weights = jnp.float32(np.random.default_rng(step).normal(size=(64, 64)))
     params = {'net/~/conv': {'w': weights, 'bias': jnp.zeros(3)}, 'net': {'gain': jnp.ones(())}}
     optimizer = optax.chain(
         optax.masked(optax.add_decayed_weights(0.1), jax.tree.map(lambda x: x.ndim > 1, params)),
@@ -74,6 +90,7 @@ class _Clipping(NamedTuple):
     step: Any
 
 
+@pytest.mark.usefixtures('impatient')
 def test_a_state_of_an_earlier_version_is_read(directory):
     """The fractions by group were a dict of scalars; they are now one array."""
 
@@ -179,6 +196,7 @@ def test_any_damaged_file_is_noticed_or_harmless(directory, damage, capfd):
     assert capfd.readouterr().err == '', 'one line by us, no stack traces by others'
 
 
+@pytest.mark.usefixtures('impatient')
 def test_values_that_were_not_written_are_noticed(directory):
     save_all(directory, {1: None})
     values = max((directory / '1' / 'state').rglob('*'), key=lambda path: path.stat().st_size)
@@ -187,6 +205,7 @@ def test_values_that_were_not_written_are_noticed(directory):
         CheckpointReader(directory).restore(1, make_state())
 
 
+@pytest.mark.usefixtures('impatient')
 def test_a_damaged_checkpoint_is_set_aside_and_its_step_written_anew(directory):
     save_all(directory, {1: 0.1, 2: 0.2})
     (directory / '2' / 'state' / '_METADATA').unlink()
@@ -203,6 +222,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_step_written_anew(directory):
     chex.assert_trees_all_equal(checkpoints.restore(2, make_state()), make_state(2))
 
 
+@pytest.mark.usefixtures('impatient')
 def test_where_none_can_be_read_nothing_is_touched(directory):
     save_all(directory, {1: 0.1, 2: 0.2})
     for step in '12':
@@ -213,6 +233,7 @@ def test_where_none_can_be_read_nothing_is_touched(directory):
     assert checkpoints.steps() == [1, 2]
 
 
+@pytest.mark.usefixtures('impatient')
 def test_a_state_of_another_model_is_an_error(directory):
     save_all(directory, {1: None})
     with pytest.raises(DamagedCheckpointError):

@@ -84,5 +84,6 @@ def test_images_have_the_channels_of_the_weights(tmp_path):
     gray = np.asarray(Image.open(path).convert('L'))[..., None]
     pixels = (crop_resize(gray, 16, PixelFormat(1)) - 100) / 50
     network = pretrained.network(weights.metadata)
-    outputs, _ = network.apply(weights.params, weights.state, None, pixels[None], False)
+    apply = jax.jit(network.apply, static_argnums=4)
+    outputs, _ = apply(weights.params, weights.state, None, pixels[None], False)
     np.testing.assert_allclose(found, outputs['logits'][0], rtol=1e-4, atol=1e-4)

@@ -112,9 +112,12 @@ def test_one_process_needs_no_others():
 
 
 def test_without_jit_every_call_is_traced_and_none_is_refused():
-    step = parallel.parallelize(gradient_step)
+    def mean_step(weights, batch):
+        return weights + jax.lax.pmean(batch['x'][0], parallel.AXIS)
+
+    step = parallel.parallelize(mean_step)
     weights, batch = parallel.replicate(np.zeros(3, np.float32)), parallel.shard(BATCH)
-    compiled = parallel.parallelize(gradient_step)(weights, batch)
+    compiled = parallel.parallelize(mean_step)(weights, batch)
     with jax.disable_jit():
         for _ in range(2):
             chex.assert_trees_all_close(step(weights, batch), compiled, rtol=1e-5)

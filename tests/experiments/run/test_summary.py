@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -76,7 +77,9 @@ def test_augmented_images_are_those_that_the_network_sees(on_device, changes):
     expected = first['image'][:3]
     if changes:
         keys = augment.example_keys(config.seed, 0, np.arange(rows))
-        seen, _ = experiment.augmentation(keys, first['image'][:rows], first['label'][:rows])
+        seen, _ = jax.jit(experiment.augmentation)(
+            keys, first['image'][:rows], first['label'][:rows]
+        )
         expected = np.rint(np.array(seen[:3], np.float32) * spec.std + np.array(spec.mean))
         assert np.any(expected != first['image'][:3])
     assert images.dtype == 'uint8'
