@@ -346,7 +346,7 @@ def test_images_are_normalized_as_the_weights_were_trained(weights, folder, tmp_
     pretrained.save_weights(weights, trained)
     config = small(f'weights={weights},data={folder}')
     assert {key: config.data[key] for key in half} == half
-    train.train(config, tmp_path / 'run', quiet=True)
+    results = train.train(config, tmp_path / 'run', quiet=True)['final']
     tuned = load_pretrained(tmp_path / 'run')
     assert (tuned.metadata.mean, tuned.metadata.std) == (half['mean'], half['std'])
 
@@ -366,7 +366,6 @@ def test_images_are_normalized_as_the_weights_were_trained(weights, folder, tmp_
     losses = optax.softmax_cross_entropy_with_integer_labels(
         outputs['logits'], np.array([source[i]['label'] for i in range(len(source))])
     )
-    results = evaluate.evaluate(tmp_path / 'run')
     assert results['test_ema/loss'] == pytest.approx(float(losses.mean()), rel=1e-4)
 
     del config.data['std']
@@ -528,14 +527,14 @@ def test_the_pipeline_and_the_commands_read_other_channels(weights, data_of, tmp
     config.data.update(options)
     mean = build(config).image_spec.mean
 
-    train.train(config, tmp_path / 'run', quiet=True)
+    summary = train.train(config, tmp_path / 'run', quiet=True)
     metadata = pretrained.load_metadata(tmp_path / 'run')
     assert (metadata.channels, metadata.mean) == (channels, mean)
     assert metadata.pixels == PixelFormat(channels, options.get('value_range'))
-    found = evaluate.evaluate(tmp_path / 'run', report=str(tmp_path / 'report'))
+    split, report = 'test' if options else None, str(tmp_path / 'report')
+    found = evaluate.evaluate(tmp_path / 'run', other=str(data), split=split, report=report)
+    assert set(found) == {'step', *summary['final']}
     assert (tmp_path / 'report' / 'worst.png').exists()
-    other = evaluate.evaluate(tmp_path / 'run', other=str(data), split='test' if options else None)
-    assert set(other) == set(found)
     tuned = load_pretrained(tmp_path / 'run')
     ((_, guesses),) = classify.classify(tuned, [path], top=2)
     pixels = decode(path.read_bytes(), metadata.pixels)
