@@ -87,10 +87,12 @@ def test_rows_and_columns_are_treated_alike(zoo_name, random_variables):
     wide = np.random.RandomState(0).standard_normal((2, 16, 40, 3)).astype(np.float32)
     params, state = random_variables(network, wide, False)
     transposed = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1) if leaf.ndim == 4 else leaf, params)
-    expected, found = (
-        network.apply(weights, state, None, x, False)[0]['logits']
-        for weights, x in ((params, wide), (transposed, wide.swapaxes(1, 2)))
-    )
+
+    @jax.jit
+    def logits(*cases):
+        return [network.apply(p, state, None, x, False)[0]['logits'] for p, x in cases]
+
+    expected, found = logits((params, wide), (transposed, wide.swapaxes(1, 2)))
     assert np.abs(expected).max() > 1e-2
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
@@ -112,7 +114,7 @@ def test_training(zoo_name, random_variables):
 
     def on(devices, seed=1):
         shards = images().reshape(devices, BATCH // devices, SIZE, SIZE, 3)
-        return train(params, shards, jax.random.key(seed))
+        return jax.device_get(train(params, shards, jax.random.key(seed)))
 
     loss, new_state, grads = on(1)
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
@@ -131,7 +133,11 @@ def test_evaluation(zoo_name, random_variables):
     network = make(zoo_name)
     params, state = random_variables(network, images(), True)
     # No key: nothing may be random.
-    evaluate = jax.jit(lambda images: network.apply(params, state, None, images, False))
+    apply = jax.jit(lambda images: network.apply(params, state, None, images, False))
+
+    def evaluate(images):
+        return jax.device_get(apply(images))
+
     out, same_state = evaluate(images())
     assert (out['logits'].shape, out['logits'].dtype) == ((BATCH, CLASSES), jnp.float32)
     assert (out['pool'].shape[0], out['pool'].ndim) == (BATCH, 2)
@@ -139,8 +145,9 @@ def test_evaluation(zoo_name, random_variables):
     # One picture does not change what another gets.
     changed = images()
     changed[0] = images(1)[0]
-    np.testing.assert_array_equal(evaluate(changed)[0]['logits'][1:], out['logits'][1:])
-    assert np.any(evaluate(changed)[0]['logits'][0] != out['logits'][0])
+    other = evaluate(changed)[0]['logits']
+    np.testing.assert_array_equal(other[1:], out['logits'][1:])
+    assert np.any(other[0] != out['logits'][0])
 
     low, _ = evaluate(images().astype(jnp.bfloat16))
     assert low['logits'].dtype == jnp.float32
@@ -162,9 +169,10 @@ def test_a_batch_norm_in_the_stem_is_all_that_stem_bn_adds(random_variables):
     }
     # In training mode, what a picture gets depends on the others.
     train = jax.jit(lambda images: network.apply(params, state, None, images, True))
-    (out, new_state), changed = train(images()), images()
+    (out, new_state), changed = jax.device_get(train(images())), images()
     changed[0] = images(1)[0]
-    assert np.any(train(changed)[0]['logits'][1:] != out['logits'][1:])
+    other = jax.device_get(train(changed)[0]['logits'])
+    assert np.any(other[1:] != out['logits'][1:])
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
     for name, leaves in state.items():
         assert np.any(new_state[name]['average'] != leaves['average']), name
