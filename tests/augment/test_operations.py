@@ -110,15 +110,24 @@ def test_operations_agree_with_pillow_at_every_magnitude(originals, distorted, n
         assert differs.mean() < 0.002, operation
 
 
+@pytest.fixture(scope='module')
+def distorted_gray(originals):
+    """{operation: the originals' green channel after it}, all from one batch."""
+    gray = originals[..., 1]
+    operations = [published_operation(name, 10, translate=40, cutout=16) for name in OPERATIONS]
+    count = len(operations) * len(gray)
+    choice = np.repeat(np.arange(len(operations)), len(gray))
+    sign, center = np.ones(count, np.float32), np.tile(CENTER, (count, 1))
+    apply = jax.jit(lambda images: apply_operations(images, operations, choice, sign, center))
+    found = np.asarray(apply(np.tile(gray, (len(operations), 1, 1))[..., None]))
+    return dict(zip(operations, found.reshape(-1, *gray.shape, 1), strict=True))
+
+
 @pytest.mark.parametrize('name', OPERATIONS)
-def test_operations_on_one_channel_are_pillows_on_gray(originals, name):
+def test_operations_on_one_channel_are_pillows_on_gray(originals, distorted_gray, name):
     gray = originals[..., 1]
     operation = published_operation(name, 10, translate=40, cutout=16)
-    count = len(gray)
-    center = np.tile(CENTER, (count, 1))
-    choice, sign = np.zeros(count, int), np.ones(count, np.float32)
-    apply = jax.jit(lambda images: apply_operations(images, [operation], choice, sign, center))
-    found = np.asarray(apply(gray[..., None]))
+    found = distorted_gray[operation]
     expected = np.stack([with_pillow(operation, image, 1) for image in gray])
     assert found.shape == (*gray.shape, 1)
     assert np.mean(found[..., 0] != expected) < (0.002 if name in WARPS else 1e-9), operation
@@ -137,10 +146,12 @@ def test_warps_and_masks_move_all_channels_alike(originals):
     found = np.asarray(apply(bands))
     for channel in range(5):
         alone = np.repeat(bands[..., channel : channel + 1], 3, axis=-1)
-        np.testing.assert_array_equal(found[..., channel], apply(alone)[..., 0])
+        np.testing.assert_array_equal(found[..., channel], np.asarray(apply(alone))[..., 0])
 
 
-@pytest.mark.parametrize('size', [(192, 192), (48, 61), (2, 9)])
+@pytest.mark.parametrize(
+    'size', [pytest.param((192, 192), marks=pytest.mark.slow), (48, 61), (2, 9)]
+)
 def test_both_implementations_are_equal(size):
     """To the last bit, warps too, several operations in a row, more than one number holds."""
     rng = np.random.default_rng(2)
@@ -163,36 +174,48 @@ def test_both_implementations_are_equal(size):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_operations_in_a_row(originals):
+COUNT = 41
+
+
+@jax.jit
+def at_level_7(images, *drawn):
     operations = [published_operation(name, 7, translate=40, cutout=16) for name in OPERATIONS]
+    return apply_operations(images, operations, *drawn)
+
+
+def test_operations_in_a_row(originals):
     rng = np.random.default_rng(3)
-    images = originals[rng.integers(len(originals), size=8)]
-    drawn = rng.integers(-1, 16, (8, 3)), np.ones((8, 3)), rng.integers(0, 48, (8, 3, 2))
-    apply = jax.jit(lambda *a: apply_operations(a[0], operations, *a[1:]))
-    together = apply(images, *drawn)
+    images = originals[rng.integers(len(originals), size=COUNT)]
+    drawn = (
+        rng.integers(-1, 16, (COUNT, 3)),
+        np.ones((COUNT, 3), np.float32),
+        rng.integers(0, 48, (COUNT, 3, 2)),
+    )
+    together = at_level_7(images, *drawn)
     for layer in range(3):
-        images = apply(images, *(x[:, layer : layer + 1] for x in drawn))
+        images = at_level_7(images, *(x[:, layer : layer + 1] for x in drawn))
     np.testing.assert_array_equal(together, images)
 
 
 def test_every_image_gets_its_own_operation(originals):
     """Any mixture of them, in any number, is what each would be alone."""
-    operations = [published_operation(name, 7, translate=40, cutout=16) for name in OPERATIONS]
     rng = np.random.default_rng(1)
-    images = originals[rng.integers(len(originals), size=41)]
-    choice = rng.integers(-1, len(operations), size=41)
-    sign, center = rng.choice([-1.0, 1.0], 41).astype(np.float32), rng.integers(0, 48, (41, 2))
-    together = jax.jit(lambda *a: apply_operations(a[0], operations, *a[1:]))
-    whole = together(images, choice, sign, center)
-    for i in range(0, 41, 6):
-        alone = together(
-            *(
-                np.tile(x[i : i + 1], (41, *[1] * (x.ndim - 1)))
-                for x in (images, choice, sign, center)
-            )
-        )
-        np.testing.assert_array_equal(whole[i], alone[0])
-    np.testing.assert_array_equal(whole[choice == -1], images[choice == -1])
+    images = originals[rng.integers(len(originals), size=COUNT)]
+    choice = rng.integers(-1, len(OPERATIONS), size=(COUNT, 1))
+    sign = rng.choice([-1.0, 1.0], (COUNT, 1)).astype(np.float32)
+    drawn = images, choice, sign, rng.integers(0, 48, (COUNT, 1, 2))
+    whole = np.asarray(at_level_7(*drawn))
+    for i in range(0, COUNT, 6):
+        alone = at_level_7(*(np.repeat(x[i : i + 1], COUNT, axis=0) for x in drawn))
+        np.testing.assert_array_equal(whole[i], np.asarray(alone)[0])
+    rests = choice[:, 0] == -1
+    np.testing.assert_array_equal(whole[rests], images[rests])
+
+
+@jax.jit
+def invert(images, choice):
+    sign, center = np.ones(5, np.float32), np.zeros((5, 2), int)
+    return apply_operations(images, [Operation('Invert')], choice, sign, center)
 
 
 @pytest.mark.parametrize('count', [0, 1, 5])
@@ -200,7 +223,7 @@ def test_where_few_or_none_need_it(originals, count):
     images = originals[:5]
     choice = np.full(5, -1)
     choice[:count] = 0
-    out = apply_operations(images, [Operation('Invert')], choice, np.ones(5), np.zeros((5, 2), int))
+    out = np.asarray(invert(images, choice))
     np.testing.assert_array_equal(out[:count], 255 - images[:count])
     np.testing.assert_array_equal(out[count:], images[count:])
 
@@ -209,10 +232,11 @@ def test_where_few_or_none_need_it(originals, count):
 def test_tiny_images(size):
     images = np.random.default_rng(0).integers(0, 256, (16, *size, 3), dtype=np.uint8)
     operations = [published_operation(name, 3, translate=2, cutout=4) for name in OPERATIONS]
-    out = apply_operations(images, operations, np.arange(16), np.ones(16), np.tile(CENTER, (16, 1)))
+    drawn = np.arange(16), np.ones(16, np.float32), np.tile(CENTER, (16, 1))
+    out = jax.jit(lambda images: apply_operations(images, operations, *drawn))(images)
     chex.assert_shape(out, images.shape)
     assert out.dtype == jnp.uint8
-    for image, operation, found in zip(images, operations, out, strict=True):
+    for image, operation, found in zip(images, operations, np.asarray(out), strict=True):
         if operation.name not in WARPS:
             np.testing.assert_array_equal(found, with_pillow(operation, image, 1), str(operation))
 
