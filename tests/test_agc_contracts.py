@@ -17,11 +17,12 @@ PARAMS = {
     'Net/~/linear': {'w': (4, 3), 'b': (3,)},
 }
 PARAMS = jax.tree.map(
-    lambda shape: jnp.asarray(np.random.RandomState(len(shape)).standard_normal(shape), np.float32),
+    lambda shape: np.asarray(np.random.RandomState(len(shape)).standard_normal(shape), np.float32),
     PARAMS,
     is_leaf=lambda x: isinstance(x, tuple),
 )
-GRADS = jax.tree.map(lambda p: 0.3 * jnp.cos(7 * p), PARAMS)
+GRADS = jax.tree.map(lambda p: np.float32(0.3) * np.cos(7 * p), PARAMS)
+PARAMS, GRADS = jax.device_put((PARAMS, GRADS))
 BODY = {'Net/~/conv': True, 'Net/~/linear': {'w': False, 'b': True}}
 
 
@@ -51,11 +52,15 @@ OURS = {
     'runner, leaf norm': lambda: from_config(clip={'name': 'leaf_norm'}),
     'runner, frozen': lambda: from_config(groups=FROZEN),
 }
-every = pytest.mark.parametrize('name', OURS)
+# The parts of these are in the others.
+SLOW = {'agc with a mask', 'runner, adam', 'runner, global norm', 'runner, leaf norm'}
+every = pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in OURS]
+)
 
 
 def cast(tree, dtype):
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
+    return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), tree)
 
 
 def equal(ours, expected):
@@ -123,13 +128,20 @@ def test_dtypes_are_kept_without_implicit_promotion(name):
     tx = OURS[name]()
     for dtype in ('bfloat16', 'float16', 'float32'):
         grads, params = cast(GRADS, dtype), cast(PARAMS, dtype)
+        # optax keeps the second moments of Adam in this dtype, where they are coarse; those of
+        # float32 are the reference.
+        shapes_alone = 'adam' in name or dtype == 'float32'
+        update = (
+            functools.partial(jax.eval_shape, tx.update) if shapes_alone else jax.jit(tx.update)
+        )
         with jax.numpy_dtype_promotion('strict'):
-            updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+            before = tx.init(params)
+            updates, state = update(grads, before, params)
         chex.assert_trees_all_equal_dtypes(updates, grads)
-        chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
-        if 'adam' in name and dtype != 'float32':
-            continue  # optax keeps the second moments in this dtype, where they are coarse
-        tolerance = {'bfloat16': 0.05, 'float16': 0.01, 'float32': 1e-5}[dtype]
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, before)
+        if shapes_alone:
+            continue
+        tolerance = {'bfloat16': 0.05, 'float16': 0.01}[dtype]
         chex.assert_trees_all_close(
             cast(updates, 'float32'),
             reference(name)[0],
@@ -139,7 +151,7 @@ def test_dtypes_are_kept_without_implicit_promotion(name):
 
 
 @every
-@pytest.mark.parametrize('wrap', ['masked', 'partition', 'multi_transform', 'label without leaf'])
+@pytest.mark.parametrize('wrap', ['masked', 'partition', 'label without leaf'])
 def test_wrapped_for_part_of_the_parameters(name, wrap):
     tx = OURS[name]()
     if 'mask' in name or name.startswith('runner'):
@@ -151,8 +163,8 @@ def test_wrapped_for_part_of_the_parameters(name, wrap):
     match wrap:
         case 'masked':
             wrapped = optax.masked(tx, selected)
-        case 'partition' | 'multi_transform':
-            wrapped = getattr(optax, wrap)({'ours': tx, 'rest': optax.identity()}, labels)
+        case 'partition':
+            wrapped = optax.partition({'ours': tx, 'rest': optax.identity()}, labels)
         case 'label without leaf':
             if 'mask' in name or name.startswith('runner'):
                 pytest.skip('these name the parameters that they expect')
@@ -176,9 +188,10 @@ def test_multi_steps_and_apply_if_finite(name):
     equal(updates, reference(name)[0])
     tx = optax.apply_if_finite(OURS[name](), 3)
     state, update = tx.init(PARAMS), jax.jit(tx.update)
-    bad = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), GRADS)
+    bad = jax.tree.map(lambda g: np.where(np.arange(g.size).reshape(g.shape), g, np.nan), GRADS)
+    bad = cast(bad, 'float32')
     updates, state = update(bad, state, PARAMS)
-    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, GRADS))
+    chex.assert_trees_all_equal(updates, jax.tree.map(np.zeros_like, GRADS))
     updates, state = update(GRADS, state, PARAMS)
     equal(updates, reference(name)[0])
 
@@ -196,7 +209,8 @@ def test_inject_hyperparams(dtype):
         with jax.numpy_dtype_promotion('strict'):
             updates, new = jax.jit(tx.update)(grads, state, params)
         chex.assert_trees_all_equal_dtypes(updates, grads)
-        expected, _ = inner(**number).update(grads, inner(**number).init(params), params)
+        plain = inner(**number)
+        expected, _ = jax.jit(plain.update)(grads, plain.init(params), params)
         tolerance = 2**-7 if dtype == 'bfloat16' else 1e-5
         chex.assert_trees_all_close(
             cast(updates, 'float32'), cast(expected, 'float32'), rtol=tolerance

@@ -52,8 +52,8 @@ def clip(grads, params, eps=1e-3):
     return adaptive_grad_clip(0.01, eps).update(grads, None, params)
 
 
-def assert_updates(tx, expected=CLIPPED, grads=GRADS, params=PARAMS, compile=jax.jit):
-    updates, state = compile(tx.update)(grads, tx.init(params), params)
+def assert_updates(tx, expected=CLIPPED, grads=GRADS, params=PARAMS):
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-7)
     return state
 
@@ -93,9 +93,8 @@ class TestOptax:
         )
         assert optax.tree.get(theirs, 'clipped_fraction_by_group')[2] == 0
 
-    @pytest.mark.parametrize('partition', [optax.multi_transform, optax.partition])
-    def test_partition(self, partition):
-        tx = partition(
+    def test_partition(self):
+        tx = optax.partition(
             {
                 'clip': adaptive_grad_clip(0.01),
                 'hard': adaptive_grad_clip(0.001),
@@ -150,15 +149,14 @@ class TestOptax:
 
 
 class TestJax:
-    def test_without_jit(self):
-        assert_updates(adaptive_grad_clip(0.01), compile=lambda f: f)
-
     def test_vmap_over_an_ensemble(self):
-        params = jax.tree.map(lambda p: jnp.stack([p, 2 * p, p * 0]), PARAMS)
-        grads = jax.tree.map(lambda g: jnp.stack([g, g, g * 1e30]), GRADS)
+        plain = jax.device_get((PARAMS, GRADS))
+        params = jax.tree.map(lambda p: np.stack([p, 2 * p, p * 0]), plain[0])
+        grads = jax.tree.map(lambda g: np.stack([g, g, g * np.float32(1e30)]), plain[1])
         tx = adaptive_grad_clip(0.01)
         updates, state = jax.jit(jax.vmap(tx.update))(grads, jax.vmap(tx.init)(params), params)
         assert state.clipped_fraction.shape == (3,)
+        updates = jax.device_get(updates)
         for i in range(3):
             member = [jax.tree.map(lambda x, i=i: x[i], tree) for tree in (updates, grads, params)]
             alone, alone_state = clip(member[1], member[2])
@@ -204,8 +202,8 @@ class TestJax:
             return tx.update(jax.lax.pmean(grads, 'devices'), state, params)
 
         # Four devices whose gradients are 1, 2, 3 and -2 times GRADS: the mean is GRADS.
-        weights = jnp.array([1.0, 2.0, 3.0, -2.0])
-        shards = jax.tree.map(lambda g: jnp.einsum('d,...->d...', weights, g), GRADS)
+        weights = np.array([1, 2, 3, -2], np.float32)
+        shards = jax.tree.map(lambda g: np.einsum('d,...->d...', weights, g), GRADS)
         mapped = jax.pmap(step, 'devices', in_axes=(0, None, None), out_axes=None)
         updates, state = mapped(shards, tx.init(PARAMS), PARAMS)
         chex.assert_trees_all_close(updates, CLIPPED, rtol=1e-5, atol=1e-7)
@@ -213,12 +211,11 @@ class TestJax:
 
     @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
     def test_gradients_of_another_dtype_than_parameters(self, dtype):
-        low = jax.tree.map(lambda g: g.astype(dtype), GRADS)
-        updates, _ = adaptive_grad_clip(0.01).update(low, None, PARAMS)
+        low = jax.tree.map(lambda g: np.asarray(g).astype(jnp.dtype(dtype)), GRADS)
+        updates, _ = clip(low, PARAMS)
         chex.assert_trees_all_equal_dtypes(updates, low)
-        chex.assert_trees_all_close(
-            jax.tree.map(lambda u: u.astype(jnp.float32), updates), CLIPPED, rtol=0.02, atol=1e-6
-        )
+        wide = jax.tree.map(lambda u: np.asarray(u).astype(np.float32), updates)
+        chex.assert_trees_all_close(wide, CLIPPED, rtol=0.02, atol=1e-6)
 
 
 SPECS = {
@@ -275,7 +272,10 @@ class TestSharded:
             )
         )
         for scale, eps in ((1.0, 1e-3), (1e-30, 0.0), (1e30, 0.0)):
-            scaled = [jax.tree.map(lambda x, s=scale: x * s, tree) for tree in (GRADS, PARAMS)]
+            scaled = [
+                jax.tree.map(lambda x, s=scale: np.asarray(x) * np.float32(s), tree)
+                for tree in (GRADS, PARAMS)
+            ]
             updates, state = mapped(*scaled, np.float32(eps))
             expected, expected_state = clip(*scaled, np.float32(eps))
             chex.assert_trees_all_close(updates, expected, rtol=1e-5)
@@ -295,7 +295,7 @@ def test_rule_sees_the_whole_leaf_in_shard_map():
         mesh=mesh, in_specs=(P('model'), P('model')), out_specs=(P('model'), P()),
     )  # fmt: skip
     updates, _ = jax.jit(mapped)(grads, params)
-    expected, _ = adaptive_grad_clip(0.01).update(grads, None, params)
+    expected, _ = clip(grads, params)
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
 
 
