@@ -21,7 +21,8 @@ def init_and_apply(module, *args, static=(), rng=0):
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), dtype)
+    x = np.random.RandomState(seed).standard_normal(shape)
+    return jnp.asarray(np.asarray(x, jnp.dtype(dtype)))
 
 
 # Nonlinearities ---------------------------------------------------------------------------------
@@ -119,7 +120,9 @@ def test_the_gradient_of_standardize_is_that_of_the_formula():
         return jax.grad(lambda *args: jnp.sum(gradient(f, *args)[0] ** 2))(*args)
 
     for order in (gradient, second):
-        ours, theirs = (order(f, *args) for f in (layers.standardize, formula))
+        ours, theirs = jax.jit(
+            lambda *args, order=order: [order(f, *args) for f in (layers.standardize, formula)]
+        )(*args)
         chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -205,7 +208,8 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
     results, expected = both(params, x)
     for name, out in results.items():
         assert out.dtype == jnp.bfloat16
-        np.testing.assert_allclose(out.astype(jnp.float32), expected[name], atol=0.05, err_msg=name)
+        low = np.asarray(out).astype(np.float32)
+        np.testing.assert_allclose(low, expected[name], atol=0.05, err_msg=name)
 
 
 def test_weights_are_standardised_in_float32_under_bfloat16():
@@ -214,8 +218,13 @@ def test_weights_are_standardised_in_float32_under_bfloat16():
     network = hk.without_apply_rng(hk.transform(lambda x: layers.ScaledWSConv2D(8, 1)(x)))
     params = {'scaled_ws_conv2_d': {'w': w, 'gain': jnp.ones(8), 'bias': jnp.zeros(8)}}
     x = normal(4, 2, 2, 64)
-    low = network.apply(params, x.astype(jnp.bfloat16)).astype(jnp.float32)
-    np.testing.assert_allclose(low, network.apply(params, x), atol=0.05)
+
+    @jax.jit
+    def both(x):
+        return network.apply(params, x.astype(jnp.bfloat16)), network.apply(params, x)
+
+    low, expected = map(np.asarray, both(x))
+    np.testing.assert_allclose(low.astype(np.float32), expected, atol=0.05)
 
 
 def test_conv_and_linear_equal_haikus():
@@ -337,8 +346,11 @@ def test_batch_norm_equals_haikus_with_its_names_and_state():
         local, _ = network.apply(params, state, None, x, False, True)
         return params, state, train, evaluated, local, same
 
-    ours = run(lambda: layers.BatchNorm(0.9, name='bn'))
-    haikus = run(lambda: hk.BatchNorm(True, True, 0.9, name='bn'))
+    makers = (
+        lambda: layers.BatchNorm(0.9, name='bn'),
+        lambda: hk.BatchNorm(True, True, 0.9, name='bn'),
+    )
+    ours, haikus = jax.jit(lambda: [run(make) for make in makers])()
     assert jax.tree.structure(ours) == jax.tree.structure(haikus)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), ours, haikus)
 
@@ -366,10 +378,10 @@ def test_batch_norm_of_a_constant_channel_is_finite():
 
 @pytest.mark.parametrize('axis', [None, 'devices'])
 def test_batch_norm_under_pmap(axis):
-    x = normal(4, 2, 3, 3, 5) + jnp.arange(4.0).reshape(4, 1, 1, 1, 1)
+    x = np.asarray(normal(4, 2, 3, 3, 5)) + np.arange(4, dtype=np.float32).reshape(4, 1, 1, 1, 1)
     network = hk.transform_with_state(lambda x: layers.BatchNorm(cross_replica_axis=axis)(x, True))
     # Outside of pmap the axis is not bound: making parameters must not need it.
-    params, state = network.init(jax.random.key(0), x[0])
+    params, state = jax.jit(network.init)(jax.random.key(0), x[0])
     apply = jax.pmap(
         lambda x: network.apply(params, state, None, x), axis_name='devices', in_axes=0
     )
@@ -387,7 +399,7 @@ def test_batch_norm_under_pmap(axis):
 def test_signal_metrics():
     outputs = [3 + 2 * normal(5, 4, 4, 7, seed=i) for i in range(3)]
     branches = [normal(5, 4, 4, 7, seed=9 + i, dtype=jnp.bfloat16) for i in range(2)]
-    metrics = layers.signal_metrics(outputs, branches)
+    metrics = jax.jit(layers.signal_metrics)(outputs, branches)
     assert {k: (v.shape, v.dtype.name) for k, v in metrics.items()} == {
         'avg_sq_mean': ((3,), 'float32'),
         'avg_var': ((3,), 'float32'),
@@ -414,6 +426,7 @@ def test_signal_metrics():
 )
 def test_initial_weights_are_drawn_as_haiku_draws_them(layer, published):
     x, key = jnp.ones((1, 4, 4, 8)), jax.random.key(3)
-    params = hk.transform(lambda: layer(9, 3, name='conv')(x)).init(key)
-    expected = hk.transform(lambda: hk.get_parameter('w', (3, 3, 8, 9), init=published)).init(key)
+    ours = hk.transform(lambda: layer(9, 3, name='conv')(x))
+    theirs = hk.transform(lambda: hk.get_parameter('w', (3, 3, 8, 9), init=published))
+    params, expected = jax.jit(lambda key: (ours.init(key), theirs.init(key)))(key)
     np.testing.assert_array_equal(params['conv']['w'], expected['~']['w'])
