@@ -65,7 +65,9 @@ def expected_logits(weights: Weights, pixels: np.ndarray) -> np.ndarray:
     return jax.jit(network.apply)(weights.params, weights.state, None, images)[0]['logits']
 
 
-@pytest.mark.parametrize('name', ['NFNet-F0', 'ResNet-8', 'eca_nfnet_l0'])
+@pytest.mark.parametrize(
+    'name', ['NFNet-F0', 'ResNet-8', pytest.param('eca_nfnet_l0', marks=pytest.mark.slow)]
+)
 def test_the_program_gives_the_models_logits(name):
     program = load(exported(name))
     x = pixels(3)

@@ -60,9 +60,9 @@ def authors_tree(name: str) -> dict:
 @pytest.mark.parametrize(
     ('name', 'options'),
     [
-        ('NFNet-F0', {}),
+        pytest.param('NFNet-F0', {}, marks=pytest.mark.slow),
         ('NF-RegNet-B0', {}),
-        ('NF-ResNet-50', {}),
+        pytest.param('NF-ResNet-50', {}, marks=pytest.mark.slow),
         ('NF-ResNet-50-SE', {'use_se': True}),
         ('ResNet-50', {}),
     ],
@@ -266,14 +266,19 @@ def test_from_pretrained(weights, tmp_path):
     chex.assert_trees_all_equal(params, weights.params)
     assert metadata == SMALL
     images = np.random.RandomState(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
-    pool = network.apply(params, state, None, images, False)[0]['pool']
+
+    def apply(network, params, state):
+        evaluate = jax.jit(lambda p, s: network.apply(p, s, None, images, False)[0])
+        return evaluate(params, state)
+
+    pool = apply(network, params, state)['pool']
     # With another head, or none, the rest is the same.
     for num_classes in (7, 0):
         network, params, state, metadata = from_pretrained(
             tmp_path / 'w.safetensors', num_classes=num_classes
         )
         assert (metadata.num_classes, metadata.class_names) == (num_classes, ())
-        outputs = network.apply(params, state, None, images, False)[0]
+        outputs = apply(network, params, state)
         np.testing.assert_allclose(outputs['pool'], pool, rtol=1e-5)
         if num_classes:
             assert outputs['logits'].shape == (2, 7)
