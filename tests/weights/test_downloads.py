@@ -82,7 +82,8 @@ def server(monkeypatch, tmp_path):
     monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
     monkeypatch.setenv('NFNETS_JAX_CACHE', str(tmp_path / 'cache'))
     with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # `shutdown` waits for as long as it polls: half a second, unless it is told.
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
