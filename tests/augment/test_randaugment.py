@@ -1,5 +1,7 @@
+import functools
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,8 +14,8 @@ from nfnets_jax.augment.recipe import example_keys
 N = 64
 
 
-def keys(step=0, count=N):
-    return example_keys(0, step, jnp.arange(count))
+def keys(count=N):
+    return jax.jit(example_keys)(0, 0, jnp.arange(count))
 
 
 # The values that the authors' functions give at these levels.
@@ -48,31 +50,42 @@ def test_magnitudes_are_the_published_ones():
     assert published_operation('Posterize', 30, translate=1, cutout=1) == ('Posterize', 8)
 
 
+@pytest.fixture
 def record(monkeypatch):
-    """Makes `apply_operations` note its arguments, and returns the list of those by layer."""
-    calls = []
+    """A function that notes what an augmentation gives to `apply_operations`.
 
-    def noted(images, operations, *drawn):
-        layers = zip(*(jnp.moveaxis(x, 1, 0) for x in drawn), strict=True)
-        calls.extend((operations, *layer) for layer in layers)
-        return images
+    It returns the operations, and those that are drawn (choice, sign, center) by layer.
+    """
 
-    monkeypatch.setattr(randaugment, 'apply_operations', noted)
-    return calls
+    def run(augmentation, keys, size):
+        noted = []
+
+        def note(images, operations, *drawn):
+            noted.append(operations)
+            return drawn
+
+        monkeypatch.setattr(randaugment, 'apply_operations', note)
+        images = np.broadcast_to(np.uint8(0), (len(keys), *size, 3))
+        drawn = jax.device_get(jax.jit(lambda keys: augmentation(keys, images))(keys))
+        (operations,) = noted
+        layers = zip(*(np.moveaxis(x, 1, 0) for x in drawn), strict=True)
+        return operations, list(layers)
+
+    return run
 
 
-def test_randaugment_draws_evenly_and_anew_in_every_layer(monkeypatch):
-    calls = record(monkeypatch)
-    randaugment.randaugment(keys(count=4096), np.zeros((4096, 200, 240, 3), np.uint8), 3, 10)
-    assert len(calls) == 3
-    choices = np.stack([choice for _, choice, _, _ in calls])
+def test_randaugment_draws_evenly_and_anew_in_every_layer(record):
+    of_three = functools.partial(randaugment.randaugment, layers=3, magnitude=10)
+    operations, layers = record(of_three, keys(count=4096), (200, 240))
+    assert len(layers) == 3
+    assert Operation('TranslateX', 100) in operations
+    assert Operation('Cutout', 40) in operations
+    choices = np.stack([choice for choice, _, _ in layers])
     for choice in choices:
         shares = np.bincount(choice, minlength=16) / 4096
         np.testing.assert_allclose(shares, 1 / 16, atol=0.012)
     assert abs((choices[0] == choices[1]).mean() - 1 / 16) < 0.015
-    for operations, choice, sign, centre in calls:
-        assert Operation('TranslateX', 100) in operations
-        assert Operation('Cutout', 40) in operations
+    for choice, sign, centre in layers:
         assert abs(np.mean(sign)) < 0.05
         assert set(np.unique(sign)) == {-1.0, 1.0}
         assert abs(np.corrcoef(sign, choice)[0, 1]) < 0.05
@@ -81,12 +94,18 @@ def test_randaugment_draws_evenly_and_anew_in_every_layer(monkeypatch):
 
 
 def test_pixels_shrink_with_small_pictures(monkeypatch):
-    calls = record(monkeypatch)
+    seen = []
+
+    def note(images, operations, *_):
+        seen.append(dict(operations))
+        return images
+
+    monkeypatch.setattr(randaugment, 'apply_operations', note)
     for size in (24, 192, 480):
-        randaugment.randaugment(keys(), np.zeros((N, size, size, 3), np.uint8), 1, 10)
-    reach = [dict(operations)['TranslateX'] for operations, *_ in calls]
-    np.testing.assert_allclose(reach, [12.5, 100, 100])
-    assert [dict(operations)['Cutout'] for operations, *_ in calls] == [5, 40, 40]
+        images = jax.ShapeDtypeStruct((N, size, size, 3), np.uint8)
+        jax.eval_shape(lambda keys, x: randaugment.randaugment(keys, x, 1, 10), keys(), images)
+    np.testing.assert_allclose([each['TranslateX'] for each in seen], [12.5, 100, 100])
+    assert [each['Cutout'] for each in seen] == [5, 40, 40]
 
 
 def test_the_policy_is_as_published():
@@ -95,12 +114,10 @@ def test_the_policy_is_as_published():
     assert zlib.crc32(repr(randaugment._POLICY_V0).encode()) == 3292130283
 
 
-def test_autoaugment_follows_its_policy(monkeypatch):
-    calls = record(monkeypatch)
+def test_autoaugment_follows_its_policy(record):
     count = 5_000
-    randaugment.autoaugment(keys(count=count), np.zeros((count, 192, 192, 3), np.uint8))
-    (operations, first, _, _), (_, second, _, _) = calls
-    first, second = np.asarray(first), np.asarray(second)
+    operations, layers = record(randaugment.autoaugment, keys(count=count), (192, 192))
+    (first, _, _), (second, _, _) = layers
     pair = np.where(first >= 0, first // 2, np.where(second >= 0, second // 2, -1))
     both = (first >= 0) & (second >= 0)
     np.testing.assert_array_equal(first[both] // 2, second[both] // 2)
