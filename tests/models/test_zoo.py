@@ -50,9 +50,14 @@ ZOO = {
 # Made of the parts of others.
 SLOW = {'NFNet, one conv', 'NF-ResNet, basic', 'ResNet, no norm', 'SkipInit', 'Fixup, basic'}
 SLOW |= {'SmallCNN, no norm', 'NF-RegNet, timm', 'NF-ResNet, timm'}
-EACH = pytest.mark.parametrize(
-    'zoo_name', [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in ZOO]
-)
+
+
+def each(slow):
+    return pytest.mark.parametrize(
+        'zoo_name', [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in ZOO]
+    )
+
+
 CLASSES, SIZE, BATCH = 7, 24, 8
 
 
@@ -97,7 +102,8 @@ def test_rows_and_columns_are_treated_alike(zoo_name, random_variables):
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-@EACH
+# Of timm's network every gradient is compared with timm's, in tests/weights/test_convert_timm.py.
+@each(SLOW | {'NFNet, timm'})
 def test_training(zoo_name, random_variables):
     network = make(zoo_name)
     params, state = random_variables(network, images(), True)
@@ -128,7 +134,7 @@ def test_training(zoo_name, random_variables):
         assert_close((loss, new_state, grads), on(4), 1e-3)
 
 
-@EACH
+@each(SLOW)
 def test_evaluation(zoo_name, random_variables):
     network = make(zoo_name)
     params, state = random_variables(network, images(), True)

@@ -45,7 +45,7 @@ def golden_state_dict(golden) -> dict[str, np.ndarray]:
 
 # Largest difference over the largest logit. The GELU of dm_nfnet is another function.
 TOLERANCES = {'dm_nfnet_f0': 2e-3}
-QUICK = {'test_nfnet', 'nf_resnet50', 'nf_regnet_b1'}  # The others are made of the same parts.
+QUICK = {'test_nfnet', 'nf_regnet_b1'}  # The others are made of the same parts.
 FILES = {
     *('test_nfnet', 'nfnet_l0', 'eca_nfnet_l0', 'eca_nfnet_l2', 'dm_nfnet_f0'),
     *('nf_resnet50', 'nf_seresnet50', 'nf_ecaresnet26', 'nf_regnet_b1'),
