@@ -43,7 +43,15 @@ def formula(grad, param, clipping=0.01, eps=1e-3, axes=None):
 
 def normal(shape, seed=0, scale=1.0, dtype=np.float32):
     x = scale * np.random.RandomState(seed).standard_normal(shape)
-    return jnp.asarray(np.asarray(x, jnp.dtype(dtype)))
+    return jax.device_put(np.asarray(x, jnp.dtype(dtype)))  # jnp.asarray compiles a copy.
+
+
+def ones(shape, dtype=np.float32):
+    return jax.device_put(np.ones(shape, dtype))
+
+
+def zeros(shape):
+    return jax.device_put(np.zeros(shape, np.float32))
 
 
 def clip(grads, params, *args, **kwargs):
@@ -145,10 +153,10 @@ def test_complex_leaves():
 def test_within_the_bound_bit_for_bit():
     grads = {
         'w': normal((6, 5), 1, 1e-4),
-        'zero': jnp.zeros((6, 5)),
+        'zero': zeros((6, 5)),
         'sign': jnp.array([-0.0, 1e-9]),
     }
-    params = {'w': jnp.ones((6, 5)), 'zero': jnp.zeros((6, 5)), 'sign': jnp.ones(2)}
+    params = {'w': ones((6, 5)), 'zero': zeros((6, 5)), 'sign': ones(2)}
     ours, state = clip(grads, params)
     chex.assert_trees_all_equal(ours, grads)
     assert np.signbit(ours['sign'][0])
@@ -156,9 +164,9 @@ def test_within_the_bound_bit_for_bit():
 
 
 def test_zero_parameters_move_at_eps():
-    ours, _ = clip(jnp.ones(4), jnp.zeros(4), 0.01, 0.5)
+    ours, _ = clip(ones(4), zeros(4), 0.01, 0.5)
     np.testing.assert_allclose(jnp.linalg.norm(ours), 0.005, rtol=1e-6)
-    ours, _ = clip(jnp.ones(4), jnp.zeros(4), 0.01, 0.0)
+    ours, _ = clip(ones(4), zeros(4), 0.01, 0.0)
     np.testing.assert_array_equal(ours, 0)
 
 
@@ -179,18 +187,18 @@ def test_not_finite_stays_in_its_unit(bad):
 def test_leaves_that_are_no_gradients_pass():
     key = jax.random.key(0)
     params = {
-        'w': jnp.ones((4, 2)),
+        'w': ones((4, 2)),
         'none': None,
         'masked': optax.MaskedNode(),
-        'empty': jnp.ones((0, 3)),
+        'empty': ones((0, 3)),
     }
-    params |= {'frozen': jnp.ones(3), 'steps': jnp.arange(3), 'key': key, 'number': 2.0}
+    params |= {'frozen': ones(3), 'steps': jnp.arange(3), 'key': key, 'number': 2.0}
     params['function'] = jax.nn.relu  # an Equinox module that was not filtered
     grads = {
-        'w': jnp.ones((4, 2)),
+        'w': ones((4, 2)),
         'none': None,
         'masked': optax.MaskedNode(),
-        'empty': jnp.ones((0, 3)),
+        'empty': ones((0, 3)),
     }
     grads |= {'frozen': None, 'steps': np.zeros(3, jax.dtypes.float0), 'key': key, 'number': 5.0}
     grads['function'] = None
@@ -208,7 +216,7 @@ def test_leaves_that_are_no_gradients_pass():
 
 
 def test_only_empty_leaves():
-    tx, params = adaptive_grad_clip(), {'w': jnp.ones((0, 3))}
+    tx, params = adaptive_grad_clip(), {'w': ones((0, 3))}
     updates, state = tx.update(params, tx.init(params), params)
     assert updates['w'].shape == (0, 3)
     assert state.clipped_fraction == 0
@@ -223,20 +231,20 @@ def test_empty_tree():
 
 def test_is_differentiable_at_zero_too():
     def loss(grads):
-        clipped, _ = clip(grads, jnp.ones((3, 2)), 0.1)
+        clipped, _ = clip(grads, ones((3, 2)), 0.1)
         return jnp.sum(clipped[:, 0] * jnp.arange(3.0))
 
     gradient = jax.jit(jax.grad(loss))
-    for grads in (jnp.zeros((3, 2)), jnp.ones((3, 2)), jnp.full((3, 2), 1e25)):
+    for grads in (zeros((3, 2)), ones((3, 2)), jnp.full((3, 2), 1e25)):
         assert np.all(np.isfinite(gradient(grads)))
     # Far over the bound only the direction counts: moving along it changes nothing.
-    along = np.sum(gradient(jnp.ones((3, 2))))
+    along = np.sum(gradient(ones((3, 2))))
     np.testing.assert_allclose(along, 0, atol=1e-7)
 
 
 class TestArguments:
-    params = {'head': {'w': jnp.ones((4, 3)), 'b': jnp.ones(3)}, 'body': {'w': jnp.ones((4, 3))}}
-    grads = jax.tree.map(jnp.ones_like, params)
+    params = {'head': {'w': ones((4, 3)), 'b': ones(3)}, 'body': {'w': ones((4, 3))}}
+    grads = jax.tree.map(lambda p: ones(p.shape), params)
 
     def norms(self, *args, **kwargs):
         clipped, _ = clip(self.grads, self.params, *args, **kwargs)
@@ -320,7 +328,7 @@ class TestArguments:
 
 class TestFraction:
     def test_of_units_and_by_group(self):
-        params = {'a': {'w': jnp.ones((2, 3)), 'b': jnp.ones(5)}, 'c': jnp.ones((2, 4))}
+        params = {'a': {'w': ones((2, 3)), 'b': ones(5)}, 'c': ones((2, 4))}
         grads = jax.tree.map(lambda p: p * 1e-4, params)
         grads['a']['w'] = grads['a']['w'].at[0, :2].set(1.0)
         grads['c'] = grads['c'].at[:, 3].set(1.0)
@@ -335,7 +343,7 @@ class TestFraction:
         assert by_group.dtype == np.float32
 
     def test_counts_no_masked_leaf(self):
-        params = {'a': jnp.ones(3), 'b': jnp.ones(3)}
+        params = {'a': ones(3), 'b': ones(3)}
         _, state = clip(params, params, mask={'a': True, 'b': False})
         assert state.clipped_fraction == 1
         np.testing.assert_array_equal(state.clipped_fraction_by_group, [1, 0])
@@ -369,14 +377,14 @@ class TestFraction:
         ],
     )  # fmt: skip
     def test_group_is_the_first_part_that_differs(self, paths, groups):
-        params = {path: jnp.ones(2) for path in paths}
+        params = {path: ones(2) for path in paths}
         assert clipping_groups(params) == groups
         state = adaptive_grad_clip().init(params)
         assert state.clipped_fraction_by_group.shape == (len(groups),)
 
 
 class TestErrors:
-    params = {'conv': {'w': jnp.ones((3, 3, 2, 4)), 'b': jnp.ones(4)}}
+    params = {'conv': {'w': ones((3, 3, 2, 4)), 'b': ones(4)}}
 
     @pytest.mark.parametrize(
         'kwargs',
@@ -437,7 +445,7 @@ class TestErrors:
             jax.jit(tx.init)(self.params)
 
     def test_rank_6_needs_axes(self):
-        params = {'conv': jnp.ones((2,) * 6)}
+        params = {'conv': ones((2,) * 6)}
         with pytest.raises(ValueError, match='conv: the rank .* axis=unit_axes.hwio'):
             adaptive_grad_clip().init(params)
         adaptive_grad_clip(axis=unit_axes.hwio).init(params)
@@ -453,7 +461,7 @@ class TestErrors:
     def test_params_unlike_gradients(self):
         tx = adaptive_grad_clip()
         state = tx.init(self.params)
-        grads = {'conv': {'w': jnp.ones((3, 3, 4, 2)), 'b': jnp.ones(4)}}
+        grads = {'conv': {'w': ones((3, 3, 4, 2)), 'b': ones(4)}}
         with pytest.raises(ValueError, match=r'conv/w: the gradient has shape \(3, 3, 4, 2\)'):
             tx.update(grads, state, self.params)
         params = {'conv': {'w': self.params['conv']['w'], 'b': None}}
@@ -463,8 +471,8 @@ class TestErrors:
 
 class TestDescribe:
     params = {
-        'conv': {'w': jax.ShapeDtypeStruct((3, 3, 8, 16), np.float32), 'b': jnp.ones(16)},
-        'head': jnp.ones((16, 10)),
+        'conv': {'w': jax.ShapeDtypeStruct((3, 3, 8, 16), np.float32), 'b': ones(16)},
+        'head': ones((16, 10)),
         'steps': jnp.arange(2),
     }
 
@@ -517,7 +525,7 @@ def test_the_forms_of_all_platforms_agree(monkeypatch, dtype, scale):
 
 
 def test_one_reduction_a_leaf_on_a_tpu_and_one_a_shape_on_a_gpu():
-    params = {str(i): jnp.ones((8,)) for i in range(20)} | {'w': jnp.ones((3, 3, 4, 6))}
+    params = {str(i): ones((8,)) for i in range(20)} | {'w': ones((3, 3, 4, 6))}
     tx = adaptive_grad_clip(0.01)
 
     def reductions(platform):

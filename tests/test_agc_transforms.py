@@ -19,8 +19,8 @@ PARAMS = {
     'gain': (),
 }
 PARAMS = jax.tree.map(
-    lambda shape: jnp.asarray(
-        np.random.RandomState(len(shape)).standard_normal(shape), jnp.float32
+    lambda shape: jax.device_put(
+        np.asarray(np.random.RandomState(len(shape)).standard_normal(shape), np.float32)
     ),
     PARAMS,
     is_leaf=lambda x: isinstance(x, tuple),
@@ -31,9 +31,9 @@ def gradients(seed=0):
     """Some units above the bound and some below."""
     random = np.random.RandomState(seed)
     return jax.tree.map(
-        lambda p: (
-            jnp.asarray(random.standard_normal(p.shape), jnp.float32)
-            * jnp.asarray(10.0 ** random.uniform(-4, 0, p.shape[-1:]), jnp.float32)
+        lambda p: jax.device_put(
+            np.asarray(random.standard_normal(p.shape), np.float32)
+            * np.asarray(10.0 ** random.uniform(-4, 0, p.shape[-1:]), np.float32)
         ),
         PARAMS,
     )

@@ -94,7 +94,7 @@ def test_a_tiny_likeness_trains_three_steps(file, variant, tmp_path):
 
 
 def test_the_likeness_keeps_the_recipe():
-    config = sam.get_config('F3')
+    config = sam.get_config('F0')
     tiny = smoke.shrink(config)
     for key in ('augment', 'sam', 'precision', 'ema'):
         assert tiny[key] == config[key]
@@ -103,7 +103,7 @@ def test_the_likeness_keeps_the_recipe():
     assert tiny.model.depths == (1, 1)
     assert tiny.data.name == 'noise'
     assert smoke.shrink(tiny).to_dict() == tiny.to_dict()  # as when the run is resumed
-    assert config.model.name == 'NFNet-F3'
+    assert config.model.name == 'NFNet-F0'
     assert config.duration == '360 epochs'
 
 

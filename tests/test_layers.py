@@ -22,7 +22,7 @@ def init_and_apply(module, *args, static=(), rng=0):
 
 def normal(*shape, seed=0, dtype=jnp.float32):
     x = np.random.RandomState(seed).standard_normal(shape)
-    return jnp.asarray(np.asarray(x, jnp.dtype(dtype)))
+    return jax.device_put(np.asarray(x, jnp.dtype(dtype)))  # jnp.asarray compiles a copy.
 
 
 # Nonlinearities ---------------------------------------------------------------------------------

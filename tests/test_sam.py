@@ -16,7 +16,7 @@ RHO = 0.05
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+    return jax.device_put(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
 def network(batch, is_training=True):

@@ -42,14 +42,16 @@ def table(monkeypatch):
 
 def example(case, height=7, width=8, dtype=jnp.float32):
     kernel, inputs, outputs, options = case
-    x = normal(2, height, width, inputs).astype(dtype)
-    w = normal(kernel, kernel, inputs // options.groups, outputs, seed=1).astype(dtype)
+    x = normal(2, height, width, inputs)
+    w = normal(kernel, kernel, inputs // options.groups, outputs, seed=1)
+    if dtype != jnp.float32:
+        x, w = x.astype(dtype), w.astype(dtype)
     return options, x, w
 
 
 def normal(*shape, seed=0):
     """Drawn by numpy, whose random numbers need no program."""
-    return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), jnp.float32)
+    return jax.device_put(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
 def conv2d(options, x, w):
