@@ -237,7 +237,10 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize('specs', SPECS)
+# The last splits outputs as well as inputs, the second splits units.
+@pytest.mark.parametrize(
+    'specs', [pytest.param('outputs', marks=pytest.mark.slow), 'inputs', 'both, and a prefix']
+)
 class TestSharded:
     """Whole units are clipped, whichever device holds what."""
 

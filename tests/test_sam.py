@@ -136,8 +136,15 @@ def test_fraction_is_meant_in_decimal():
     assert seen == [7, 100]
 
 
-@pytest.mark.parametrize('adaptive', [False, True])
-@pytest.mark.parametrize('fraction', [1.0, 0.3])
+@pytest.mark.parametrize(
+    ('fraction', 'adaptive'),
+    [
+        (1.0, False),
+        (0.3, True),
+        pytest.param(0.3, False, marks=pytest.mark.slow),
+        pytest.param(1.0, True, marks=pytest.mark.slow),
+    ],
+)
 def test_rho_zero_is_the_plain_gradient_bit_for_bit(fraction, adaptive):
     key = jax.random.key(1)
     fn = sam_value_and_grad(loss_fn, 0.0, ascent_fraction=fraction, has_aux=True, adaptive=adaptive)
@@ -178,7 +185,8 @@ class TestAux:
 
         return both()
 
-    @pytest.mark.parametrize('fraction', [1.0, 0.4])
+    # Of a part of the examples, test_of_both_passes looks at the same outputs.
+    @pytest.mark.parametrize('fraction', [1.0, pytest.param(0.4, marks=pytest.mark.slow)])
     def test_from_the_first_pass(self, fraction):
         ((value, (state, logits)), _), expected = self.run(fraction)
         expected_value, (expected_state, expected_logits), _ = expected
