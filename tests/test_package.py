@@ -29,14 +29,65 @@ def run(python, code, **kwargs):
     return result.stdout
 
 
+# Runs each program of the standard input, a JSON list, in a fork: JAX is imported once for all, in
+# those after the first that needs it. Prints the status, output and errors of each.
+PROGRAMS = """
+import json, os, sys, tempfile, traceback
+hidden, programs = json.load(sys.stdin)
+results = []
+for before, program in programs:
+    exec(before)
+    # Makes imports fail as if the packages were not installed.
+    sys.modules |= dict.fromkeys(hidden)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            status = 0
+            try:
+                exec(compile(program, '<string>', 'exec'), {'__name__': '__main__'})
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for stream in (out, err):
+            stream.seek(0)
+        results.append([status, out.read().decode(), err.read().decode()])
+print(json.dumps(results))
+"""
+
+
+def run_all(python, programs, hidden=(), **kwargs):
+    """Returns [status, output, errors] of each (what is imported before the fork, program)."""
+    given = json.dumps([hidden, programs])
+    return json.loads(run(python, PROGRAMS, input=given, **kwargs))
+
+
 def loaded_by(python, module, **kwargs):
     code = f'import json, sys, {module}; print(json.dumps(sorted(sys.modules)))'
     return set(json.loads(run(python, code, **kwargs)))
 
 
+@pytest.fixture(scope='module')
+def loaded():
+    """The modules that are loaded once each of LIGHT is imported."""
+    code = 'import json, sys, {}; print(json.dumps(sorted(sys.modules)))'
+    # Before all but the first, JAX is there: it brings none of what must not be loaded.
+    programs = [
+        ['' if module == LIGHT[0] else 'import jax', code.format(module)] for module in LIGHT
+    ]
+    done = run_all(sys.executable, programs, cwd=ROOT)
+    assert [err for _, _, err in done] == [''] * len(LIGHT)
+    return {name: set(json.loads(out)) for name, (_, out, _) in zip(LIGHT, done, strict=True)}
+
+
 @pytest.mark.parametrize('module', LIGHT)
-def test_import_is_light(module):
-    loaded = loaded_by(sys.executable, module, cwd=ROOT)
+def test_import_is_light(module, loaded):
+    loaded = loaded[module]
     assert module in loaded
     assert not loaded.intersection(HEAVY)
     ours = {name for name in loaded if name.split('.')[0] == 'nfnets_jax'}
@@ -81,25 +132,25 @@ UNAVAILABLE = {
     'import nfnets_jax.data.pipeline': "pip install 'nfnets_jax[train]'",
     'import nfnets_jax.data.preprocessing': "cv2 is not installed: pip install 'nfnets_jax[train]'",
 }
-# Makes the imports of packages fail as if they were not installed.
-HIDDEN = "import sys; sys.modules |= dict.fromkeys('haiku safetensors orbax grain cv2'.split())\n"
+HIDDEN = ('haiku', 'safetensors', 'orbax', 'grain', 'cv2')
 
 
-def check_without_extras(python, before='', **kwargs):
+def check_without_extras(python, hidden=(), **kwargs):
+    codes = [*WITHOUT_MODELS, *UNAVAILABLE]
+    programs = [['import jax, optax', f'import nfnets_jax\n{code}'] for code in codes]
+    done = dict(zip(codes, run_all(python, programs, hidden, **kwargs), strict=True))
     for code, printed in WITHOUT_MODELS.items():
-        out = run(python, f'{before}import nfnets_jax\n{code}', **kwargs)
+        status, out, err = done[code]
+        assert status == 0, err
         for words in printed:
             assert words in out, code
     for code, message in UNAVAILABLE.items():
-        done = subprocess.run(
-            [str(python), '-c', f'{before}import nfnets_jax\n{code}'],
-            capture_output=True, text=True, check=False, **kwargs,
-        )  # fmt: skip
-        *_, last = done.stderr.splitlines()
+        _, _, err = done[code]
+        *_, last = err.splitlines()
         assert last.startswith('ModuleNotFoundError: '), code
         assert last.endswith(message), code
         # The import that failed is not shown beside it.
-        assert 'During handling' not in done.stderr
+        assert 'During handling' not in err
 
 
 def test_without_extras():
@@ -108,7 +159,10 @@ def test_without_extras():
 
 def test_commands_without_extras():
     """A command says in one line what to install."""
-    code = f"{HIDDEN}import runpy; runpy.run_module('experiments.train', run_name='__main__')"
+    code = (
+        f'import runpy, sys; sys.modules |= dict.fromkeys({HIDDEN})\n'
+        "runpy.run_module('experiments.train', run_name='__main__')"
+    )
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, check=False, cwd=ROOT
     )
