@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -315,15 +316,17 @@ def test_what_was_cut_off_at_the_end_of_the_journal_is_dropped(journal, tmp_path
         Journal(tmp_path, 'tiny', higher_is_better=True)
 
 
-def test_without_its_journal_a_study_takes_the_runs_there_are(tmp_path):
+def test_without_its_journal_a_study_takes_the_runs_there_are(done, tmp_path):
+    directory = tmp_path / 'copy'
+    shutil.copytree(done[0], directory)
     only = tiny_study(
         arms=({'name': 'agc', 'grid': {'learning_rate': (0.1,)}},), grid={'seed': (0,)}
     )
-    study.run_study(only, tmp_path)
-    before = read(tmp_path)['trials'][0]
-    (tmp_path / 'journal.log').unlink()
-    study.run_study(only, tmp_path)
-    assert read(tmp_path)['trials'] == [before | {'seconds': read(tmp_path)['seconds']}]
+    before = read(directory)['trials'][0]
+    assert before['id'] == 'agc-learning_rate=0.1-seed=0'
+    (directory / 'journal.log').unlink()
+    study.run_study(only, directory)
+    assert read(directory)['trials'] == [before | {'seconds': read(directory)['seconds']}]
 
 
 def test_the_recipe_is_told_as_it_is():
@@ -500,22 +503,50 @@ def test_a_mistake_on_the_command_line_is_one_line(command, config_file, tmp_pat
     assert not (tmp_path / 's').exists()
 
 
-def test_what_a_worker_finds_wrong_ends_the_study(tmp_path):
+# Runs a study whose two workers are forks, which need not import everything anew.
+FORKING = """
+import multiprocessing, os, sys
+from experiments.study import command as study
+from nfnets_jax.errors import UsageError
+from tests.experiments.study.test_command import tiny_study
+
+def work(*_, **__):
+    if sys.argv[2] == 'killed':
+        os.kill(os.getpid(), 9)
+    raise UsageError('something is wrong')
+
+forking = multiprocessing.get_context('fork')
+multiprocessing.get_context = lambda _: forking
+study.work = work
+try:
+    study.run_study(tiny_study(), sys.argv[1], jobs=2)
+except (UsageError, study.LostWorkersError) as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ('fate', 'said'),
+    [
+        ('mistaken', 'UsageError something is wrong\n'),
+        (
+            'killed',
+            'LostWorkersError 2 of 2 worker processes ended with status -9, -9 '
+            '(killed: out of memory?)\n',
+        ),
+    ],
+)
+def test_what_befalls_workers_ends_the_study(tmp_path, fate, said):
+    done = processes.run(['-c', FORKING, tmp_path, fate], cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
+    assert set(states(tmp_path).values()) == {'pending'}
+
+
+def test_a_file_in_the_place_of_the_pretraining_is_told(tmp_path):
     (tmp_path / 'pretrained').write_text('in the way')
     with pytest.raises(UsageError, match='pretrained is a file'):
-        study.run_study(tiny_study(pretrain=tiny_config()), tmp_path, jobs=2)
+        study.run_study(tiny_study(pretrain=tiny_config()), tmp_path)
     assert set(states(tmp_path).values()) == {'pending'}
-
-
-def test_a_lost_worker_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, '_worker', _killed)
-    with pytest.raises(study.LostWorkersError, match=r'2 of 2 .* status -9, -9 \(killed: out of'):
-        study.run_study(tiny_study(), tmp_path, jobs=2)
-    assert set(states(tmp_path).values()) == {'pending'}
-
-
-def _killed(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def long_study() -> ConfigDict:
