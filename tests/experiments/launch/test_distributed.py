@@ -16,6 +16,7 @@ from experiments.launch import distributed
 from experiments.launch.distributed import Options, session
 from experiments.run import parallel
 from nfnets_jax.errors import UsageError
+from tests import processes
 from tests.experiments.conftest import ROOT
 
 # What a process does once it has met the other; FATE is for the process of that number.
@@ -74,21 +75,20 @@ def run_two(tmp_path):
 
     def run(fate, *flags):
         port = free_port()
-        processes = [
-            subprocess.Popen(
-                [sys.executable, file, f'--coordinator=localhost:{port}', '--num_processes=2']
+        both = [
+            processes.start(
+                [file, f'--coordinator=localhost:{port}', '--num_processes=2']
                 + [f'--process_id={index}', *flags, fate],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
                 env=environment_of_two(),
             )
             for index in range(2)
         ]
         try:
-            return [(*p.communicate(timeout=120), p.returncode) for p in reversed(processes)][::-1]
+            return [(*p.communicate(timeout=120), p.returncode) for p in reversed(both)][::-1]
         finally:
-            for process in processes:
+            for process in both:
                 process.kill()
 
     return run
@@ -135,11 +135,9 @@ def test_a_bug_ends_both_with_its_stack_trace(run_two):
 
 
 def test_one_that_the_others_never_join_gives_up():
-    process = subprocess.run(
-        [sys.executable, '-m', 'experiments.evaluate', '--workdir=nowhere', '--start_timeout=1']
+    process = processes.run(
+        ['-m', 'experiments.evaluate', '--workdir=nowhere', '--start_timeout=1']
         + [f'--coordinator=localhost:{free_port()}', '--num_processes=2', '--process_id=1'],
-        capture_output=True,
-        text=True,
         cwd=ROOT,
     )
     assert process.returncode == 2
@@ -233,13 +231,13 @@ def test_a_pause_of_a_process_is_no_silence_of_the_others(monkeypatch):
     connection = distributed._Connection(here)
 
     def pause(message):
-        time.sleep(0.8)
+        time.sleep(0.3)
         there.send(b'{}\n')  # meanwhile
 
     monkeypatch.setattr(connection, 'send', pause)
     with there:
-        detector = distributed.FailureDetector({1: connection}, timeout=0.5)
-        time.sleep(2)
+        detector = distributed.FailureDetector({1: connection}, timeout=0.2)
+        time.sleep(0.8)
         detector.leave()
         detector.wait_for_end(2)
     assert not ended
@@ -339,7 +337,7 @@ def run_on_hosts(network, tmp_path):
 
     def run(own_addresses):
         hosts = network(2, own_addresses).hosts
-        processes = [
+        both = [
             subprocess.Popen(
                 host.command(sys.executable, program, '--coordinator=10.77.0.1:4321')
                 + ['--num_processes=2', f'--process_id={index}', 'none:0'],
@@ -350,7 +348,7 @@ def run_on_hosts(network, tmp_path):
             )
             for index, host in enumerate(hosts)
         ]
-        return [(p.returncode, *texts) for p, texts in ((p, p.communicate()) for p in processes)]
+        return [(p.returncode, *texts) for p, texts in ((p, p.communicate()) for p in both)]
 
     return run
 

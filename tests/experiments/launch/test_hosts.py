@@ -55,9 +55,9 @@ def test_hosts_train_as_one_process_does(network, command, tmp_path, count):
     assert_same_up_to_rounding(tmp_path / 'whole', tmp_path / 'run')
 
 
-def silent(process):
+def silent(process, seconds=5):
     host = f'host{process}' if process else Network.address(0)
-    return f'stopped: process {process} on {host} is silent for 5 s; {RESTART}'
+    return f'stopped: process {process} on {host} is silent for {seconds} s; {RESTART}'
 
 
 def cable(network, job):
@@ -112,7 +112,8 @@ if process == 0:
 else:
     while not (connections := distributed._reach([address], 4321, 'token')):
         time.sleep(0.1)
-distributed.FailureDetector(connections, timeout=5)
+distributed._GRACE = 1
+distributed.FailureDetector(connections, timeout=3)
 print('connected', flush=True)
 time.sleep(60)
 """
@@ -132,7 +133,7 @@ def test_where_a_cable_is_pulled_both_say_so(network, monkeypatch):
     ]
     assert [process.stdout.readline() for process in processes] == 2 * ['connected\n']
     network.plug(1, 'down')
-    for process, line in zip(processes, [silent(1), silent(0)], strict=True):
+    for process, line in zip(processes, [silent(1, 3), silent(0, 3)], strict=True):
         _, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (3, f'{line}\n')
 
