@@ -1,11 +1,13 @@
 """Every file of configs/studies, in every size that it has."""
 
+import functools
 import math
 import pathlib
 import runpy
 
 import pytest
 
+from experiments.config import check
 from experiments.experiment import build
 from experiments.study import config as study_config
 from nfnets_jax.errors import UsageError
@@ -56,10 +58,21 @@ def test_every_experiment_of_the_report_is_there():
     assert all(study.name == key.rpartition('-')[0] for key, study in STUDIES.items())
 
 
-@pytest.mark.parametrize('key', STUDIES)
+@functools.cache
+def trials_of(key):
+    return study_config.make_trials(STUDIES[key])  # It checks claims and charts, too.
+
+
+SMALL = [key for key in STUDIES if key.endswith(('-digits', '-cifar10_small'))]
+
+
+@pytest.mark.parametrize(
+    'key',
+    [*SMALL, *(pytest.param(key, marks=pytest.mark.slow) for key in STUDIES if key not in SMALL)],
+)
 def test_a_study_says_what_a_report_needs(key):
     study = STUDIES[key]
-    trials = study_config.make_trials(study)  # It checks claims and charts, too.
+    trials = trials_of(key)
     assert len({trial.id for trial in trials}) == len(trials)
     assert len(study.grid.seed) >= 3
     assert study.title
@@ -98,11 +111,29 @@ def test_a_study_says_what_a_report_needs(key):
             assert all(len(grid['learning_rate']) >= 3 for grid in tuned)
 
 
-@pytest.mark.parametrize('key', [key for key in STUDIES if key.endswith('-digits')])
+DIGITS = [key for key in STUDIES if key.endswith('-digits')]
+
+
+_built: set[tuple[str, str]] = set()  # networks, and the data that they are for
+
+
+@pytest.mark.parametrize('key', DIGITS)
 def test_every_program_of_the_digits_size_can_be_run(key):
-    trials = study_config.make_trials(STUDIES[key])
+    """Building one traces its network, so that is done once for each network of all studies."""
+    trials = trials_of(key)
     assert len(trials) <= 300
     for trial in {trial.program: trial for trial in trials}.values():
+        check(trial.config)
+        network = repr(trial.config.model), repr(trial.config.data)
+        if network not in _built:
+            build(trial.config)
+            _built.add(network)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('key', DIGITS)
+def test_every_program_of_the_digits_size_can_be_built(key):
+    for trial in {trial.program: trial for trial in trials_of(key)}.values():
         build(trial.config)
 
 
