@@ -1,11 +1,13 @@
 """Every example runs, shows what it says, and is short."""
 
+import functools
 import importlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import chex
 import jax
@@ -65,18 +67,19 @@ def python(*arguments, cwd, **options):
     )  # fmt: skip
 
 
-# Where a script is started is not on its path, so one example stands for all in the other places.
-@pytest.mark.parametrize(
-    ('name', 'place'),
-    [(name, 'elsewhere') for name in (*LOOPS, 'agc_sharded')]
-    + [('agc_optax', 'repository'), ('agc_optax', 'examples')],
-)
-def test_runs_as_a_file(name, place, tmp_path):
-    cwd = {'repository': ROOT, 'examples': FOLDER, 'elsewhere': tmp_path}[place]
-    done = python(os.path.relpath(FOLDER / f'{name}.py', cwd), cwd=cwd)
-    assert done.returncode == 0, done.stderr
+def test_runs_as_a_file_of_the_repository():
+    done = python('examples/agc_optax.py', cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout
-    assert not done.stderr
+
+
+@pytest.mark.parametrize('name', [*LOOPS, 'agc_sharded'])
+def test_runs_as_a_file(name):
+    """From another directory; where a script is started is not on its path."""
+    status, out, err = run_files('examples')[name]
+    assert status == 0, err
+    assert out
+    assert not err
 
 
 def runnable(folder):
@@ -88,52 +91,62 @@ def runnable(folder):
 # fork runs a file as Python does, with the file's directory first on the path.
 RUN_FILES = """
 import gc, json, os, runpy, sys, tempfile
-imports, files = json.load(sys.stdin)
+imports, arguments, files = json.load(sys.stdin)
 for name in imports:
     __import__(name)
 gc.freeze()
-results = {}
+results = []
 for file in files:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            sys.argv, sys.path[0] = [file, '--help'], os.path.dirname(file)
+            sys.argv, sys.path[0] = [file, *arguments], os.path.dirname(file)
             runpy.run_path(file, run_name='__main__')
             sys.exit()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         for stream in (out, err):
             stream.seek(0)
-        results[file] = [status, out.read().decode(), err.read().decode()]
+        results.append([status, out.read().decode(), err.read().decode()])
 print(json.dumps(results))
 """
+OF_COMMANDS = [name for name in processes.IMPORTS if 'experiments' not in name]
+OF_COMMANDS += ['haiku', 'ml_collections', 'optax', 'tensorflow_datasets']
+# Files that run every day, and those that run weekly: what they import first, their arguments.
+GROUPS = {
+    'examples': (['equinox', 'flax.nnx', 'optax'], [], [*LOOPS, 'agc_sharded']),
+    'experiments': (['haiku', 'ml_collections', 'optax'], ['--help'], ['__main__', 'train']),
+    'benchmarks': (['haiku', 'optax'], ['--help'], ['all_on_gpu', 'dispatch', 'train_step']),
+}
 
 
-@pytest.fixture(scope='module')
-def helped(tmp_path_factory):
-    """What each command and benchmark says to --help as a file: [status, out, err]."""
-    files = [
-        str(ROOT / folder / f'{name}.py')
-        for folder in ('experiments', 'benchmarks')
+@functools.cache
+def run_files(folder, weekly=False):
+    """Returns {name: [status, output, errors]} of the files of a folder."""
+    imports, arguments, names = GROUPS[folder]
+    if weekly:
+        imports, names = OF_COMMANDS, [x for x in runnable(folder) if x not in names]
+    files = [str(ROOT / folder / f'{name}.py') for name in names]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        given = json.dumps([imports, arguments, files])
+        done = python('-c', RUN_FILES, cwd=elsewhere, input=given)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(names, json.loads(done.stdout), strict=True))
+
+
+def each(folder):
+    """Returns parameters: each file of a folder, those that are not in its group marked slow."""
+    return [
+        pytest.param(name, marks=() if name in GROUPS[folder][2] else pytest.mark.slow)
         for name in runnable(folder)
     ]
-    others = ('haiku', 'ml_collections', 'optax', 'tensorflow_datasets')
-    imports = [*(name for name in processes.IMPORTS if 'experiments' not in name), *others]
-    done = python(
-        '-c',
-        RUN_FILES,
-        cwd=tmp_path_factory.mktemp('elsewhere'),
-        input=json.dumps([imports, files]),
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize('name', runnable('experiments'))
-def test_a_command_runs_as_a_file(name, helped):
+@pytest.mark.parametrize('name', each('experiments'))
+def test_a_command_runs_as_a_file(name):
     """It says the same as `python -m experiments.NAME` in the repository does."""
-    status, out, err = helped[str(ROOT / 'experiments' / f'{name}.py')]
+    status, out, err = run_files('experiments', name not in GROUPS['experiments'][2])[name]
     as_module = processes.run(['-m', f'experiments.{name}', '--help'], cwd=ROOT)
     for said, errors in ((out, err), (as_module.stdout, as_module.stderr)):
         assert 'Traceback' not in errors
@@ -147,8 +160,8 @@ def test_a_command_runs_as_a_file_of_a_shell(tmp_path):
     assert 'options:' in done.stdout
 
 
-@pytest.mark.parametrize('name', runnable('benchmarks'))
-def test_a_benchmark_runs_as_a_file(name, helped):
-    _, out, err = helped[str(ROOT / 'benchmarks' / f'{name}.py')]
+@pytest.mark.parametrize('name', each('benchmarks'))
+def test_a_benchmark_runs_as_a_file(name):
+    _, out, err = run_files('benchmarks', name not in GROUPS['benchmarks'][2])[name]
     assert 'Traceback' not in err
     assert out.count(f'python -m benchmarks.{name}') >= 2
