@@ -1,5 +1,6 @@
 """The results in docs/ follow from the tables beside them, by the command that they print."""
 
+import os
 import pathlib
 import re
 import shlex
@@ -20,7 +21,9 @@ PUBLISHED = ROOT / 'docs' / 'results'
 @pytest.fixture(scope='module')
 def studies(tmp_path_factory):
     """Every study whose tables are published, by the name of its files."""
-    found = tables.restore_all(PUBLISHED, tmp_path_factory.mktemp('restored'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, 'fsync', lambda _: None)  # A thousand small files wait for the disk.
+        found = tables.restore_all(PUBLISHED, tmp_path_factory.mktemp('restored'))
     return {static.slug(study): study for study in map(reading.load, found)}
 
 
@@ -61,6 +64,7 @@ def test_the_pages_follow_from_the_tables(studies):
             assert row(judged.claim.text, judged.claim.source, *outcome) in page
 
 
+@pytest.mark.slow  # The tests above read the same tables; test_command.py has one of its own.
 def test_the_printed_command_computes_them(tmp_path):
     (command,) = re.findall(
         r'^python (-m experiments.report --tables=.*)$', STUDIES.read_text(encoding='utf-8'), re.M

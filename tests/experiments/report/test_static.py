@@ -3,12 +3,20 @@ import pytest
 
 from experiments.report import charts, interactive, reading, static
 from nfnets_jax.errors import UsageError
-from tests.experiments.report.conftest import chart
+from tests.experiments.report.conftest import chart, fields, write
 
 
-def test_pictures_and_a_readme_that_names_them(study, tmp_path):
-    written = static.write([study], tmp_path / 'docs' / 'results', made='now')
-    folder = tmp_path / 'docs' / 'results'
+@pytest.fixture(scope='module')
+def written_once(tmp_path_factory):
+    """What is written of the study, and where."""
+    directory = tmp_path_factory.mktemp('static')
+    study = reading.load(write(directory / 'study', fields()))
+    folder = directory / 'docs' / 'results'
+    return static.write([study], folder, made='now'), folder
+
+
+def test_pictures_and_a_readme_that_names_them(written_once):
+    written, folder = written_once
     assert sorted(path.name for path in folder.iterdir()) == sorted(written)
     assert len([name for name in written if name.endswith('.png')]) == 5
     text = (folder / 'small-digits.md').read_text()
@@ -48,11 +56,11 @@ def test_a_legend_is_in_the_picture(write_study, study_fields, length):
     assert extent.x1 <= figure.bbox.x1
 
 
-def test_the_same_study_gives_the_same_files(study, tmp_path):
-    names = static.write([study], tmp_path / 'a', made='now')
-    static.write([study], tmp_path / 'b', made='now')
+def test_the_same_study_gives_the_same_files(written_once, study, tmp_path):
+    names, folder = written_once
+    assert static.write([study], tmp_path / 'again', made='now') == names
     for name in names:
-        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (tmp_path / 'again' / name).read_bytes(), name
 
 
 def test_two_studies_do_not_overwrite_one_another(study):
@@ -62,7 +70,7 @@ def test_two_studies_do_not_overwrite_one_another(study):
 
 
 def test_markdown_is_text(write_study, study_fields, tmp_path):
-    study_fields['title'] = 'a | b <b>*c*</b>\n# d'
+    study_fields |= {'title': 'a | b <b>*c*</b>\n# d', 'charts': []}
     study = reading.load(write_study(study_fields))
     static.write([study], tmp_path / 'out', made='now')
     text = (tmp_path / 'out' / 'small-digits.md').read_text()
