@@ -4,6 +4,8 @@ A command imports JAX, Grain and Orbax for two seconds of processor time and oft
 milliseconds, and tests start hundreds of them. The forked program has its own arguments, directory,
 environment, streams and status, and the test is its parent, so signals and waiting are as with
 `subprocess`. JAX has no threads before its first use, so the fork is as good as a new process.
+Where a program ends by itself, its exit handlers run and its streams are flushed, but its modules
+are not taken down: that would take 0.2 seconds, and the program is 0.02.
 It finds the packages of this repository whatever PYTHONPATH says; tests of that use `subprocess`.
 """
 
@@ -18,7 +20,9 @@ import runpy
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 ROOT = pathlib.Path(__file__).parent.parent
 IMPORTS = (
@@ -179,15 +183,22 @@ def _become(program: Mapping, streams: Sequence[int]) -> None:
     os.chdir(program['cwd'])
     os.environ.clear()
     os.environ.update(program['environment'])
-    first, *rest = program['arguments']
-    sys.path[0] = (
-        program['cwd'] if first in ('-m', '-c') else os.path.dirname(os.path.abspath(first))
-    )
+    try:
+        _run(*program['arguments'], cwd=program['cwd'])
+    except SystemExit as ending:
+        if not isinstance(ending.code, int | None):
+            raise
+        _end(ending.code or 0)
+    _end(0)
+
+
+def _run(first: str, *rest: str, cwd: str) -> None:
+    sys.path[0] = cwd if first in ('-m', '-c') else os.path.dirname(os.path.abspath(first))
     match first:
         case '-m':
             if not hasattr(sys.modules.get(rest[0]), '__path__'):
                 sys.modules.pop(rest[0], None)  # It is not a package, and runs anew.
-            sys.argv = rest
+            sys.argv = list(rest)
             runpy.run_module(rest[0], run_name='__main__', alter_sys=True)
         case '-c':
             sys.argv = ['-c', *rest[1:]]
@@ -195,7 +206,19 @@ def _become(program: Mapping, streams: Sequence[int]) -> None:
         case _:
             sys.argv = [first, *rest]
             runpy.run_path(first, run_name='__main__')
-    sys.exit()
+
+
+def _end(status: int) -> NoReturn:
+    """Ends this process as Python does, but for its memory."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if not (stream is None or stream.closed):
+                stream.flush()
+    except Exception:
+        sys.exit(status)  # Python says what it says of such a stream.
+    os._exit(status & 0xFF)
 
 
 if __name__ == '__main__':
