@@ -30,6 +30,7 @@ def rows(main, arguments, path):
     return written['rows']
 
 
+@pytest.mark.slow
 def test_train_step(tmp_path, capsys):
     ours, plain = rows(train_step.main, [*SMALL, '--rows=ours,plain'], tmp_path / 'table.json')
     assert ours['row'] == 'ours'
@@ -51,6 +52,7 @@ def test_inference(tmp_path):
     assert folded['latency ms'] > 0
 
 
+@pytest.mark.slow
 def test_optimizer(tmp_path):
     arguments = ['--model=SmallCNN', '--rounds=1']
     sgd, *chains, dot = rows(optimizer.main, arguments, tmp_path / 'table.json')
