@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import optax
 import pytest
 
 from experiments.run import metric_writers
@@ -55,6 +56,11 @@ KEY = jax.random.key(0)
 
 def test_a_trial_tells_its_landscape_and_keeps_its_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(measurements, 'DIRECTIONS', 1)
+    # One program each, where there would be one for each operation on each shape.
+    for module, name in [(landscape, 'random_direction')] + [
+        (optax.tree, name) for name in ('add_scale', 'norm', 'sub')
+    ]:
+        monkeypatch.setattr(module, name, jax.jit(getattr(module, name)))
     model = {'name': 'ResNet-8', 'widths': (8,), 'depths': (1,), 'cross_replica_axis': 'devices'}
     config = tiny_config(model=model, optimizer__clip__name='none', checkpoint__keep=3)
     train(config, tmp_path, quiet=True)
