@@ -29,7 +29,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize('name', CHANGES)
+@pytest.mark.parametrize(
+    'name', ['agc', *(pytest.param(x, marks=pytest.mark.slow) for x in CHANGES if x != 'agc')]
+)
 def test_a_run_of_an_earlier_version_resumes_and_ends_where_it_did(name, tmp_path, capsys):
     with tarfile.open(ARCHIVES / f'{name}.tar.gz') as archive:
         archive.extractall(tmp_path, filter='data')

@@ -124,7 +124,7 @@ def wide(tiny, channels):
     return config
 
 
-@pytest.mark.parametrize('channels', [1, 3, 5])
+@pytest.mark.parametrize('channels', [1, 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_programs_have_the_shapes_of_images_that_are_not_square(tiny, channels):
     open_source = functools.partial(planned_data.open_source, **PLANNED)
     with parallel.using(jax.devices()[:1]):
