@@ -15,72 +15,94 @@ from nfnets_jax.agc import adaptive_grad_clip
 KEY = jax.random.key(0)
 
 
-def haiku(layer, *shape):
+def haiku(layer, x):
     net = hk.transform(lambda x: layer()(x))
-    x = jax.random.normal(KEY, shape)
-    params = net.init(KEY, x)
+    params = jax.jit(net.init)(KEY, x)
     (module,) = params
     return lambda w: net.apply({module: params[module] | {'w': w}}, None, x), params[module]['w']
 
 
-def linen(layer, *shape):
-    x = jax.random.normal(KEY, shape)
-    params = layer.init(KEY, x)['params']
-    return lambda w: layer.apply({'params': params | {'kernel': w}}, x), params['kernel']
+def linen(layer, x):
+    params = jax.jit(layer().init)(KEY, x)['params']
+    return lambda w: layer().apply({'params': params | {'kernel': w}}, x), params['kernel']
 
 
-def equinox(layer, *shape):
-    x = jax.random.normal(KEY, shape)
+def equinox(layer, x):
+    layer = layer()
     run = lambda w: eqx.tree_at(lambda m: m.weight, layer, w)(x)  # noqa: E731
     return lambda w: jnp.moveaxis(run(w), 0, -1), layer.weight
 
 
+# Name -> rule, and what `make` takes: the library, the layer's constructor, shape of the input.
 CASES = {
-    'haiku linear': (unit_axes.hwio, haiku(lambda: hk.Linear(3), 2, 4)),
-    'haiku 1-D': (unit_axes.hwio, haiku(lambda: hk.Conv1D(3, 2), 1, 4, 2)),
-    'haiku 2-D': (unit_axes.hwio, haiku(lambda: hk.Conv2D(3, 2), 1, 3, 3, 2)),
-    'haiku 3-D': (unit_axes.hwio, haiku(lambda: hk.Conv3D(3, 2), 1, 2, 2, 2, 2)),
+    'haiku linear': (unit_axes.hwio, haiku, lambda: hk.Linear(3), (2, 4)),
+    'haiku 1-D': (unit_axes.hwio, haiku, lambda: hk.Conv1D(3, 2), (1, 4, 2)),
+    'haiku 2-D': (unit_axes.hwio, haiku, lambda: hk.Conv2D(3, 2), (1, 3, 3, 2)),
+    'haiku 3-D': (unit_axes.hwio, haiku, lambda: hk.Conv3D(3, 2), (1, 2, 2, 2, 2)),
     'haiku grouped': (
         unit_axes.hwio,
-        haiku(lambda: hk.Conv2D(6, 2, feature_group_count=2), 1, 3, 3, 4),
+        haiku,
+        lambda: hk.Conv2D(6, 2, feature_group_count=2),
+        (1, 3, 3, 4),
     ),
-    'haiku depthwise': (unit_axes.hwio, haiku(lambda: hk.DepthwiseConv2D(2, 2), 1, 3, 3, 3)),
-    'haiku transposed': (unit_axes.hwoi, haiku(lambda: hk.Conv2DTranspose(3, 2), 1, 3, 3, 2)),
-    'flax dense': (unit_axes.hwio, linen(nn.Dense(3), 2, 4)),
-    'flax 2-D': (unit_axes.hwio, linen(nn.Conv(3, (2, 2)), 1, 3, 3, 2)),
+    'haiku depthwise': (unit_axes.hwio, haiku, lambda: hk.DepthwiseConv2D(2, 2), (1, 3, 3, 3)),
+    'haiku transposed': (unit_axes.hwoi, haiku, lambda: hk.Conv2DTranspose(3, 2), (1, 3, 3, 2)),
+    'flax dense': (unit_axes.hwio, linen, lambda: nn.Dense(3), (2, 4)),
+    'flax 2-D': (unit_axes.hwio, linen, lambda: nn.Conv(3, (2, 2)), (1, 3, 3, 2)),
     'flax grouped': (
         unit_axes.hwio,
-        linen(nn.Conv(6, (2, 2), feature_group_count=2), 1, 3, 3, 4),
+        linen,
+        lambda: nn.Conv(6, (2, 2), feature_group_count=2),
+        (1, 3, 3, 4),
     ),
-    'flax transposed': (unit_axes.hwio, linen(nn.ConvTranspose(3, (2, 2)), 1, 3, 3, 2)),
+    'flax transposed': (unit_axes.hwio, linen, lambda: nn.ConvTranspose(3, (2, 2)), (1, 3, 3, 2)),
     'flax transposed kernel': (
         unit_axes.hwoi,
-        linen(nn.ConvTranspose(3, (2, 2), transpose_kernel=True), 1, 3, 3, 2),
+        linen,
+        lambda: nn.ConvTranspose(3, (2, 2), transpose_kernel=True),
+        (1, 3, 3, 2),
     ),
-    'flax many outputs': (unit_axes.dense_general(1), linen(nn.DenseGeneral((2, 3)), 2, 4)),
+    'flax many outputs': (
+        unit_axes.dense_general(1),
+        linen,
+        lambda: nn.DenseGeneral((2, 3)),
+        (2, 4),
+    ),
     'flax many inputs': (
         unit_axes.dense_general(2),
-        linen(nn.DenseGeneral((2, 3), axis=(-2, -1)), 2, 4, 5),
+        linen,
+        lambda: nn.DenseGeneral((2, 3), axis=(-2, -1)),
+        (2, 4, 5),
     ),
-    'equinox linear': (
-        unit_axes.oihw,
-        equinox(eqx.nn.Linear(4, 3, key=KEY), 4),
-    ),
-    'equinox 1-D': (unit_axes.oihw, equinox(eqx.nn.Conv1d(2, 3, 2, key=KEY), 2, 4)),
-    'equinox 2-D': (unit_axes.oihw, equinox(eqx.nn.Conv2d(2, 3, 2, key=KEY), 2, 3, 3)),
+    'equinox linear': (unit_axes.oihw, equinox, lambda: eqx.nn.Linear(4, 3, key=KEY), (4,)),
+    'equinox 1-D': (unit_axes.oihw, equinox, lambda: eqx.nn.Conv1d(2, 3, 2, key=KEY), (2, 4)),
+    'equinox 2-D': (unit_axes.oihw, equinox, lambda: eqx.nn.Conv2d(2, 3, 2, key=KEY), (2, 3, 3)),
     'equinox grouped': (
         unit_axes.oihw,
-        equinox(eqx.nn.Conv2d(4, 6, 2, groups=2, key=KEY), 4, 3, 3),
+        equinox,
+        lambda: eqx.nn.Conv2d(4, 6, 2, groups=2, key=KEY),
+        (4, 3, 3),
     ),
     'equinox transposed': (
         unit_axes.oihw,
-        equinox(eqx.nn.ConvTranspose2d(2, 3, 2, key=KEY), 2, 3, 3),
+        equinox,
+        lambda: eqx.nn.ConvTranspose2d(2, 3, 2, key=KEY),
+        (2, 3, 3),
     ),
     'equinox grouped transposed': (
         unit_axes.oihw,
-        equinox(eqx.nn.ConvTranspose2d(4, 6, 2, groups=2, key=KEY), 4, 3, 3),
+        equinox,
+        lambda: eqx.nn.ConvTranspose2d(4, 6, 2, groups=2, key=KEY),
+        (4, 3, 3),
     ),
 }
+
+
+def make(case):
+    """Returns the rule of a case, the layer's outputs as a function of its weight, and that."""
+    rule, library, layer, shape = CASES[case]
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    return rule, *library(layer, x)
 
 
 def axes_of(rule, shape, path='layer/w'):
@@ -101,14 +123,14 @@ def feeds(fn, weight, axes):
 
 @pytest.mark.parametrize('case', CASES)
 def test_a_unit_is_an_output_channel(case):
-    rule, (fn, weight) = CASES[case]
+    rule, fn, weight = make(case)
     axes = axes_of(rule, weight.shape)
     found = feeds(fn, weight, axes)
     np.testing.assert_array_equal(found, np.eye(found.shape[0]))
 
 
 def test_the_check_above_tells_layouts_apart():
-    fn, weight = CASES['haiku transposed'][1]
+    _, fn, weight = make('haiku transposed')
     assert feeds(fn, weight, axes_of(unit_axes.hwio, weight.shape)).all()
 
 

@@ -482,6 +482,7 @@ def test_the_former_name_of_normalize_warns():
         _ = augment.normalisation
 
 
+@pytest.mark.slow  # tests/augment/test_operations.py compares each operation with Pillow's.
 def test_every_operation_takes_images_of_one_channel(images):
     gray = images[:, :, :HEIGHT, :1]
     statistics = {'mean': augment.IMAGENET_MEAN[2:], 'std': augment.IMAGENET_STD[2:]}

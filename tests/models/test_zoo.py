@@ -85,7 +85,10 @@ def images(seed=0):
     return np.random.RandomState(seed).standard_normal((BATCH, SIZE, SIZE, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize('zoo_name', ['NFNet', 'NFNet, timm', 'NF-ResNet', 'ResNet'])
+@pytest.mark.parametrize(
+    'zoo_name',
+    ['NFNet', pytest.param('NFNet, timm', marks=pytest.mark.slow), 'NF-ResNet', 'ResNet'],
+)
 def test_rows_and_columns_are_treated_alike(zoo_name, random_variables):
     """Transposed images through transposed kernels: the logits of images that are not square."""
     network = make(zoo_name, **({'cross_replica_axis': None} if zoo_name == 'ResNet' else {}))

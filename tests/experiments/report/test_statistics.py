@@ -148,7 +148,6 @@ def allowed(studies):
     [
         ('not tuned', list),
         ('not tuned, seeds alike', list),
-        ('plateau and peak, seeds apart', list),
         ('plateau and hill', searched),
     ],
 )

@@ -479,6 +479,7 @@ def finish(process):
     return process.returncode, out, err
 
 
+@pytest.mark.slow  # Each worker imports JAX; workers that end a study are quick, below.
 def test_two_jobs_share_a_study(command, config_file, tmp_path):
     status, _, err = finish(
         command(
