@@ -4,7 +4,7 @@ REQUIREMENTS ?= requirements.txt
 BIN := .venv/bin
 INSTALLED := .venv/.$(notdir $(REQUIREMENTS))-installed
 
-.PHONY: setup train test pytest test-fast lint docs lock
+.PHONY: setup train test pytest test-fast slow lint docs lock
 
 setup: $(INSTALLED)
 
@@ -35,6 +35,10 @@ FAST := $(addprefix tests/,test_agc.py test_layers.py test_optimizers.py test_sc
 
 test-fast: setup
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(FAST)
+
+# Large networks, long fuzzing and wider cases of what `make test` holds already.
+slow: setup
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder -m slow
 
 docs: setup
 	$(BIN)/python docs/build_config.py
