@@ -46,6 +46,17 @@ def test_a_row_that_is_none(capsys):
     assert 'tim is not one of ours' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ('path', 'told'), [('nowhere/x.json', 'there is no directory'), ('~nobody-/x', 'no user')]
+)
+def test_a_table_that_cannot_be_written_is_told_first(tmp_path, monkeypatch, capsys, path, told):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        dispatch.main([f'--json={path}'])
+    assert exit_.value.code == 2
+    assert told in capsys.readouterr().err
+
+
 def test_inference(tmp_path):
     ours, folded = rows(inference.main, SMALL, tmp_path / 'table.json')[:2]
     assert (ours['row'], folded['row']) == ('ours', 'folded')

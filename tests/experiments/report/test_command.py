@@ -83,6 +83,7 @@ def test_the_tables_of_a_page_make_it_again(command, whole, tmp_path):
     status, _, errors = _finish(command('report', f'--tables={whole}', f'--out={out}'))
     assert (status, errors) == (0, '')
     assert 'agrees (seeds alone)' in out.read_text()
+    assert not list(tmp_path.glob('*.csv')), 'the tables are copied'
     (tmp_path / 'empty').mkdir()
     empty = (f'--tables={tmp_path / "empty"}', f'--out={out}')
     for wrong in ((), (f'--tables={whole}',), empty):
