@@ -2,6 +2,7 @@ PYTHON ?= python3
 # What to install: REQUIREMENTS=locks/python3.11.txt installs the versions with which the tests passed.
 REQUIREMENTS ?= requirements.txt
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 INSTALLED := .venv/.$(notdir $(REQUIREMENTS))-installed
 
 .PHONY: setup train test pytest test-fast slow lint docs lock
@@ -27,18 +28,18 @@ lint: setup
 test: lint pytest
 
 pytest: setup
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 # AGC, layers, optimizers, convolutions, data and configs: two minutes, and no run is trained.
 FAST := $(addprefix tests/,test_agc.py test_layers.py test_optimizers.py test_schedules.py \
 	test_fields.py test_errors.py test_files.py test_architecture.py test_docs.py convolution data experiments/test_config.py)
 
 test-fast: setup
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(FAST)
+	$(PYTEST) $(FAST)
 
 # Large networks, long fuzzing and wider cases of what `make test` holds already.
 slow: setup
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder -m slow
+	$(PYTEST) -m slow
 
 docs: setup
 	$(BIN)/python docs/build_config.py

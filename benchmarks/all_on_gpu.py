@@ -61,9 +61,8 @@ def main(argv=None):
         '--target', default='H100:1', help='as experiments.preflight takes it; default: H100:1'
     )
     parser.add_argument('--minutes', type=float, default=20.0, help='default: 20')
-    parser.add_argument(
-        '--out', required=True, type=timing.expanded_path, help='directory of the results'
-    )
+    path = timing.option_type(files.expand)
+    parser.add_argument('--out', required=True, type=path, help='directory of the results')
     parser.add_argument('--quick', action='store_true', help='tiny networks, to try the commands')
     parser.add_argument('--write', action='store_true', help="write the convolutions' table")
     args = parser.parse_args(argv)

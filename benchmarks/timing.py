@@ -23,26 +23,29 @@ def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
     for name, default in defaults.items():
         option = f'--{name.replace("_", "-")}'
         parser.add_argument(option, type=type(default), default=default, help=f'default: {default}')
-    parser.add_argument('--json', type=_file_to_write, help='where to write the table as JSON')
+    parser.add_argument(
+        '--json', type=option_type(_file_to_write), help='where to write the table as JSON'
+    )
     return parser
 
 
-def expanded_path(text: str) -> str:
-    """Returns the path that an option gives, with ~ expanded."""
-    try:
-        return files.expand(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def option_type(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Returns `convert` as a type of argparse's options, which tell a UsageError in one line."""
+
+    def converted(text: str) -> Any:
+        try:
+            return convert(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return converted
 
 
 def _file_to_write(text: str) -> str:
     """Returns the path of --json, checked before hours of measuring."""
-    expanded = expanded_path(text)
-    try:
-        cli.check_out(pathlib.Path(expanded), flag='json')
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return expanded
+    path = files.expand(text)
+    cli.check_out(pathlib.Path(path), flag='json')
+    return path
 
 
 class Times(NamedTuple):

@@ -49,7 +49,7 @@ def test_max_pool_and_gradient_are_those_of_xla(window, stride, padding, size, d
 
 
 def test_a_cpu_alone_compares():
-    """Other platforms keep XLA's gradient, which a TPU and a GPU have instructions for."""
+    """Other platforms keep XLA's own gradient."""
 
     def lowered(platform):
         gradient = jax.grad(lambda x: pooling.max_pool(x, 3, 2).sum())

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from experiments.experiment import build
-from experiments.run import metric_writers, parallel, step_metrics
+from experiments.run import evaluation, metric_writers, parallel, step_metrics
 from experiments.run.batches import open_batches
 from experiments.train import train
-from experiments.train_step import init_state, make_train_step
+from experiments.train_step import init_state, make_eval_step, make_train_step
 from nfnets_jax.data import pipeline
 from nfnets_jax.errors import UsageError
 from nfnets_jax.weights.checkpoints import CheckpointReader
@@ -71,12 +71,18 @@ def run_steps(count, **changes):
 def test_the_number_of_devices_changes_nothing(whole):
     with parallel.using(jax.devices()[:1]):
         one = run_steps(3)
+        experiment = build(tiny_config(**MIXED))
+        variables = parallel.replicate(one).variables()
+        evaluated = evaluation.evaluate(experiment, make_eval_step(experiment), variables)
     four = CheckpointReader(whole / 'checkpoints').restore(3, one)
     for x, y in ((one.params, four.params), (one.ema_params, four.ema_params)):
         chex.assert_trees_all_close(x, y, rtol=1e-4, atol=1e-5)
     assert step_metrics.means(one.window) == pytest.approx(
         step_metrics.means(four.window), rel=1e-4
     )
+    lines = metric_writers.read_metrics(whole)
+    (loss,) = (x['test/loss'] for x in lines if x['step'] == 3 and 'test/loss' in x)
+    assert evaluated['test/loss'] == pytest.approx(loss, rel=1e-4)
 
 
 def test_pairs_of_the_batch_are_another_experiment(whole):

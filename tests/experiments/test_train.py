@@ -89,6 +89,7 @@ def test_a_run_leaves_what_the_contract_names(whole):
     assert summary['final']['test/top1'] == metric_writers.read_metrics(directory)[-1]['test/top1']
     assert set(summary['versions']) >= {'jax', 'optax', 'dm-haiku', 'python'}
     assert summary['images_per_second'] > 0
+    assert summary['devices'] == '4 x cpu'
 
 
 def test_metrics_are_told_when_they_are_due(whole):
@@ -205,6 +206,7 @@ def test_killed_at_any_moment_it_ends_where_the_uninterrupted_run_does(start, lo
     for moment in (
         (directory / 'config.json').exists,  # before the first step
         being_written,  # in the middle of writing a checkpoint
+        lambda: newest_step(directory) >= 60,
     ):
         process = start(directory)
         wait_for(process, moment)
