@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import peers, timing
-from experiments.launch import cli
+from experiments.launch import allocator, cli
 from experiments.run import accelerators, parallel
 from nfnets_jax import adaptive_grad_clip, models
 from nfnets_jax.convolution import conv
@@ -121,7 +121,10 @@ def main(argv=None):
     parser.add_argument('--rows', default='ours,plain,timm,timm bare', help=','.join(ROWS))
     parser.add_argument('--peak-tflops', type=float, help='of the device, for MFU')
     parser.add_argument('--cpu-devices', type=int, default=1, help='cores that our rows share')
+    parser.add_argument('--keep-memory', action='store_true', help='as experiments.train has it')
     args = parser.parse_args(argv)
+    if args.keep_memory:
+        allocator.keep_memory()
     wanted = args.rows.split(',')
     if unknown := set(wanted) - set(ROWS):
         parser.error(f'--rows: {", ".join(unknown)} is not one of {", ".join(ROWS)}')

@@ -39,7 +39,7 @@ from experiments.run.evaluation import OnCorrect, describe_accuracy, evaluate, s
 from experiments.run.profiling import Trace
 from experiments.run.progress import Progress
 from experiments.run.recovery import DivergedError, assert_finite, saving_at_failure
-from experiments.run.throughput import Throughput, flops_per_image
+from experiments.run.throughput import FAULTS_COUNTED_IN, Throughput, flops_per_image
 from experiments.train_step import Programs, compile_programs, init_state, layers, make_logits_fn
 from nfnets_jax.data import pipeline
 
@@ -192,6 +192,9 @@ def train(
                 throughput.tick(state)
                 if step == start_step + 1:
                     log(f'compiled in {time.perf_counter() - begun:.1f} s')
+                counted = step == start_step + 1 + FAULTS_COUNTED_IN
+                if counted and (line := throughput.describe_faults(state)):
+                    log(line)
                 stopped = stop_signal.reached(metrics['stop'])
 
                 save = due(experiment.checkpoint_every) or stopped
@@ -245,6 +248,6 @@ if __name__ == '__main__':
         'Cores of a CPU to train on, each a device; all by default, one if results depend on it.',
         lower_bound=1,
     )
-    flags.DEFINE_bool('keep_memory', False, 'Faster steps on a CPU, slower compilation (glibc).')
+    allocator.define_flag()
     flags.mark_flags_as_required(['config', 'workdir'])
     cli.run(main, distributed=True)

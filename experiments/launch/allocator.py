@@ -2,11 +2,18 @@
 
 import ctypes
 
+from absl import flags
+
 from nfnets_jax.errors import UsageError
 
 # Numbers of malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _LARGEST = 2**31 - 1
+
+
+def define_flag() -> None:
+    """Defines --keep_memory."""
+    flags.DEFINE_bool('keep_memory', False, 'Faster steps on a CPU, slower compilation (glibc).')
 
 
 def keep_memory() -> None:

@@ -29,6 +29,12 @@ def flops_per_image(experiment: Experiment) -> float:
     return 2 * cost.training_macs(experiment.image_spec.shape[:2], frozen)
 
 
+# Steps after the first one in which page faults are counted, and what of them is worth a line:
+# compilation takes up to a third longer where memory is kept.
+FAULTS_COUNTED_IN = 10
+_FAULTS_WORTH_A_LINE = 50, 0.1  # MB a step, part of the processor time
+
+
 class Throughput:
     """Measures images per second, their part of the devices' peak, memory and waiting for data.
 
@@ -52,6 +58,7 @@ class Throughput:
         if self.compile_seconds is None:
             jax.block_until_ready(state)
             self.compile_seconds = time.perf_counter() - self._begun
+            self._usage = resource.getrusage(resource.RUSAGE_SELF)
             self._restart()
         else:
             self._steps += 1
@@ -83,6 +90,29 @@ class Throughput:
             'tflops': flops / 1e12,
             'data_wait': waited / seconds,
         }
+
+    def describe_faults(self, state) -> str | None:
+        """Returns what the allocator costs on a CPU, if that is worth a line.
+
+        Call it once, `FAULTS_COUNTED_IN` steps after the first one.
+        """
+        if jax.devices()[0].platform != 'cpu':
+            return None
+        jax.block_until_ready(state)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        system, user, faults = (
+            getattr(used, name) - getattr(self._usage, name)
+            for name in ('ru_stime', 'ru_utime', 'ru_minflt')
+        )
+        megabytes = faults * resource.getpagesize() / FAULTS_COUNTED_IN / 1e6
+        share = system / max(system + user, 1e-9)
+        least_megabytes, least_share = _FAULTS_WORTH_A_LINE
+        if megabytes < least_megabytes or share < least_share:
+            return None
+        return (
+            f'each step takes {megabytes:,.0f} MB anew from the system, which has {share:.0%} of '
+            'the processor time: --keep_memory keeps them'
+        )
 
     @contextlib.contextmanager
     def paused(self, state) -> Iterator[None]:

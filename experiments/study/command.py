@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from experiments import config as schema
 from experiments.experiment import Experiment, build
-from experiments.launch import cli, distributed
+from experiments.launch import allocator, cli, distributed
 from experiments.run import data_record, init_weights, workdir
 from experiments.study import config as study_config
 from experiments.study import measurements
@@ -66,6 +66,7 @@ def run_study(
     max_trials: int | None = None,
     retry: bool = False,
     extend: bool = False,
+    keep_memory: bool = False,
     command: str = '',
 ) -> None:
     """Runs the trials of a study that have not ended, and writes the results to study.json.
@@ -77,6 +78,7 @@ def run_study(
       max_trials: how many to start at most in this call; arms take turns.
       retry: whether to run failed trials again.
       extend: whether to extend grids whose best value is at the edge.
+      keep_memory: see `allocator.keep_memory`; of use before JAX starts.
       command: the user's command line, for study.json.
 
     Raises:
@@ -84,6 +86,8 @@ def run_study(
         trials do not have the study's metric, found after the first trial.
       LostWorkersError: workers were killed; the same call resumes their trials.
     """
+    if keep_memory and jobs == 1:
+        allocator.keep_memory()
     if jobs > 1:  # Else the first worker would take all of an accelerator's memory.
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     data = _check_configs(study, study_config.make_trials(study))
@@ -108,7 +112,9 @@ def run_study(
             if jobs == 1:
                 work(study, directory, max_trials, extend=extend, on_end=progress.update)
             else:
-                lost = _run_workers(study, directory, jobs, max_trials, extend, progress)
+                lost = _run_workers(
+                    study, directory, jobs, max_trials, extend, keep_memory, progress
+                )
     finally:
         progress.close()
         write_summary(study, journal)
@@ -333,6 +339,7 @@ def _run_workers(
     jobs: int,
     max_trials: int | None,
     extend: bool,
+    keep_memory: bool,
     progress: 'StudyProgress',
 ) -> list[int]:
     """Runs `work` in `jobs` processes and reports progress.
@@ -348,7 +355,7 @@ def _run_workers(
     if max_trials is not None:
         shares = [max_trials // jobs + (i < max_trials % jobs) for i in range(jobs)]
     mistakes = spawn.SimpleQueue()
-    arguments = (study.to_dict(), os.fspath(directory), mistakes, extend)
+    arguments = (study.to_dict(), os.fspath(directory), mistakes, extend, keep_memory)
     workers = [
         spawn.Process(target=_worker, args=(*arguments, share)) for share in shares if share != 0
     ]
@@ -389,6 +396,7 @@ def _worker(
     directory: str,
     mistakes: SimpleQueue,
     extend: bool,
+    keep_memory: bool,
     max_trials: int | None,
 ) -> None:
     """Runs `work` in a process of `_run_workers`, which forwards signals."""
@@ -401,6 +409,8 @@ def _worker(
             raise KeyboardInterrupt
 
     try:
+        if keep_memory:
+            allocator.keep_memory()
         with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
             work(ConfigDict(study), directory, max_trials, extend=extend, on_end=stop_with_parent)
     except UsageError as error:
@@ -515,6 +525,7 @@ def main() -> None:
             max_trials=args.max_trials,
             retry=args.retry,
             extend=args.extend,
+            keep_memory=args.keep_memory,
             command=' '.join(['python -m experiments.study', *map(shlex.quote, sys.argv[1:])]),
         )
     except LostWorkersError as error:
@@ -531,5 +542,6 @@ def run() -> None:
     flags.DEFINE_integer('max_trials', None, 'Start at most this many trials.', lower_bound=1)
     flags.DEFINE_bool('extend', False, 'Extend grids whose best value is at the edge.')
     flags.DEFINE_bool('retry', False, 'Run failed trials again.')
+    allocator.define_flag()
     flags.mark_flags_as_required(['config', 'workdir'])
     cli.run(main, declared=study_config.declared)

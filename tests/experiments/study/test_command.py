@@ -512,6 +512,7 @@ from nfnets_jax.errors import UsageError
 from tests.experiments.study.test_command import tiny_study
 
 def work(*_, **__):
+    assert kept == [True]
     if sys.argv[2] == 'killed':
         os.kill(os.getpid(), 9)
     raise UsageError('something is wrong')
@@ -519,8 +520,10 @@ def work(*_, **__):
 forking = multiprocessing.get_context('fork')
 multiprocessing.get_context = lambda _: forking
 study.work = work
+kept = []
+study.allocator.keep_memory = lambda: kept.append(True)
 try:
-    study.run_study(tiny_study(), sys.argv[1], jobs=2)
+    study.run_study(tiny_study(), sys.argv[1], jobs=2, keep_memory=True)
 except (UsageError, study.LostWorkersError) as error:
     print(type(error).__name__, error)
 """
