@@ -142,6 +142,19 @@ def test_what_a_gpu_launches(gpu_program):
     }
 
 
+def test_the_scratch_of_a_library_is_not_what_it_writes():
+    program = compiled_text.parse("""HloModule product
+
+ENTRY %main (a: bf16[8,4], b: bf16[4,2]) -> bf16[8,2] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %b = bf16[4,2]{1,0} parameter(1)
+  %product = (bf16[8,2]{1,0}, s8[33554432]{0}) custom-call(%a, %b)
+  ROOT %result = bf16[8,2]{1,0} get-tuple-element(%product), index=0
+}
+""")
+    assert [kernel.bytes for kernel in compiled_text.kernels(program)] == [2 * (32 + 8 + 16)]
+
+
 def test_what_devices_exchange(gpu_program, program):
     assert compiled_text.collectives(gpu_program) == [('all-reduce', 4 * 78048)]
     assert compiled_text.collectives(program) == []
