@@ -193,8 +193,8 @@ def train(
                 if step == start_step + 1:
                     log(f'compiled in {time.perf_counter() - begun:.1f} s')
                 counted = step == start_step + 1 + FAULTS_COUNTED_IN
-                if counted and (line := throughput.describe_faults(state)):
-                    log(line)
+                if counted and (hint := throughput.describe_faults(state)):
+                    log(hint)
                 stopped = stop_signal.reached(metrics['stop'])
 
                 save = due(experiment.checkpoint_every) or stopped
