@@ -229,10 +229,13 @@ class Kernel(NamedTuple):
 def kernels(program: Program) -> list[Kernel]:
     """Returns all instructions that become kernels or calls of libraries on a GPU.
 
-    A kernel is taken to read all of its operands, and to write its result, once. The scratch of
-    libraries does not count: 34 MB for a matrix product, of which hardly anything is touched.
+    A kernel is taken to read all of its operands, and to write its result, once. The scratch that
+    a library is offered does not count: 34 MB for each matrix product on an H100.
     """
-    shapes = {x.name: _SCRATCH.sub(')', x.shape) for x in _all(program)}
+    shapes = {
+        x.name: _SCRATCH.sub(')', x.shape) if x.opcode == 'custom-call' else x.shape
+        for x in _all(program)
+    }
     return [
         Kernel(x, executions, executions * sum(size(shapes[y]) for y in (x.name, *x.operands)))
         for x, executions in costs(program)

@@ -29,7 +29,7 @@ def flops_per_image(experiment: Experiment) -> float:
     return 2 * cost.training_macs(experiment.image_spec.shape[:2], frozen)
 
 
-# Steps after the first one in which page faults are counted, and what of them is worth a line:
+# Steps after the first one in which page faults are counted, and the least that deserves a line:
 # compilation takes up to a third longer where memory is kept.
 FAULTS_COUNTED_IN = 10
 _FAULTS_WORTH_A_LINE = 50, 0.1  # MB a step, part of the processor time
@@ -92,7 +92,7 @@ class Throughput:
         }
 
     def describe_faults(self, state) -> str | None:
-        """Returns what the allocator costs on a CPU, if that is worth a line.
+        """Returns what page faults cost on a CPU, in a line; None if they cost little.
 
         Call it once, `FAULTS_COUNTED_IN` steps after the first one.
         """
@@ -110,8 +110,8 @@ class Throughput:
         if megabytes < least_megabytes or share < least_share:
             return None
         return (
-            f'each step takes {megabytes:,.0f} MB anew from the system, which has {share:.0%} of '
-            'the processor time: --keep_memory keeps them'
+            f'each step allocates {megabytes:,.0f} MB anew, and the system takes {share:.0%} of '
+            'the processor time: --keep_memory makes steps faster'
         )
 
     @contextlib.contextmanager

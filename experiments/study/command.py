@@ -86,7 +86,7 @@ def run_study(
         trials do not have the study's metric, found after the first trial.
       LostWorkersError: workers were killed; the same call resumes their trials.
     """
-    if keep_memory and jobs == 1:
+    if keep_memory:  # With several workers too, so that its error comes before anything is written.
         allocator.keep_memory()
     if jobs > 1:  # Else the first worker would take all of an accelerator's memory.
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')

@@ -143,7 +143,7 @@ def test_what_a_gpu_launches(gpu_program):
 
 
 def test_the_scratch_of_a_library_is_not_what_it_writes():
-    program = compiled_text.parse("""HloModule product
+    text = """HloModule product
 
 ENTRY %main (a: bf16[8,4], b: bf16[4,2]) -> bf16[8,2] {
   %a = bf16[8,4]{1,0} parameter(0)
@@ -151,8 +151,12 @@ ENTRY %main (a: bf16[8,4], b: bf16[4,2]) -> bf16[8,2] {
   %product = (bf16[8,2]{1,0}, s8[33554432]{0}) custom-call(%a, %b)
   ROOT %result = bf16[8,2]{1,0} get-tuple-element(%product), index=0
 }
-""")
+"""
+    program = compiled_text.parse(text)
     assert [kernel.bytes for kernel in compiled_text.kernels(program)] == [2 * (32 + 8 + 16)]
+    fusion = compiled_text.parse(text.replace('custom-call(', 'fusion('))
+    (kernel,) = compiled_text.kernels(fusion)
+    assert kernel.bytes == 2 * (32 + 8 + 16) + 33554432
 
 
 def test_what_devices_exchange(gpu_program, program):

@@ -36,8 +36,8 @@ def test_steps_under_way_when_it_is_paused_count_and_what_is_done_inside_does_no
             320,
             2.0,
             'cpu',
-            'each step takes 320 MB anew from the system, which has 20% of the processor time: '
-            '--keep_memory keeps them',
+            'each step allocates 320 MB anew, and the system takes 20% of the processor time: '
+            '--keep_memory makes steps faster',
         ),
         (320, 0.5, 'cpu', None),  # of 8.5 seconds
         (30, 2.0, 'cpu', None),
