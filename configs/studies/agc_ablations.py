@@ -2,18 +2,23 @@
 
     python -m experiments.study --config=configs/studies/agc_ablations.py:digits --workdir=S
 
-Sizes: digits, cifar10, imagenet (batch 4096 and learning rate 1.6 of arXiv 2102.06171).
-Every arm changes one part of the published choice, which clips all parameters but the classifier's
-weight by output unit.
+Sizes: digits, cifar10_small, cifar10, imagenet (batch 4096 and learning rate 1.6 of arXiv
+2102.06171). Every arm changes one part of the published choice, which clips all parameters but the
+classifier's weight by output unit.
 """
 
 from configs.studies.settings import NF_RESNET_50, NO_CLIPPING, arm, chart, claim, new_study
 from nfnets_jax import models
 from nfnets_jax.optimizers import PUBLISHED_GROUPS
 
-_BATCHES = {'digits': 256, 'cifar10': 1024, 'imagenet': 4096}
-_RATES = {'digits': (0.06, 0.25, 1.0, 4.0), 'cifar10': (0.4, 1.6), 'imagenet': (0.1,)}
-_CLIPPING = {'digits': (0.04,), 'cifar10': (0.02,), 'imagenet': (0.01,)}
+_BATCHES = {'digits': 256, 'cifar10_small': 256, 'cifar10': 1024, 'imagenet': 4096}
+_RATES = {
+    'digits': (0.06, 0.25, 1.0, 4.0),
+    'cifar10_small': (0.1, 0.4, 1.6, 6.4),
+    'cifar10': (0.4, 1.6),
+    'imagenet': (0.1,),
+}
+_CLIPPING = {'digits': (0.04,), 'cifar10_small': (0.01,), 'cifar10': (0.02,), 'imagenet': (0.01,)}
 
 VARIANTS = tuple(_BATCHES)
 

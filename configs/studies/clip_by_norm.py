@@ -2,9 +2,9 @@
 
     python -m experiments.study --config=configs/studies/clip_by_norm.py:digits --workdir=S
 
-Sizes: digits, cifar10. A ResNet without normalization, as in the report, with SGD, whose steps are
-proportional to the gradient, and with the report's Adam, which divides the gradient by its own size
-and so undoes any scaling of the whole gradient.
+Sizes: digits, cifar10_small, cifar10. A ResNet without normalization, as in the report, with SGD,
+whose steps are proportional to the gradient, and with the report's Adam, which divides the gradient
+by its own size and so undoes any scaling of the whole gradient.
 """
 
 from configs.studies.settings import (
@@ -19,7 +19,9 @@ from configs.studies.settings import (
     no_norm,
 )
 
-VARIANTS = ('digits', 'cifar10')
+_BATCHES = {'digits': 64, 'cifar10_small': 128, 'cifar10': 256}
+
+VARIANTS = tuple(_BATCHES)
 
 
 def get_config(size: str = 'digits'):
@@ -32,7 +34,7 @@ def get_config(size: str = 'digits'):
     study.axes.clipping = 'optimizer.clip.clipping'
     study.base.model = no_norm(study)
     study.setting += ', without normalisation'
-    study.base.batch_size = 64 if size == 'digits' else 256
+    study.base.batch_size = _BATCHES[size]
     study.grid.learning_rate = (0.1, 0.4, 1.6, 6.4)
     study.tuned = ('learning_rate', 'clipping')
     by_norm, not_at_all = {'clip': {'name': 'global_norm'}}, {'clip': {'name': 'none'}}

@@ -2,12 +2,18 @@
 
     python -m experiments.study --config=configs/studies/regularization.py:digits --workdir=S
 
-Sizes: digits, cifar10. Every arm has the same rates, so that only the regularization differs.
+Sizes: digits, cifar10_small, cifar10. Every arm has the same rates, so that only the regularization
+differs.
 """
 
 from configs.studies.settings import NO_CLIPPING, OURS, arm, batch_norm, chart, claim, new_study
 
-_RATES = {'digits': (0.25, 1.0, 4.0), 'cifar10': (0.1, 0.4, 1.6)}
+_BATCHES = {'digits': 64, 'cifar10_small': 128, 'cifar10': 256}
+_RATES = {
+    'digits': (0.25, 1.0, 4.0),
+    'cifar10_small': (0.1, 0.4, 1.6, 6.4),
+    'cifar10': (0.1, 0.4, 1.6),
+}
 
 VARIANTS = tuple(_RATES)
 
@@ -19,7 +25,7 @@ def get_config(size: str = 'digits'):
         'Is a network with batch norm better on test images because it is regularized, and do '
         'dropout and stochastic depth make up for that without batch norm?'
     )
-    study.base.batch_size = 64 if size == 'digits' else 256
+    study.base.batch_size = _BATCHES[size]
     study.grid.learning_rate = _RATES[size]
     study.arms = (
         arm('bn', 'ResNet with batch norm', {'model': batch_norm(study), **NO_CLIPPING}),

@@ -2,8 +2,8 @@
 
     python -m experiments.study --config=configs/studies/resnet_without_norm.py:digits --workdir=S
 
-Sizes: digits, cifar10. The report's experiment B, ResNet-20 by Adam at 1e-3 with batches of 256 and
-1024, and the same networks by SGD with the learning rate tuned.
+Sizes: digits, cifar10_small, cifar10. The report's experiment B, ResNet-20 by Adam at 1e-3 with
+batches of 256 and 1024, and the same networks by SGD with the learning rate tuned.
 """
 
 from configs.studies.settings import (
@@ -19,7 +19,7 @@ from configs.studies.settings import (
     no_norm,
 )
 
-_BATCHES = {'digits': (64, 256), 'cifar10': (256, 1024)}
+_BATCHES = {'digits': (64, 256), 'cifar10_small': (128, 512), 'cifar10': (256, 1024)}
 
 VARIANTS = tuple(_BATCHES)
 
