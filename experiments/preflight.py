@@ -63,7 +63,8 @@ def preflight(config: ConfigDict, target: Target, plan: Mapping, waiting: Waitin
     Raises:
       UsageError: a mistake in the config, or a batch that does not split over the devices.
     """
-    open_source = functools.partial(planned_data.open_source, **plan)
+    advice = '; or plan without: give --examples and --classes'
+    open_source = functools.partial(planned_data.open_source, advice=advice, **plan)
     with parallel.using(target.devices):
         if config.get('smoke'):
             config = smoke.shrink(config)

@@ -18,7 +18,7 @@ FILES = sorted(
 )
 SIZES = (
     *('digits', 'cifar10_small', 'cifar10', 'cifar10_updates', 'cifar10_randaugment'),
-    *('caltech101', 'imagenet'),
+    *('caltech101_small', 'caltech101', 'imagenet'),
 )
 # What trials tell: training, and the measurements.
 METRICS = {
@@ -53,7 +53,8 @@ def test_every_experiment_of_the_report_is_there():
     assert len(FILES) == 13
     assert all(f'{name}-digits' in STUDIES for name in FILES)
     assert sum(name.endswith('-cifar10') for name in STUDIES) == 11
-    small = {name.removesuffix('-cifar10_small') for name in STUDIES if name.endswith('_small')}
+    suffix = '-cifar10_small'
+    small = {name.removesuffix(suffix) for name in STUDIES if name.endswith(suffix)}
     assert small == set(FILES) - {'finetune', 'signal_propagation'}
     assert all(study.name == key.rpartition('-')[0] for key, study in STUDIES.items())
 

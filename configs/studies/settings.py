@@ -7,7 +7,8 @@
     cifar10_small  NF-ResNet-8 of half the width, three epochs of a fifth of CIFAR-10: small
                    enough for one core of a CPU
 
-(and caltech101, which needs a folder, in the two studies that the report did on it.)
+(and caltech101, which needs a folder, in the two studies that the report did on it, and
+caltech101_small, which needs arrays of 32 x 32 pixels, in one of them.)
 
 Tuned values, such as learning rates, are chosen on validation images: a part of the training set
 where the data have none. At cifar10 they are searched with one seed first.
@@ -44,10 +45,18 @@ _NETWORKS: dict[str, dict[str, str | float]] = {
     'digits': {'name': 'NF-ResNet-8', 'width': 0.5},
     'cifar10_small': {'name': 'NF-ResNet-8', 'width': 0.5, 'stem': 'imagenet'},
     'cifar10': {'name': 'NF-ResNet-20'},
+    'caltech101_small': {'name': 'NF-ResNet-8', 'width': 0.5},
     'caltech101': {'name': 'NF-ResNet-50'},
     'imagenet': {'name': 'NF-ResNet-50'},
 }
-_CLASSES = {'digits': 10, 'cifar10_small': 10, 'cifar10': 10, 'caltech101': 101, 'imagenet': 1000}
+_CLASSES = {
+    'digits': 10,
+    'cifar10_small': 10,
+    'cifar10': 10,
+    'caltech101_small': 101,
+    'caltech101': 101,
+    'imagenet': 1000,
+}
 _DATA_WORDS = {
     'digits': '8x8 digits, 1154 to train on, 288 to validate and 355 to test with, shifted by up '
     'to a pixel',
@@ -55,6 +64,8 @@ _DATA_WORDS = {
     'with, shifted by up to 4 pixels and mirrored',
     'cifar10': 'CIFAR-10, 45,000 images to train on, 5,000 to validate and 10,000 to test with, '
     'shifted by up to 4 pixels and mirrored',
+    'caltech101_small': 'Caltech-101 at 32 pixels, 27 images of each class to train on, 3 to '
+    'validate and at most 20 to test with, shifted by up to 4 pixels and mirrored',
     'caltech101': 'Caltech-101, 30 images of each class, a tenth of them to validate, random '
     'crops, mirrored',
     'imagenet': 'ImageNet, a hundredth of the training images to validate, random crops, mirrored',
@@ -206,6 +217,18 @@ def _imagenet() -> ConfigDict:
     return config
 
 
+def _caltech101_small() -> ConfigDict:
+    config = default_config()
+    config.data = {'name': 'arrays', 'path': '', 'on_device': True, 'validation_fraction': 0.1}
+    config.augment.shift = 4
+    config.augment.flip = True
+    config.batch_size = 64
+    config.duration = '10 epochs'
+    config.optimizer.learning_rate = 0.4
+    config.optimizer.weight_decay = 1e-4
+    return _small(config)
+
+
 def _caltech101() -> ConfigDict:
     config = default_config()
     config.data = {
@@ -227,6 +250,7 @@ _BASES = {
     'digits': _digits,
     'cifar10_small': _cifar10_small,
     'cifar10': _cifar10,
+    'caltech101_small': _caltech101_small,
     'caltech101': _caltech101,
     'imagenet': _imagenet,
 }

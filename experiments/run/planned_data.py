@@ -52,13 +52,20 @@ class PlannedSource:
 
 
 def open_source(
-    name: str, split: str, *, examples: int | None, classes: int | None, **options: Any
+    name: str,
+    split: str,
+    *,
+    examples: int | None = None,
+    classes: int | None = None,
+    advice: str = '',
+    **options: Any,
 ) -> sources.Source:
     """Opens a source, or plans with what is known of it where its data are not here.
 
     Args:
       name, split, options: as `sources.open_source` takes them.
       examples, classes: of data that nothing is known of; they are encoded images.
+      advice: ends the error for data that nothing is known of.
 
     Raises:
       UsageError: as `sources.open_source`, or data that nothing is known of.
@@ -71,7 +78,7 @@ def open_source(
         if examples and classes:
             count, size = examples, None
         elif facts is None:
-            raise UsageError(f'{error}; or plan without: give --examples and --classes') from error
+            raise UsageError(f'{error}{advice}') from error
         else:
             count = _count(dataset, facts.examples, split, options)
             classes, size = facts.classes, facts.size

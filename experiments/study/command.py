@@ -43,7 +43,7 @@ from experiments.experiment import Experiment, build
 from experiments.launch import allocator, cli, distributed
 from experiments.run import data_record, init_weights, workdir
 from experiments.study import config as study_config
-from experiments.study import measurements
+from experiments.study import dry_run, measurements
 from experiments.study.journal import Journal, TrialRecord, round_robin
 from experiments.study.planning import Planner
 from experiments.study.schema import SUMMARY_FILE
@@ -517,6 +517,9 @@ def main() -> None:
     if args.seeds is not None:
         with study.grid.unlocked():
             study.grid.seed = tuple(range(args.seeds))
+    if args.dry_run:
+        print(dry_run.describe(study))
+        return
     try:
         run_study(
             study,
@@ -542,6 +545,7 @@ def run() -> None:
     flags.DEFINE_integer('max_trials', None, 'Start at most this many trials.', lower_bound=1)
     flags.DEFINE_bool('extend', False, 'Extend grids whose best value is at the edge.')
     flags.DEFINE_bool('retry', False, 'Run failed trials again.')
+    flags.DEFINE_bool('dry_run', False, 'Only print how much there is to train; write nothing.')
     allocator.define_flag()
     flags.mark_flags_as_required(['config', 'workdir'])
     cli.run(main, declared=study_config.declared)

@@ -7,9 +7,7 @@ from nfnets_jax.errors import UsageError
 
 
 def open_source(split, dataset='imagenet2012', **options):
-    return planned_data.open_source(
-        'tfds', split, examples=None, classes=None, dataset=dataset, **options
-    )
+    return planned_data.open_source('tfds', split, dataset=dataset, **options)
 
 
 @pytest.fixture
@@ -43,8 +41,8 @@ def test_what_cannot_be_planned_with(nowhere):
         open_source('train', train_split='trai', **nowhere)
     with pytest.raises(MissingSplit):
         open_source('validation', **nowhere)
-    with pytest.raises(UsageError, match=r'not found in .* give --examples and --classes'):
-        open_source('train', 'mnist', **nowhere)
+    with pytest.raises(UsageError, match=r'not found in .*; or make them up'):
+        open_source('train', 'mnist', advice='; or make them up', **nowhere)
 
 
 def test_data_of_ones_own(tmp_path):

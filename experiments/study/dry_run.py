@@ -1,0 +1,49 @@
+"""Tells how much a study would train, before it begins and without its data."""
+
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+from experiments.experiment import build
+from experiments.run import planned_data
+from experiments.study import config as study_config
+from experiments.study.planning import Planner
+
+
+def describe(study: ConfigDict) -> str:
+    """Returns the numbers of trials, programs and training images of a study, in two lines.
+
+    A coarse search decides from its results which trials it repeats with all seeds, so it has a
+    first number and a largest one; what --extend adds to a grid is in neither. An image counts
+    every time that it is trained on.
+
+    Raises:
+      UsageError: a mistake in the study, or data that are not here and that nothing is known of.
+    """
+    every = study_config.make_trials(study)
+    first = Planner(study).plan([])
+    by_program = {trial.program: trial.config for trial in every}
+    images = {program: _training_images(study, config) for program, config in by_program.items()}
+    once = _training_images(study, study.pretrain) if study.pretrain else 0
+
+    def total(trials: Iterable[study_config.Trial]) -> int:
+        return once + sum(images[trial.program] for trial in trials)
+
+    name = f'{study.name} ({study.size})'
+    programs = f'{len(images)} compiled programs'
+    if len(first) == len(every):
+        trials, trained = f'{len(every):,} trials', f'{total(every):,} images to train on'
+    else:
+        trials = f'{len(first):,} trials in the search, at most {len(every):,} in all'
+        trained = (
+            f'{total(first):,} images to train on in the search, at most {total(every):,} in all'
+        )
+    return f'{name}: {trials}; {programs}\n{trained}'
+
+
+def _training_images(study: ConfigDict, config: ConfigDict) -> int:
+    """Returns how many images a run of this config trains on."""
+    if 'train' not in study.measure:
+        return 0
+    experiment = build(config, training=False, open_source=planned_data.open_source)
+    return experiment.total_steps * config.batch_size
