@@ -148,7 +148,12 @@ SHRINK = {
     ),
     r'.*experiments.train .*(configs/(digits|sweeps)|small.py).*': _TINY_DIGITS,
     r'.*experiments.train .*(finetune.py|pretrain.py).*': _TINY_IMAGES,
-    r'.*experiments.study .*finetune.py:caltech101.*': (
+    r'.*experiments.study .*finetune.py:caltech101_small.*': (
+        f"{_TINY_STUDY} --config.pretrain.duration='2 steps' "
+        "--config.base.model.widths='(16,)' --config.pretrain.model.widths='(16,)' "
+        "--config.base.model.depths='(1,)' --config.pretrain.model.depths='(1,)'"
+    ),
+    r'.*experiments.study .*finetune.py:caltech101 .*': (
         f'{_TINY_STUDY} --config.base.batch_size=4 --config.base.data.image_size=16 '
         "--config.base.model.widths='(16, 32)' --config.base.model.depths='(1, 1)' "
         '--config.base.model.group_size=8'
@@ -314,7 +319,8 @@ def materials(tmp_path_factory):
         for split, count in (('train', 2048), ('test', 32))  # a batch of each size in the studies
         for what, high, shape in (('images', 256, (32, 32, 3)), ('labels', 10, ()))
     }
-    np.savez(path / 'cifar10.npz', **arrays)
+    for name in ('cifar10.npz', 'caltech101_32.npz'):
+        np.savez(path / name, **arrays)
     text = (ROOT / 'docs' / 'fine_tuning.md').read_text(encoding='utf-8')
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
     for file, words in {

@@ -64,7 +64,7 @@ def trials_of(key):
     return study_config.make_trials(STUDIES[key])  # It checks claims and charts, too.
 
 
-SMALL = [key for key in STUDIES if key.endswith(('-digits', '-cifar10_small'))]
+SMALL = [key for key in STUDIES if key.endswith(('-digits', '_small'))]
 
 
 @pytest.mark.parametrize(

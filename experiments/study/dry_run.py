@@ -1,6 +1,6 @@
 """Tells how much a study would train, before it begins and without its data."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ml_collections import ConfigDict
 
@@ -8,23 +8,43 @@ from experiments.experiment import build
 from experiments.run import planned_data
 from experiments.study import config as study_config
 from experiments.study.planning import Planner
+from nfnets_jax.data.sources import Source
+from nfnets_jax.errors import UsageError
 
 
-def describe(study: ConfigDict) -> str:
+def describe(
+    study: ConfigDict, open_source: Callable[..., Source] = planned_data.open_source
+) -> str:
     """Returns the numbers of trials, programs and training images of a study, in two lines.
 
     A coarse search decides from its results which trials it repeats with all seeds, so it has a
     first number and a largest one; what --extend adds to a grid is in neither. An image counts
     every time that it is trained on.
 
+    Args:
+      study: as in `study_config.default_study`.
+      open_source: as `experiment.build` takes it.
+
     Raises:
       UsageError: a mistake in the study, or data that are not here and that nothing is known of.
     """
     every = study_config.make_trials(study)
     first = Planner(study).plan([])
-    by_program = {trial.program: trial.config for trial in every}
-    images = {program: _training_images(study, config) for program, config in by_program.items()}
-    once = _training_images(study, study.pretrain) if study.pretrain else 0
+    images: dict[str, int] = {}  # to train on, by program
+    for trial in every:
+        if trial.program in images:
+            continue
+        try:
+            images[trial.program] = _training_images(trial.config, study, open_source)
+        except UsageError as error:
+            message = study_config.in_study(error, trial, study)
+            raise UsageError(f'trial {trial.id}: {message}') from error
+    once = 0
+    if study.pretrain:
+        try:
+            once = _training_images(study.pretrain, study, open_source)
+        except UsageError as error:
+            raise UsageError(study_config.in_pretraining(error)) from error
 
     def total(trials: Iterable[study_config.Trial]) -> int:
         return once + sum(images[trial.program] for trial in trials)
@@ -41,9 +61,11 @@ def describe(study: ConfigDict) -> str:
     return f'{name}: {trials}; {programs}\n{trained}'
 
 
-def _training_images(study: ConfigDict, config: ConfigDict) -> int:
-    """Returns how many images a run of this config trains on."""
+def _training_images(
+    config: ConfigDict, study: ConfigDict, open_source: Callable[..., Source]
+) -> int:
+    """Returns how many images a run of the study with this config trains on."""
     if 'train' not in study.measure:
         return 0
-    experiment = build(config, training=False, open_source=planned_data.open_source)
+    experiment = build(config, training=False, open_source=open_source)
     return experiment.total_steps * config.batch_size
