@@ -94,13 +94,13 @@ def get_config(size: str = 'digits'):
         chart('line', 'Test top-1 over the batch size', **over_batch),
         chart(
             'line',
-            'How far a logit changes with the rest of the batch, by its spread over pictures',
+            'How far a logit changes with the rest of the batch, by its spread over images',
             y='dependence/logit_change',
             **over_batch,
         ),
         chart(
             'line',
-            'Evaluation loss less training-mode loss, same pictures',
+            'Evaluation loss less training-mode loss, same images',
             y='discrepancy/loss',
             **over_batch,
         ),

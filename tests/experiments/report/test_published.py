@@ -1,15 +1,15 @@
 """The results in docs/ follow from the tables beside them, by the command that they print."""
 
+import collections
 import os
 import pathlib
 import re
 import shlex
 
-import numpy as np
 import pytest
-from scipy import stats
 
 from experiments.report import reading, results, static, summaries, tables
+from experiments.report.statistics import Verdict
 from experiments.report.wording import mean_and_error
 from tests import processes
 
@@ -27,13 +27,6 @@ def studies(tmp_path_factory):
     return {static.slug(study): study for study in map(reading.load, found)}
 
 
-EARLIER = [  # Pages of versions that kept no trials.
-    path
-    for path in sorted(PUBLISHED.rglob('*.md'))
-    if path.name != 'README.md' and not path.with_name(f'{path.stem}-trials.csv').exists()
-]
-
-
 def row(*cells):
     return '| ' + ' | '.join(map(static._escape, cells)) + ' |'
 
@@ -44,7 +37,19 @@ def test_the_numbers_of_the_guide_follow_from_the_tables(studies):
     told = [line for line in text.splitlines() if re.search(r'\| (corrected p .*|exact) \|$', line)]
     for line in told:  # Its first cell is the name of the study.
         assert f'|{line.split("|", 2)[2]}' in rows, line
-    assert len(told) > 10
+    decided = {r for r in rows if re.search(r'\| (agrees|does not)[^|]*\|', r)}
+    assert decided == {f'|{line.split("|", 2)[2]}' for line in told}
+    every = [
+        judged.comparison.verdict for study in studies.values() for judged in results.judge(study)
+    ]
+    counts = collections.Counter(every)
+    trials = sum(len(study.trials) for study in studies.values())
+    assert f'{trials:,} trials' in text
+    assert (
+        f'Of their {len(every)} claims {counts[Verdict.DOES_NOT]} are contradicted, '
+        f'{counts[Verdict.AGREES]} hold, {counts[Verdict.NOISY]} are too noisy to say, '
+        f'{counts[Verdict.UNDECIDED]} undecided'
+    ) in ' '.join(text.split())
     best = {
         mean_and_error(t.sample, study.metric).replace('\N{NO-BREAK SPACE}', ' ')
         for study in studies.values()
@@ -74,24 +79,3 @@ def test_the_printed_command_computes_them(tmp_path):
     page = (tmp_path / 'results.html').read_text(encoding='utf-8')
     for cells in ('+9.86 points', 'corrected = 0.79'):
         assert cells in page
-
-
-@pytest.mark.parametrize('page', EARLIER, ids=lambda path: path.stem)
-def test_pages_without_trials_say_so_and_tell_their_power(page):
-    """From the standard errors of the page: Welch's test at 90 %, the noncentral t distribution."""
-    text = page.read_text(encoding='utf-8')
-    assert '- not kept: the trials' in text
-    claims = [line for line in text.splitlines() if '; claimed is ' in line]
-    assert claims
-    for line in claims:
-        sides = re.findall(r'±\s([\d.e-]+)\s\((\d)', line)
-        errors, seeds = np.array([[float(error), int(n)] for error, n in sides]).T
-        if not errors.any():  # as of memory
-            assert 'could have been seen' not in line
-            continue
-        (told,) = re.findall(r'smallest difference that could have been seen \+(\d+\.?\d*)', line)
-        variance = np.square(errors).sum()
-        df = variance**2 / (errors**4 / (seeds - 1)).sum()
-        shift = float(told) / np.sqrt(variance)
-        power = stats.nct.sf(stats.t.ppf(0.95, df), df, shift)
-        assert power == pytest.approx(0.8, abs=0.02), line
