@@ -43,6 +43,7 @@ slow: setup
 
 docs: setup
 	$(BIN)/python docs/build_config.py
+	$(BIN)/python docs/build_results.py
 	$(BIN)/python -m sphinx --fail-on-warning --quiet docs docs/_build/html
 	@echo open docs/_build/html/index.html
 

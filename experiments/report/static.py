@@ -39,18 +39,18 @@ def write(studies: Sequence[Study], directory: str | os.PathLike, *, made: str) 
             figures, number = [], itertools.count(1)
             for spec in study.charts:
                 shown = charts.build(study, spec)
-                figures += [] if shown else [f'{_escape(summaries.missing(spec))}\n']
+                figures += [] if shown else [f'{escape(summaries.missing(spec))}\n']
                 for chart in shown:
-                    figures.append(f'### {_escape(chart.title)}\n')
+                    figures.append(f'### {escape(chart.title)}\n')
                     if isinstance(chart, charts.XY) and chart.kind == 'table':
                         figures.append(_markdown(chart.table()))
                         continue
                     name = f'{own}-{next(number)}-{_slug(chart.title)}.png'
                     _write_image(path / name, draw(chart))
                     written.append(name)
-                    figures.append(f'![{_escape(chart.alt_text())}]({name})\n')
+                    figures.append(f'![{escape(chart.alt_text())}]({name})\n')
             written += tables.write(study, path, f'{own}-')
-            text = '\n'.join([_section(study, figures, own), _method(), f'{_escape(made)}\n'])
+            text = '\n'.join([_section(study, figures, own), _method(), f'{escape(made)}\n'])
             files.atomic_write(path / f'{own}.md', text)
             written.append(f'{own}.md')
         files.atomic_write(path / 'README.md', _overview(studies, slugs, made))
@@ -88,20 +88,20 @@ def _write_image(path: pathlib.Path, figure: Figure) -> None:
 def _overview(studies: Sequence[Study], slugs: Sequence[str], made: str) -> str:
     """Returns the README: for each study its question, and for each claim answer and confidence."""
     rows = [
-        [f'[{_escape(study.title)}]({own}.md)', *map(_escape, cells)]
+        [f'[{escape(study.title)}]({own}.md)', *map(escape, cells)]
         for study, own in zip(studies, slugs, strict=True)
         for cells in summaries.answers(study)
     ]
     header = ['question', 'claim', 'answer', 'difference', 'confidence']
     table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['---'] * 5, *rows])
     intro = 'A row for each claim. How results are judged stands at the end of each page.'
-    return f'# Results\n\n{intro}\n\n{table}\n\n{_escape(made)}\n'
+    return f'# Results\n\n{intro}\n\n{table}\n\n{escape(made)}\n'
 
 
 def _section(study: Study, figures: Sequence[str], own: str) -> str:
     tunings = results.tunings(study)
-    lines = [f'# {_escape(study.title)}', '', f'*{_escape(study.question)}*', '']
-    lines += [_escape(study.setting), '', summaries.progress(study), '']
+    lines = [f'# {escape(study.title)}', '', f'*{escape(study.question)}*', '']
+    lines += [escape(study.setting), '', summaries.progress(study), '']
     if study.claims:
         header = ['claim', 'source', 'outcome', 'evidence']
         judged = results.judge(study)
@@ -119,7 +119,7 @@ def _section(study: Study, figures: Sequence[str], own: str) -> str:
         lines += ['## Trials that did not complete', '', _markdown(table)]
     commands = '\n'.join(study.commands).replace('```', "'''")
     lines += ['## How it was made', '', f'```\n{commands}\n```', '']
-    lines += [f'- {name}: {_escape(fact)}' for name, fact in summaries.provenance(study).items()]
+    lines += [f'- {name}: {escape(fact)}' for name, fact in summaries.provenance(study).items()]
     lines += [f'- [every trial]({own}-{tables.TRIALS_FILE})']
     return '\n'.join([*lines, ''])
 
@@ -128,14 +128,14 @@ def _method() -> str:
     return '\n'.join(['## How results are judged', '', *(f'{p}\n' for p in summaries.METHOD)])
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Escapes a text for Markdown, in one line."""
     return re.sub(r'([\\`*_\[\]<>|#])', r'\\\1', ' '.join(text.split()))
 
 
 def _markdown(table: Table) -> str:
     rows = [table.header, ['---'] * len(table.header), *table.rows]
-    cells = [[c if row is rows[1] else _escape(c) for c in row] for row in rows]
+    cells = [[c if row is rows[1] else escape(c) for c in row] for row in rows]
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in cells) + '\n'
 
 
