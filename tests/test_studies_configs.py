@@ -22,7 +22,8 @@ SIZES = (
 )
 # What trials tell: training, and the measurements.
 METRICS = {
-    *('test/top1', 'test/loss', 'train/loss', 'train/clipped_fraction', 'images_per_second'),
+    *('test/top1', 'test/loss', 'validation/top1', 'validation/loss', 'train/loss'),
+    *('train/clipped_fraction', 'images_per_second'),
     *('dependence/logit_change', 'discrepancy/loss', 'memory/step_mib'),
     *(f'landscape/{x}' for x in ('loss_range', 'loss_min', 'loss_max', 'gradient_change', 'beta')),
     *('landscape/random_loss', 'landscape/random_rise'),
@@ -100,6 +101,9 @@ def test_a_study_says_what_a_report_needs(key):
     titles = [chart['title'] for chart in study.charts]
     assert len(set(titles)) == len(titles)
     assert all(chart['y'] in METRICS for chart in study.charts)
+    # Test images are evaluated at the end alone.
+    curves = [chart['y'] for chart in study.charts if chart['kind'] == 'curves']
+    assert not any(metric.startswith('test/') for metric in curves)
     assert study_config.to_json(study)['axes']['arm'] == [arm['name'] for arm in study.arms]
     if 'train' in study.measure:
         tuned = [{**study.grid.to_dict(), **arm['grid']} for arm in study.arms]

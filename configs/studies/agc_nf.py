@@ -140,8 +140,9 @@ def get_config(size: str = 'digits'):
         chart('line', 'Test top-1 over the batch size', x='batch_size', log_x=True),
         chart(
             'curves',
-            f'Test top-1 in training, batch {large}',
+            f'Validation top-1 in training, batch {large}',
             x='step',
+            y='validation/top1',
             where={'batch_size': large},
         ),
         chart(

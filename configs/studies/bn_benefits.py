@@ -93,7 +93,7 @@ def get_config(size: str = 'digits'):
     study.charts = (
         chart('line', 'Test top-1 over the learning rate', x='learning_rate', log_x=True),
         chart('curves', 'Training loss', x='step', y='train/loss', log_y=True),
-        chart('curves', 'Test top-1 in training', x='step'),
+        chart('curves', 'Validation top-1 in training', x='step', y='validation/top1'),
         chart('table', 'Test top-1 in figures', x='learning_rate'),
     )
     return study

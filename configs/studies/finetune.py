@@ -98,7 +98,7 @@ def get_config(size: str = 'digits'):
         ),
     )
     study.charts = (
-        chart('curves', 'Test top-1 in training', x='step'),
+        chart('curves', 'Validation top-1 in training', x='step', y='validation/top1'),
         chart('bars', 'Test top-1', x='arm'),
         chart('line', 'Test top-1 over the learning rate', x='learning_rate', log_x=True),
         chart('table', 'Test top-1 in figures', x='learning_rate'),

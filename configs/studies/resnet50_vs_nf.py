@@ -105,7 +105,7 @@ def get_config(size: str = 'digits'):
         ),
     )
     study.charts = (
-        chart('curves', 'Test top-1 in training', x='step'),
+        chart('curves', 'Validation top-1 in training', x='step', y='validation/top1'),
         chart('curves', 'Training loss', x='step', y='train/loss', log_y=True),
         chart('bars', 'Test top-1', x='arm'),
         chart('table', 'Test top-1 in figures', x='learning_rate'),

@@ -64,7 +64,7 @@ def get_config(size: str = 'digits'):
     )
     study.charts = (
         chart('bars', 'Test top-1', x='arm'),
-        chart('curves', 'Test loss in training', x='step', y='test/loss'),
+        chart('curves', 'Validation loss in training', x='step', y='validation/loss'),
         chart('bars', 'Test loss at the end', x='arm', y='test/loss'),
         chart('table', 'Test top-1 in figures', x='learning_rate'),
     )

@@ -163,7 +163,7 @@ Chart = XY | Heatmap | Parallel
 def build(study: Study, spec: ChartSpec) -> list[Chart]:
     """Returns the charts of a spec: one, or a heat map for each setting of the open axes.
 
-    Returns [] if no trial has recorded the metric (yet).
+    Returns [] if no trial has recorded the metric (yet), or none at two steps for curves.
     """
     if spec.kind == 'heatmap':
         return _heatmaps(study, spec)
@@ -230,6 +230,8 @@ def _curves(study: Study, spec: ChartSpec) -> XY:
         ]
         if marks or ends:
             series.append(Series(*style, marks, ends))
+    if all(len(each.marks) < 2 for each in series):  # as of a split that is evaluated at the end
+        series = []
     return _xy(study, spec, spec.x_label or 'step', series)
 
 

@@ -69,7 +69,8 @@ def is_complete(study: Study) -> bool:
 
 def missing(spec: ChartSpec) -> str:
     """Returns the text in place of a chart without data."""
-    return f'{spec.title}: no trial has recorded {spec.y} yet.'
+    steps = ' at two steps' if spec.kind == 'curves' else ''
+    return f'{spec.title}: no trial has recorded {spec.y}{steps} yet.'
 
 
 def describe_point(study: Study, point: Point) -> str:

@@ -38,6 +38,13 @@ def test_a_diverged_curve_ends_in_a_mark(build):
     assert nf.ends[0][2] == 'seed 0 diverged after step 15'
 
 
+def test_a_metric_of_a_single_step_has_no_curve(build, monkeypatch):
+    """As of a test split that is evaluated at the end alone."""
+    curve = reading.Study.curve
+    monkeypatch.setattr(reading.Study, 'curve', lambda *args: curve(*args)[-1:])
+    assert build(chart('curves', 'step')) == []
+
+
 def test_what_is_open_and_not_tuned_is_kept_apart_by_dashes(build):
     (found,) = build(chart('curves', 'step'))
     styles = {s.name: (s.color, s.dash) for s in found.series}

@@ -105,7 +105,7 @@ def test_a_study_that_has_not_begun_has_a_page(write_study, study_fields):
     words = ' '.join(_parse(_render(reading.load(write_study(study_fields)))).text)
     assert '0 of 48 trials are complete; 48 pending.' in words
     assert words.count('cannot say') == 3
-    assert 'The curves: no trial has recorded test/top1 yet.' in words
+    assert 'The curves: no trial has recorded test/top1 at two steps yet.' in words
 
 
 EVIL = '</script><script>window.pwned=1</script><img src=x onerror="window.pwned=1">\'"&'
