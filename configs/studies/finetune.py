@@ -28,7 +28,8 @@ _NARROW = {
 _NETWORKS = {
     'digits': 'NFNet of 4 blocks, trained on the 8x8 digits 0 to 4; then on 5 to 9, '
     'ten images each to train on and ten to validate',
-    'caltech101_small': 'NFNet of 4 blocks of 32 to 128 channels, trained on CIFAR-10 for ten epochs',
+    'caltech101_small': 'NFNet of 4 blocks of 32 to 128 channels, trained on CIFAR-10 for ten '
+    'epochs',
     'caltech101': 'NFNet-F0 at 192 pixels with SAM',
 }
 
