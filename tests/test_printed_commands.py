@@ -319,7 +319,7 @@ def materials(tmp_path_factory):
         for split, count in (('train', 2048), ('test', 32))  # a batch of each size in the studies
         for what, high, shape in (('images', 256, (32, 32, 3)), ('labels', 10, ()))
     }
-    for name in ('cifar10.npz', 'caltech101_32.npz'):
+    for name in ('cifar10.npz', 'cifar10_fifth.npz', 'caltech101_32.npz'):
         np.savez(path / name, **arrays)
     text = (ROOT / 'docs' / 'fine_tuning.md').read_text(encoding='utf-8')
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
