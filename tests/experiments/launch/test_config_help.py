@@ -3,6 +3,7 @@ import re
 import pytest
 
 from configs.imagenet import nf_resnet
+from configs.studies import sam
 from experiments import config as schema
 from experiments.launch import config_help
 from experiments.study import config as study_config
@@ -66,7 +67,7 @@ def test_help_with_a_config_lists_it_after_the_flags(command, config, expected):
     assert '--workdir' in flags
     assert expected in fields
     variants = re.search(r'VARIANT is one of:((?: +\S+\n?)+?)  --config', fields)[1].split()
-    assert variants == list(nf_resnet.VARIANTS if command == 'train' else ('digits', 'cifar10'))
+    assert variants == list(nf_resnet.VARIANTS if command == 'train' else sam.VARIANTS)
 
 
 def test_help_without_a_config_and_with_a_wrong_one():
