@@ -91,17 +91,19 @@ def verdict(judgement: Judgement) -> str:
 
 
 def answers(study: Study) -> list[list[str]]:
-    """Returns claim, verdict, difference and confidence of each claim, in a few words each."""
-    rows = []
-    for judged in judge(study):
-        found, metric = judged.comparison, judged.claim.metric
-        difference = '' if math.isnan(found.difference) else _signed(found.difference, metric)
-        if not math.isnan(found.interval[0]) and found.basis != 'exact':
-            low, high = (_signed(x, metric) for x in found.interval)
-            difference += f' ({low} to {high})'
-        confidence = '' if math.isnan(found.p) else f'corrected p {_p(found.corrected)}'
-        rows.append([judged.claim.text, verdict(judged), difference, confidence or found.basis])
-    return rows
+    """Returns the answer to each claim of a study."""
+    return list(map(answer, judge(study)))
+
+
+def answer(judged: Judgement) -> list[str]:
+    """Returns claim, verdict, difference and confidence, in a few words each."""
+    found, metric = judged.comparison, judged.claim.metric
+    difference = '' if math.isnan(found.difference) else _signed(found.difference, metric)
+    if not math.isnan(found.interval[0]) and found.basis != 'exact':
+        low, high = (_signed(x, metric) for x in found.interval)
+        difference += f' ({low} to {high})'
+    confidence = '' if math.isnan(found.p) else f'corrected p {_p(found.corrected)}'
+    return [judged.claim.text, verdict(judged), difference, confidence or found.basis]
 
 
 def outcome(study: Study, judgement: Judgement) -> str:

@@ -90,10 +90,10 @@ def run_study(
         allocator.keep_memory()
     if jobs > 1:  # Else the first worker would take all of an accelerator's memory.
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
-    data = _check_configs(study, study_config.make_trials(study))
+    planner = Planner(study, extend=extend)
+    data = _check_configs(study, planner.grid)
     data_record.check_study(directory, data)
     journal = open_journal(study, directory)
-    planner = Planner(study, extend=extend)
     trials = _add_planned(study, journal, planner, retry=retry)
     with journal.exclusive():
         data_record.add_to_study(directory, data)
@@ -210,21 +210,12 @@ def _enable_compilation_cache(directory: pathlib.Path) -> None:
 def _pretrain(config: ConfigDict, directory: str | os.PathLike) -> None:
     path = study_config.PRETRAINED.format(study=directory)
     try:
-        with _naming_pretrain():
+        with study_config.naming_pretraining():
             summary = train(config, path, quiet=True)
     except DivergedError as error:
         raise UsageError(f'config.pretrain: {error}') from error
     if 'final' not in summary:
         raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _naming_pretrain() -> Iterator[None]:
-    """Renames keys in errors about the pre-training config to those of the study's config."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(study_config.in_pretraining(error)) from error
 
 
 def _run_trial(
@@ -299,14 +290,14 @@ def _check_configs(
     """
     data = {}
     if study.pretrain:
-        with _naming_pretrain():
+        with study_config.naming_pretraining():
             experiment = _check_config(study.pretrain)
         data[data_record.key(study.pretrain)] = data_record.make_record(experiment.splits)
     checked = set()
     for trial in trials:
         # Tracing the model takes time; trials with the same key only differ in a few numbers.
         key = trial.program, trial.config.init.weights
-        try:
+        with study_config.naming_trial(trial, study):
             if key in checked:
                 schema.check(trial.config)
             else:
@@ -314,9 +305,6 @@ def _check_configs(
                 measurements.check(study.measure, experiment)
                 if (name := data_record.key(trial.config)) not in data:
                     data[name] = data_record.make_record(experiment.splits)
-        except UsageError as error:
-            message = study_config.in_study(error, trial, study)
-            raise UsageError(f'trial {trial.id}: {message}') from error
         checked.add(key)
     return data
 

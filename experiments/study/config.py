@@ -4,11 +4,12 @@ A file under configs/studies/ starts from `default_study()`. Its trials are the 
 every arm, at every value of every axis, the learning rate and the seed among them.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 from ml_collections import ConfigDict
@@ -125,9 +126,23 @@ def in_study(error: BaseException, trial: Trial, study: ConfigDict) -> str:
     return errors.rename_keys(error, lambda key: _moved(key, place))
 
 
-def in_pretraining(error: BaseException) -> str:
-    """Returns the message of an error about `pretrain`, its keys named as in the study."""
-    return errors.rename_keys(error, lambda key: _moved(key, 'pretrain.{}'.format))
+@contextlib.contextmanager
+def naming_trial(trial: Trial, study: ConfigDict) -> Iterator[None]:
+    """Renames keys in errors about a trial's config to those of the study, and names the trial."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f'trial {trial.id}: {in_study(error, trial, study)}') from error
+
+
+@contextlib.contextmanager
+def naming_pretraining() -> Iterator[None]:
+    """Renames keys in errors about the pre-training config to those of the study's config."""
+    try:
+        yield
+    except UsageError as error:
+        message = errors.rename_keys(error, lambda key: _moved(key, 'pretrain.{}'.format))
+        raise UsageError(message) from error
 
 
 def _moved(key: str, place: Callable[[str], str]) -> str:

@@ -9,7 +9,6 @@ from experiments.run import planned_data
 from experiments.study import config as study_config
 from experiments.study.planning import Planner
 from nfnets_jax.data.sources import Source
-from nfnets_jax.errors import UsageError
 
 
 def describe(
@@ -28,23 +27,17 @@ def describe(
     Raises:
       UsageError: a mistake in the study, or data that are not here and that nothing is known of.
     """
-    every = study_config.make_trials(study)
-    first = Planner(study).plan([])
+    planner = Planner(study)
+    every, first = planner.grid, planner.plan([])
     images: dict[str, int] = {}  # to train on, by program
     for trial in every:
-        if trial.program in images:
-            continue
-        try:
-            images[trial.program] = _training_images(trial.config, study, open_source)
-        except UsageError as error:
-            message = study_config.in_study(error, trial, study)
-            raise UsageError(f'trial {trial.id}: {message}') from error
+        if trial.program not in images:
+            with study_config.naming_trial(trial, study):
+                images[trial.program] = _training_images(trial.config, study, open_source)
     once = 0
     if study.pretrain:
-        try:
+        with study_config.naming_pretraining():
             once = _training_images(study.pretrain, study, open_source)
-        except UsageError as error:
-            raise UsageError(study_config.in_pretraining(error)) from error
 
     def total(trials: Iterable[study_config.Trial]) -> int:
         return once + sum(images[trial.program] for trial in trials)

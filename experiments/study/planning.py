@@ -34,12 +34,16 @@ class Planner:
     Args:
       study: the study.
       extend: whether to extend grids whose best value is at the edge.
+
+    Attributes:
+      grid: the trials of the whole grid, with all seeds.
     """
 
     def __init__(self, study: ConfigDict, *, extend: bool = False):
         self._study = study
         self._most = study.extensions if extend else 0
-        self._trials = {trial.id: trial for trial in study_config.make_trials(study)}
+        self.grid = study_config.make_trials(study)
+        self._trials = {trial.id: trial for trial in self.grid}
 
     @property
     def grows(self) -> bool:

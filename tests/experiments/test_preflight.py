@@ -49,6 +49,18 @@ def test_a_tiny_network_on_a_tpu(examine, monkeypatch):
     assert examine('v5e:2x4') == report
 
 
+def one_device(memory):
+    """A target that needs no compiler of its own."""
+    devices = jax.devices()[:1]
+    return targets.Target('v5e:1x1', accelerators.DEVICES[2], devices, 1, memory, 1.5e9, {})
+
+
+def test_data_that_nothing_is_known_of_ask_for_their_numbers(tiny, tmp_path):
+    config = tiny(data={'name': 'tfds', 'dataset': 'mnist', 'data_dir': str(tmp_path)})
+    with pytest.raises(UsageError, match=r'not found in .* give --examples and --classes'):
+        preflight.preflight(config, one_device(1e9), PLAN, lambda program, seconds: None)
+
+
 @pytest.mark.parametrize(
     ('available', 'flags', 'compiled'),
     [
@@ -79,9 +91,7 @@ def test_what_makes_it_fit(available, flags, compiled, tiny, monkeypatch):
         return {'fits': needed <= target.memory, 'memory': memory}
 
     monkeypatch.setattr(preflight, '_examine', examine)
-    device = jax.devices()[0]
-    memory = available * 1e9
-    target = targets.Target('v5e:1x1', accelerators.DEVICES[2], [device], 1, memory, 1.5e9, {})
+    target = one_device(available * 1e9)
     report = preflight.preflight(tiny(batch_size=32), target, PLAN, lambda program, seconds: None)
     assert found == compiled
     assert report['fits'] == (flags is None)

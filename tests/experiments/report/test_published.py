@@ -26,15 +26,21 @@ def studies(tmp_path_factory):
     return {static.slug(study): study for study in map(reading.load, found)}
 
 
+@pytest.fixture(scope='module')
+def judged(studies):
+    """The judgements of every study, in the same order."""
+    return [(study, results.judge(study)) for study in studies.values()]
+
+
 def row(*cells):
     return '| ' + ' | '.join(map(static.escape, cells)) + ' |'
 
 
-def test_the_verdicts_of_the_guide_and_the_overview_follow_from_the_tables(studies):
+def test_the_verdicts_of_the_guide_and_the_overview_follow_from_the_tables(studies, judged):
     build = runpy.run_path(str(ROOT / 'docs' / 'build_results.py'))
     for path, rewrite in ((STUDIES, build['guide']), (PUBLISHED / 'README.md', build['overview'])):
         text = path.read_text(encoding='utf-8')
-        assert rewrite(text, list(studies.values())) == text, 'run `python docs/build_results.py`'
+        assert rewrite(text, judged) == text, 'run `python docs/build_results.py`'
     assert sum(text.count(f'({name}.md)') for name in studies) == len(studies)
 
 
@@ -50,13 +56,13 @@ def test_the_numbers_of_the_guide_follow_from_the_tables(studies):
     assert len(printed) > 5
 
 
-def test_the_pages_follow_from_the_tables(studies):
-    for name, study in studies.items():
-        page = (PUBLISHED / f'{name}.md').read_text(encoding='utf-8')
+def test_the_pages_follow_from_the_tables(judged):
+    for study, judgements in judged:
+        page = (PUBLISHED / f'{static.slug(study)}.md').read_text(encoding='utf-8')
         assert summaries.progress(study) in page
-        for judged in results.judge(study):
-            outcome = summaries.verdict(judged), summaries.outcome(study, judged)
-            assert row(judged.claim.text, judged.claim.source, *outcome) in page
+        for judgement in judgements:
+            outcome = summaries.verdict(judgement), summaries.outcome(study, judgement)
+            assert row(judgement.claim.text, judgement.claim.source, *outcome) in page
 
 
 @pytest.mark.slow  # The tests above read the same tables; test_command.py has one of its own.
